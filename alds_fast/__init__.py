@@ -1,0 +1,23 @@
+"""alds_fast: make a PyTorch model smaller by optimal layer-wise low-rank decomposition.
+
+>>> import torch, alds_fast as alds
+>>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+>>> small = alds.compress(model, params=0.5)
+>>> sum(p.numel() for p in small.parameters()) <= 0.5 * sum(p.numel() for p in model.parameters())
+True
+"""
+
+try:
+    import torch  # noqa: F401
+except ImportError as e:
+    raise ImportError(
+        "alds_fast needs PyTorch, which is not installed: pip install 'torch>=2.11,<2.14' "
+        "(choose the CPU or CUDA build for your machine)"
+    ) from e
+
+from .analysis import Analysis, analyze, compress
+from .errors import AldsError
+from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
+from .plan import LayerPlan, Plan
+
+__version__ = "0.1.0"

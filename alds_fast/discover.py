@@ -1,0 +1,171 @@
+"""Find the layers of a model that can be factorised, and say why the others are left out."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from .errors import LayerNotFoundError, ModelError, WeightError
+from .folding import WeightShape
+from .layers import LOW_RANK, weight_shape
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with a weight of two or more dimensions, under its first name in the model.
+
+    ``shape`` is None unless it is a Linear or Conv1d/2d/3d; ``reason`` says in words why it is left out, None if it is not;
+    ``params`` counts its own parameters (weight and bias).
+    """
+
+    name: str
+    kind: str
+    weight: tuple[int, ...]
+    shape: WeightShape | None
+    params: int
+    reason: str | None
+    module: nn.Module = field(repr=False, compare=False)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters of the model, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def label(name: str) -> str:
+    """How a layer is called in messages; the model itself has the empty name."""
+    return repr(name) if name else "the model itself"
+
+
+def _extent(p: Tensor) -> tuple[int, int]:
+    start = p.storage_offset() * p.element_size()
+    last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+    return start, start + (last + 1) * p.element_size()
+
+
+def _tied(model: nn.Module) -> dict[int, str]:
+    """For each parameter (by id) that another module also holds, or whose memory overlaps another's: the other's name."""
+    owners: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        for own, p in module.named_parameters(prefix=name, recurse=False, remove_duplicate=False):
+            owners.setdefault(id(p), []).append(own)
+            tensors[id(p)] = p
+    tied = {key: names[1] for key, names in owners.items() if len(names) > 1}
+    by_storage: dict[tuple, list[tuple[int, int, int]]] = {}
+    for key, p in tensors.items():
+        if isinstance(p, UninitializedParameter) or p.is_meta or p.layout != torch.strided or p.numel() == 0:
+            continue
+        storage = (p.device, p.untyped_storage().data_ptr())
+        by_storage.setdefault(storage, []).append((*_extent(p), key))
+    for extents in by_storage.values():
+        extents.sort()
+        for (_, end, first), (start, _, second) in zip(extents, extents[1:], strict=False):
+            if start < end:
+                tied.setdefault(first, owners[second][0])
+                tied.setdefault(second, owners[first][0])
+    return tied
+
+
+def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | None:
+    """Why this module cannot be replaced whatever its values are."""
+    if not isinstance(module, tuple(LOW_RANK)):
+        return f"{type(module).__name__} is not decomposed (Linear, Conv1d, Conv2d and Conv3d are)"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads this weight directly"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if type(module) not in LOW_RANK:
+        return f"{type(module).__name__} is a subclass with a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which a replacement would drop; remove them first"
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight is not initialised yet; run one forward pass first"
+    if not isinstance(module.weight, Tensor) or not module.weight.dtype.is_floating_point:
+        return f"its weight is {getattr(module.weight, 'dtype', type(module.weight).__name__)}, not real floating point"
+    return None
+
+
+def _patterns(value: str | Iterable[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _check_patterns(patterns: Iterable[str], names: Sequence[str], argument: str) -> None:
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            close = difflib.get_close_matches(pattern, names, n=3) or list(names[:3])
+            raise LayerNotFoundError(f"{argument}={pattern!r} matches no layer; layers are, for example, {close}")
+
+
+def _weight_of(module: nn.Module) -> Tensor | None:
+    own = [p for p in module._parameters.values() if p is not None]
+    own = [p for p in own if isinstance(p, UninitializedParameter) or p.dim() >= 2]
+    if parametrize.is_parametrized(module):
+        return next(iter(module.parameters()))
+    return own[0] if own else None
+
+
+def find_layers(
+    model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> list[Layer]:
+    """Every module with a weight of two or more dimensions, in the model's order, with the reason if it is left out.
+
+    ``include`` and ``exclude`` are shell-style name patterns (``"encoder.*"``). Raises ModelError if ``model`` is not an
+    ``nn.Module`` and LayerNotFoundError for a pattern that matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    wanted, unwanted = _patterns(include), _patterns(exclude)
+    parents = {id(child): module for module in model.modules() for child in module.children()}
+    found = [(n, m, w) for n, m in model.named_modules() if (w := _weight_of(m)) is not None and "parametrizations" not in n]
+    names = [n for n, _, _ in found]
+    _check_patterns(wanted, names, "include")
+    _check_patterns(unwanted, names, "exclude")
+    tied = _tied(model)
+
+    def reason(name: str, module: nn.Module, weight: Tensor) -> str | None:
+        structural = _structural_reason(module, parents.get(id(module)))
+        if structural:
+            return structural
+        if include is not None and not _matches(name, wanted):
+            return "not matched by include="
+        if _matches(name, unwanted):
+            return "matched by exclude="
+        return f"its weight is shared with {tied[id(weight)]!r} and stays tied" if id(weight) in tied else None
+
+    layers = []
+    for name, module, weight in found:
+        ready = not isinstance(weight, UninitializedParameter)
+        shape = weight_shape(module) if ready else None
+        sizes = tuple(weight.shape) if ready else ()
+        params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
+        layers.append(Layer(name, type(module).__name__, sizes, shape, params, reason(name, module, weight), module))
+    return layers
+
+
+def check_weight(layer: Layer) -> None:
+    """Raise WeightError unless the layer's weight has finite values."""
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        raise WeightError(
+            f"layer {label(layer.name)}: its weight is on the meta device and has no values; load the weights first "
+            f"(for example with load_state_dict(..., assign=True))"
+        )
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise WeightError(
+            f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN or infinite; mend them, or leave the "
+            f"layer out with exclude={[layer.name]!r}"
+        )

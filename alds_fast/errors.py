@@ -1,0 +1,37 @@
+"""Every refusal of this package is an :class:`AldsError`; subclasses are also the matching built-in exception."""
+
+
+class AldsError(Exception):
+    """Base class of all errors raised by alds_fast."""
+
+
+class ArgumentError(AldsError, ValueError):
+    """An argument is outside its allowed range."""
+
+
+class BudgetError(ArgumentError):
+    """A budget is missing, given twice, out of range, or cannot be met."""
+
+
+class WeightError(AldsError, ValueError):
+    """A weight cannot be analysed: NaN or infinite entries, or no values at all (meta device)."""
+
+
+class LayerNotFoundError(AldsError, LookupError):
+    """A layer name or pattern matches nothing, or names a layer of another shape or kind."""
+
+
+class ModelError(AldsError, TypeError):
+    """The model is not something that can be analysed, copied or rebuilt."""
+
+
+class PlanError(AldsError, ValueError):
+    """A plan is malformed or does not fit the model."""
+
+
+class FileFormatError(AldsError, ValueError):
+    """A file is truncated, corrupt, of another format, or of a newer version."""
+
+
+class MissingFileError(AldsError, FileNotFoundError):
+    """A file does not exist."""

@@ -1,0 +1,155 @@
+"""Turn choices of (scheme, groups, rank) into a new model with low-rank layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import linalg
+from .discover import Layer, check_weight, find_layers, label
+from .errors import LayerNotFoundError, ModelError, PlanError
+from .folding import WeightShape, factors_to_weights
+from .layers import LowRankLayer, low_rank_like
+from .spectra import batches, weight_matrix
+
+
+class Choice(NamedTuple):
+    """A layer by name, the weight shape it must have, and what replaces it."""
+
+    name: str
+    shape: WeightShape
+    scheme: int
+    groups: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class FactorReport:
+    """How one layer's factors were computed.
+
+    ``method``: "randomized" (certificate met), "exact" (chosen, a sketch would cost more) or "exact-fallback" (some slice's sketch did
+    not meet its certificate); ``iterations``: most power iterations over the slices; ``error``: ||W - W_hat||_F / ||W||_F
+    before rounding to the weight's type.
+    """
+
+    method: str
+    iterations: int
+    error: float
+
+
+def _resolve(model: nn.Module, choices: Sequence[Choice]) -> list[Layer]:
+    """The model's layers for the choices, checked."""
+    layers = {layer.name: layer for layer in find_layers(model)}
+    found = []
+    for choice in choices:
+        layer = layers.get(choice.name)
+        if layer is None:
+            raise LayerNotFoundError(f"the plan's layer {label(choice.name)} is not in the model")
+        if layer.reason is not None:
+            raise PlanError(f"layer {label(choice.name)} cannot be replaced: {layer.reason}")
+        if layer.shape != choice.shape:
+            raise PlanError(
+                f"layer {label(choice.name)}: the plan was made for {choice.shape}, the model has {layer.shape}; "
+                f"analyse this model again"
+            )
+        found.append(layer)
+    return found
+
+
+def _is_spectrum_of(values: Tensor, matrix: Tensor, groups: int) -> bool:
+    """Whether the slices' squared norms are those of the singular values: the weight is still the analysed one."""
+    expected = values.square().sum(-1).flatten()
+    norms = matrix.double().unflatten(2, (groups, -1)).square().sum((1, 3)).flatten().cpu()
+    return torch.allclose(norms, expected, rtol=1e-10, atol=0.0)
+
+
+def _optima(matrix: Tensor, choice: Choice, values: Tensor | None) -> Tensor:
+    """Least possible squared errors of the slices, from the analysis if it is of this very weight, else computed."""
+    if values is None or not _is_spectrum_of(values, matrix, choice.groups):
+        values = linalg.spectra([matrix], [[choice.groups]])[0][0]
+    return linalg.optimal_errors(values, choice.rank).flatten().to(matrix.device)
+
+
+def _report(factors: linalg.Factors, matrix: Tensor) -> FactorReport:
+    if bool((factors.iterations == linalg.EXACT_BY_FALLBACK).any()):
+        method = "exact-fallback"
+    else:
+        method = "randomized" if bool((factors.iterations > 0).any()) else "exact"
+    norm = float(matrix.double().square().sum())
+    error = (float(factors.error.sum()) / norm) ** 0.5 if norm > 0 else 0.0
+    return FactorReport(method, max(0, int(factors.iterations.max())), error)
+
+
+def _low_rank_layer(layer: Layer, choice: Choice, factors: linalg.Factors) -> LowRankLayer:
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    split = (choice.shape.conv_groups, choice.groups)
+    left, right = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
+    encoder, decoder = factors_to_weights(left, right, choice.shape, choice.scheme)
+    new = low_rank_like(layer.module, choice.scheme, choice.groups, choice.rank)
+    new.encoder = nn.Parameter(encoder.to(weight.dtype), weight.requires_grad)
+    new.decoder = nn.Parameter(decoder.to(weight.dtype), weight.requires_grad)
+    return new
+
+
+def factorize(
+    model: nn.Module,
+    choices: Sequence[Choice],
+    spectra: Mapping[str, Tensor] | None = None,
+    done: Callable[[int], None] = lambda n: None,
+) -> tuple[nn.Module, dict[str, FactorReport]]:
+    """A new model with the chosen layers replaced by low-rank ones, and how their factors were computed.
+
+    ``spectra[name]``, if given, holds the singular values (conv_groups, groups, r) of the layer's chosen slices; they serve as the
+    certificate's optimum where they are of this weight, and are computed otherwise. ``model`` is not changed. Raises
+    LayerNotFoundError, PlanError or WeightError where a choice does not fit the model.
+    """
+    work = list(zip(choices, _resolve(model, choices), strict=True))
+    for _, layer in work:
+        check_weight(layer)
+    new: dict[str, LowRankLayer] = {}
+    reports = {}
+    for batch in batches(work, lambda w: w[0].shape.numel, lambda w: w[1].module.weight.device):
+        matrices = [weight_matrix(layer, choice.scheme) for choice, layer in batch]
+        optima = [_optima(m, c, (spectra or {}).get(c.name)) for m, (c, _) in zip(matrices, batch, strict=True)]
+        groups, ranks = [c.groups for c, _ in batch], [c.rank for c, _ in batch]
+        for matrix, (choice, layer), factors in zip(
+            matrices, batch, linalg.batched_rsvd(matrices, groups, ranks, optima), strict=True
+        ):
+            new[choice.name] = _low_rank_layer(layer, choice, factors)
+            reports[choice.name] = _report(factors, matrix)
+        done(sum(c.shape.numel for c, _ in batch))
+    return replace_layers(model, new), reports
+
+
+def replace_layers(model: nn.Module, new: Mapping[str, LowRankLayer]) -> nn.Module:
+    """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied along.
+
+    The dense weights are not copied on the way. Raises ModelError if the model cannot be deep-copied.
+    """
+    modules = dict(model.named_modules())
+    memo: dict[int, object] = {}
+    try:
+        for name, layer in new.items():
+            if modules[name].bias is not None:
+                layer.bias = copy.deepcopy(modules[name].bias, memo)
+            memo[id(modules[name])] = layer
+        result = copy.deepcopy(model, memo)
+    except Exception as e:
+        raise ModelError(f"the model cannot be deep-copied ({e}); the compressed model is built from a copy") from e
+    _leave_fast_path(result)
+    return result
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Keep torch's transformer layers off their fused inference path, which reads the dense weights by name."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LowRankLayer) for m in module.children()):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LowRankLayer) for m in module.modules()):
+            module.use_nested_tensor = False

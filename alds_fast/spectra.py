@@ -1,0 +1,135 @@
+"""Spectra of all channel slices of all layers under all folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .bounds import Criterion
+from .discover import Layer
+from .errors import ArgumentError
+from .folding import SCHEMES, distinct_schemes, divisors, fold
+
+Groups = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class LayerSpectra:
+    """Singular values of one layer.
+
+    ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the largest singular
+    value of the whole folded weight.
+    """
+
+    layer: Layer
+    values: dict[tuple[int, int], Tensor]
+    top: dict[int, float]
+
+    def errors(self, scheme: int, groups: int, criterion: Criterion) -> Tensor:
+        """Relative error for every rank 0..r, (r + 1,) float64."""
+        return criterion(self.values[scheme, groups], self.top[scheme])
+
+
+@dataclass(frozen=True)
+class _Problem:
+    layer: Layer
+    scheme: int
+    groups: tuple[int, ...]  # candidates
+    size: int
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """The candidates and 1, which gives the norm of the whole weight."""
+        return self.groups if 1 in self.groups else (1, *self.groups)
+
+
+def check_schemes(schemes: Sequence[int]) -> tuple[int, ...]:
+    """The schemes as a tuple; ArgumentError unless it is a non-empty selection of 0, 1, 2, 3."""
+    if isinstance(schemes, int | str) or not len(schemes) or any(s not in SCHEMES for s in schemes):
+        raise ArgumentError(f"schemes={schemes!r}: expected a non-empty sequence out of {SCHEMES}")
+    return tuple(schemes)
+
+
+def check_groups(groups: Groups) -> Groups:
+    """``groups`` if it is "divisors" or a non-empty sequence of positive integers, else ArgumentError."""
+    if isinstance(groups, str):
+        valid = groups == "divisors"
+    else:
+        valid = isinstance(groups, Sequence) and len(groups) > 0
+        valid = valid and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in groups)
+    if not valid:
+        raise ArgumentError(f"groups={groups!r}: expected 'divisors' or a non-empty sequence of integers >= 1")
+    return groups
+
+
+def candidate_groups(channels: int, groups: Groups) -> tuple[int, ...]:
+    """The slice counts to try for that many channels, ascending.
+
+    >>> candidate_groups(6, "divisors"), candidate_groups(6, (4, 2, 1))
+    ((1, 2, 3, 6), (1, 2))
+    """
+    allowed = divisors(channels)
+    return allowed if groups == "divisors" else tuple(k for k in allowed if k in groups)
+
+
+def _problems(layers: Sequence[Layer], schemes: Sequence[int], groups: Groups) -> list[_Problem]:
+    problems = []
+    for layer in layers:
+        assert layer.shape is not None
+        candidates = candidate_groups(layer.shape.slice_channels, groups)
+        for scheme in distinct_schemes(schemes, layer.shape.kernel):
+            problems.append(_Problem(layer, scheme, candidates, layer.shape.numel))
+    return problems
+
+
+def batches(problems: Sequence, size: Callable, key: Callable) -> Iterator[list]:
+    """Consecutive problems of one key whose sizes add up to no more than the largest single one."""
+    limit = max(map(size, problems), default=0)
+    batch: list = []
+    for problem in problems:
+        if batch and (sum(map(size, batch)) + size(problem) > limit or key(batch[0]) != key(problem)):
+            yield batch
+            batch = []
+        batch.append(problem)
+    if batch:
+        yield batch
+
+
+def weight_matrix(layer: Layer, scheme: int) -> Tensor:
+    """The folded weight, (conv_groups, rows, cols), in float64 if the weight is, else in float32 (exact for half types)."""
+    weight, shape = layer.module.weight, layer.shape
+    assert isinstance(weight, Tensor) and shape is not None
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return fold(weight.detach().to(dtype), shape, scheme)
+
+
+def layer_spectra(
+    layers: Sequence[Layer], schemes: Sequence[int], groups: Groups, done: Callable[[int], None] = lambda n: None
+) -> list[LayerSpectra]:
+    """Spectra of the layers, in their order, each with a shape and a finite weight.
+
+    Small layers are computed together, as many as have no more weights than the largest layer, so the extra memory is that of the
+    largest layer: its fold, its Gram matrices (about as many float64 as it has weights) and one eigenproblem a thread.
+    ``done`` is told the number of weights finished after each batch.
+    """
+    results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
+    work = _problems(layers, schemes, groups)
+    for batch in batches(work, lambda p: p.size, lambda p: p.layer.module.weight.device):
+        matrices = [weight_matrix(p.layer, p.scheme) for p in batch]
+        found = linalg.spectra(matrices, [p.computed for p in batch])
+        for problem, values in zip(batch, found, strict=True):
+            result = results[problem.layer.name]
+            by_groups = {k: v.cpu() for k, v in zip(problem.computed, values, strict=True)}
+            result.top[problem.scheme] = float(by_groups[1].max())
+            result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
+        done(sum(p.size for p in batch))
+    return [results[layer.name] for layer in layers]
+
+
+def total_work(layers: Sequence[Layer], schemes: Sequence[int]) -> int:
+    """The number that the ``done`` reports of :func:`layer_spectra` add up to."""
+    return sum(layer.shape.numel * len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers if layer.shape)

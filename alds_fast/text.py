@@ -1,0 +1,29 @@
+"""Plain-text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Columns padded to their widest cell, those in ``left`` to the left, the others to the right.
+
+    >>> print(table(["name", "n"], [["a", "1"], ["bb", "20"]]))
+    name   n
+    ---------
+    a      1
+    bb    20
+    """
+    widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    head = line(headers)
+    return "\n".join([head, "-" * (len(head) + 1), *map(line, rows)])
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as 64x3x7x7."""
+    return "x".join(map(str, shape)) or "-"

@@ -1,0 +1,68 @@
+// Shared types of the C++ core: small structs, no Python, no allocation policy.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace alds {
+
+// Function pointers into the LAPACK/BLAS that scipy ships (Fortran calling convention, 32-bit integers).
+struct Lapack {
+  using Int = int;
+  void (*dgemm)(char*, char*, Int*, Int*, Int*, double*, double*, Int*, double*, Int*, double*, double*, Int*);
+  void (*dsyrk)(char*, char*, Int*, Int*, double*, double*, Int*, double*, double*, Int*);
+  void (*dsytrd)(char*, Int*, double*, Int*, double*, double*, double*, double*, Int*, Int*);
+  void (*dsterf)(Int*, double*, double*, Int*);
+  void (*dsyevd)(char*, char*, Int*, double*, Int*, double*, double*, Int*, Int*, Int*, Int*);
+  void (*dgeqrf)(Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
+  void (*dorgqr)(Int*, Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
+};
+
+const Lapack& lapack();  // resolved on first use; needs the GIL the first time
+
+// A batch of row-major matrices, batch x rows x cols, in float32 or float64.
+struct MatrixBatch {
+  const void* data;
+  bool is_double;
+  int64_t batch, rows, cols;
+};
+
+// One slice: columns [first, first + width) of matrix `item` of a batch.
+struct Slice {
+  const MatrixBatch* matrix;
+  int64_t item, first, width;
+  int64_t order() const { return matrix->rows < width ? matrix->rows : width; }  // size of the smaller Gram matrix
+};
+
+// Gram matrix of a slice on its smaller side: W W^T if rows <= width, else W^T W.
+// Column-major, leading dimension slice.order(), lower triangle only; scratch is grown as needed.
+void gram(const Slice& slice, double* out, std::vector<double>& scratch);
+
+// Descending singular values from a symmetric positive semidefinite matrix (lower triangle, destroyed).
+void singular_values_from_gram(double* matrix, int64_t order, double* out, std::vector<double>& scratch);
+
+struct SpectraProblem {
+  MatrixBatch matrix;
+  std::vector<int64_t> groups;  // each divides matrix.cols
+  double* out;                  // batch x sum_k k * min(rows, cols / k), descending within a slice
+};
+void spectra(const std::vector<SpectraProblem>& problems, int threads);
+
+struct RsvdOptions {
+  uint64_t seed;
+  int64_t oversample, max_iterations;
+  double tolerance, exact_fraction;
+};
+struct RsvdProblem {
+  MatrixBatch matrix;
+  int64_t groups, rank;
+  const double* optimum;  // batch*groups: least possible squared error of each slice
+  void* left;             // batch*groups x rows x rank, in the matrix's type
+  void* right;            // batch*groups x rank x width
+  double* error;          // batch*groups: squared error reached
+  int64_t* iterations;    // batch*groups: power iterations, EXACT_* where the exact decomposition ran
+};
+constexpr int64_t EXACT_BY_CHOICE = -1;    // rank too close to full for a sketch to pay
+constexpr int64_t EXACT_BY_FALLBACK = -2;  // the certificate was not met in max_iterations
+void batched_rsvd(const std::vector<RsvdProblem>& problems, const RsvdOptions& options, int threads);
+
+}  // namespace alds

@@ -1,0 +1,220 @@
+// Batched randomized SVD with a certificate, on the smaller Gram matrix of each slice.
+//
+// Q spans the sketch; T = Q^T G Q. The sum of T's `rank` largest eigenvalues is the energy that the truncated factors
+// capture, so ||W||_F^2 minus it is their exact squared error (Halko, Martinsson, Tropp 2011, sections 4.3 and 5).
+// Power iterations go on until that is within (1 + tolerance) of the optimum known from the spectrum.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "core.h"
+
+namespace alds {
+namespace {
+
+using Buffer = std::vector<double>;
+
+struct Workspace {
+  Buffer gram, basis, image, small, values, work, scratch, factor;
+  std::vector<int> integers;
+};
+
+// Counter-based standard normals: a hash of (seed, slice, index), so the sketch is the same for any number of threads.
+uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ULL;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+  return x ^ (x >> 31);
+}
+
+double uniform(uint64_t bits) { return (static_cast<double>(bits >> 11) + 0.5) * 0x1.0p-53; }
+
+void gaussian(uint64_t seed, uint64_t slice, double* out, int64_t count) {
+  const uint64_t key = mix(seed ^ mix(slice));
+  for (int64_t i = 0; i < count; i += 2) {
+    const double radius = std::sqrt(-2.0 * std::log(uniform(mix(key + i))));
+    const double angle = 6.283185307179586 * uniform(mix(key + i + 1));
+    out[i] = radius * std::cos(angle);
+    if (i + 1 < count) out[i + 1] = radius * std::sin(angle);
+  }
+}
+
+double* grow(Buffer& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+void product(char ta, char tb, int m, int n, int k, double* a, int lda, double* b, int ldb, double* c, int ldc) {
+  double one = 1.0, zero = 0.0;
+  lapack().dgemm(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &zero, c, &ldc);
+}
+
+void check(int info, const char* routine) {
+  if (info != 0) throw std::runtime_error(std::string(routine) + " failed with info = " + std::to_string(info));
+}
+
+// Orthonormal basis of the columns of a (rows x cols, column-major), in place.
+void orthonormalise(double* a, int rows, int cols, Workspace& w) {
+  int lwork = 64 * cols, info = 0;
+  double* tau = grow(w.work, cols + lwork);
+  lapack().dgeqrf(&rows, &cols, a, &rows, tau, tau + cols, &lwork, &info);
+  check(info, "dgeqrf");
+  lapack().dorgqr(&rows, &cols, &cols, a, &rows, tau, tau + cols, &lwork, &info);
+  check(info, "dorgqr");
+}
+
+// Eigenvalues ascending into w.values; a (order x order, lower triangle) becomes the eigenvectors if asked.
+void eigen(double* a, int order, bool vectors, Workspace& w) {
+  char job = vectors ? 'V' : 'N', lower = 'L';
+  int lwork = vectors ? 1 + 6 * order + 2 * order * order : 34 * order, liwork = vectors ? 3 + 5 * order : 1, info = 0;
+  double* work = grow(w.work, lwork);
+  if (static_cast<int>(w.integers.size()) < liwork) w.integers.resize(liwork);
+  lapack().dsyevd(&job, &lower, &order, a, &order, grow(w.values, order), work, &lwork, w.integers.data(), &liwork,
+                  &info);
+  check(info, "dsyevd");
+}
+
+double top(const Buffer& ascending, int64_t order, int64_t rank) {
+  double sum = 0.0;
+  for (int64_t i = std::max<int64_t>(0, order - rank); i < order; ++i) sum += ascending[i];
+  return sum;
+}
+
+void mirror(double* a, int64_t order) {  // fill the upper triangle from the lower one
+  for (int64_t j = 0; j < order; ++j)
+    for (int64_t i = j + 1; i < order; ++i) a[i * order + j] = a[j * order + i];
+}
+
+struct Target {
+  double total, optimum, tolerance;
+  bool met(double error, int64_t order) const {
+    const double rounding = order * std::numeric_limits<double>::epsilon() * total;
+    return error <= (1.0 + tolerance) * optimum + rounding;
+  }
+};
+
+// Top `rank` eigenvectors of the Gram matrix into w.factor (order x rank); returns the squared error.
+double exact(Workspace& w, int64_t order, int64_t rank, double total) {
+  eigen(w.gram.data(), order, true, w);
+  double* factor = grow(w.factor, order * rank);
+  for (int64_t j = 0; j < rank; ++j) {  // eigenvalues ascend
+    const double* vector = w.gram.data() + (order - 1 - j) * order;
+    std::copy(vector, vector + order, factor + j * order);
+  }
+  return std::max(0.0, total - top(w.values, order, rank));
+}
+
+// Randomized subspace iteration into w.factor; false if the certificate was not met.
+bool sketched(Workspace& w, int64_t order, int64_t rank, int64_t width, const Target& target, const RsvdOptions& o,
+              uint64_t slice, double& error, int64_t& iterations) {
+  double* basis = grow(w.basis, order * width);
+  double* image = grow(w.image, order * width);
+  double* small = grow(w.small, width * width);
+  gaussian(o.seed, slice, image, order * width);
+  product('N', 'N', order, width, order, w.gram.data(), order, image, order, basis, order);
+  for (iterations = 1; iterations <= o.max_iterations; ++iterations) {
+    orthonormalise(basis, order, width, w);
+    product('N', 'N', order, width, order, w.gram.data(), order, basis, order, image, order);
+    product('T', 'N', width, width, order, basis, order, image, order, small, width);
+    eigen(small, width, true, w);
+    error = std::max(0.0, target.total - top(w.values, width, rank));
+    if (target.met(error, order)) {
+      double* factor = grow(w.factor, order * rank);
+      product('N', 'N', order, rank, width, basis, order, small + (width - rank) * width, width, factor, order);
+      return true;
+    }
+    std::swap(w.basis, w.image);
+    basis = w.basis.data();
+    image = w.image.data();
+  }
+  return false;
+}
+
+// Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half precision.
+template <typename T>
+void write_factors(const Slice& slice, int64_t rank, Workspace& w, T* left, T* right) {
+  const MatrixBatch& m = *slice.matrix;
+  const bool wide = m.rows <= slice.width;
+  const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
+  const T* base = static_cast<const T*>(m.data) + slice.item * m.rows * m.cols + slice.first;
+  double* dense = grow(w.scratch, m.rows * slice.width);  // row-major rows x width
+  for (int64_t i = 0; i < m.rows; ++i)
+    for (int64_t j = 0; j < slice.width; ++j) dense[i * slice.width + j] = base[i * m.cols + j];
+  // column-major view of dense is W^T (width x rows): projected = W^T U (width x rank) or W V (rows x rank)
+  double* projected = grow(w.image, other * rank);
+  product(wide ? 'N' : 'T', 'N', other, rank, order, dense, slice.width, w.factor.data(), order, projected, other);
+  for (int64_t j = 0; j < rank; ++j) {
+    double norm = 0.0;
+    for (int64_t i = 0; i < other; ++i) norm += projected[j * other + i] * projected[j * other + i];
+    const double scale = norm > 0.0 ? std::pow(norm, 0.25) : 1.0;  // sqrt(s_j)
+    const double* column = w.factor.data() + j * order;
+    for (int64_t i = 0; i < m.rows; ++i)
+      left[i * rank + j] = static_cast<T>(wide ? column[i] * scale : projected[j * other + i] / scale);
+    for (int64_t i = 0; i < slice.width; ++i)
+      right[j * slice.width + i] = static_cast<T>(wide ? projected[j * other + i] / scale : column[i] * scale);
+  }
+}
+
+void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspace& w) {
+  const MatrixBatch& m = p.matrix;
+  const int64_t slice_width = m.cols / p.groups;
+  const Slice slice{&m, index / p.groups, (index % p.groups) * slice_width, slice_width};
+  const int64_t order = slice.order(), width = std::min(order, p.rank + o.oversample);
+  grow(w.gram, order * order);
+  gram(slice, w.gram.data(), w.scratch);
+  double total = 0.0;
+  for (int64_t i = 0; i < order; ++i) total += w.gram[i * order + i];
+  double& error = p.error[index];
+  int64_t& iterations = p.iterations[index];
+  bool done = false;
+  if (width <= o.exact_fraction * order) {
+    mirror(w.gram.data(), order);
+    done = sketched(w, order, p.rank, width, {total, p.optimum[index], o.tolerance}, o, index, error, iterations);
+    if (!done) iterations = EXACT_BY_FALLBACK;
+  } else {
+    iterations = EXACT_BY_CHOICE;
+  }
+  if (!done) error = exact(w, order, p.rank, total);
+  const int64_t left = index * m.rows * p.rank, right = index * p.rank * slice_width;
+  if (m.is_double)
+    write_factors<double>(slice, p.rank, w, static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right);
+  else
+    write_factors<float>(slice, p.rank, w, static_cast<float*>(p.left) + left, static_cast<float*>(p.right) + right);
+}
+
+}  // namespace
+
+void batched_rsvd(const std::vector<RsvdProblem>& problems, const RsvdOptions& options, int threads) {
+  struct Task {
+    int64_t problem, slice;
+    double cost;
+  };
+  std::vector<Task> tasks;
+  for (size_t p = 0; p < problems.size(); ++p) {
+    const MatrixBatch& m = problems[p].matrix;
+    const double order = std::min(m.rows, m.cols / problems[p].groups);
+    const double cost = order * (double(m.rows) * m.cols / problems[p].groups + order * order);
+    for (int64_t s = 0; s < m.batch * problems[p].groups; ++s) tasks.push_back({int64_t(p), s, cost});
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  std::string failure;
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace workspace;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
+      try {
+        factor_slice(problems[tasks[t].problem], tasks[t].slice, options, workspace);
+      } catch (const std::exception& e) {
+#pragma omp critical
+        failure = e.what();
+      }
+    }
+  }
+  if (!failure.empty()) throw std::runtime_error(failure);
+}
+
+}  // namespace alds

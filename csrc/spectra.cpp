@@ -1,0 +1,212 @@
+// Singular values of all channel slices for all group counts, from shared Gram matrices.
+//
+// A slice with rows <= width uses W W^T, and the Gram matrix of a coarse slice is the SUM of those of the finer
+// slices inside it. A slice with rows > width uses W^T W, a DIAGONAL BLOCK of that of the coarser slice around it.
+// So only "root" group counts need a product; every other one is read off a root.
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "core.h"
+
+namespace alds {
+namespace {
+
+constexpr int64_t CHUNK = 1 << 17;  // doubles converted at a time: 1 MiB, stays in L2
+
+template <typename T>
+void convert(const T* source, int64_t rows, int64_t stride, int64_t width, double* target) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) target[i * width + j] = static_cast<double>(source[i * stride + j]);
+}
+
+template <typename T>
+void gram_of(const Slice& slice, double* out, std::vector<double>& scratch) {
+  const MatrixBatch& m = *slice.matrix;
+  const T* base = static_cast<const T*>(m.data) + slice.item * m.rows * m.cols + slice.first;
+  const bool wide = m.rows <= slice.width;
+  const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
+  const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
+  scratch.resize(std::max<size_t>(scratch.size(), order * step));
+  double one = 1.0, beta = 0.0;
+  char lower = 'L', trans = wide ? 'T' : 'N';
+  for (int64_t start = 0; start < other; start += step, beta = 1.0) {
+    int64_t count = std::min(step, other - start);
+    if (wide) convert(base + start, m.rows, m.cols, count, scratch.data());  // row-major rows x count
+    else convert(base + start * m.cols, count, m.cols, slice.width, scratch.data());  // row-major count x width
+    int n = order, k = count, lda = wide ? count : order, ldc = order;
+    lapack().dsyrk(&lower, &trans, &n, &k, &one, scratch.data(), &lda, &beta, out, &ldc);
+  }
+}
+
+struct Root {
+  int64_t groups;
+  bool wide;
+  std::vector<double> grams;  // batch x groups x order x order
+};
+
+struct Layer {
+  const SpectraProblem* problem;
+  std::vector<Root> roots;
+  std::vector<int> root_of;      // index into roots for every entry of problem->groups
+  std::vector<int64_t> offsets;  // of every entry of problem->groups in a row of the output
+  int64_t row_size = 0;
+};
+
+bool is_wide(const MatrixBatch& m, int64_t groups) { return m.rows <= m.cols / groups; }
+
+// Fewest roots: wide group counts are served by a multiple, tall ones by a divisor.
+void choose_roots(Layer& layer) {
+  const auto& groups = layer.problem->groups;
+  const MatrixBatch& m = layer.problem->matrix;
+  std::vector<int64_t> order(groups);
+  std::sort(order.begin(), order.end());
+  auto serves = [&](int64_t root, int64_t k, bool wide) { return wide ? root % k == 0 : k % root == 0; };
+  auto visit = [&](int64_t k) {
+    bool wide = is_wide(m, k);
+    for (const Root& r : layer.roots)
+      if (r.wide == wide && serves(r.groups, k, wide)) return;
+    layer.roots.push_back({k, wide, {}});
+  };
+  for (auto k = order.rbegin(); k != order.rend(); ++k)
+    if (is_wide(m, *k)) visit(*k);
+  for (int64_t k : order)
+    if (!is_wide(m, k)) visit(k);
+  for (int64_t k : groups) {
+    bool wide = is_wide(m, k);
+    auto found = std::find_if(layer.roots.begin(), layer.roots.end(),
+                              [&](const Root& r) { return r.wide == wide && serves(r.groups, k, wide); });
+    layer.root_of.push_back(static_cast<int>(found - layer.roots.begin()));
+    layer.offsets.push_back(layer.row_size);
+    layer.row_size += k * std::min(m.rows, m.cols / k);
+  }
+}
+
+// Gram matrix (lower triangle) of slice `g` of `groups`, read off its root.
+void gather(const Layer& layer, const Root& root, int64_t item, int64_t groups, int64_t g, double* out) {
+  const MatrixBatch& m = layer.problem->matrix;
+  const int64_t order = std::min(m.rows, m.cols / groups);
+  const int64_t root_order = std::min(m.rows, m.cols / root.groups), size = root_order * root_order;
+  const double* base = root.grams.data() + item * root.groups * size;
+  if (root.wide) {
+    const int64_t parts = root.groups / groups;
+    base += g * parts * size;
+    std::copy(base, base + size, out);
+    for (int64_t p = 1; p < parts; ++p)
+      for (int64_t i = 0; i < size; ++i) out[i] += base[p * size + i];
+  } else {
+    const int64_t parts = groups / root.groups;
+    base += (g / parts) * size + (g % parts) * order * (root_order + 1);
+    for (int64_t j = 0; j < order; ++j)
+      std::copy(base + j * root_order + j, base + j * root_order + order, out + j * order + j);
+  }
+}
+
+struct Task {
+  int layer, index;  // index into roots (products) or problem->groups (eigenvalues)
+  int64_t item, slice;
+  double cost;
+};
+
+void largest_first(std::vector<Task>& tasks) {
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+}
+
+template <typename F>
+void run(std::vector<Task>& tasks, int threads, F&& body) {
+  largest_first(tasks);
+  std::string failure;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> matrix, scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
+      try {
+        body(tasks[t], matrix, scratch);
+      } catch (const std::exception& e) {
+#pragma omp critical
+        failure = e.what();
+      }
+    }
+  }
+  if (!failure.empty()) throw std::runtime_error(failure);
+}
+
+void products(std::vector<Layer>& layers, int threads) {
+  std::vector<Task> tasks;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const MatrixBatch& m = layers[l].problem->matrix;
+    for (size_t r = 0; r < layers[l].roots.size(); ++r) {
+      Root& root = layers[l].roots[r];
+      const int64_t width = m.cols / root.groups, order = std::min(m.rows, width);
+      root.grams.resize(m.batch * root.groups * order * order);
+      for (int64_t i = 0; i < m.batch; ++i)
+        for (int64_t g = 0; g < root.groups; ++g)
+          tasks.push_back({int(l), int(r), i, g, double(order) * m.rows * width});
+    }
+  }
+  run(tasks, threads, [&](const Task& t, std::vector<double>&, std::vector<double>& scratch) {
+    const MatrixBatch& m = layers[t.layer].problem->matrix;
+    Root& root = layers[t.layer].roots[t.index];
+    const int64_t width = m.cols / root.groups, order = std::min(m.rows, width);
+    gram({&m, t.item, t.slice * width, width},
+         root.grams.data() + (t.item * root.groups + t.slice) * order * order, scratch);
+  });
+}
+
+void eigenvalues(const std::vector<Layer>& layers, int threads) {
+  std::vector<Task> tasks;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const SpectraProblem& p = *layers[l].problem;
+    for (size_t k = 0; k < p.groups.size(); ++k) {
+      const double order = std::min(p.matrix.rows, p.matrix.cols / p.groups[k]);
+      for (int64_t i = 0; i < p.matrix.batch; ++i)
+        for (int64_t g = 0; g < p.groups[k]; ++g) tasks.push_back({int(l), int(k), i, g, order * order * order});
+    }
+  }
+  run(tasks, threads, [&](const Task& t, std::vector<double>& matrix, std::vector<double>& scratch) {
+    const Layer& layer = layers[t.layer];
+    const SpectraProblem& p = *layer.problem;
+    const int64_t groups = p.groups[t.index], order = std::min(p.matrix.rows, p.matrix.cols / groups);
+    matrix.resize(std::max<size_t>(matrix.size(), order * order));
+    gather(layer, layer.roots[layer.root_of[t.index]], t.item, groups, t.slice, matrix.data());
+    double* out = p.out + t.item * layer.row_size + layer.offsets[t.index] + t.slice * order;
+    singular_values_from_gram(matrix.data(), order, out, scratch);
+  });
+}
+
+}  // namespace
+
+void gram(const Slice& slice, double* out, std::vector<double>& scratch) {
+  if (slice.matrix->is_double) gram_of<double>(slice, out, scratch);
+  else gram_of<float>(slice, out, scratch);
+}
+
+void singular_values_from_gram(double* matrix, int64_t order, double* out, std::vector<double>& scratch) {
+  if (order == 1) {
+    out[0] = std::sqrt(std::max(matrix[0], 0.0));
+    return;
+  }
+  int n = order, lwork = 32 * n, info = 0;
+  scratch.resize(std::max<size_t>(scratch.size(), 2 * n + lwork));
+  double *off_diagonal = scratch.data(), *tau = off_diagonal + n, *work = tau + n;
+  char lower = 'L';
+  lapack().dsytrd(&lower, &n, matrix, &n, out, off_diagonal, tau, work, &lwork, &info);
+  lapack().dsterf(&n, out, off_diagonal, &info);
+  if (info != 0) throw std::runtime_error("dsterf did not converge (" + std::to_string(info) + " off-diagonals left)");
+  std::reverse(out, out + n);
+  for (int64_t i = 0; i < order; ++i) out[i] = std::sqrt(std::max(out[i], 0.0));
+}
+
+void spectra(const std::vector<SpectraProblem>& problems, int threads) {
+  std::vector<Layer> layers(problems.size());
+  for (size_t i = 0; i < problems.size(); ++i) {
+    layers[i].problem = &problems[i];
+    choose_roots(layers[i]);
+  }
+  products(layers, threads);
+  eigenvalues(layers, threads);
+}
+
+}  // namespace alds

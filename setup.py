@@ -1,0 +1,15 @@
+"""Builds the C++ core; everything else is declared in pyproject.toml. No torch is needed to build."""
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+core = Pybind11Extension(
+    "alds_fast._core",
+    ["csrc/bindings.cpp", "csrc/lapack.cpp", "csrc/rsvd.cpp", "csrc/spectra.cpp"],
+    depends=["csrc/core.h"],
+    cxx_std=17,
+    extra_compile_args=["-O3", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+)
+
+setup(ext_modules=[core])
