@@ -1,8 +1,9 @@
 """The exact allocator: one candidate per layer, least error under a budget.
 
-Every layer brings its Pareto front: costs ascending, errors strictly descending, the last point being the dense layer with error 0. For a
-threshold t every layer independently takes its cheapest point with error <= t; the total cost S(t) only falls as t grows, so the least
-largest error is the smallest t among the points' errors with S(t) <= budget. All functions work for any integer cost.
+Every layer brings its Pareto front: costs ascending, errors strictly descending, the last point being the dense layer
+with error 0. For a threshold t every layer independently takes its cheapest point with error <= t; the total cost
+S(t) only falls as t grows, so the least largest error is the smallest t among the points' errors with S(t) <= budget.
+All functions work for any integer cost.
 """
 
 from __future__ import annotations
@@ -110,9 +111,10 @@ def _sweep(layers: Ints, deltas: Ints, left: int, count: int) -> tuple[Ints, int
 def minimax(fronts: Sequence[Front], budget: int) -> Allocation:
     """Least largest error under the budget, exactly, then least second largest, and so on (lexicographic minimax).
 
-    Move i of a layer leaves its point i, so it must be made before the threshold can fall below errors[i]. Going through all layers'
-    moves by descending errors[i] is going down t over the merged breakpoints: the first move that does not fit leaves its layer
-    at the optimal largest error. That layer stays there, and what is left over goes on to the others, worst first.
+    Move i of a layer leaves its point i, so it must be made before the threshold can fall below errors[i]. Going
+    through all layers' moves by descending errors[i] is going down t over the merged breakpoints: the first move that
+    does not fit leaves its layer at the optimal largest error. That layer stays there, and what is left over goes on
+    to the others, worst first.
     """
     check_budget(fronts, budget)
     triggers = np.concatenate([f.errors[:-1] for f in fronts] or [np.empty(0)])
@@ -169,15 +171,17 @@ def _fill(fronts: Sequence[Front], powers: Sequence[Floats], picks: Ints, left: 
 def least_p_norm(fronts: Sequence[Front], budget: int, p: float) -> Allocation:
     """Small sum of errors^p under the budget, with a lower bound: Lagrangian relaxation, then a greedy fill.
 
-    The relaxation of this multiple-choice knapsack is solved by walking the fronts' convex hulls in order of falling error per
-    cost (Sinha and Zoltners, "The multiple-choice knapsack problem", Operations Research 27 (1979)); its value, with the last
-    step taken in part, is the bound.
+    The relaxation of this multiple-choice knapsack is solved by walking the fronts' convex hulls in order of falling
+    error per cost (Sinha and Zoltners, "The multiple-choice knapsack problem", Operations Research 27 (1979)); its
+    value, with the last step taken in part, is the bound.
     """
     check_budget(fronts, budget)
     scale = max((float(f.errors[0]) for f in fronts), default=0.0) or 1.0
     powers = [(f.errors / scale) ** p for f in fronts]
     hulls = [_lower_hull(f.costs.astype(np.float64), y) for f, y in zip(fronts, powers, strict=True)]
-    deltas = np.concatenate([np.diff(f.costs[h]) for f, h in zip(fronts, hulls, strict=True)] or [np.empty(0, dtype=np.int64)])
+    deltas = np.concatenate(
+        [np.diff(f.costs[h]) for f, h in zip(fronts, hulls, strict=True)] or [np.empty(0, dtype=np.int64)]
+    )
     falls = np.concatenate([-np.diff(y[h]) for y, h in zip(powers, hulls, strict=True)] or [np.empty(0)])
     layers = np.repeat(np.arange(len(fronts)), [len(h) - 1 for h in hulls])
     order = np.argsort(-falls / deltas, kind="stable")

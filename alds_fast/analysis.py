@@ -96,8 +96,10 @@ class Analysis:
         Args:
             params: share of the whole model's parameters to keep, in (0, 1]; the least p-norm of errors within it, or
             error: largest relative error allowed, >= 0; the fewest parameters within it. Exactly one of the two.
-            criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference"; see :mod:`alds_fast.bounds`.
-            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error exactly, then the second largest, ...
+            criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference"; see
+                :mod:`alds_fast.bounds`.
+            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error exactly, then the second largest,
+                ...
             method: "alds" (exact) or "alds-heuristic" (the paper's alternating search, for comparison).
             align: ranks are multiples of it.
 
@@ -191,9 +193,13 @@ def _check_options(params: object, error: object, p: object, method: object, ali
         given = "none" if params is None else "both"
         raise BudgetError(f"give exactly one budget, params= or error=, got {given}; for example params=0.5 keeps half")
     if params is not None and not (_is_number(params) and 0 < params <= 1):  # type: ignore[operator]
-        raise BudgetError(f"params={params!r} is outside (0, 1]: it is the share of parameters kept, for example params=0.5")
+        raise BudgetError(
+            f"params={params!r} is outside (0, 1]: it is the share of parameters kept, for example params=0.5"
+        )
     if error is not None and not (_is_number(error) and 0 <= error < math.inf):  # type: ignore[operator]
-        raise BudgetError(f"error={error!r} is outside [0, inf): it is the largest relative error allowed, for example error=0.3")
+        raise BudgetError(
+            f"error={error!r} is outside [0, inf): it is the largest relative error allowed, for example error=0.3"
+        )
     if not _is_number(p) or not p >= 1:  # type: ignore[operator]
         raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
     if method not in METHODS:
@@ -217,7 +223,8 @@ def analyze(
     """Spectra of every layer under every fold and number of channel slices; the model is not changed.
 
     Args:
-        model: any ``nn.Module``; its Linear and Conv1d/2d/3d layers are analysed, on CPU or CUDA, in any floating type.
+        model: any ``nn.Module``; its Linear and Conv1d/2d/3d layers are analysed, on CPU or CUDA, in any floating
+            type.
         schemes: the folds to try, see :mod:`alds_fast.folding`.
         groups: numbers of channel slices to try: "divisors" for all divisors of a layer's channels, or a sequence.
         include, exclude: shell-style patterns of layer names, one or several.
@@ -258,14 +265,16 @@ def _without_groups(layer: Layer, groups: Groups) -> Layer:
     """The layer, left out if none of the groups divides its channels."""
     if layer.reason is not None or layer.shape is None or candidate_groups(layer.shape.slice_channels, groups):
         return layer
-    return Layer(**{**vars(layer), "reason": f"none of groups={groups} divides its {layer.shape.slice_channels} channels"})
+    return Layer(
+        **{**vars(layer), "reason": f"none of groups={groups} divides its {layer.shape.slice_channels} channels"}
+    )
 
 
 def compress(model: nn.Module, *, params: float | None = None, error: float | None = None, **options: Any) -> nn.Module:
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
-    ``options`` are those of :func:`analyze` (schemes, groups, include, exclude) and of :meth:`Analysis.plan` (criterion, p,
-    method, align). Raises what these raise, and ArgumentError for an unknown option.
+    ``options`` are those of :func:`analyze` (schemes, groups, include, exclude) and of :meth:`Analysis.plan`
+    (criterion, p, method, align). Raises what these raise, and ArgumentError for an unknown option.
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
@@ -274,7 +283,9 @@ def compress(model: nn.Module, *, params: float | None = None, error: float | No
     known = {"schemes", "groups", "include", "exclude"}, {"criterion", "p", "method", "align"}
     unknown = set(options) - known[0] - known[1]
     if unknown:
-        raise ArgumentError(f"unknown option {sorted(unknown)[0]!r}; options are {', '.join(sorted(known[0] | known[1]))}")
+        raise ArgumentError(
+            f"unknown option {sorted(unknown)[0]!r}; options are {', '.join(sorted(known[0] | known[1]))}"
+        )
     planning = {k: v for k, v in options.items() if k in known[1]}
     _check_options(params, error, planning.get("p", math.inf), planning.get("method", "alds"), planning.get("align", 1))
     analysis = analyze(model, **{k: v for k, v in options.items() if k in known[0]})

@@ -78,10 +78,10 @@ def _best_curve(layer: Candidates, cost: int, current: int) -> int:
 def alds_heuristic(layers: Sequence[Candidates], budget: int) -> list[int]:
     """The paper's alternating search: candidate index per layer, the best of 15 random starts.
 
-    From random (scheme, groups) for every layer: give all layers the least common error that meets the budget; then, at the cost each
-    layer got, pick the (scheme, groups) with the least error; again until nothing changes. Algorithm 1 of Liebenwein, Maalouf,
-    Feldman, Rus, NeurIPS 2021, with the schemes as part of the search and the dense layer allowed. Raises BudgetError if no
-    start meets the budget.
+    From random (scheme, groups) for every layer: give all layers the least common error that meets the budget; then,
+    at the cost each layer got, pick the (scheme, groups) with the least error; again until nothing changes. Algorithm
+    1 of Liebenwein, Maalouf, Feldman, Rus, NeurIPS 2021, with the schemes as part of the search and the dense layer
+    allowed. Raises BudgetError if no start meets the budget.
     """
     best: list[int] | None = None
     best_error = np.inf
@@ -90,7 +90,9 @@ def alds_heuristic(layers: Sequence[Candidates], budget: int) -> list[int]:
         if found is not None and (best is None or found[1] < best_error):
             best, best_error = found
     if best is None:
-        raise BudgetError(f"alds-heuristic found no allocation with a cost of at most {budget} in {SEEDS} starts; use method='alds'")
+        raise BudgetError(
+            f"alds-heuristic found no allocation with a cost of at most {budget} in {SEEDS} starts; use method='alds'"
+        )
     return best
 
 

@@ -1,10 +1,11 @@
 """Relative errors of a sliced truncation, one function per criterion.
 
-W = [W_1 ... W_k] by channel slices, E = W - W_hat after every slice is cut to rank j, s_{g,l} the l-th singular value of slice g.
-Every function takes ``values`` (conv_groups, groups, r) float64, descending, as :func:`alds_fast.linalg.spectra`
-gives them, and ``top``, the largest singular value of the folded weight; it returns the errors for j = 0..r, (r + 1,) float64,
-non-increasing in j and 0 at j = r. A layer with conv_groups > 1 is a block-diagonal W: Frobenius norms add up in squares, operator norms
-are the largest over its blocks. For W = 0 every error is 0.
+W = [W_1 ... W_k] by channel slices, E = W - W_hat after every slice is cut to rank j, s_{g,l} the l-th singular value
+of slice g. Every function takes ``values`` (conv_groups, groups, r) float64, descending, as
+:func:`alds_fast.linalg.spectra` gives them, and ``top``, the largest singular value of the folded weight; it returns
+the errors for j = 0..r, (r + 1,) float64, non-increasing in j and 0 at j = r. A layer with conv_groups > 1 is a
+block-diagonal W: Frobenius norms add up in squares, operator norms are the largest over its blocks. For W = 0 every
+error is 0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _relative(absolute: Tensor, norm: float | Tensor) -> Tensor:
 def frobenius(values: Tensor, top: float) -> Tensor:
     """EXACT: ||E||_F / ||W||_F = sqrt(sum_g sum_{l>j} s_{g,l}^2) / ||W||_F.
 
-    Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936), slice by slice.
+    Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936), slice by
+    slice.
 
     >>> frobenius(torch.tensor([[[4.0, 3.0]]], dtype=torch.float64), 4.0)
     tensor([1.0000, 0.6000, 0.0000], dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,8 +22,8 @@ from .layers import LOW_RANK, weight_shape
 class Layer:
     """A module with a weight of two or more dimensions, under its first name in the model.
 
-    ``shape`` is None unless it is a Linear or Conv1d/2d/3d; ``reason`` says in words why it is left out, None if it is not;
-    ``params`` counts its own parameters (weight and bias).
+    ``shape`` is None unless it is a Linear or Conv1d/2d/3d; ``reason`` says in words why it is left out, None if it
+    is not; ``params`` counts its own parameters (weight and bias).
     """
 
     name: str
@@ -121,14 +122,16 @@ def find_layers(
 ) -> list[Layer]:
     """Every module with a weight of two or more dimensions, in the model's order, with the reason if it is left out.
 
-    ``include`` and ``exclude`` are shell-style name patterns (``"encoder.*"``). Raises ModelError if ``model`` is not an
-    ``nn.Module`` and LayerNotFoundError for a pattern that matches nothing.
+    ``include`` and ``exclude`` are shell-style name patterns (``"encoder.*"``). Raises ModelError if ``model`` is not
+    an ``nn.Module`` and LayerNotFoundError for a pattern that matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
     wanted, unwanted = _patterns(include), _patterns(exclude)
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    found = [(n, m, w) for n, m in model.named_modules() if (w := _weight_of(m)) is not None and "parametrizations" not in n]
+    found = [
+        (n, m, w) for n, m in model.named_modules() if (w := _weight_of(m)) is not None and "parametrizations" not in n
+    ]
     names = [n for n, _, _ in found]
     _check_patterns(wanted, names, "include")
     _check_patterns(unwanted, names, "exclude")
@@ -163,9 +166,13 @@ def check_weight(layer: Layer) -> None:
             f"layer {label(layer.name)}: its weight is on the meta device and has no values; load the weights first "
             f"(for example with load_state_dict(..., assign=True))"
         )
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if bad:
+    weight = weight.detach()
+    largest = math.inf if weight.dtype != torch.float64 else 1e150  # squares of larger values would overflow
+    if not math.isfinite(float(weight.sum(dtype=torch.float64))) or (
+        largest < math.inf and weight.abs().max() > largest
+    ):
+        bad = weight.numel() - int((torch.isfinite(weight) & (weight.abs() <= largest)).sum())
         raise WeightError(
-            f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN or infinite; mend them, or leave the "
-            f"layer out with exclude={[layer.name]!r}"
+            f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend them, or "
+            f"leave the layer out with exclude={[layer.name]!r}"
         )

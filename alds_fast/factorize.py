@@ -32,9 +32,9 @@ class Choice(NamedTuple):
 class FactorReport:
     """How one layer's factors were computed.
 
-    ``method``: "randomized" (certificate met), "exact" (chosen, a sketch would cost more) or "exact-fallback" (some slice's sketch did
-    not meet its certificate); ``iterations``: most power iterations over the slices; ``error``: ||W - W_hat||_F / ||W||_F
-    before rounding to the weight's type.
+    ``method``: "randomized" (certificate met), "exact" (chosen, a sketch would cost more) or "exact-fallback" (some
+    slice's sketch did not meet its certificate); ``iterations``: most power iterations over the slices; ``error``:
+    ||W - W_hat||_F / ||W||_F before rounding to the weight's type.
     """
 
     method: str
@@ -61,26 +61,28 @@ def _resolve(model: nn.Module, choices: Sequence[Choice]) -> list[Layer]:
     return found
 
 
-def _is_spectrum_of(values: Tensor, matrix: Tensor, groups: int) -> bool:
-    """Whether the slices' squared norms are those of the singular values: the weight is still the analysed one."""
-    expected = values.square().sum(-1).flatten()
-    norms = matrix.double().unflatten(2, (groups, -1)).square().sum((1, 3)).flatten().cpu()
-    return torch.allclose(norms, expected, rtol=1e-10, atol=0.0)
+def _factors(
+    batch: Sequence[tuple[Choice, Layer]], matrices: Sequence[Tensor], spectra: Mapping[str, Tensor]
+) -> list[linalg.Factors]:
+    """Factors of a batch; the given spectra serve where their norms are those of the weights, else they are computed anew."""
+    known = [spectra.get(choice.name) for choice, _ in batch]
+    values = [v if v is not None else linalg.spectra([m], [[c.groups]])[0][0]
+              for v, m, (c, _) in zip(known, matrices, batch, strict=True)]  # fmt: skip
+    optima = [linalg.optimal_errors(v, c.rank).flatten().to(m.device)
+              for v, m, (c, _) in zip(values, matrices, batch, strict=True)]  # fmt: skip
+    found = linalg.batched_rsvd(matrices, [c.groups for c, _ in batch], [c.rank for c, _ in batch], optima)
+    for i, (factors, v) in enumerate(zip(found, values, strict=True)):
+        if not torch.allclose(factors.norm.cpu(), linalg.optimal_errors(v, 0).flatten(), rtol=1e-10, atol=0.0):
+            found[i] = linalg.batched_rsvd([matrices[i]], [batch[i][0].groups], [batch[i][0].rank])[0]
+    return found
 
 
-def _optima(matrix: Tensor, choice: Choice, values: Tensor | None) -> Tensor:
-    """Least possible squared errors of the slices, from the analysis if it is of this very weight, else computed."""
-    if values is None or not _is_spectrum_of(values, matrix, choice.groups):
-        values = linalg.spectra([matrix], [[choice.groups]])[0][0]
-    return linalg.optimal_errors(values, choice.rank).flatten().to(matrix.device)
-
-
-def _report(factors: linalg.Factors, matrix: Tensor) -> FactorReport:
+def _report(factors: linalg.Factors) -> FactorReport:
     if bool((factors.iterations == linalg.EXACT_BY_FALLBACK).any()):
         method = "exact-fallback"
     else:
         method = "randomized" if bool((factors.iterations > 0).any()) else "exact"
-    norm = float(matrix.double().square().sum())
+    norm = float(factors.norm.sum())
     error = (float(factors.error.sum()) / norm) ** 0.5 if norm > 0 else 0.0
     return FactorReport(method, max(0, int(factors.iterations.max())), error)
 
@@ -105,9 +107,9 @@ def factorize(
 ) -> tuple[nn.Module, dict[str, FactorReport]]:
     """A new model with the chosen layers replaced by low-rank ones, and how their factors were computed.
 
-    ``spectra[name]``, if given, holds the singular values (conv_groups, groups, r) of the layer's chosen slices; they serve as the
-    certificate's optimum where they are of this weight, and are computed otherwise. ``model`` is not changed. Raises
-    LayerNotFoundError, PlanError or WeightError where a choice does not fit the model.
+    ``spectra[name]``, if given, holds the singular values (conv_groups, groups, r) of the layer's chosen slices; they
+    serve as the certificate's optimum where they are of this weight, and are computed otherwise. ``model`` is not
+    changed. Raises LayerNotFoundError, PlanError or WeightError where a choice does not fit the model.
     """
     work = list(zip(choices, _resolve(model, choices), strict=True))
     for _, layer in work:
@@ -116,19 +118,16 @@ def factorize(
     reports = {}
     for batch in batches(work, lambda w: w[0].shape.numel, lambda w: w[1].module.weight.device):
         matrices = [weight_matrix(layer, choice.scheme) for choice, layer in batch]
-        optima = [_optima(m, c, (spectra or {}).get(c.name)) for m, (c, _) in zip(matrices, batch, strict=True)]
-        groups, ranks = [c.groups for c, _ in batch], [c.rank for c, _ in batch]
-        for matrix, (choice, layer), factors in zip(
-            matrices, batch, linalg.batched_rsvd(matrices, groups, ranks, optima), strict=True
-        ):
+        for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra or {}), strict=True):
             new[choice.name] = _low_rank_layer(layer, choice, factors)
-            reports[choice.name] = _report(factors, matrix)
+            reports[choice.name] = _report(factors)
         done(sum(c.shape.numel for c, _ in batch))
     return replace_layers(model, new), reports
 
 
 def replace_layers(model: nn.Module, new: Mapping[str, LowRankLayer]) -> nn.Module:
-    """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied along.
+    """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied
+    along.
 
     The dense weights are not copied on the way. Raises ModelError if the model cannot be deep-copied.
     """
@@ -149,7 +148,9 @@ def replace_layers(model: nn.Module, new: Mapping[str, LowRankLayer]) -> nn.Modu
 def _leave_fast_path(model: nn.Module) -> None:
     """Keep torch's transformer layers off their fused inference path, which reads the dense weights by name."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LowRankLayer) for m in module.children()):
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(m, LowRankLayer) for m in module.children()
+        ):
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LowRankLayer) for m in module.modules()):
             module.use_nested_tensor = False

@@ -13,8 +13,8 @@ scheme  decoder takes               encoder takes
 3       all kernel axes             none             ("decode")
 ======  ==========================  ==========================================
 
-A layer that is grouped already (``conv_groups`` = g0 > 1, depthwise included) is g0 independent layers of one shape; they
-form the leading batch dimension of the folded matrix and share one (scheme, groups, rank).
+A layer that is grouped already (``conv_groups`` = g0 > 1, depthwise included) is g0 independent layers of one shape;
+they form the leading batch dimension of the folded matrix and share one (scheme, groups, rank).
 
 Source: Liebenwein, Maalouf, Feldman, Rus, "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
 Decomposition", NeurIPS 2021, section 2.

@@ -241,10 +241,10 @@ class LowRankConv1d(LowRankConv):
 class LowRankConv2d(LowRankConv):
     """Convolution whose channel slices have rank ``rank``: a grouped encoder, then a decoder.
 
-    Takes the arguments of ``nn.Conv2d`` with ``groups`` called ``conv_groups``, and scheme, groups (channel slices), rank. x is
-    (N, C, H, W) or (C, H, W). Stride, padding and dilation of an axis go to whichever half has that axis of the
-    kernel, so the result equals the dense layer's for the recomposed weight (:meth:`to_dense`). Raises ArgumentError for groups that
-    do not divide in_channels / conv_groups or a rank outside 1..full.
+    Takes the arguments of ``nn.Conv2d`` with ``groups`` called ``conv_groups``, and scheme, groups (channel slices),
+    rank. x is (N, C, H, W) or (C, H, W). Stride, padding and dilation of an axis go to whichever half has that axis
+    of the kernel, so the result equals the dense layer's for the recomposed weight (:meth:`to_dense`). Raises
+    ArgumentError for groups that do not divide in_channels / conv_groups or a rank outside 1..full.
 
     >>> LowRankConv2d(64, 128, 3, rank=8, groups=4, padding=1)
     LowRankConv2d(64, 128, kernel_size=(3, 3), padding=(1, 1), scheme=0, groups=4, rank=8)

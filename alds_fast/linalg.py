@@ -1,9 +1,9 @@
 """Batched spectra and randomized SVD of channel slices, as ``torch.library`` operators.
 
-On CPU both run in the C++ core (``alds_fast._core``), one LAPACK call per thread and ``torch.get_num_threads()`` threads;
-on CUDA they run torch's batched routines. Both work on Gram matrices in float64, so singular values are
-resolved down to about 1e-8 of the largest one, whatever the weight's type. Beside each operator stands its float64
-reference in plain torch.
+On CPU both run in the C++ core (``alds_fast._core``), one LAPACK call per thread and ``torch.get_num_threads()``
+threads; on CUDA they run torch's batched routines (:mod:`alds_fast.linalg_torch`, which also holds the float64
+references). Both work on Gram matrices in float64, so singular values are resolved down to about 1e-8 of the largest
+one, whatever the weight's type.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import scipy.linalg.cython_blas
 import scipy.linalg.cython_lapack  # noqa: F401  (loads the BLAS that the core calls)
@@ -21,27 +20,18 @@ from torch import Tensor
 
 from . import _core
 from .errors import ArgumentError
+from .linalg_torch import (
+    EXACT_FRACTION,
+    MAX_ITERATIONS,
+    OVERSAMPLE,
+    TOLERANCE,
+    Factors,
+    optimal_errors,
+    rsvd_torch,
+    spectra_torch,
+)
 
-OVERSAMPLE = 8
-MAX_ITERATIONS = 24
-TOLERANCE = 1e-3  # squared error reached <= (1 + TOLERANCE) * optimum
-EXACT_FRACTION = 0.15  # a sketch wider than this share of the order is slower than the exact decomposition (measured)
-EXACT_BY_CHOICE: int = _core.EXACT_BY_CHOICE
-EXACT_BY_FALLBACK: int = _core.EXACT_BY_FALLBACK
-
-
-class Factors(NamedTuple):
-    """Rank-``rank`` factors of the slices of a folded weight, S = batch * groups slices.
-
-    ``left`` (S, rows, rank) and ``right`` (S, rank, cols / groups) in the matrix's dtype, both carrying the square root of the
-    singular values; ``error`` (S,) float64, the exact squared Frobenius error ||W_g - left @ right||^2 before rounding
-    to that dtype; ``iterations`` (S,) int64, power iterations used, or EXACT_BY_CHOICE / EXACT_BY_FALLBACK.
-    """
-
-    left: Tensor
-    right: Tensor
-    error: Tensor
-    iterations: Tensor
+EXACT_BY_CHOICE, EXACT_BY_FALLBACK = _core.EXACT_BY_CHOICE, _core.EXACT_BY_FALLBACK
 
 
 @functools.cache
@@ -106,25 +96,11 @@ def _spectra_fake(matrices: Sequence[Tensor], groups: Sequence[int], counts: Seq
     ]
 
 
-def _slices(matrix: Tensor, groups: int) -> Tensor:
-    """(batch, groups, rows, cols / groups) view in float64."""
-    return matrix.double().unflatten(2, (groups, -1)).transpose(1, 2)
-
-
-def _gram(slices: Tensor) -> Tensor:
-    return slices @ slices.mT if slices.shape[-2] <= slices.shape[-1] else slices.mT @ slices
-
-
 @_spectra_op.register_kernel("cuda")
-def _spectra_torch(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
-    """Batched eigenvalues of the Gram matrices with torch's own routines (any device)."""
+def _spectra_cuda(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     _check(matrices, per_matrix)
-    rows = []
-    for m, ks in zip(matrices, per_matrix, strict=True):
-        values = [torch.linalg.eigvalsh(_gram(_slices(m, k))).clamp_min(0).sqrt().flip(-1).flatten(1) for k in ks]
-        rows.append(torch.cat(values, 1) if values else m.new_empty((m.shape[0], 0), dtype=torch.float64))
-    return rows
+    return [spectra_torch(m, ks) for m, ks in zip(matrices, per_matrix, strict=True)]
 
 
 def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list[list[Tensor]]:
@@ -140,8 +116,9 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list
     Raises:
         ArgumentError: an argument has the wrong shape, dtype or length, or k does not divide cols.
 
-    The smaller Gram matrix of each slice is used: W W^T (those of finer slices add up to the coarser one's) or W^T W (those of finer
-    slices are its diagonal blocks), so a few products serve every k. Values are resolved to 1e-8 of the largest.
+    The smaller Gram matrix of each slice is used: W W^T (those of finer slices add up to the coarser one's) or W^T W
+    (those of finer slices are its diagonal blocks), so a few products serve every k. Values are resolved to 1e-8 of
+    the largest.
 
     >>> w = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
     >>> spectra([w], [[1, 2]])[0]
@@ -157,15 +134,12 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list
     return results
 
 
-def spectra_ref(matrix: Tensor, groups: Sequence[int]) -> list[Tensor]:
-    """Float64 reference of :func:`spectra` for one matrix: a full SVD of every slice."""
-    return [torch.linalg.svdvals(_slices(matrix, k)) for k in groups]
-
-
 # ---------------------------------------------------------------------------------------------- batched_rsvd
 
 
-def _check_rsvd(matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor]) -> None:
+def _check_rsvd(
+    matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor]
+) -> None:
     _check(matrices, [[k] for k in groups])
     for name, values in (("ranks", ranks), ("optima", optima)):
         if len(values) != len(matrices):
@@ -200,77 +174,18 @@ def _rsvd_fake(
     for m, k, rank in zip(matrices, groups, ranks, strict=True):
         s = m.shape[0] * k
         out += [m.new_empty((s, m.shape[1], rank)), m.new_empty((s, rank, m.shape[2] // k))]
-        out += [m.new_empty(s, dtype=torch.float64), m.new_empty(s, dtype=torch.int64)]
+        out += [m.new_empty(s, dtype=torch.float64), m.new_empty(s, dtype=torch.float64)]
+        out += [m.new_empty(s, dtype=torch.int64)]
     return out
 
 
-def _top_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Top eigenvectors (S, order, rank), descending, and the energy they capture (S,)."""
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors[..., -rank:].flip(-1), values[..., -rank:].sum(-1)
-
-
-def _sketched(gram: Tensor, rank: int, bound: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomized subspace iteration on a batch of Gram matrices until trace - captured <= bound, slice by slice."""
-    order = gram.shape[-1]
-    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    generator = torch.Generator(gram.device).manual_seed(seed)
-    sketch = torch.randn(
-        len(gram), order, rank + OVERSAMPLE, dtype=gram.dtype, device=gram.device, generator=generator
-    )
-    image = gram @ sketch
-    basis = gram.new_zeros(len(gram), order, rank)
-    error = torch.full_like(total, torch.inf)
-    iterations = torch.full_like(total, EXACT_BY_FALLBACK, dtype=torch.int64)
-    for step in range(1, MAX_ITERATIONS + 1):
-        q = torch.linalg.qr(image)[0]
-        image = gram @ q
-        rotation, captured = _top_eigenvectors(q.mT @ image, rank)
-        left = (total - captured).clamp_min(0)
-        fresh = (left <= bound) & (iterations == EXACT_BY_FALLBACK)
-        basis = torch.where(fresh[:, None, None], q @ rotation, basis)
-        error, iterations = torch.where(fresh, left, error), torch.where(fresh, step, iterations)
-        if bool((iterations > 0).all()):
-            break
-    return basis, error, iterations
-
-
-def _rsvd_one(matrix: Tensor, groups: int, rank: int, optimum: Tensor, seed: int) -> list[Tensor]:
-    slices = _slices(matrix, groups).flatten(0, 1)
-    gram = _gram(slices)
-    order = gram.shape[-1]
-    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    bound = (1 + TOLERANCE) * optimum.flatten() + order * torch.finfo(torch.float64).eps * total
-    if rank + OVERSAMPLE <= EXACT_FRACTION * order:
-        basis, error, iterations = _sketched(gram, rank, bound, seed)
-    else:
-        basis, error = gram.new_zeros(len(gram), order, rank), torch.zeros_like(total)
-        iterations = torch.full_like(total, EXACT_BY_CHOICE, dtype=torch.int64)
-    todo = iterations < 0
-    if bool(todo.any()):
-        vectors, captured = _top_eigenvectors(gram[todo], rank)
-        basis[todo], error[todo] = vectors, (total[todo] - captured).clamp_min(0)
-    wide = slices.shape[1] <= slices.shape[2]
-    left, right = (basis, basis.mT @ slices) if wide else (slices @ basis, basis.mT)
-    norms = right.norm(dim=-1) if wide else left.norm(dim=-2)
-    scale = torch.where(norms > 0, norms, 1).sqrt()
-    up, down = (scale, 1 / scale) if wide else (1 / scale, scale)
-    return [(left * up[:, None]).to(matrix.dtype), (right * down[..., None]).to(matrix.dtype), error, iterations]
-
-
 @_rsvd_op.register_kernel("cuda")
-def _rsvd_torch(
+def _rsvd_cuda(
     matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor], seed: int
 ) -> list[Tensor]:
-    """Batched randomized SVD with torch's own routines (any device)."""
     _check_rsvd(matrices, groups, ranks, optima)
     rows = zip(matrices, groups, ranks, optima, strict=True)
-    return [t for m, k, rank, optimum in rows for t in _rsvd_one(m, k, rank, optimum, seed)]
-
-
-def optimal_errors(values: Tensor, rank: int) -> Tensor:
-    """Least possible squared Frobenius error of rank ``rank``: sum of s_l^2 over l > rank (Eckart-Young-Mirsky)."""
-    return values[..., rank:].square().sum(-1)
+    return [t for m, k, rank, optimum in rows for t in rsvd_torch(m, k, rank, optimum, seed)]
 
 
 def batched_rsvd(
@@ -297,10 +212,10 @@ def batched_rsvd(
     Raises:
         ArgumentError: an argument has the wrong shape, dtype, length or range.
 
-    A sketch of ``rank + 8`` columns is refined by power iterations on the Gram matrix until ||W||^2 - ||Q^T W||^2, the exact
-    squared error, is within ``1 + 1e-3`` of the optimum; where that is not met in 24 iterations, or the sketch would be so wide
-    that it costs more, the exact eigendecomposition runs and ``iterations`` says so. Source: Halko, Martinsson,
-    Tropp, "Finding structure with randomness", SIAM Review 53 (2011).
+    A sketch of ``rank + 8`` columns is refined by power iterations on the Gram matrix until ||W||^2 - ||Q^T W||^2,
+    the exact squared error, is within ``1 + 1e-3`` of the optimum; where that is not met in 24 iterations, or the
+    sketch would be so wide that it costs more, the exact eigendecomposition runs and ``iterations`` says so. Source:
+    Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011).
     """
     if seed < 0:
         raise ArgumentError(f"seed: {seed} is negative")
@@ -310,13 +225,5 @@ def batched_rsvd(
     if not len(matrices):
         return []
     flat = torch.ops.alds_fast.batched_rsvd(list(matrices), list(groups), list(ranks), list(optima), seed)
-    return [Factors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-
-
-def batched_rsvd_ref(matrix: Tensor, groups: int, rank: int) -> Factors:
-    """Float64 reference of :func:`batched_rsvd` for one matrix: a full SVD of every slice."""
-    slices = _slices(matrix, groups).flatten(0, 1)
-    u, s, vh = torch.linalg.svd(slices, full_matrices=False)
-    root = s[:, :rank].sqrt()
-    exact = torch.full((len(slices),), EXACT_BY_CHOICE)
-    return Factors(u[..., :rank] * root[:, None], vh[:, :rank] * root[..., None], optimal_errors(s, rank), exact)
+    width = len(Factors._fields)
+    return [Factors(*flat[i : i + width]) for i in range(0, len(flat), width)]

@@ -23,8 +23,9 @@ VERSION = 1
 class LayerPlan:
     """One row of a plan.
 
-    ``scheme``, ``groups`` and ``rank`` are None for a layer that stays dense, and ``reason`` then says why. ``error`` is the relative
-    error of the plan's criterion (0 for a dense layer, NaN for a row edited by hand). Parameters are the layer's own, bias included.
+    ``scheme``, ``groups`` and ``rank`` are None for a layer that stays dense, and ``reason`` then says why. ``error``
+    is the relative error of the plan's criterion (0 for a dense layer, NaN for a row edited by hand). Parameters are
+    the layer's own, bias included.
     """
 
     name: str
@@ -61,7 +62,8 @@ class Plan:
         layers: one :class:`LayerPlan` per layer, those left out included.
         params_before: parameters of the dense model, shared ones once.
         criterion, method, p, align: how it was made.
-        gap: certified relative distance of the p-norm of the errors from its optimum; 0 for the exact p = inf, NaN for a plan
+        gap: certified relative distance of the p-norm of the errors from its optimum; 0 for the exact p = inf, NaN
+            for a plan
             edited by hand.
     """
 
@@ -93,9 +95,9 @@ class Plan:
     def apply(self, model: nn.Module) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
 
-        The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as ``alds_factors``
-        (name to :class:`alds_fast.factorize.FactorReport`). Raises LayerNotFoundError, PlanError or WeightError where the plan does
-        not fit the model, ModelError if the model cannot be copied.
+        The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as
+        ``alds_factors`` (name to :class:`alds_fast.factorize.FactorReport`). Raises LayerNotFoundError, PlanError or
+        WeightError where the plan does not fit the model, ModelError if the model cannot be copied.
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
@@ -130,8 +132,8 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan, checking every row; raises PlanError that names the row and the field.
 
-        The scheme, groups and rank of a row may have been edited: its params_after is computed anew and its error, no longer known,
-        becomes NaN, as does the plan's gap. Set scheme, groups and rank to null to keep a layer dense.
+        The scheme, groups and rank of a row may have been edited: its params_after is computed anew and its error, no
+        longer known, becomes NaN, as does the plan's gap. Set scheme, groups and rank to null to keep a layer dense.
         """
         try:
             data = json.loads(text)
@@ -164,7 +166,9 @@ def _row(fields: dict[str, Any]) -> LayerPlan:
     stored = LayerPlan(**{**fields, "shape": tuple(fields["shape"]), "error": _unnumber(fields["error"])})
     triple = (stored.scheme, stored.groups, stored.rank)
     if any(v is None for v in triple) != all(v is None for v in triple):
-        raise PlanError(f"layer {stored.name!r}: scheme, groups and rank must be all null or all integers, got {triple}")
+        raise PlanError(
+            f"layer {stored.name!r}: scheme, groups and rank must be all null or all integers, got {triple}"
+        )
     choice = stored.choice
     after = stored.params_before
     if choice is not None:

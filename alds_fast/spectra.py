@@ -21,8 +21,8 @@ Groups = str | Sequence[int]
 class LayerSpectra:
     """Singular values of one layer.
 
-    ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the largest singular
-    value of the whole folded weight.
+    ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the
+    largest singular value of the whole folded weight.
     """
 
     layer: Layer
@@ -112,9 +112,9 @@ def layer_spectra(
 ) -> list[LayerSpectra]:
     """Spectra of the layers, in their order, each with a shape and a finite weight.
 
-    Small layers are computed together, as many as have no more weights than the largest layer, so the extra memory is that of the
-    largest layer: its fold, its Gram matrices (about as many float64 as it has weights) and one eigenproblem a thread.
-    ``done`` is told the number of weights finished after each batch.
+    Small layers are computed together, as many as have no more weights than the largest layer, so the extra memory is
+    that of the largest layer: its fold, its Gram matrices (about as many float64 as it has weights) and one
+    eigenproblem a thread. ``done`` is told the number of weights finished after each batch.
     """
     results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
     work = _problems(layers, schemes, groups)
@@ -132,4 +132,6 @@ def layer_spectra(
 
 def total_work(layers: Sequence[Layer], schemes: Sequence[int]) -> int:
     """The number that the ``done`` reports of :func:`layer_spectra` add up to."""
-    return sum(layer.shape.numel * len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers if layer.shape)
+    return sum(
+        layer.shape.numel * len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers if layer.shape
+    )

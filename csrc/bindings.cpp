@@ -70,7 +70,7 @@ py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector
   check_lengths(optima.size(), matrices.size(), "optima");
   if (oversample < 0) reject("oversample", "expected at least 0");
   std::vector<py::array> lefts, rights;
-  std::vector<py::array_t<double>> errors;
+  std::vector<py::array_t<double>> norms, errors;
   std::vector<py::array_t<int64_t>> iterations;
   std::vector<alds::RsvdProblem> problems;
   for (size_t i = 0; i < matrices.size(); ++i) {
@@ -84,17 +84,18 @@ py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector
     const py::dtype type = m.is_double ? py::dtype::of<double>() : py::dtype::of<float>();
     lefts.emplace_back(type, std::vector<int64_t>{slices, m.rows, rank});
     rights.emplace_back(type, std::vector<int64_t>{slices, rank, width});
+    norms.emplace_back(slices);
     errors.emplace_back(slices);
     iterations.emplace_back(slices);
     problems.push_back({m, groups[i], rank, optima[i].data(), lefts.back().mutable_data(), rights.back().mutable_data(),
-                        errors.back().mutable_data(), iterations.back().mutable_data()});
+                        norms.back().mutable_data(), errors.back().mutable_data(), iterations.back().mutable_data()});
   }
   alds::lapack();
   {
     py::gil_scoped_release release;
     alds::batched_rsvd(problems, {seed, oversample, max_iterations, tolerance, exact_fraction}, threads);
   }
-  return py::make_tuple(lefts, rights, errors, iterations);
+  return py::make_tuple(lefts, rights, norms, errors, iterations);
 }
 
 }  // namespace

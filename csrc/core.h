@@ -58,6 +58,7 @@ struct RsvdProblem {
   const double* optimum;  // batch*groups: least possible squared error of each slice
   void* left;             // batch*groups x rows x rank, in the matrix's type
   void* right;            // batch*groups x rank x width
+  double* norm;           // batch*groups: squared Frobenius norm of each slice
   double* error;          // batch*groups: squared error reached
   int64_t* iterations;    // batch*groups: power iterations, EXACT_* where the exact decomposition ran
 };

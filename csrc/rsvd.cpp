@@ -165,7 +165,8 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
   const int64_t order = slice.order(), width = std::min(order, p.rank + o.oversample);
   grow(w.gram, order * order);
   gram(slice, w.gram.data(), w.scratch);
-  double total = 0.0;
+  double& total = p.norm[index];
+  total = 0.0;
   for (int64_t i = 0; i < order; ++i) total += w.gram[i * order + i];
   double& error = p.error[index];
   int64_t& iterations = p.iterations[index];
