@@ -16,8 +16,23 @@ except ImportError as e:
     ) from e
 
 from .analysis import Analysis, analyze, compress
+from .checkpoint import load, save
 from .errors import AldsError
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .plan import LayerPlan, Plan
 
+__all__ = [
+    "AldsError",
+    "Analysis",
+    "LayerPlan",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankLinear",
+    "Plan",
+    "analyze",
+    "compress",
+    "load",
+    "save",
+]
 __version__ = "0.1.0"

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Front:
-    """Pareto front of one layer: ``costs`` ascending, ``errors`` strictly descending, ``index`` of each point's candidate."""
+    """Pareto front of a layer: ``costs`` ascending, ``errors`` strictly descending, ``index`` of its candidates."""
 
     costs: Ints
     errors: Floats
@@ -50,7 +50,7 @@ def pareto_front(costs: Ints, errors: Floats) -> Front:
 
 @dataclass(frozen=True)
 class Allocation:
-    """``picks[i]``: the point taken on front i; ``bound``: no allocation within the budget has a smaller p-norm of errors."""
+    """``picks[i]``: the point taken on front i; ``bound``: no allocation within the budget has a smaller p-norm."""
 
     picks: Ints
     bound: float

@@ -5,66 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
-from . import bounds
-from .allocate import Allocation, Front, Ints, allocate, gap, threshold
-from .baselines import Candidates, Curve, alds_heuristic
+from .allocate import Allocation, Front, allocate, gap, threshold
+from .baselines import alds_heuristic
+from .bounds import CRITERIA
+from .candidates import Candidates, candidates
 from .discover import Layer, check_weight, count_params, find_layers
 from .errors import ArgumentError, BudgetError
-from .folding import SCHEMES, params_per_rank
-from .plan import LayerPlan, Plan
-from .spectra import Groups, LayerSpectra, candidate_groups, check_groups, check_schemes, layer_spectra
+from .factorize import Choice
+from .folding import SCHEMES
+from .options import Groups, check_groups, check_plan_options, check_schemes
+from .plan import LayerPlan, Plan, params_of
+from .spectra import LayerSpectra, candidate_groups, layer_spectra
 from .text import shape_text, table
-
-METHODS = ("alds", "alds-heuristic")
-
-
-@dataclass(frozen=True)
-class _Options:
-    """One (scheme, groups) of a layer: candidates of ranks align, 2 align, ... that are smaller than dense."""
-
-    scheme: int
-    groups: int
-    first: int
-    align: int
-
-    def rank(self, candidate: int) -> int:
-        return (candidate - self.first + 1) * self.align
-
-
-@dataclass(frozen=True)
-class _Choices:
-    candidates: Candidates
-    options: tuple[_Options, ...]
-
-    def of(self, candidate: int) -> tuple[int, int, int] | None:
-        """(scheme, groups, rank) of a candidate, None for dense."""
-        if candidate == self.candidates.count - 1:
-            return None
-        option = next(o for o in reversed(self.options) if o.first <= candidate)
-        return option.scheme, option.groups, option.rank(candidate)
-
-
-def _choices(spectra: LayerSpectra, criterion: bounds.Criterion, align: int) -> _Choices:
-    shape = spectra.layer.shape
-    assert shape is not None
-    curves: list[Curve] = []
-    options: list[_Options] = []
-    first = 0
-    for scheme, groups in spectra.values:
-        per_rank = params_per_rank(shape, scheme, groups)
-        errors = spectra.errors(scheme, groups, criterion).numpy()
-        ranks = np.arange(align, min(len(errors) - 1, (shape.numel - 1) // per_rank) + 1, align, dtype=np.int64)
-        if len(ranks):
-            curves.append(Curve(ranks * per_rank, errors[ranks], first))
-            options.append(_Options(scheme, groups, first, align))
-            first += len(ranks)
-    return _Choices(Candidates(tuple(curves), shape.numel), tuple(options))
 
 
 @dataclass(frozen=True)
@@ -107,24 +63,24 @@ class Analysis:
             BudgetError: no budget, two, out of range, or smaller than the smallest reachable one.
             ArgumentError: another argument is out of range.
         """
-        _check_options(params, error, p, method, align)
-        score = bounds.criterion(criterion)
+        check_plan_options(params, error, criterion, p, method, align)
+        score = CRITERIA[criterion]
         names = [layer.name for layer in self.layers if layer.name in self.spectra]
-        choices = [_choices(self.spectra[name], score, align) for name in names]
-        fronts = [c.candidates.front() for c in choices]
+        choices = [candidates(self.spectra[name], score, align) for name in names]
+        fronts = [c.front() for c in choices]
         if error is not None:
             allocation = Allocation(threshold(fronts, float(error)), 0.0)
         else:
             allocation = allocate(fronts, self._budget(fronts, float(params or 0.0)), p)
         picks, certified = allocation.picks, 0.0
         if method == "alds-heuristic":
-            found = alds_heuristic([c.candidates for c in choices], self._budget(fronts, float(params or 0.0)))
+            found = alds_heuristic(choices, self._budget(fronts, float(params or 0.0)))
             certified = _heuristic_gap(choices, found, allocation.bound)
         else:
             found = [int(f.index[i]) for f, i in zip(fronts, picks, strict=True)]
             certified = gap(fronts, picks, allocation.bound, p) if error is None else 0.0
-        chosen = {n: (c, pick) for n, c, pick in zip(names, choices, found, strict=True)}
-        rows = tuple(_row(layer, *chosen.get(layer.name, (None, 0)), align) for layer in self.layers)
+        chosen = {n: (c, i) for n, c, i in zip(names, choices, found, strict=True)}
+        rows = tuple(_row(layer, chosen.get(layer.name), align) for layer in self.layers)
         return Plan(rows, self.params, criterion, method, float(p), align, certified, self._chosen_spectra(rows))
 
     def _budget(self, fronts: Sequence[Front], params: float) -> int:
@@ -135,8 +91,8 @@ class Analysis:
         if least > target:
             share = math.ceil(10_000 * least / self.params) / 10_000
             raise BudgetError(
-                f"params={params:g} cannot be met: the smallest reachable model keeps {least:,} of {self.params:,} parameters, "
-                f"params={share:g}; {fixed:,} of them are in layers that are left out"
+                f"params={params:g} cannot be met: the smallest reachable is params={share:g}, {least:,} of "
+                f"{self.params:,} parameters; {fixed:,} of them are in layers that are left out"
             )
         return target - fixed
 
@@ -160,56 +116,29 @@ class Analysis:
         return table(headers, rows, left=(0, 1, 5)) + "\n" + total
 
 
-def _heuristic_gap(choices: Sequence[_Choices], found: Sequence[int], bound: float) -> float:
-    worst = max((float(c.candidates.errors[i]) for c, i in zip(choices, found, strict=True)), default=0.0)
+def _heuristic_gap(choices: Sequence[Candidates], found: Sequence[int], bound: float) -> float:
+    worst = max((float(c.errors[i]) for c, i in zip(choices, found, strict=True)), default=0.0)
     return 0.0 if worst <= bound else worst / bound - 1.0 if bound > 0 else math.inf
 
 
-def _row(layer: Layer, choices: _Choices | None, candidate: int, align: int) -> LayerPlan:
+def _row(layer: Layer, pick: tuple[Candidates, int] | None, align: int) -> LayerPlan:
     groups = layer.shape.conv_groups if layer.shape else 1
     row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
     row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
     row |= {"params_before": layer.params, "params_after": layer.params, "reason": layer.reason}
-    if choices is None:
+    if pick is None:
         return LayerPlan(**row)
-    chosen = choices.of(candidate)
+    choices, candidate = pick
+    chosen = choices.choice(candidate)
     if chosen is None:
         multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
         none = f"no factorisation{multiples} is smaller"
-        return LayerPlan(**{**row, "reason": none if not choices.options else "the budget lets it stay dense"})
+        return LayerPlan(**{**row, "reason": none if not choices.curves else "the budget lets it stay dense"})
     scheme, groups, rank = chosen
     assert layer.shape is not None
-    row |= {"scheme": scheme, "groups": groups, "rank": rank, "error": float(choices.candidates.errors[candidate])}
-    row["params_after"] += rank * params_per_rank(layer.shape, scheme, groups) - layer.shape.numel
+    row |= {"scheme": scheme, "groups": groups, "rank": rank, "error": float(choices.errors[candidate])}
+    row["params_after"] += params_of(Choice(layer.name, layer.shape, *chosen)) - layer.shape.numel
     return LayerPlan(**row)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_options(params: object, error: object, p: object, method: object, align: object) -> None:
-    if (params is None) == (error is None):
-        given = "none" if params is None else "both"
-        raise BudgetError(f"give exactly one budget, params= or error=, got {given}; for example params=0.5 keeps half")
-    if params is not None and not (_is_number(params) and 0 < params <= 1):  # type: ignore[operator]
-        raise BudgetError(
-            f"params={params!r} is outside (0, 1]: it is the share of parameters kept, for example params=0.5"
-        )
-    if error is not None and not (_is_number(error) and 0 <= error < math.inf):  # type: ignore[operator]
-        raise BudgetError(
-            f"error={error!r} is outside [0, inf): it is the largest relative error allowed, for example error=0.3"
-        )
-    if not _is_number(p) or not p >= 1:  # type: ignore[operator]
-        raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
-    if method not in METHODS:
-        raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if not isinstance(align, int) or isinstance(align, bool) or align < 1:
-        raise ArgumentError(f"align={align!r} is not an integer >= 1")
-    if not math.isinf(p) and (error is not None or method != "alds"):  # type: ignore[arg-type]
-        raise ArgumentError(f"p={p!r} applies to params= with method='alds' only; leave it at math.inf")
-    if method != "alds" and error is not None:
-        raise ArgumentError(f"method={method!r} needs params=; error= is solved exactly by method='alds'")
 
 
 def analyze(
@@ -287,14 +216,7 @@ def compress(model: nn.Module, *, params: float | None = None, error: float | No
             f"unknown option {sorted(unknown)[0]!r}; options are {', '.join(sorted(known[0] | known[1]))}"
         )
     planning = {k: v for k, v in options.items() if k in known[1]}
-    _check_options(params, error, planning.get("p", math.inf), planning.get("method", "alds"), planning.get("align", 1))
+    checked = {"criterion": "frobenius", "p": math.inf, "method": "alds", "align": 1} | planning
+    check_plan_options(params, error, **checked)  # before the work
     analysis = analyze(model, **{k: v for k, v in options.items() if k in known[0]})
     return analysis.plan(params=params, error=error, **planning).apply(model)
-
-
-def errors_by_rank(spectra: LayerSpectra, scheme: int, groups: int, criterion: str) -> Tensor:
-    """The error table of one fold and number of slices: relative error for every rank 0..r, (r + 1,) float64."""
-    return spectra.errors(scheme, groups, bounds.criterion(criterion))
-
-
-__all__ = ["METHODS", "Analysis", "Ints", "analyze", "compress"]

@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from .allocate import Floats, Front, Ints, errors_of, minimax, pareto_front, threshold, total_cost
+from .allocate import Front, Ints, errors_of, minimax, pareto_front, threshold, total_cost
+from .candidates import Candidates
 from .errors import BudgetError
 
 SEEDS = 15
 MAX_ROUNDS = 30
-
-
-@dataclass(frozen=True)
-class Curve:
-    """All ranks of one (scheme, groups): ``costs`` ascending, ``errors`` non-increasing, ``first`` its first candidate."""
-
-    costs: Ints
-    errors: Floats
-    first: int
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Every choice of one layer: its curves, then the dense layer as the last candidate."""
-
-    curves: tuple[Curve, ...]
-    dense_cost: int
-
-    @property
-    def costs(self) -> Ints:
-        """Costs of all candidates."""
-        return np.concatenate([*(c.costs for c in self.curves), [self.dense_cost]]).astype(np.int64)
-
-    @property
-    def errors(self) -> Floats:
-        """Errors of all candidates."""
-        return np.concatenate([*(c.errors for c in self.curves), [0.0]])
-
-    @property
-    def count(self) -> int:
-        """Number of candidates."""
-        return 1 + sum(len(c.costs) for c in self.curves)
-
-    def front(self) -> Front:
-        """Pareto front over all curves and the dense layer."""
-        return pareto_front(self.costs, self.errors)
 
 
 def _curve_front(layer: Candidates, curve: int) -> Front:
@@ -55,7 +19,7 @@ def _curve_front(layer: Candidates, curve: int) -> Front:
     c = layer.curves[curve]
     front = pareto_front(np.append(c.costs, layer.dense_cost), np.append(c.errors, 0.0))
     dense = front.index == len(c.costs)
-    return Front(front.costs, front.errors, np.where(dense, layer.count - 1, front.index + c.first))
+    return Front(front.costs, front.errors, np.where(dense, layer.starts[-1], front.index + layer.starts[curve]))
 
 
 def _least_threshold(fronts: Sequence[Front], budget: int) -> Ints | None:

@@ -15,8 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError
-
 
 def _next_values(values: Tensor) -> Tensor:
     """s_{g,j+1} for j = 0..r, with 0 past the end."""
@@ -66,10 +64,3 @@ def reference(values: Tensor, top: float) -> Tensor:
 
 Criterion = Callable[[Tensor, float], Tensor]
 CRITERIA: dict[str, Criterion] = {f.__name__: f for f in (frobenius, operator, paper, reference)}
-
-
-def criterion(name: str) -> Criterion:
-    """The criterion of that name; raises ArgumentError for an unknown one."""
-    if name not in CRITERIA:
-        raise ArgumentError(f"criterion {name!r} is not one of {', '.join(CRITERIA)}")
-    return CRITERIA[name]

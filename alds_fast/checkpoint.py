@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from .discover import label
 from .errors import FileFormatError, LayerNotFoundError, MissingFileError, ModelError, PlanError
-from .factorize import replace_layers
-from .layers import LowRankLayer, low_rank_like, weight_shape
+from .layers import LowRankLayer
 from .plan import Plan
+from .replace import low_rank_like, replace_layers, weight_shape
 
 FORMAT = "alds_fast.checkpoint"
 VERSION = 1
@@ -32,14 +32,14 @@ VERSION = 1
 
 def _crc32(tensor: Tensor) -> int:
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def _memory_order(tensor: Tensor) -> list[int] | None:
     """Dimensions from the slowest to the fastest in memory, None if that is the usual order or not a permutation."""
     if tensor.is_contiguous():
         return None
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.size(d)))
+    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride()[d], tensor.shape[d]), reverse=True)
     return order if tensor.permute(order).is_contiguous() else None
 
 
@@ -179,7 +179,7 @@ def _rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
             raise LayerNotFoundError(f"the file's layer {label(name)} is not a Linear or convolution of the model")
         if list(shape.weight) != spec["shape"] or shape.conv_groups != spec["conv_groups"]:
             raise PlanError(
-                f"layer {label(name)}: the file is for a weight of shape {tuple(spec['shape'])}, the model has {shape.weight}"
+                f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {shape.weight}"
             )
         new[name] = low_rank_like(dense, spec["scheme"], spec["groups"], spec["rank"])
     return replace_layers(model, new)
@@ -204,7 +204,7 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 device = torch.device("cpu") if old.is_meta else old.device
                 value = tensors[name].to(device)
                 fresh[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-            (module._parameters if own in module._parameters else module._buffers)[own] = fresh[id(old)]  # type: ignore[assignment,index]
+            (module._parameters if own in module._parameters else module._buffers)[own] = fresh[id(old)]
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -233,5 +233,5 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     if left:
         raise ModelError(f"{left[0]!r} is on the meta device and not in the file; build the model on a real device")
     if header["plan"] is not None:
-        small.alds_plan = header["plan"]
+        object.__setattr__(small, "alds_plan", header["plan"])
     return small

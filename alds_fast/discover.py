@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from .errors import LayerNotFoundError, ModelError, WeightError
 from .folding import WeightShape
-from .layers import LOW_RANK, weight_shape
+from .replace import LOW_RANK, weight_shape
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ def label(name: str) -> str:
 
 
 def _extent(p: Tensor) -> tuple[int, int]:
-    start = p.storage_offset() * p.element_size()
-    last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+    start = int(p.storage_offset()) * p.element_size()
+    last = sum((int(n) - 1) * int(s) for n, s in zip(p.shape, p.stride(), strict=True))
     return start, start + (last + 1) * p.element_size()
 
 
 def _tied(model: nn.Module) -> dict[int, str]:
-    """For each parameter (by id) that another module also holds, or whose memory overlaps another's: the other's name."""
+    """For each parameter (by id) that another module holds too, or whose memory another one shares: its name."""
     owners: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, module in model.named_modules():
@@ -68,7 +69,7 @@ def _tied(model: nn.Module) -> dict[int, str]:
         by_storage.setdefault(storage, []).append((*_extent(p), key))
     for extents in by_storage.values():
         extents.sort()
-        for (_, end, first), (start, _, second) in zip(extents, extents[1:], strict=False):
+        for (_, end, first), (start, _, second) in itertools.pairwise(extents):
             if start < end:
                 tied.setdefault(first, owners[second][0])
                 tied.setdefault(second, owners[first][0])
@@ -173,6 +174,6 @@ def check_weight(layer: Layer) -> None:
     ):
         bad = weight.numel() - int((torch.isfinite(weight) & (weight.abs() <= largest)).sum())
         raise WeightError(
-            f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend them, or "
-            f"leave the layer out with exclude={[layer.name]!r}"
+            f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend "
+            f"them, or leave the layer out with exclude={[layer.name]!r}"
         )

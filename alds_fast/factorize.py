@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from . import linalg
 from .discover import Layer, check_weight, find_layers, label
-from .errors import LayerNotFoundError, ModelError, PlanError
+from .errors import LayerNotFoundError, PlanError
 from .folding import WeightShape, factors_to_weights
-from .layers import LowRankLayer, low_rank_like
+from .layers import LowRankLayer
+from .replace import low_rank_like, replace_layers
 from .spectra import batches, weight_matrix
 
 
@@ -64,7 +64,7 @@ def _resolve(model: nn.Module, choices: Sequence[Choice]) -> list[Layer]:
 def _factors(
     batch: Sequence[tuple[Choice, Layer]], matrices: Sequence[Tensor], spectra: Mapping[str, Tensor]
 ) -> list[linalg.Factors]:
-    """Factors of a batch; the given spectra serve where their norms are those of the weights, else they are computed anew."""
+    """Factors of a batch; given spectra serve where their norms are those of the weights, others are computed anew."""
     known = [spectra.get(choice.name) for choice, _ in batch]
     values = [v if v is not None else linalg.spectra([m], [[c.groups]])[0][0]
               for v, m, (c, _) in zip(known, matrices, batch, strict=True)]  # fmt: skip
@@ -123,34 +123,3 @@ def factorize(
             reports[choice.name] = _report(factors)
         done(sum(c.shape.numel for c, _ in batch))
     return replace_layers(model, new), reports
-
-
-def replace_layers(model: nn.Module, new: Mapping[str, LowRankLayer]) -> nn.Module:
-    """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied
-    along.
-
-    The dense weights are not copied on the way. Raises ModelError if the model cannot be deep-copied.
-    """
-    modules = dict(model.named_modules())
-    memo: dict[int, object] = {}
-    try:
-        for name, layer in new.items():
-            if modules[name].bias is not None:
-                layer.bias = copy.deepcopy(modules[name].bias, memo)
-            memo[id(modules[name])] = layer
-        result = copy.deepcopy(model, memo)
-    except Exception as e:
-        raise ModelError(f"the model cannot be deep-copied ({e}); the compressed model is built from a copy") from e
-    _leave_fast_path(result)
-    return result
-
-
-def _leave_fast_path(model: nn.Module) -> None:
-    """Keep torch's transformer layers off their fused inference path, which reads the dense weights by name."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(m, LowRankLayer) for m in module.children()
-        ):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LowRankLayer) for m in module.modules()):
-            module.use_nested_tensor = False

@@ -1,4 +1,4 @@
-"""Low-rank layers: a grouped encoder, then a decoder, as plain trainable ``nn.Module``s of two dense tensors and a bias."""
+"""Low-rank layers: a grouped encoder, then a decoder, as plain trainable modules of two dense tensors and a bias."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class LowRankLayer(nn.Module):
         raise NotImplementedError
 
     def to_dense(self) -> nn.Module:
-        """The ``nn.Linear`` / ``nn.ConvNd`` with the recomposed weight and a copy of the bias; trainable as this layer is."""
+        """The ``nn.Linear`` or ``nn.ConvNd`` with the recomposed weight and a copy of the bias."""
         dense = self._empty_dense()
         dense.weight = nn.Parameter(self.dense_weight().detach(), self.encoder.requires_grad)
         if self.bias is not None:
@@ -213,9 +213,7 @@ class LowRankConv(LowRankLayer):
         return self._decode(self._encode(x, self.encoder, None), self.decoder, self.bias)
 
     def _conv_options(self) -> dict[str, Any]:
-        return {
-            "stride": self.stride, "padding": self.padding, "dilation": self.dilation, "padding_mode": self.padding_mode,
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
 
     def _empty_dense(self) -> nn.Module:
         shape, options = self.weight_shape, self._conv_options()
@@ -257,37 +255,3 @@ class LowRankConv3d(LowRankConv):
     """Three-dimensional :class:`LowRankConv2d`; scheme 1 decodes along the first kernel axis, 2 along the others."""
 
     ndim, _dense = 3, nn.Conv3d
-
-
-def _shape_of(module: nn.Module) -> WeightShape:
-    if isinstance(module, nn.Linear):
-        return WeightShape(module.out_features, module.in_features)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return WeightShape(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
-
-
-LOW_RANK: dict[type[nn.Module], type[LowRankLayer]] = {
-    nn.Linear: LowRankLinear,
-    nn.Conv1d: LowRankConv1d,
-    nn.Conv2d: LowRankConv2d,
-    nn.Conv3d: LowRankConv3d,
-}
-
-
-def weight_shape(module: nn.Module) -> WeightShape | None:
-    """The weight shape of an ``nn.Linear`` or ``nn.Conv1d/2d/3d`` (subclasses included), None for anything else."""
-    return _shape_of(module) if isinstance(module, tuple(LOW_RANK)) else None
-
-
-def low_rank_like(module: nn.Module, scheme: int, groups: int, rank: int) -> LowRankLayer:
-    """The low-rank layer that replaces ``module``, with its factors on the meta device and its bias not copied yet."""
-    shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
-    options: dict[str, Any] = {"scheme": scheme, "groups": groups, "bias": bias, "device": "meta"}
-    if isinstance(module, nn.Linear):
-        return LowRankLinear(shape.in_channels, shape.out_channels, rank, **options).train(module.training)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    for name in ("stride", "padding", "dilation", "padding_mode"):
-        options[name] = getattr(module, name)
-    cls = LOW_RANK[type(module)]
-    layer = cls(shape.in_channels, shape.out_channels, shape.kernel, rank, conv_groups=shape.conv_groups, **options)
-    return layer.train(module.training)

@@ -18,7 +18,7 @@ import threadpoolctl
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _core  # type: ignore[attr-defined]
 from .errors import ArgumentError
 from .linalg_torch import (
     EXACT_FRACTION,

@@ -1,4 +1,4 @@
-"""Spectra and randomized SVD of channel slices in plain torch: what runs on CUDA, and the float64 references of both."""
+"""Spectra and randomized SVD of slices in plain torch: what runs on CUDA, and the float64 references of both."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _gram(slices: Tensor) -> Tensor:
 
 
 def spectra_torch(matrix: Tensor, groups: Sequence[int]) -> Tensor:
-    """Singular values of the slices for all ``groups``, side by side as the operator returns them: (batch, total) float64."""
+    """Singular values of the slices for all ``groups``, side by side as the operator has them: (batch, total)."""
     values = [torch.linalg.eigvalsh(_gram(_slices(matrix, k))).clamp_min(0).sqrt().flip(-1).flatten(1) for k in groups]
     return torch.cat(values, 1) if values else matrix.new_empty((matrix.shape[0], 0), dtype=torch.float64)
 
@@ -86,7 +86,7 @@ def _sketched(gram: Tensor, rank: int, bound: Tensor, seed: int) -> tuple[Tensor
 
 
 def rsvd_torch(matrix: Tensor, groups: int, rank: int, optimum: Tensor, seed: int) -> Factors:
-    """Randomized SVD of the slices of one matrix, batched with torch's own routines; arguments as those of the operator."""
+    """Randomized SVD of the slices of one matrix, batched by torch's own routines; arguments as the operator's."""
     slices = _slices(matrix, groups).flatten(0, 1)
     gram = _gram(slices)
     order = gram.shape[-1]

@@ -105,7 +105,8 @@ class Plan:
             raise PlanError(f"the plan is for {self.params_before} parameters, the model has {count_params(model)}")
         choices = [row.choice for row in self.layers]
         small, reports = factorize(model, [c for c in choices if c is not None], self.spectra)
-        small.alds_plan, small.alds_factors = self, reports
+        object.__setattr__(small, "alds_plan", self)
+        object.__setattr__(small, "alds_factors", reports)
         return small
 
     def __str__(self) -> str:
@@ -113,14 +114,14 @@ class Plan:
         lines = table(headers, [_cells(row) for row in self.layers], left=(0, 1, 9))
         p = "inf" if math.isinf(self.p) else f"{self.p:g}"
         total = (
-            f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); largest {self.criterion} error "
-            f"{self.error:.4f}; method {self.method}, p={p}, gap {self.gap:.2g}"
+            f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); "
+            f"largest {self.criterion} error {self.error:.4f}; method {self.method}, p={p}, gap {self.gap:.2g}"
         )
         return f"{lines}\n{total}"
 
     def to_json(self) -> str:
         """The plan as JSON text; exact round trip with :meth:`from_json`."""
-        rows = [{k: v for k, v in vars(row).items()} for row in self.layers]
+        rows = [dict(vars(row)) for row in self.layers]
         head = {"format": FORMAT, "version": VERSION, "criterion": self.criterion, "method": self.method}
         head |= {"p": "inf" if math.isinf(self.p) else self.p, "align": self.align, "gap": _number(self.gap)}
         head |= {"params_before": self.params_before}

@@ -11,10 +11,8 @@ from torch import Tensor
 from . import linalg
 from .bounds import Criterion
 from .discover import Layer
-from .errors import ArgumentError
-from .folding import SCHEMES, distinct_schemes, divisors, fold
-
-Groups = str | Sequence[int]
+from .folding import distinct_schemes, divisors, fold
+from .options import Groups
 
 
 @dataclass(frozen=True)
@@ -45,25 +43,6 @@ class _Problem:
     def computed(self) -> tuple[int, ...]:
         """The candidates and 1, which gives the norm of the whole weight."""
         return self.groups if 1 in self.groups else (1, *self.groups)
-
-
-def check_schemes(schemes: Sequence[int]) -> tuple[int, ...]:
-    """The schemes as a tuple; ArgumentError unless it is a non-empty selection of 0, 1, 2, 3."""
-    if isinstance(schemes, int | str) or not len(schemes) or any(s not in SCHEMES for s in schemes):
-        raise ArgumentError(f"schemes={schemes!r}: expected a non-empty sequence out of {SCHEMES}")
-    return tuple(schemes)
-
-
-def check_groups(groups: Groups) -> Groups:
-    """``groups`` if it is "divisors" or a non-empty sequence of positive integers, else ArgumentError."""
-    if isinstance(groups, str):
-        valid = groups == "divisors"
-    else:
-        valid = isinstance(groups, Sequence) and len(groups) > 0
-        valid = valid and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in groups)
-    if not valid:
-        raise ArgumentError(f"groups={groups!r}: expected 'divisors' or a non-empty sequence of integers >= 1")
-    return groups
 
 
 def candidate_groups(channels: int, groups: Groups) -> tuple[int, ...]:
@@ -100,7 +79,7 @@ def batches(problems: Sequence, size: Callable, key: Callable) -> Iterator[list]
 
 
 def weight_matrix(layer: Layer, scheme: int) -> Tensor:
-    """The folded weight, (conv_groups, rows, cols), in float64 if the weight is, else in float32 (exact for half types)."""
+    """The folded weight, (conv_groups, rows, cols), float64 if the weight is, else float32 (exact for half types)."""
     weight, shape = layer.module.weight, layer.shape
     assert isinstance(weight, Tensor) and shape is not None
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

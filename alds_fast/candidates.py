@@ -1,0 +1,72 @@
+"""Every choice of a layer: all ranks of all (scheme, groups), and staying dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .allocate import Floats, Front, Ints, pareto_front
+from .bounds import Criterion
+from .folding import params_per_rank
+from .spectra import LayerSpectra
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Ranks align, 2 align, ... of one (scheme, groups): ``costs`` ascending, ``errors`` non-increasing."""
+
+    scheme: int
+    groups: int
+    align: int
+    costs: Ints
+    errors: Floats
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every choice of one layer, numbered curve after curve, the dense layer last."""
+
+    curves: tuple[Curve, ...]
+    dense_cost: int
+
+    @property
+    def costs(self) -> Ints:
+        """Costs of all candidates."""
+        return np.concatenate([*(c.costs for c in self.curves), [self.dense_cost]]).astype(np.int64)
+
+    @property
+    def errors(self) -> Floats:
+        """Errors of all candidates."""
+        return np.concatenate([*(c.errors for c in self.curves), [0.0]])
+
+    @property
+    def starts(self) -> Ints:
+        """Number of the first candidate of every curve, then that of the dense layer."""
+        return np.cumsum([0, *(len(c.costs) for c in self.curves)])
+
+    def front(self) -> Front:
+        """Pareto front over all curves and the dense layer."""
+        return pareto_front(self.costs, self.errors)
+
+    def choice(self, candidate: int) -> tuple[int, int, int] | None:
+        """(scheme, groups, rank) of a candidate, None for dense."""
+        curve = int(np.searchsorted(self.starts, candidate, side="right")) - 1
+        if curve == len(self.curves):
+            return None
+        c = self.curves[curve]
+        return c.scheme, c.groups, c.align * (candidate - int(self.starts[curve]) + 1)
+
+
+def candidates(spectra: LayerSpectra, criterion: Criterion, align: int) -> Candidates:
+    """All choices of a layer that are smaller than dense, with ranks that are multiples of ``align``, and dense."""
+    shape = spectra.layer.shape
+    assert shape is not None
+    curves = []
+    for scheme, groups in spectra.values:
+        per_rank = params_per_rank(shape, scheme, groups)
+        errors = spectra.errors(scheme, groups, criterion).numpy()
+        ranks = np.arange(align, min(len(errors) - 1, (shape.numel - 1) // per_rank) + 1, align, dtype=np.int64)
+        if len(ranks):
+            curves.append(Curve(scheme, groups, align, ranks * per_rank, errors[ranks]))
+    return Candidates(tuple(curves), shape.numel)
