@@ -92,7 +92,7 @@ class Analysis:
             share = math.ceil(10_000 * least / self.params) / 10_000
             raise BudgetError(
                 f"params={params:g} cannot be met: the smallest reachable is params={share:g}, {least:,} of "
-                f"{self.params:,} parameters; {fixed:,} of them are in layers that are left out"
+                f"{self.params:,} parameters; {fixed:,} of them are not in weights that can be factorised"
             )
         return target - fixed
 

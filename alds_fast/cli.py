@@ -1,0 +1,193 @@
+"""Command line: ``alds-fast analyze | compress | show``. Exit codes: 0 done, 1 refused or failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .analysis import Analysis, analyze_with_progress
+from .bounds import CRITERIA
+from .checkpoint import read_header, save
+from .discover import Layer
+from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError, ModelError
+from .folding import SCHEMES
+from .options import METHODS, check_schemes
+from .plan import Plan
+from .report import analysis_dict, plot_plan
+from .spectra import total_work
+
+
+def _module(name: str) -> ModuleType:
+    """A module by dotted name or by the path of a .py file."""
+    if not name.endswith(".py"):
+        sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(name)
+    if not Path(name).is_file():
+        raise MissingFileError(f"{name!r} does not exist")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(name).resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(target: str) -> nn.Module:
+    """Call ``package.module:function`` or ``file.py:function``; it must return a module."""
+    place, _, function = target.rpartition(":")
+    if not place or not function:
+        raise ArgumentError(f"{target!r}: expected package.module:function or file.py:function that returns the model")
+    try:
+        model = getattr(_module(place), function)()
+    except AldsError:
+        raise
+    except Exception as e:
+        traceback.print_exc()
+        raise ModelError(f"{target!r} could not be called: {type(e).__name__}: {e}") from e
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{target!r} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    if not Path(path).is_file():
+        raise MissingFileError(f"--weights {path!r} does not exist")
+    try:
+        model.load_state_dict(load_file(path))
+    except SafetensorError as e:
+        raise FileFormatError(f"--weights {path!r} is not a whole safetensors file ({e})") from e
+    except RuntimeError as e:
+        raise ModelError(f"--weights {path!r} does not fit the model: {e}") from e
+
+
+@contextlib.contextmanager
+def _progress(schemes: Sequence[int]) -> Iterator[Callable[[Sequence[Layer]], Callable[[int], None]]]:
+    """A progress bar on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def start(layers: Sequence[Layer]) -> Callable[[int], None]:
+            task = bar.add_task(f"spectra of {len(layers)} layers", total=total_work(layers, schemes))
+            return lambda n: bar.advance(task, n)
+
+        yield start
+
+
+def _analyze(args: argparse.Namespace) -> tuple[nn.Module, Analysis]:
+    model = _build(args.target)
+    if args.weights:
+        _load_weights(model, args.weights)
+    with _progress(check_schemes(args.schemes)) as start:
+        analysis = analyze_with_progress(model, args.schemes, args.groups, args.include, args.exclude, start)
+    return model, analysis
+
+
+def _run_analyze(args: argparse.Namespace) -> None:
+    _, analysis = _analyze(args)
+    print(json.dumps(analysis_dict(analysis)) if args.json else analysis)
+
+
+def _run_compress(args: argparse.Namespace) -> None:
+    if not Path(args.output).absolute().parent.is_dir():
+        raise MissingFileError(f"--output: the directory of {args.output!r} does not exist")
+    begin = time.perf_counter()
+    model, analysis = _analyze(args)
+    budget = {"params": args.params, "error": args.error}
+    plan = analysis.plan(**budget, criterion=args.criterion, p=args.p, method=args.method, align=args.align)
+    small = plan.apply(model)
+    save(small, args.output)
+    if args.plot:
+        plot_plan(analysis, plan, args.plot)
+    seconds, size = time.perf_counter() - begin, Path(args.output).stat().st_size
+    factors: dict[str, Any] = getattr(small, "alds_factors", {})
+    methods = dict(Counter(r.method for r in factors.values()))
+    if args.json:
+        summary = {"output": args.output, "file_bytes": size, "seconds": seconds, "factors": methods}
+        print(json.dumps({**summary, "params": plan.params, "plan": json.loads(plan.to_json())}))
+        return
+    print(plan)
+    print(f"factors: {', '.join(f'{n} {m}' for m, n in sorted(methods.items())) or 'none'}")
+    print(f"wrote {args.output}: {size:,} bytes, in {seconds:.1f} s")
+
+
+def _run_show(args: argparse.Namespace) -> None:
+    path = Path(args.file)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            plan: Plan | None = Plan.from_json(path.read_text())
+        except UnicodeDecodeError as e:
+            raise FileFormatError(f"{args.file!r} is not a text file") from e
+    else:
+        plan = read_header(path)["plan"]
+    if plan is None:
+        raise FileFormatError(f"{args.file!r} holds a compressed model without a plan")
+    print(plan.to_json() if args.json else plan)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _groups(text: str) -> str | tuple[int, ...]:
+    return text if text == "divisors" else _integers(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("alds-fast", description="Low-rank compression of PyTorch models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("target", help="package.module:function or file.py:function that returns the model")
+    model.add_argument("--weights", metavar="FILE", help="safetensors file with the model's state dict")
+    model.add_argument("--schemes", type=_integers, default=SCHEMES, help="folds to try, for example 0,3")
+    model.add_argument("--groups", type=_groups, default="divisors", help="channel slices to try: divisors, or 1,2,4")
+    model.add_argument("--include", action="append", metavar="PATTERN", help="only these layers (may be repeated)")
+    model.add_argument("--exclude", action="append", metavar="PATTERN", help="not these layers (may be repeated)")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print JSON")
+    analyze = commands.add_parser("analyze", parents=[model, output], help="list the layers and what can be done")
+    analyze.set_defaults(run=_run_analyze)
+    compress = commands.add_parser("compress", parents=[model, output], help="compress a model and save it")
+    budget = compress.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
+    budget.add_argument("--error", type=float, help="largest relative error of a layer")
+    compress.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
+    compress.add_argument("--criterion", choices=list(CRITERIA), default="frobenius")
+    compress.add_argument("--p", type=float, default=math.inf, help="norm over the layers, 1..inf (default inf)")
+    compress.add_argument("--method", choices=METHODS, default="alds")
+    compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
+    compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
+    compress.set_defaults(run=_run_compress)
+    show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
+    show.add_argument("file", help="a model written by save, or a plan in JSON")
+    show.set_defaults(run=_run_show)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except AldsError as e:
+        print(f"alds-fast: {e}", file=sys.stderr)
+        return 1
+    return 0
