@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .discover import label
-from .errors import FileFormatError, LayerNotFoundError, MissingFileError, ModelError, PlanError
+from .errors import FileFormatError, FileWriteError, LayerNotFoundError, MissingFileError, ModelError, PlanError
 from .layers import LowRankLayer
 from .plan import Plan
 from .replace import low_rank_like, replace_layers, weight_shape
@@ -96,8 +96,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if not target.parent.is_dir():
         raise MissingFileError(f"the directory {str(target.parent)!r} does not exist; create it first")
-    with _atomic(target) as temporary:
-        save_file(stored, temporary, metadata)
+    try:
+        with _atomic(target) as temporary:
+            save_file(stored, temporary, metadata)
+    except (OSError, SafetensorError) as e:
+        raise FileWriteError(f"{str(target)!r} could not be written ({e}); what stood there before is unchanged") from e
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch.nn.utils import parametrize
 from .errors import LayerNotFoundError, ModelError, WeightError
 from .folding import WeightShape
 from .replace import LOW_RANK, weight_shape
+from .tied import tied_names
 
 
 @dataclass(frozen=True)
@@ -46,36 +46,6 @@ def label(name: str) -> str:
     return repr(name) if name else "the model itself"
 
 
-def _extent(p: Tensor) -> tuple[int, int]:
-    start = int(p.storage_offset()) * p.element_size()
-    last = sum((int(n) - 1) * int(s) for n, s in zip(p.shape, p.stride(), strict=True))
-    return start, start + (last + 1) * p.element_size()
-
-
-def _tied(model: nn.Module) -> dict[int, str]:
-    """For each parameter (by id) that another module holds too, or whose memory another one shares: its name."""
-    owners: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, module in model.named_modules():
-        for own, p in module.named_parameters(prefix=name, recurse=False, remove_duplicate=False):
-            owners.setdefault(id(p), []).append(own)
-            tensors[id(p)] = p
-    tied = {key: names[1] for key, names in owners.items() if len(names) > 1}
-    by_storage: dict[tuple, list[tuple[int, int, int]]] = {}
-    for key, p in tensors.items():
-        if isinstance(p, UninitializedParameter) or p.is_meta or p.layout != torch.strided or p.numel() == 0:
-            continue
-        storage = (p.device, p.untyped_storage().data_ptr())
-        by_storage.setdefault(storage, []).append((*_extent(p), key))
-    for extents in by_storage.values():
-        extents.sort()
-        for (_, end, first), (start, _, second) in itertools.pairwise(extents):
-            if start < end:
-                tied.setdefault(first, owners[second][0])
-                tied.setdefault(second, owners[first][0])
-    return tied
-
-
 def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | None:
     """Why this module cannot be replaced whatever its values are."""
     if not isinstance(module, tuple(LOW_RANK)):
@@ -84,12 +54,12 @@ def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
         return "nn.MultiheadAttention reads this weight directly"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight is not initialised yet; run one forward pass first"
     if type(module) not in LOW_RANK:
         return f"{type(module).__name__} is a subclass with a forward of its own"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks, which a replacement would drop; remove them first"
-    if isinstance(module.weight, UninitializedParameter):
-        return "its weight is not initialised yet; run one forward pass first"
     if not isinstance(module.weight, Tensor) or not module.weight.dtype.is_floating_point:
         return f"its weight is {getattr(module.weight, 'dtype', type(module.weight).__name__)}, not real floating point"
     return None
@@ -136,7 +106,7 @@ def find_layers(
     names = [n for n, _, _ in found]
     _check_patterns(wanted, names, "include")
     _check_patterns(unwanted, names, "exclude")
-    tied = _tied(model)
+    tied = tied_names(model)
 
     def reason(name: str, module: nn.Module, weight: Tensor) -> str | None:
         structural = _structural_reason(module, parents.get(id(module)))
@@ -146,7 +116,10 @@ def find_layers(
             return "not matched by include="
         if _matches(name, unwanted):
             return "matched by exclude="
-        return f"its weight is shared with {tied[id(weight)]!r} and stays tied" if id(weight) in tied else None
+        if id(weight) not in tied:
+            return None
+        other = next(n for n in tied[id(weight)] if n != f"{name}.weight".lstrip("."))
+        return f"its weight is shared with {other!r} and stays tied"
 
     layers = []
     for name, module, weight in found:

@@ -33,5 +33,9 @@ class FileFormatError(AldsError, ValueError):
     """A file is truncated, corrupt, of another format, or of a newer version."""
 
 
+class FileWriteError(AldsError, OSError):
+    """A file could not be written; what stood there before is unchanged."""
+
+
 class MissingFileError(AldsError, FileNotFoundError):
     """A file does not exist."""

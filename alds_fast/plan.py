@@ -102,7 +102,7 @@ class Plan:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
         if count_params(model) != self.params_before:
-            raise PlanError(f"the plan is for {self.params_before} parameters, the model has {count_params(model)}")
+            raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
         choices = [row.choice for row in self.layers]
         small, reports = factorize(model, [c for c in choices if c is not None], self.spectra)
         object.__setattr__(small, "alds_plan", self)

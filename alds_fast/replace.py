@@ -11,6 +11,7 @@ from torch import nn
 from .errors import ModelError
 from .folding import WeightShape
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer, LowRankLinear
+from .tied import copy_shared_memory
 
 
 def _shape_of(module: nn.Module) -> WeightShape:
@@ -56,6 +57,7 @@ def replace_layers(model: nn.Module, new: Mapping[str, LowRankLayer]) -> nn.Modu
     modules = dict(model.named_modules())
     memo: dict[int, object] = {}
     try:
+        copy_shared_memory(model, memo)
         for name, layer in new.items():
             if modules[name].bias is not None:
                 layer.bias = copy.deepcopy(modules[name].bias, memo)

@@ -234,6 +234,8 @@ def test_operators_trace_with_the_right_shapes():
 
 
 def test_spectra_compile_without_graph_breaks():
-    compiled = torch.compile(lambda m: torch.ops.alds_fast.spectra([m], [1, 2], [2])[0] * 2, fullgraph=True, backend="eager")
+    def twice(matrix):
+        return torch.ops.alds_fast.spectra([matrix], [1, 2], [2])[0] * 2
+
     matrix = _matrix(1, 4, 6)
-    torch.testing.assert_close(compiled(matrix), torch.ops.alds_fast.spectra([matrix], [1, 2], [2])[0] * 2)
+    torch.testing.assert_close(torch.compile(twice, fullgraph=True, backend="eager")(matrix), twice(matrix))

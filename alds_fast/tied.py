@@ -1,0 +1,66 @@
+"""Parameters that several modules hold, or that share memory: find them, and keep them shared in a copy."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+
+def _owners(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
+    """For each parameter (by id) its names, one per module that holds it, and the parameter."""
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(prefix=prefix, recurse=False, remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+            parameters[id(p)] = p
+    return names, parameters
+
+
+def _extent(p: Tensor) -> tuple[int, int]:
+    """First byte and the one after the last, in the storage."""
+    start = int(p.storage_offset()) * p.element_size()
+    last = sum((int(n) - 1) * int(s) for n, s in zip(p.shape, p.stride(), strict=True))
+    return start, start + (last + 1) * p.element_size()
+
+
+def _overlaps(parameters: dict[int, Tensor]) -> list[tuple[int, int]]:
+    """Pairs of different parameters (by id) whose memory overlaps."""
+    by_storage: dict[tuple, list[tuple[int, int, int]]] = {}
+    for key, p in parameters.items():
+        if not isinstance(p, UninitializedParameter) and p.layout == torch.strided and p.numel() and not p.is_meta:
+            by_storage.setdefault((p.device, p.untyped_storage().data_ptr()), []).append((*_extent(p), key))
+    pairs = []
+    for extents in by_storage.values():
+        for (_, end, first), (start, _, second) in itertools.pairwise(sorted(extents)):
+            if start < end:
+                pairs.append((first, second))
+    return pairs
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """For each tied parameter (by id) all names under which it or its memory is held, two or more."""
+    names, parameters = _owners(model)
+    tied = {key: list(own) for key, own in names.items() if len(own) > 1}
+    for first, second in _overlaps(parameters):
+        both = [*names[first], *names[second]]
+        tied[first] = [*tied.get(first, []), *both]
+        tied[second] = [*tied.get(second, []), *both]
+    return tied
+
+
+def copy_shared_memory(model: nn.Module, memo: dict[int, object]) -> None:
+    """Put copies of parameters that share memory in a ``deepcopy`` memo; a plain deep copy would separate them."""
+    _, parameters = _owners(model)
+    storages: dict[int, torch.UntypedStorage] = {}
+    for key in itertools.chain.from_iterable(_overlaps(parameters)):
+        p = parameters[key]
+        if key in memo or not isinstance(p, nn.Parameter):
+            continue
+        storage = p.untyped_storage()
+        copied = storages.setdefault(storage.data_ptr(), storage.clone())
+        data = torch.empty(0, dtype=p.dtype, device=p.device)
+        memo[key] = nn.Parameter(data.set_(copied, p.storage_offset(), p.shape, p.stride()), p.requires_grad)

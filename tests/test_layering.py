@@ -1,0 +1,70 @@
+"""One direction of imports: every module imports first-party code only from modules before it, at its top."""
+
+import ast
+from pathlib import Path
+
+import alds_fast
+
+PACKAGE = Path(alds_fast.__file__).parent
+ORDER = [
+    "errors",
+    "text",
+    "tied",
+    "folding",
+    "linalg_torch",
+    "linalg",
+    "bounds",
+    "layers",
+    "replace",
+    "discover",
+    "options",
+    "spectra",
+    "allocate",
+    "candidates",
+    "baselines",
+    "factorize",
+    "plan",
+    "analysis",
+    "checkpoint",
+    "report",
+    "cli",
+    "__init__",
+    "__main__",
+]
+
+
+def _first_party(node):
+    """Modules of the package that an import statement names."""
+    if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("alds_fast")):
+        module = (node.module or "").removeprefix("alds_fast").lstrip(".")
+        return [module] if module else [alias.name for alias in node.names]
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names if alias.name.startswith("alds_fast")]
+    return []
+
+
+def _trees():
+    return {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+
+
+def test_every_module_has_its_place():
+    assert set(_trees()) == set(ORDER)
+
+
+def test_imports_go_one_way():
+    for name, tree in _trees().items():
+        for node in ast.walk(tree):
+            for module in _first_party(node):
+                assert module == "_core" or ORDER.index(module) < ORDER.index(name), f"{name} imports {module}"
+
+
+def test_no_first_party_import_inside_a_function():
+    for name, tree in _trees().items():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                assert not [n for n in ast.walk(function) if _first_party(n)], f"{name}.{function.name}"
+
+
+def test_modules_are_short():
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 260, path.name

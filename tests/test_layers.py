@@ -1,0 +1,151 @@
+"""At full rank a factorised layer equals the dense one for every fold, stride, padding, dilation and grouping."""
+
+import pytest
+import torch
+from helpers import CONV
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import alds_fast as alds
+from alds_fast import folding
+from alds_fast.errors import ArgumentError
+from alds_fast.factorize import Choice, factorize
+from alds_fast.replace import weight_shape
+
+
+@st.composite
+def convolutions(draw):
+    ndim, g0 = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+
+    def axes(strategy):
+        return tuple(draw(strategy) for _ in range(ndim))
+
+    padding = draw(st.sampled_from(["same", "valid", None]))
+    stride = (1,) * ndim if padding == "same" else axes(st.integers(1, 3))
+    module = CONV[ndim](
+        g0 * draw(st.sampled_from([1, 2, 4, 6])),
+        g0 * draw(st.integers(1, 4)),
+        axes(st.integers(1, 4)),
+        stride=stride,
+        padding=padding or axes(st.integers(0, 2)),
+        dilation=axes(st.integers(1, 2)),
+        groups=g0,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+        dtype=torch.float64,
+    )
+    return module, axes(st.integers(8, 10))
+
+
+def _all_full_rank(module):
+    shape = weight_shape(module)
+    for scheme in folding.SCHEMES:
+        for groups in folding.divisors(shape.slice_channels):
+            rank = folding.max_rank(shape, scheme, groups)
+            yield factorize(module, [Choice("", shape, scheme, groups, rank)])[0]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(max_examples=150)
+@given(convolutions(), st.integers(0, 1000))
+def test_full_rank_convolution_equals_dense(problem, seed):
+    module, size = problem
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, module.in_channels, *size, dtype=torch.float64, generator=generator)
+    expected = module(x)
+    for small in _all_full_rank(module):
+        torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(small(x[0]), expected[0], rtol=0, atol=1e-9)
+        dense = small.to_dense()
+        assert type(dense) is type(module) and repr(dense) == repr(module)
+        torch.testing.assert_close(dense.weight, module.weight, rtol=0, atol=1e-9)
+        torch.testing.assert_close(dense(x), expected, rtol=0, atol=1e-9)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_full_rank_linear_equals_dense(inputs, outputs, bias):
+    module = nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64)
+    x = torch.randn(2, 3, inputs, dtype=torch.float64)
+    for small in _all_full_rank(module):
+        torch.testing.assert_close(small(x), module(x), rtol=0, atol=1e-9)
+        torch.testing.assert_close(small(x[0, 0]), module(x[0, 0]), rtol=0, atol=1e-9)
+        assert repr(small.to_dense()) == repr(module)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Every instance is another compilation of the same forward; start each test with an empty cache."""
+    torch._dynamo.reset()
+
+
+def _layers():
+    yield alds.LowRankLinear(12, 6, 2), (5, 12)
+    yield alds.LowRankLinear(12, 6, 2, groups=3, bias=False), (5, 12)
+    for scheme in folding.SCHEMES:
+        yield alds.LowRankConv1d(4, 6, 3, 2, scheme=scheme, groups=2, padding=1), (2, 4, 9)
+        yield alds.LowRankConv2d(4, 6, (3, 2), 1, scheme=scheme, groups=2, padding="same"), (2, 4, 9, 8)
+        yield (
+            alds.LowRankConv2d(4, 6, 3, 1, scheme=scheme, conv_groups=2, padding=1, padding_mode="circular"),
+            (2, 4, 9, 8),
+        )
+        yield alds.LowRankConv3d(4, 6, 3, 2, scheme=scheme, stride=2), (2, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize(("layer", "shape"), list(_layers()), ids=lambda v: repr(v)[:60])
+def test_layer_is_a_good_module(layer, shape):
+    """Trains, exports, compiles without graph breaks, survives a change of type, and shows its structure."""
+    x = torch.randn(shape)
+    y = layer(x)
+    y.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in layer.parameters())
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), y)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), y)
+    torch.testing.assert_close(layer.to_dense()(x), y, rtol=1e-4, atol=1e-5)
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    for part in ("scheme=", "groups=", "rank="):
+        assert part in repr(layer)
+
+
+def test_layer_compiles_with_inductor():
+    layer, x = alds.LowRankConv2d(4, 6, 3, 2, groups=2, padding=1), torch.randn(2, 4, 9, 8)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_a_whole_model_of_many_layers_compiles_and_exports():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *[nn.Conv2d(16, 16, 3, padding=1) for _ in range(12)])
+    small, x = alds.compress(model, params=0.5), torch.randn(2, 3, 8, 8)
+    assert sum(isinstance(m, alds.LowRankConv2d) for m in small) == 13
+    torch.testing.assert_close(torch.compile(small, fullgraph=True, backend="aot_eager")(x), small(x))
+    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x))
+
+
+def test_a_low_rank_layer_learns():
+    torch.manual_seed(0)
+    layer, target = alds.LowRankLinear(8, 8, 2), torch.randn(8, 2) @ torch.randn(2, 8)
+    x = torch.randn(256, 8)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(300):
+        loss = (layer(x) - x @ target.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 1e-2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rank": 0}, r"rank=0 is outside 1\.\.6"),
+        ({"rank": 7}, r"rank=7 is outside 1\.\.6"),
+        ({"rank": 2.0}, r"rank=2\.0 is outside"),
+        ({"rank": 1, "groups": 5}, "groups=5 does not divide 12 channels; allowed: 1, 2, 3, 4, 6, 12"),
+        ({"rank": 1, "scheme": 7}, "scheme 7 is not one of"),
+    ],
+)
+def test_impossible_structures_are_refused(kwargs, message):
+    with pytest.raises(ArgumentError, match=message):
+        alds.LowRankLinear(12, 6, **kwargs)

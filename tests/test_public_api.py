@@ -1,0 +1,82 @@
+"""The public names, their signatures and their documentation; what an import needs and does."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import alds_fast as alds
+from alds_fast import errors
+
+NAMES = "AldsError Analysis LayerPlan LowRankConv1d LowRankConv2d LowRankConv3d LowRankLinear Plan analyze compress load save"
+
+
+def test_names():
+    assert sorted(alds.__all__) == sorted(NAMES.split())
+
+
+def _keywords(function):
+    return {n: p.default for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def test_signatures():
+    assert _keywords(alds.analyze) == {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
+    plan = _keywords(alds.Analysis.plan)
+    assert plan == {
+        "params": None,
+        "error": None,
+        "criterion": "frobenius",
+        "p": float("inf"),
+        "method": "alds",
+        "align": 1,
+    }
+    assert _keywords(alds.compress) == {"params": None, "error": None}
+    assert list(inspect.signature(alds.Plan.apply).parameters) == ["self", "model"]
+
+
+def test_plan_attributes():
+    for name in ("layers", "error", "gap", "params", "criterion", "method"):
+        assert name in alds.Plan.__dataclass_fields__ or isinstance(getattr(alds.Plan, name), property)
+    for name in ("name", "scheme", "groups", "rank", "error", "params_before", "params_after", "reason"):
+        assert name in alds.LayerPlan.__dataclass_fields__
+
+
+def test_every_public_name_is_documented():
+    for name in alds.__all__:
+        thing = getattr(alds, name)
+        assert inspect.getdoc(thing), name
+        for method, value in vars(thing).items() if inspect.isclass(thing) else ():
+            if inspect.isfunction(value) and not method.startswith("_") and method not in ("forward", "extra_repr"):
+                assert inspect.getdoc(value), f"{name}.{method}"
+
+
+def test_every_error_is_an_alds_error():
+    kinds = [v for v in vars(errors).values() if inspect.isclass(v)]
+    assert all(issubclass(k, alds.AldsError) for k in kinds) and issubclass(errors.BudgetError, ValueError)
+
+
+def _python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_import_without_torch_says_what_to_install():
+    result = _python("import sys; sys.modules['torch'] = None; import alds_fast")
+    assert result.returncode == 1
+    assert (
+        "ImportError: alds_fast needs PyTorch, which is not installed: pip install 'torch>=2.11,<2.14'" in result.stderr
+    )
+
+
+def test_import_touches_no_gpu_and_writes_nothing():
+    code = "import alds_fast, torch, sys; assert not torch.cuda.is_initialized(); print('matplotlib' in sys.modules)"
+    result = _python(code)
+    assert result.returncode == 0 and result.stdout.strip() == "False" and result.stderr == ""
+
+
+@pytest.mark.parametrize("flag", ["--help", "compress --help"])
+def test_command_line_is_installed(flag):
+    script = Path(sys.executable).parent / "alds-fast"
+    result = subprocess.run([script, *flag.split()], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "usage: alds-fast" in result.stdout
