@@ -77,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Parameters and buffers are stored in their own types, shared ones once, with the plan and the layers' structure in
     the metadata. Raises ModelError if the model is not a compressed one or holds state that is not a tensor,
-    MissingFileError if the directory does not exist.
+    MissingFileError if the directory does not exist, FileWriteError if the file cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")

@@ -59,7 +59,7 @@ def tiny() -> nn.Module:
 
 
 def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Frames (count, 1024) of harmonic tones in noise, normalised as CREPE wants them, and their pitch in cents (count,)."""
+    """Frames (count, 1024) of tones in noise, normalised as CREPE wants them, and their pitch in cents (count,)."""
     g = torch.Generator().manual_seed(seed)
     cents = 3200 + torch.rand(count, generator=g) * 5400  # 63 to 1440 Hz
     frequency = 10 * 2 ** (cents / 1200)

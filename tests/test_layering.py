@@ -6,31 +6,11 @@ from pathlib import Path
 import alds_fast
 
 PACKAGE = Path(alds_fast.__file__).parent
-ORDER = [
-    "errors",
-    "text",
-    "tied",
-    "folding",
-    "linalg_torch",
-    "linalg",
-    "bounds",
-    "layers",
-    "replace",
-    "discover",
-    "options",
-    "spectra",
-    "allocate",
-    "candidates",
-    "baselines",
-    "factorize",
-    "plan",
-    "analysis",
-    "checkpoint",
-    "report",
-    "cli",
-    "__init__",
-    "__main__",
-]
+ORDER = (
+    *("errors", "text", "tied", "folding", "linalg_torch", "linalg", "bounds", "layers", "replace", "discover"),
+    *("options", "spectra", "allocate", "candidates", "baselines", "factorize", "plan", "analysis", "checkpoint"),
+    *("report", "cli", "__init__", "__main__"),
+)
 
 
 def _first_party(node):

@@ -11,10 +11,8 @@ ROOT = Path(__file__).parent.parent
 def test_wheel_builds_without_torch(tmp_path):
     """In pip's isolated build environment, which has only what pyproject.toml asks for."""
     source = tmp_path / "source"
-    files = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for name in files:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
