@@ -5,7 +5,14 @@ from setuptools import setup
 
 core = Pybind11Extension(
     "alds_fast._core",
-    ["csrc/bindings.cpp", "csrc/lapack.cpp", "csrc/rsvd.cpp", "csrc/spectra.cpp"],
+    [
+        "csrc/bindings.cpp",
+        "csrc/lapack.cpp",
+        "csrc/ql.cpp",
+        "csrc/rsvd.cpp",
+        "csrc/spectra.cpp",
+        "csrc/tridiagonal.cpp",
+    ],
     depends=["csrc/core.h"],
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp"],

@@ -22,8 +22,6 @@ Lapack load() {
   Lapack l;
   resolve(blas, "dgemm", l.dgemm);
   resolve(blas, "dsyrk", l.dsyrk);
-  resolve(lapack, "dsytrd", l.dsytrd);
-  resolve(lapack, "dsterf", l.dsterf);
   resolve(lapack, "dsyevd", l.dsyevd);
   resolve(lapack, "dgeqrf", l.dgeqrf);
   resolve(lapack, "dorgqr", l.dorgqr);

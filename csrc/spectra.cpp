@@ -5,6 +5,7 @@
 // So only "root" group counts need a product; every other one is read off a root.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -83,23 +84,20 @@ void choose_roots(Layer& layer) {
   }
 }
 
-// Gram matrix (lower triangle) of slice `g` of `groups`, read off its root.
+// Gram matrix (lower triangle, leading dimension padded(order)) of slice `g` of `groups`, read off its root.
 void gather(const Layer& layer, const Root& root, int64_t item, int64_t groups, int64_t g, double* out) {
   const MatrixBatch& m = layer.problem->matrix;
-  const int64_t order = std::min(m.rows, m.cols / groups);
+  const int64_t order = std::min(m.rows, m.cols / groups), ld = padded(order);
   const int64_t root_order = std::min(m.rows, m.cols / root.groups), size = root_order * root_order;
   const double* base = root.grams.data() + item * root.groups * size;
-  if (root.wide) {
-    const int64_t parts = root.groups / groups;
-    base += g * parts * size;
-    std::copy(base, base + size, out);
+  const int64_t parts = root.wide ? root.groups / groups : 1;
+  base += root.wide ? g * parts * size : g / (groups / root.groups) * size;
+  const int64_t corner = root.wide ? 0 : g % (groups / root.groups) * order * (root_order + 1);
+  for (int64_t j = 0; j < order; ++j) {
+    const double* column = base + corner + j * root_order;
+    std::copy(column + j, column + order, out + j * ld + j);
     for (int64_t p = 1; p < parts; ++p)
-      for (int64_t i = 0; i < size; ++i) out[i] += base[p * size + i];
-  } else {
-    const int64_t parts = groups / root.groups;
-    base += (g / parts) * size + (g % parts) * order * (root_order + 1);
-    for (int64_t j = 0; j < order; ++j)
-      std::copy(base + j * root_order + j, base + j * root_order + order, out + j * order + j);
+      for (int64_t i = j; i < order; ++i) out[j * ld + i] += column[p * size + i];
   }
 }
 
@@ -107,6 +105,7 @@ struct Task {
   int layer, index;  // index into roots (products) or problem->groups (eigenvalues)
   int64_t item, slice;
   double cost;
+  int64_t number;
 };
 
 void largest_first(std::vector<Task>& tasks) {
@@ -143,7 +142,7 @@ void products(std::vector<Layer>& layers, int threads) {
       root.grams.resize(m.batch * root.groups * order * order);
       for (int64_t i = 0; i < m.batch; ++i)
         for (int64_t g = 0; g < root.groups; ++g)
-          tasks.push_back({int(l), int(r), i, g, double(order) * m.rows * width});
+          tasks.push_back({int(l), int(r), i, g, double(order) * m.rows * width, 0});
     }
   }
   run(tasks, threads, [&](const Task& t, std::vector<double>&, std::vector<double>& scratch) {
@@ -155,24 +154,78 @@ void products(std::vector<Layer>& layers, int threads) {
   });
 }
 
-void eigenvalues(const std::vector<Layer>& layers, int threads) {
+// A slice on its way to singular values: the tridiagonal form of its Gram matrix over the largest entry.
+struct Tridiagonal {
+  int64_t order;
+  double *diagonal, *off_diagonal;  // diagonal is the slice's place in the output
+  double largest;
+};
+
+// Tridiagonal form of every slice; off-diagonals lie in `couplings`, in the order of the tasks.
+std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, std::vector<double>& couplings, int threads) {
   std::vector<Task> tasks;
+  std::vector<Tridiagonal> found;
+  int64_t total = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     const SpectraProblem& p = *layers[l].problem;
     for (size_t k = 0; k < p.groups.size(); ++k) {
-      const double order = std::min(p.matrix.rows, p.matrix.cols / p.groups[k]);
+      const int64_t order = std::min(p.matrix.rows, p.matrix.cols / p.groups[k]);
       for (int64_t i = 0; i < p.matrix.batch; ++i)
-        for (int64_t g = 0; g < p.groups[k]; ++g) tasks.push_back({int(l), int(k), i, g, order * order * order});
+        for (int64_t g = 0; g < p.groups[k]; ++g) {
+          double* out = p.out + i * layers[l].row_size + layers[l].offsets[k] + g * order;
+          tasks.push_back({int(l), int(k), i, g, std::pow(double(order), 3), int64_t(found.size())});
+          found.push_back({order, out, nullptr, 0.0});
+          total += order;
+        }
     }
+  }
+  couplings.resize(total);
+  total = 0;
+  for (Tridiagonal& t : found) {
+    t.off_diagonal = couplings.data() + total;
+    total += t.order;
   }
   run(tasks, threads, [&](const Task& t, std::vector<double>& matrix, std::vector<double>& scratch) {
     const Layer& layer = layers[t.layer];
-    const SpectraProblem& p = *layer.problem;
-    const int64_t groups = p.groups[t.index], order = std::min(p.matrix.rows, p.matrix.cols / groups);
-    matrix.resize(std::max<size_t>(matrix.size(), order * order));
-    gather(layer, layer.roots[layer.root_of[t.index]], t.item, groups, t.slice, matrix.data());
-    double* out = p.out + t.item * layer.row_size + layer.offsets[t.index] + t.slice * order;
-    singular_values_from_gram(matrix.data(), order, out, scratch);
+    Tridiagonal& target = found[t.number];
+    const int64_t n = target.order, ld = padded(n);
+    double *gram = aligned(matrix, ld * whole_blocks(n) + n), *tau = gram + ld * whole_blocks(n);
+    gather(layer, layer.roots[layer.root_of[t.index]], t.item, layer.problem->groups[t.index], t.slice, gram);
+    double largest = 0.0;  // the largest entry of a positive semidefinite matrix is on its diagonal
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, gram[i * ld + i]);
+    target.largest = largest;
+    if (largest == 0.0) largest = 1.0;
+    for (int64_t j = 0; j < n; ++j)  // so that no square over- or underflows
+      for (int64_t i = j; i < n; ++i) gram[j * ld + i] /= largest;
+    complete_blocks(gram, n);
+    tridiagonalise(gram, n, target.diagonal, target.off_diagonal, tau, scratch);
+  });
+  return found;
+}
+
+// Singular values in place of the diagonals, LANES slices of one order at a time.
+void finish(std::vector<Tridiagonal>& slices, int threads) {
+  std::stable_sort(slices.begin(), slices.end(), [](const auto& a, const auto& b) { return a.order > b.order; });
+  std::vector<Task> tasks;
+  for (size_t begin = 0; begin < slices.size();) {
+    size_t end = begin;
+    while (end < slices.size() && end - begin < LANES && slices[end].order == slices[begin].order) ++end;
+    tasks.push_back({int(begin), int(end), 0, 0, std::pow(double(slices[begin].order), 2), 0});
+    begin = end;
+  }
+  run(tasks, threads, [&](const Task& t, std::vector<double>&, std::vector<double>& scratch) {
+    double *diagonal[LANES] = {}, *off_diagonal[LANES] = {};
+    for (int k = t.layer; k < t.index; ++k) {
+      diagonal[k - t.layer] = slices[k].diagonal;
+      off_diagonal[k - t.layer] = slices[k].off_diagonal;
+    }
+    const int64_t n = slices[t.layer].order;
+    tridiagonal_eigenvalues(n, t.index - t.layer, diagonal, off_diagonal, scratch);
+    for (int k = t.layer; k < t.index; ++k) {
+      double* values = slices[k].diagonal;
+      std::sort(values, values + n, std::greater<double>());
+      for (int64_t i = 0; i < n; ++i) values[i] = std::sqrt(std::max(values[i], 0.0) * slices[k].largest);
+    }
   });
 }
 
@@ -183,22 +236,6 @@ void gram(const Slice& slice, double* out, std::vector<double>& scratch) {
   else gram_of<float>(slice, out, scratch);
 }
 
-void singular_values_from_gram(double* matrix, int64_t order, double* out, std::vector<double>& scratch) {
-  if (order == 1) {
-    out[0] = std::sqrt(std::max(matrix[0], 0.0));
-    return;
-  }
-  int n = order, lwork = 32 * n, info = 0;
-  scratch.resize(std::max<size_t>(scratch.size(), 2 * n + lwork));
-  double *off_diagonal = scratch.data(), *tau = off_diagonal + n, *work = tau + n;
-  char lower = 'L';
-  lapack().dsytrd(&lower, &n, matrix, &n, out, off_diagonal, tau, work, &lwork, &info);
-  lapack().dsterf(&n, out, off_diagonal, &info);
-  if (info != 0) throw std::runtime_error("dsterf did not converge (" + std::to_string(info) + " off-diagonals left)");
-  std::reverse(out, out + n);
-  for (int64_t i = 0; i < order; ++i) out[i] = std::sqrt(std::max(out[i], 0.0));
-}
-
 void spectra(const std::vector<SpectraProblem>& problems, int threads) {
   std::vector<Layer> layers(problems.size());
   for (size_t i = 0; i < problems.size(); ++i) {
@@ -206,7 +243,9 @@ void spectra(const std::vector<SpectraProblem>& problems, int threads) {
     choose_roots(layers[i]);
   }
   products(layers, threads);
-  eigenvalues(layers, threads);
+  std::vector<double> couplings;
+  std::vector<Tridiagonal> slices = reduce(layers, couplings, threads);
+  finish(slices, threads);
 }
 
 }  // namespace alds
