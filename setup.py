@@ -7,15 +7,16 @@ core = Pybind11Extension(
     "alds_fast._core",
     [
         "csrc/bindings.cpp",
+        "csrc/gram.cpp",
         "csrc/lapack.cpp",
         "csrc/ql.cpp",
         "csrc/rsvd.cpp",
         "csrc/spectra.cpp",
         "csrc/tridiagonal.cpp",
     ],
-    depends=["csrc/core.h"],
+    depends=["csrc/core.h", "csrc/vector.h"],
     cxx_std=17,
-    extra_compile_args=["-O3", "-fopenmp"],
+    extra_compile_args=["-O3", "-fopenmp", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],
 )
 

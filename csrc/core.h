@@ -3,20 +3,12 @@
 #include <cstdint>
 #include <vector>
 
-// One binary for every x86-64: the loops below are compiled for AVX-512, AVX2 and the baseline, chosen at load time.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define ALDS_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define ALDS_CLONES
-#endif
-
 namespace alds {
 
 // Function pointers into the LAPACK/BLAS that scipy ships (Fortran calling convention, 32-bit integers).
 struct Lapack {
   using Int = int;
   void (*dgemm)(char*, char*, Int*, Int*, Int*, double*, double*, Int*, double*, Int*, double*, double*, Int*);
-  void (*dsyrk)(char*, char*, Int*, Int*, double*, double*, Int*, double*, double*, Int*);
   void (*dsyevd)(char*, char*, Int*, double*, Int*, double*, double*, Int*, Int*, Int*, Int*);
   void (*dgeqrf)(Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
   void (*dorgqr)(Int*, Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
@@ -38,8 +30,6 @@ struct Slice {
   int64_t order() const { return matrix->rows < width ? matrix->rows : width; }  // size of the smaller Gram matrix
 };
 
-constexpr int64_t LANES = 8;  // doubles in a vector: one AVX-512 register, two of AVX2
-
 // At least `size` doubles of a buffer, on a vector's boundary.
 double* aligned(std::vector<double>& buffer, int64_t size);
 
@@ -55,8 +45,8 @@ void tridiagonalise(double* a, int64_t n, double* diagonal, double* off_diagonal
                     std::vector<double>& scratch);
 
 // Gram matrix of a slice on its smaller side: W W^T if rows <= width, else W^T W.
-// Column-major, leading dimension slice.order(), lower triangle only; scratch is grown as needed.
-void gram(const Slice& slice, double* out, std::vector<double>& scratch);
+// Stored as for tridiagonalise, on a vector's boundary, lower triangle; scratch is grown as needed.
+void gram(const Slice& slice, double* g, std::vector<double>& scratch);
 
 // Eigenvalues, unordered, of up to LANES tridiagonal matrices, one per vector lane: each diagonal[i] (n) becomes them, off_diagonal[i] (n - 1)
 // is only read. Absolute error about machine epsilon times the norm.

@@ -21,7 +21,6 @@ Lapack load() {
   py::dict blas = capi("scipy.linalg.cython_blas"), lapack = capi("scipy.linalg.cython_lapack");
   Lapack l;
   resolve(blas, "dgemm", l.dgemm);
-  resolve(blas, "dsyrk", l.dsyrk);
   resolve(lapack, "dsyevd", l.dsyevd);
   resolve(lapack, "dgeqrf", l.dgeqrf);
   resolve(lapack, "dorgqr", l.dorgqr);

@@ -10,12 +10,10 @@
 #include <stdexcept>
 
 #include "core.h"
+#include "vector.h"
 
 namespace alds {
 namespace {
-
-typedef double Vector __attribute__((vector_size(LANES * sizeof(double))));
-typedef int64_t Integers __attribute__((vector_size(LANES * sizeof(int64_t))));
 
 // One QL sweep with shift sigma; lane k stops after its row first[k]. Returns gamma and p of every lane's last row.
 ALDS_CLONES void sweep(int64_t n, int64_t lowest, const Integers& first, const Vector& sigma, Vector* __restrict d,

@@ -163,8 +163,12 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
   const int64_t slice_width = m.cols / p.groups;
   const Slice slice{&m, index / p.groups, (index % p.groups) * slice_width, slice_width};
   const int64_t order = slice.order(), width = std::min(order, p.rank + o.oversample);
+  const int64_t ld = padded(order);
+  double* padded_gram = aligned(w.image, ld * whole_blocks(order));
+  gram(slice, padded_gram, w.scratch);
   grow(w.gram, order * order);
-  gram(slice, w.gram.data(), w.scratch);
+  for (int64_t j = 0; j < order; ++j)
+    std::copy(padded_gram + j * ld + j, padded_gram + j * ld + order, w.gram.data() + j * order + j);
   double& total = p.norm[index];
   total = 0.0;
   for (int64_t i = 0; i < order; ++i) total += w.gram[i * order + i];

@@ -10,36 +10,10 @@
 #include <string>
 
 #include "core.h"
+#include "vector.h"
 
 namespace alds {
 namespace {
-
-constexpr int64_t CHUNK = 1 << 17;  // doubles converted at a time: 1 MiB, stays in L2
-
-template <typename T>
-void convert(const T* source, int64_t rows, int64_t stride, int64_t width, double* target) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < width; ++j) target[i * width + j] = static_cast<double>(source[i * stride + j]);
-}
-
-template <typename T>
-void gram_of(const Slice& slice, double* out, std::vector<double>& scratch) {
-  const MatrixBatch& m = *slice.matrix;
-  const T* base = static_cast<const T*>(m.data) + slice.item * m.rows * m.cols + slice.first;
-  const bool wide = m.rows <= slice.width;
-  const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
-  const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
-  scratch.resize(std::max<size_t>(scratch.size(), order * step));
-  double one = 1.0, beta = 0.0;
-  char lower = 'L', trans = wide ? 'T' : 'N';
-  for (int64_t start = 0; start < other; start += step, beta = 1.0) {
-    int64_t count = std::min(step, other - start);
-    if (wide) convert(base + start, m.rows, m.cols, count, scratch.data());  // row-major rows x count
-    else convert(base + start * m.cols, count, m.cols, slice.width, scratch.data());  // row-major count x width
-    int n = order, k = count, lda = wide ? count : order, ldc = order;
-    lapack().dsyrk(&lower, &trans, &n, &k, &one, scratch.data(), &lda, &beta, out, &ldc);
-  }
-}
 
 struct Root {
   int64_t groups;
@@ -145,12 +119,15 @@ void products(std::vector<Layer>& layers, int threads) {
           tasks.push_back({int(l), int(r), i, g, double(order) * m.rows * width, 0});
     }
   }
-  run(tasks, threads, [&](const Task& t, std::vector<double>&, std::vector<double>& scratch) {
+  run(tasks, threads, [&](const Task& t, std::vector<double>& matrix, std::vector<double>& scratch) {
     const MatrixBatch& m = layers[t.layer].problem->matrix;
     Root& root = layers[t.layer].roots[t.index];
     const int64_t width = m.cols / root.groups, order = std::min(m.rows, width);
-    gram({&m, t.item, t.slice * width, width},
-         root.grams.data() + (t.item * root.groups + t.slice) * order * order, scratch);
+    double* g = aligned(matrix, padded(order) * whole_blocks(order));
+    double* out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
+    gram({&m, t.item, t.slice * width, width}, g, scratch);
+    for (int64_t j = 0; j < order; ++j)
+      std::copy(g + j * padded(order) + j, g + j * padded(order) + order, out + j * order + j);
   });
 }
 
@@ -230,11 +207,6 @@ void finish(std::vector<Tridiagonal>& slices, int threads) {
 }
 
 }  // namespace
-
-void gram(const Slice& slice, double* out, std::vector<double>& scratch) {
-  if (slice.matrix->is_double) gram_of<double>(slice, out, scratch);
-  else gram_of<float>(slice, out, scratch);
-}
 
 void spectra(const std::vector<SpectraProblem>& problems, int threads) {
   std::vector<Layer> layers(problems.size());

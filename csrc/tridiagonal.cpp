@@ -5,17 +5,10 @@
 #include <cmath>
 
 #include "core.h"
+#include "vector.h"
 
 namespace alds {
 namespace {
-
-#define ALDS_INLINE static inline __attribute__((always_inline))
-
-typedef double Vector __attribute__((vector_size(LANES * sizeof(double))));
-typedef int64_t Integers __attribute__((vector_size(LANES * sizeof(int64_t))));
-
-ALDS_INLINE Vector& at(double* x) { return *reinterpret_cast<Vector*>(x); }
-ALDS_INLINE const Vector& at(const double* x) { return *reinterpret_cast<const Vector*>(x); }
 
 // Lane c of the result is the sum of x[c]'s lanes.
 ALDS_INLINE Vector sums(const Vector* x) {
