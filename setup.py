@@ -14,7 +14,7 @@ core = Pybind11Extension(
         "csrc/spectra.cpp",
         "csrc/tridiagonal.cpp",
     ],
-    depends=["csrc/core.h", "csrc/vector.h"],
+    depends=["csrc/buffer.h", "csrc/core.h", "csrc/vector.h"],
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],

@@ -15,7 +15,7 @@ from .errors import LayerNotFoundError, PlanError
 from .folding import WeightShape, factors_to_weights
 from .layers import LowRankLayer
 from .replace import low_rank_like, replace_layers
-from .spectra import batches, weight_matrix
+from .spectra import FoldRoom, batches, place
 
 
 class Choice(NamedTuple):
@@ -115,9 +115,9 @@ def factorize(
     for _, layer in work:
         check_weight(layer)
     new: dict[str, LowRankLayer] = {}
-    reports = {}
-    for batch in batches(work, lambda w: w[0].shape.numel, lambda w: w[1].module.weight.device):
-        matrices = [weight_matrix(layer, choice.scheme) for choice, layer in batch]
+    reports, room = {}, FoldRoom()
+    for batch in batches(work, lambda w: w[0].shape.numel, lambda w: place(w[1])):
+        matrices = room.matrices([(layer, choice.scheme) for choice, layer in batch])
         for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra or {}), strict=True):
             new[choice.name] = _low_rank_layer(layer, choice, factors)
             reports[choice.name] = _report(factors)

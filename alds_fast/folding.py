@@ -124,11 +124,14 @@ def max_rank(shape: WeightShape, scheme: int, groups: int) -> int:
 
 def fold(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
     """Folded weight, (conv_groups, rows, cols); slice g of ``groups`` is the g-th run of cols / groups columns."""
-    spatial = len(shape.kernel)
+    return permuted(weight, shape, scheme).reshape(matrix_shape(shape, scheme))
+
+
+def permuted(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
+    """View of the weight whose dimensions are those of the folded matrix in order: (conv_groups, rows..., cols...)."""
     dec = [3 + a for a in decoder_axes(scheme, shape.kernel)]
-    enc = [a for a in range(3, 3 + spatial) if a not in dec]
-    split = weight.reshape(shape.conv_groups, shape.out_channels // shape.conv_groups, *weight.shape[1:])
-    return split.permute(0, 1, *dec, 2, *enc).reshape(matrix_shape(shape, scheme))
+    enc = [a for a in range(3, 3 + len(shape.kernel)) if a not in dec]
+    return weight.unflatten(0, (shape.conv_groups, -1)).permute(0, 1, *dec, 2, *enc)
 
 
 def unfold(matrix: Tensor, shape: WeightShape, scheme: int) -> Tensor:

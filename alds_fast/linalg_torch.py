@@ -11,7 +11,7 @@ from torch import Tensor
 OVERSAMPLE = 8
 MAX_ITERATIONS = 24
 TOLERANCE = 1e-3  # squared error reached <= (1 + TOLERANCE) * optimum
-EXACT_FRACTION = 0.15  # a sketch wider than this share of the order is slower than the exact decomposition (measured)
+EXACT_FRACTION = 0.1  # a sketch wider than this share of the order is slower than the exact decomposition (measured)
 EXACT_BY_CHOICE, EXACT_BY_FALLBACK = -1, -2  # as in csrc/core.h
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import linalg
 from .bounds import Criterion
 from .discover import Layer
-from .folding import distinct_schemes, divisors, fold
+from .folding import distinct_schemes, divisors, matrix_shape, permuted
 from .options import Groups
 
 
@@ -78,12 +78,39 @@ def batches(problems: Sequence, size: Callable, key: Callable) -> Iterator[list]
         yield batch
 
 
-def weight_matrix(layer: Layer, scheme: int) -> Tensor:
-    """The folded weight, (conv_groups, rows, cols), float64 if the weight is, else float32 (exact for half types)."""
-    weight, shape = layer.module.weight, layer.shape
-    assert isinstance(weight, Tensor) and shape is not None
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return fold(weight.detach().to(dtype), shape, scheme)
+def _weight(layer: Layer) -> Tensor:
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
+    """Where and in which type a layer is worked on: float64 if its weight is, else float32, which holds half types."""
+    weight = _weight(layer)
+    return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class FoldRoom:
+    """One piece of memory that batch after batch is folded into.
+
+    (Fresh copies of tens of megabytes, freed between small results that stay, leave the heap full of holes.)
+    """
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0)
+
+    def matrices(self, folds: Sequence[tuple[Layer, int]]) -> list[Tensor]:
+        """Folded weights of (layer, scheme) pairs of one place, each (conv_groups, rows, cols), until the next call."""
+        sources = [permuted(_weight(layer), layer.shape, scheme) for layer, scheme in folds if layer.shape]
+        sizes, (device, dtype) = [s.numel() for s in sources], place(folds[0][0])
+        if (self._room.device, self._room.dtype) != (device, dtype) or self._room.numel() < sum(sizes):
+            self._room = torch.empty(0)  # give the old one back first
+            self._room = torch.empty(sum(sizes), dtype=dtype, device=device)
+        rooms = self._room[: sum(sizes)].split(sizes)
+        for source, room in zip(sources, rooms, strict=True):
+            room.view(source.shape).copy_(source)
+        shapes = [matrix_shape(layer.shape, scheme) for layer, scheme in folds if layer.shape]
+        return [room.view(shape) for room, shape in zip(rooms, shapes, strict=True)]
 
 
 def layer_spectra(
@@ -96,9 +123,9 @@ def layer_spectra(
     eigenproblem a thread. ``done`` is told the number of weights finished after each batch.
     """
     results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
-    work = _problems(layers, schemes, groups)
-    for batch in batches(work, lambda p: p.size, lambda p: p.layer.module.weight.device):
-        matrices = [weight_matrix(p.layer, p.scheme) for p in batch]
+    work, room = _problems(layers, schemes, groups), FoldRoom()
+    for batch in batches(work, lambda p: p.size, lambda p: place(p.layer)):
+        matrices = room.matrices([(p.layer, p.scheme) for p in batch])
         found = linalg.spectra(matrices, [p.computed for p in batch])
         for problem, values in zip(batch, found, strict=True):
             result = results[problem.layer.name]

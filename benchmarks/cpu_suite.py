@@ -1,14 +1,13 @@
-"""The speed and memory figures of the README, in one command: writes benchmarks/results/cpu.json and cpu.md.
+"""The speed and memory figures of the README, in one command: writes benchmarks/results/<name>.json and .md.
 
-Every ratio is of medians from one run in which the sides take turns. Peak memory is the growth of the resident set
-over the analysis of one model in a fresh process.
+Every ratio is of medians from one run in which the sides take turns. Memory is the growth of the peak resident set of
+a fresh process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ import registry
 import torch
 
 import alds_fast as alds
+from alds_fast.folding import distinct_schemes, matrix_shape
+from alds_fast.replace import weight_shape
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,26 +63,53 @@ def allocator(rounds: int) -> dict[str, object]:
     return registry.take_turns(sides, rounds)
 
 
+def peak_mb(call) -> float:
+    """Growth of this process' peak resident set over the call, in MB (Linux: the kernel's counter, reset before)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    call()
+    return (_resident("VmHWM") - before) / 1e3
+
+
+def _resident(field: str) -> float:
+    """A field of /proc/self/status, in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(ln.split()[1] for ln in lines if ln.startswith(field)))
+
+
+def workspace_mb(model: torch.nn.Module, schemes: tuple[int, ...]) -> float:
+    """Of the largest layer: its fold in float32, as many float64 for Gram matrices, one eigenproblem a thread."""
+    found = 0.0
+    for module in model:
+        shape = weight_shape(module)
+        for scheme in distinct_schemes(schemes, shape.kernel):
+            _, rows, cols = matrix_shape(shape, scheme)
+            thread = 8 * min(rows, cols) ** 2
+            found = max(found, rows * cols * (4 + 8) + torch.get_num_threads() * thread)
+    return found / 1e6
+
+
 def memory(name: str, schemes: tuple[int, ...]) -> dict[str, float]:
-    """Growth of the resident set over one analysis, against the workspace of the largest layer."""
+    """Extra memory of one analysis and of one factorisation, against the largest layer's workspace."""
     alds.compress(torch.nn.Linear(64, 64), params=0.5)
-    model = registry.MODELS[name]()
-    largest = max(p.numel() for p in model.parameters())
-    order = max(min(m.shape) for m in (p.flatten(1) for p in model.parameters() if p.dim() > 1))
-    if len(schemes) > 1:
-        order *= 3
-    workspace = largest * (4 + 8) + torch.get_num_threads() * order**2 * 8
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    analysis = alds.analyze(model, schemes=schemes)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    kept = sum(v.numel() * 8 for s in analysis.spectra.values() for v in s.values.values())
-    return {"grown_mb": grown / 1e6, "largest_layer_workspace_mb": workspace / 1e6, "spectra_kept_mb": kept / 1e6}
+    model, kept = registry.MODELS[name](), []
+    analysis_mb = peak_mb(lambda: kept.append(alds.analyze(model, schemes=schemes)))
+    plan = kept[0].plan(params=0.5)
+    factors_mb = peak_mb(lambda: kept.append(plan.apply(model)))
+    spectra = sum(v.numel() * 8 for s in kept[0].spectra.values() for v in s.values.values()) / 1e6
+    result = sum(p.numel() * 4 for p in kept[1].parameters()) / 1e6
+    workspace = workspace_mb(model, schemes)
+    return {
+        "workspace_mb": workspace, "analysis_mb": analysis_mb, "spectra_kept_mb": spectra,
+        "factorise_mb": factors_mb, "result_mb": result,
+    }  # fmt: skip
 
 
 def table(results: dict) -> str:
     """The results as Markdown."""
     env = results["environment"]
-    lines = [f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}", ""]
+    policy = f"OMP_WAIT_POLICY {env['omp_wait_policy']}"
+    lines = [f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}, {policy}", ""]
     lines += [
         "| spectra, ResNet-50-shaped, scheme 0, all divisors | wall s | CPU s | alds_fast is |",
         "|---|---|---|---|",
@@ -93,21 +121,26 @@ def table(results: dict) -> str:
     lines += [f"| {n} | {t['wall_s']:.2f} | {t['cpu_s']:.2f} |" for n, t in results["compress"].items()]
     lines += ["", "| allocator, 300 x 12 x 4096 | wall s |", "|---|---|"]
     lines += [f"| {n} | {t['wall_s']:.3f} |" for n, t in results["allocator"].items()]
-    lines += ["", "| peak memory of the analysis | grown MB | workspace of the largest layer MB |", "|---|---|---|"]
+    lines += ["", "| extra memory, MB | analysis, peak | of it the spectra kept | largest layer's workspace |"]
+    lines += ["|---|---|---|---|"]
     for name, m in results["memory"].items():
-        lines.append(f"| {name} | {m['grown_mb']:.0f} | {m['largest_layer_workspace_mb']:.0f} |")
+        lines.append(f"| {name} | {m['analysis_mb']:.0f} | {m['spectra_kept_mb']:.1f} | {m['workspace_mb']:.0f} |")
+    lines += ["", "| extra memory, MB | factorisation, peak | of it the compressed model |", "|---|---|---|"]
+    lines += [f"| {n} | {m['factorise_mb']:.0f} | {m['result_mb']:.0f} |" for n, m in results["memory"].items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--name", default="cpu", help="of the files under benchmarks/results")
     parser.add_argument("--memory", nargs=2, metavar=("MODEL", "SCHEMES"), help="one memory measurement, as JSON")
     args = parser.parse_args()
     if args.memory:
         print(json.dumps(memory(args.memory[0], tuple(map(int, args.memory[1])))))
         return
     begin = time.time()
+    alds.compress(torch.nn.Linear(64, 64), params=0.5)  # load and compile everything
     results = {"environment": registry.environment(), "spectra": spectra(args.rounds)}
     results |= {"compress": compression(args.rounds), "allocator": allocator(5), "memory": {}}
     for name in registry.MODELS:
@@ -117,8 +150,8 @@ def main() -> None:
             results["memory"][f"{name}, schemes {schemes}"] = json.loads(found)
     results["seconds"] = time.time() - begin
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "cpu.md").write_text(table(results))
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{args.name}.md").write_text(table(results))
     print(table(results))
 
 

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "buffer.h"
+
 namespace alds {
 
 // Function pointers into the LAPACK/BLAS that scipy ships (Fortran calling convention, 32-bit integers).
@@ -10,6 +12,8 @@ struct Lapack {
   using Int = int;
   void (*dgemm)(char*, char*, Int*, Int*, Int*, double*, double*, Int*, double*, Int*, double*, double*, Int*);
   void (*dsyevd)(char*, char*, Int*, double*, Int*, double*, double*, Int*, Int*, Int*, Int*);
+  void (*dstedc)(char*, Int*, double*, double*, double*, Int*, double*, Int*, Int*, Int*, Int*);
+  void (*dormqr)(char*, char*, Int*, Int*, Int*, double*, Int*, double*, double*, Int*, double*, Int*, Int*);
   void (*dgeqrf)(Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
   void (*dorgqr)(Int*, Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
 };
@@ -30,9 +34,6 @@ struct Slice {
   int64_t order() const { return matrix->rows < width ? matrix->rows : width; }  // size of the smaller Gram matrix
 };
 
-// At least `size` doubles of a buffer, on a vector's boundary.
-double* aligned(std::vector<double>& buffer, int64_t size);
-
 // Storage of a symmetric matrix for tridiagonalise: column-major on a vector's boundary, whole_blocks(order) columns of
 // leading dimension padded(order), lower triangle. complete_blocks fills in what it needs beside that.
 int64_t whole_blocks(int64_t order);
@@ -42,16 +43,16 @@ void complete_blocks(double* a, int64_t order);
 // Tridiagonal form of such a matrix (destroyed): diagonal (n), off_diagonal (n - 1), tau (n - 1), the scalar factors of
 // the reflectors, which are left below the first subdiagonal as dsytrd leaves them.
 void tridiagonalise(double* a, int64_t n, double* diagonal, double* off_diagonal, double* tau,
-                    std::vector<double>& scratch);
+                    Buffer& scratch);
 
 // Gram matrix of a slice on its smaller side: W W^T if rows <= width, else W^T W.
 // Stored as for tridiagonalise, on a vector's boundary, lower triangle; scratch is grown as needed.
-void gram(const Slice& slice, double* g, std::vector<double>& scratch);
+void gram(const Slice& slice, double* g, Buffer& scratch);
 
 // Eigenvalues, unordered, of up to LANES tridiagonal matrices, one per vector lane: each diagonal[i] (n) becomes them, off_diagonal[i] (n - 1)
 // is only read. Absolute error about machine epsilon times the norm.
 void tridiagonal_eigenvalues(int64_t n, int64_t count, double* const* diagonal, const double* const* off_diagonal,
-                             std::vector<double>& scratch);
+                             Buffer& scratch);
 
 struct SpectraProblem {
   MatrixBatch matrix;

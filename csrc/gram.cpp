@@ -51,13 +51,13 @@ void pack_rows(const T* source, int64_t stride, int64_t width, int64_t depth, in
 }
 
 template <typename T>
-void gram_of(const Slice& slice, double* g, std::vector<double>& scratch) {
+void gram_of(const Slice& slice, double* g, Buffer& scratch) {
   const MatrixBatch& m = *slice.matrix;
   const T* base = static_cast<const T*>(m.data) + slice.item * m.rows * m.cols + slice.first;
   const bool wide = m.rows <= slice.width;
   const int64_t order = slice.order(), end = whole_blocks(order), ld = padded(order);
   const int64_t total = wide ? slice.width : m.rows, step = std::clamp<int64_t>(CHUNK / end, 16, std::max<int64_t>(total, 16));
-  double* pack = aligned(scratch, end * step);
+  double* pack = grow(scratch, end * step);
   std::fill(pack, pack + end * step, 0.0);
   std::fill(g, g + ld * end, 0.0);
   for (int64_t start = 0; start < total; start += step) {
@@ -70,7 +70,7 @@ void gram_of(const Slice& slice, double* g, std::vector<double>& scratch) {
 
 }  // namespace
 
-void gram(const Slice& slice, double* g, std::vector<double>& scratch) {
+void gram(const Slice& slice, double* g, Buffer& scratch) {
   if (slice.matrix->is_double) gram_of<double>(slice, g, scratch);
   else gram_of<float>(slice, g, scratch);
 }

@@ -22,6 +22,8 @@ Lapack load() {
   Lapack l;
   resolve(blas, "dgemm", l.dgemm);
   resolve(lapack, "dsyevd", l.dsyevd);
+  resolve(lapack, "dstedc", l.dstedc);
+  resolve(lapack, "dormqr", l.dormqr);
   resolve(lapack, "dgeqrf", l.dgeqrf);
   resolve(lapack, "dorgqr", l.dorgqr);
   return l;

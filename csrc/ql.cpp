@@ -49,9 +49,9 @@ double shift(double d0, double d1, double e2) {
 }  // namespace
 
 void tridiagonal_eigenvalues(int64_t n, int64_t count, double* const* diagonal, const double* const* off_diagonal,
-                             std::vector<double>& scratch) {
+                             Buffer& scratch) {
   if (n == 1) return;
-  auto* d = reinterpret_cast<Vector*>(aligned(scratch, 2 * n * LANES));
+  auto* d = reinterpret_cast<Vector*>(grow(scratch, 2 * n * LANES));
   Vector* e2 = d + n;
   double limit[LANES];
   Integers first;

@@ -15,8 +15,6 @@
 namespace alds {
 namespace {
 
-using Buffer = std::vector<double>;
-
 struct Workspace {
   Buffer gram, basis, image, small, values, work, scratch, factor;
   std::vector<int> integers;
@@ -42,11 +40,6 @@ void gaussian(uint64_t seed, uint64_t slice, double* out, int64_t count) {
   }
 }
 
-double* grow(Buffer& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
-}
-
 void product(char ta, char tb, int m, int n, int k, double* a, int lda, double* b, int ldb, double* c, int ldc) {
   double one = 1.0, zero = 0.0;
   lapack().dgemm(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &zero, c, &ldc);
@@ -66,10 +59,10 @@ void orthonormalise(double* a, int rows, int cols, Workspace& w) {
   check(info, "dorgqr");
 }
 
-// Eigenvalues ascending into w.values; a (order x order, lower triangle) becomes the eigenvectors if asked.
-void eigen(double* a, int order, bool vectors, Workspace& w) {
-  char job = vectors ? 'V' : 'N', lower = 'L';
-  int lwork = vectors ? 1 + 6 * order + 2 * order * order : 34 * order, liwork = vectors ? 3 + 5 * order : 1, info = 0;
+// Eigenvalues ascending into w.values; a (order x order, lower triangle) becomes the eigenvectors.
+void eigen(double* a, int order, Workspace& w) {
+  char job = 'V', lower = 'L';
+  int lwork = 1 + 6 * order + 2 * order * order, liwork = 3 + 5 * order, info = 0;
   double* work = grow(w.work, lwork);
   if (static_cast<int>(w.integers.size()) < liwork) w.integers.resize(liwork);
   lapack().dsyevd(&job, &lower, &order, a, &order, grow(w.values, order), work, &lwork, w.integers.data(), &liwork,
@@ -83,9 +76,9 @@ double top(const Buffer& ascending, int64_t order, int64_t rank) {
   return sum;
 }
 
-void mirror(double* a, int64_t order) {  // fill the upper triangle from the lower one
+void mirror(double* a, int64_t order, int64_t ld) {  // fill the upper triangle from the lower one
   for (int64_t j = 0; j < order; ++j)
-    for (int64_t i = j + 1; i < order; ++i) a[i * order + j] = a[j * order + i];
+    for (int64_t i = j + 1; i < order; ++i) a[i * ld + j] = a[j * ld + i];
 }
 
 struct Target {
@@ -96,30 +89,49 @@ struct Target {
   }
 };
 
-// Top `rank` eigenvectors of the Gram matrix into w.factor (order x rank); returns the squared error.
-double exact(Workspace& w, int64_t order, int64_t rank, double total) {
-  eigen(w.gram.data(), order, true, w);
+// Top `rank` eigenvectors of the Gram matrix (destroyed) into w.factor (order x rank); returns the squared error. The
+// tridiagonal problem is solved whole, by divide and conquer; only the vectors that are kept are transformed back.
+double exact(double* gram, Workspace& w, int64_t order, int64_t rank, double total) {
   double* factor = grow(w.factor, order * rank);
-  for (int64_t j = 0; j < rank; ++j) {  // eigenvalues ascend
-    const double* vector = w.gram.data() + (order - 1 - j) * order;
-    std::copy(vector, vector + order, factor + j * order);
+  std::fill(factor, factor + order * rank, 0.0);
+  if (total == 0.0) {
+    for (int64_t j = 0; j < rank; ++j) factor[j * order + j] = 1.0;
+    return 0.0;
   }
-  return std::max(0.0, total - top(w.values, order, rank));
+  const int64_t ld = padded(order);
+  for (int64_t j = 0; j < order; ++j)  // so that no square over- or underflows
+    for (int64_t i = j; i < order; ++i) gram[j * ld + i] /= total;
+  complete_blocks(gram, order);
+  double *values = grow(w.values, 3 * order), *off_diagonal = values + order, *tau = off_diagonal + order;
+  tridiagonalise(gram, order, values, off_diagonal, tau, w.scratch);
+  char vectors = 'I', side = 'L', no = 'N';
+  int n = order, k = rank, m = n - 1, lda = ld, lwork = 1 + 4 * n + n * n, liwork = 3 + 5 * n, info = 0;
+  if (static_cast<int>(w.integers.size()) < liwork) w.integers.resize(liwork);
+  double* z = grow(w.basis, order * order);
+  lapack().dstedc(&vectors, &n, values, off_diagonal, z, &n, grow(w.work, lwork), &lwork, w.integers.data(), &liwork, &info);
+  check(info, "dstedc");
+  for (int64_t j = 0; j < rank; ++j)  // eigenvalues ascend
+    std::copy(z + (order - 1 - j) * order, z + (order - j) * order, factor + j * order);
+  lwork = std::max(64 * k, 64 * 65);
+  if (m > 0)
+    lapack().dormqr(&side, &no, &m, &k, &m, gram + 1, &lda, tau, factor + 1, &n, grow(w.work, lwork), &lwork, &info);
+  check(info, "dormqr");
+  return total * std::max(0.0, 1.0 - top(w.values, order, rank));
 }
 
 // Randomized subspace iteration into w.factor; false if the certificate was not met.
-bool sketched(Workspace& w, int64_t order, int64_t rank, int64_t width, const Target& target, const RsvdOptions& o,
+bool sketched(double* gram, Workspace& w, int64_t order, int64_t rank, int64_t width, const Target& target, const RsvdOptions& o,
               uint64_t slice, double& error, int64_t& iterations) {
   double* basis = grow(w.basis, order * width);
   double* image = grow(w.image, order * width);
   double* small = grow(w.small, width * width);
   gaussian(o.seed, slice, image, order * width);
-  product('N', 'N', order, width, order, w.gram.data(), order, image, order, basis, order);
+  product('N', 'N', order, width, order, gram, padded(order), image, order, basis, order);
   for (iterations = 1; iterations <= o.max_iterations; ++iterations) {
     orthonormalise(basis, order, width, w);
-    product('N', 'N', order, width, order, w.gram.data(), order, basis, order, image, order);
+    product('N', 'N', order, width, order, gram, padded(order), basis, order, image, order);
     product('T', 'N', width, width, order, basis, order, image, order, small, width);
-    eigen(small, width, true, w);
+    eigen(small, width, w);
     error = std::max(0.0, target.total - top(w.values, width, rank));
     if (target.met(error, order)) {
       double* factor = grow(w.factor, order * rank);
@@ -164,25 +176,22 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
   const Slice slice{&m, index / p.groups, (index % p.groups) * slice_width, slice_width};
   const int64_t order = slice.order(), width = std::min(order, p.rank + o.oversample);
   const int64_t ld = padded(order);
-  double* padded_gram = aligned(w.image, ld * whole_blocks(order));
-  gram(slice, padded_gram, w.scratch);
-  grow(w.gram, order * order);
-  for (int64_t j = 0; j < order; ++j)
-    std::copy(padded_gram + j * ld + j, padded_gram + j * ld + order, w.gram.data() + j * order + j);
+  double* g = grow(w.gram, ld * whole_blocks(order));
+  gram(slice, g, w.scratch);
   double& total = p.norm[index];
   total = 0.0;
-  for (int64_t i = 0; i < order; ++i) total += w.gram[i * order + i];
+  for (int64_t i = 0; i < order; ++i) total += g[i * ld + i];
   double& error = p.error[index];
   int64_t& iterations = p.iterations[index];
   bool done = false;
   if (width <= o.exact_fraction * order) {
-    mirror(w.gram.data(), order);
-    done = sketched(w, order, p.rank, width, {total, p.optimum[index], o.tolerance}, o, index, error, iterations);
+    mirror(g, order, ld);
+    done = sketched(g, w, order, p.rank, width, {total, p.optimum[index], o.tolerance}, o, index, error, iterations);
     if (!done) iterations = EXACT_BY_FALLBACK;
   } else {
     iterations = EXACT_BY_CHOICE;
   }
-  if (!done) error = exact(w, order, p.rank, total);
+  if (!done) error = exact(g, w, order, p.rank, total);
   const int64_t left = index * m.rows * p.rank, right = index * p.rank * slice_width;
   if (m.is_double)
     write_factors<double>(slice, p.rank, w, static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right);

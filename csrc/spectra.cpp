@@ -18,7 +18,7 @@ namespace {
 struct Root {
   int64_t groups;
   bool wide;
-  std::vector<double> grams;  // batch x groups x order x order
+  Buffer grams;  // batch x groups x order x order
 };
 
 struct Layer {
@@ -92,7 +92,7 @@ void run(std::vector<Task>& tasks, int threads, F&& body) {
   std::string failure;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<double> matrix, scratch;
+    Buffer matrix, scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
       try {
@@ -119,11 +119,11 @@ void products(std::vector<Layer>& layers, int threads) {
           tasks.push_back({int(l), int(r), i, g, double(order) * m.rows * width, 0});
     }
   }
-  run(tasks, threads, [&](const Task& t, std::vector<double>& matrix, std::vector<double>& scratch) {
+  run(tasks, threads, [&](const Task& t, Buffer& matrix, Buffer& scratch) {
     const MatrixBatch& m = layers[t.layer].problem->matrix;
     Root& root = layers[t.layer].roots[t.index];
     const int64_t width = m.cols / root.groups, order = std::min(m.rows, width);
-    double* g = aligned(matrix, padded(order) * whole_blocks(order));
+    double* g = grow(matrix, padded(order) * whole_blocks(order));
     double* out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
     gram({&m, t.item, t.slice * width, width}, g, scratch);
     for (int64_t j = 0; j < order; ++j)
@@ -139,7 +139,7 @@ struct Tridiagonal {
 };
 
 // Tridiagonal form of every slice; off-diagonals lie in `couplings`, in the order of the tasks.
-std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, std::vector<double>& couplings, int threads) {
+std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, Buffer& couplings, int threads) {
   std::vector<Task> tasks;
   std::vector<Tridiagonal> found;
   int64_t total = 0;
@@ -162,11 +162,11 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, std::vector<do
     t.off_diagonal = couplings.data() + total;
     total += t.order;
   }
-  run(tasks, threads, [&](const Task& t, std::vector<double>& matrix, std::vector<double>& scratch) {
+  run(tasks, threads, [&](const Task& t, Buffer& matrix, Buffer& scratch) {
     const Layer& layer = layers[t.layer];
     Tridiagonal& target = found[t.number];
     const int64_t n = target.order, ld = padded(n);
-    double *gram = aligned(matrix, ld * whole_blocks(n) + n), *tau = gram + ld * whole_blocks(n);
+    double *gram = grow(matrix, ld * whole_blocks(n) + n), *tau = gram + ld * whole_blocks(n);
     gather(layer, layer.roots[layer.root_of[t.index]], t.item, layer.problem->groups[t.index], t.slice, gram);
     double largest = 0.0;  // the largest entry of a positive semidefinite matrix is on its diagonal
     for (int64_t i = 0; i < n; ++i) largest = std::max(largest, gram[i * ld + i]);
@@ -190,7 +190,7 @@ void finish(std::vector<Tridiagonal>& slices, int threads) {
     tasks.push_back({int(begin), int(end), 0, 0, std::pow(double(slices[begin].order), 2), 0});
     begin = end;
   }
-  run(tasks, threads, [&](const Task& t, std::vector<double>&, std::vector<double>& scratch) {
+  run(tasks, threads, [&](const Task& t, Buffer&, Buffer& scratch) {
     double *diagonal[LANES] = {}, *off_diagonal[LANES] = {};
     for (int k = t.layer; k < t.index; ++k) {
       diagonal[k - t.layer] = slices[k].diagonal;
@@ -215,7 +215,7 @@ void spectra(const std::vector<SpectraProblem>& problems, int threads) {
     choose_roots(layers[i]);
   }
   products(layers, threads);
-  std::vector<double> couplings;
+  Buffer couplings;
   std::vector<Tridiagonal> slices = reduce(layers, couplings, threads);
   finish(slices, threads);
 }

@@ -153,12 +153,6 @@ ALDS_CLONES void update(int64_t begin, int64_t end, int64_t width, double* a, co
 
 }  // namespace
 
-double* aligned(std::vector<double>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size + LANES) buffer.resize(size + LANES);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return reinterpret_cast<double*>((address + sizeof(Vector) - 1) / sizeof(Vector) * sizeof(Vector));
-}
-
 int64_t whole_blocks(int64_t order) { return (order + LANES - 1) / LANES * LANES; }
 
 int64_t padded(int64_t order) {
@@ -175,9 +169,9 @@ void complete_blocks(double* a, int64_t n) {
 }
 
 void tridiagonalise(double* a, int64_t n, double* diagonal, double* off_diagonal, double* tau,
-                    std::vector<double>& scratch) {
+                    Buffer& scratch) {
   const int64_t ld = padded(n), end = whole_blocks(n), width = n <= 96 ? 16 : 32;
-  double* w = aligned(scratch, ld * width + ld + width);
+  double* w = grow(scratch, ld * width + ld + width);
   double *x = w + ld * width, *small = x + ld;
   std::fill(w, small + width, 0.0);
   for (int64_t first = 0; first < n; first += width) {
