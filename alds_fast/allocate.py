@@ -8,7 +8,7 @@ All functions work for any integer cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,15 @@ from numba import njit
 from numpy.typing import NDArray
 
 from .errors import BudgetError
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compile with numba, once for all processes where there is a place to keep the result."""
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:  # numba found no writable directory
+        return njit(function)
+
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -86,7 +95,7 @@ def check_budget(fronts: Sequence[Front], budget: int) -> None:
         raise BudgetError(f"a cost of {budget} cannot be met; the smallest reachable one is {least}")
 
 
-@njit(cache=True)
+@_compiled
 def _sweep(layers: Ints, deltas: Ints, left: int, count: int) -> tuple[Ints, int]:
     """Take the moves in order; a layer whose move is not affordable stays where it is for good.
 
@@ -126,7 +135,7 @@ def minimax(fronts: Sequence[Front], budget: int) -> Allocation:
     return Allocation(picks, float(errors_of(fronts, picks).max(initial=0.0)))
 
 
-@njit(cache=True)
+@_compiled
 def _lower_hull(x: Floats, y: Floats) -> Ints:
     """Indices of the lower convex hull of points with x ascending and y descending."""
     hull = np.empty(len(x), dtype=np.int64)
@@ -142,7 +151,7 @@ def _lower_hull(x: Floats, y: Floats) -> Ints:
     return hull[:n].copy()
 
 
-@njit(cache=True)
+@_compiled
 def _best_gain(costs: Ints, gains: Floats, starts: Ints, picks: Ints, left: int) -> tuple[int, int, float]:
     """The affordable move with the largest fall of the objective: (layer, point, fall), layer -1 if there is none."""
     best, point, fall = -1, 0, 0.0

@@ -9,7 +9,7 @@ one, whatever the weight's type.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import scipy.linalg.cython_blas
@@ -74,16 +74,28 @@ def _arrays(tensors: Sequence[Tensor]) -> list:
     return [t.detach().contiguous().numpy() for t in tensors]
 
 
+def _implementation(tensors: Sequence[Tensor], operator: Callable, by_device: dict[str, Callable]) -> Callable:
+    """The operator, or for plain tensors outside of tracing the very function that it would call on their device.
+
+    (The first call of a custom operator imports torch._dynamo, more than a second.)
+    """
+    devices = {t.device.type for t in tensors if type(t) in (Tensor, torch.nn.Parameter)}
+    plain = len(devices) == 1 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return operator if torch.compiler.is_compiling() or not plain else by_device.get(next(iter(devices)), operator)
+
+
 # --------------------------------------------------------------------------------------------------- spectra
 
 
-@torch.library.custom_op("alds_fast::spectra", mutates_args=(), device_types="cpu")
-def _spectra_op(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+def _spectra_cpu(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     _check(matrices, per_matrix)
     with _one_blas_thread():
         rows = _core.spectra(_arrays(matrices), per_matrix, torch.get_num_threads())
     return [torch.from_numpy(r) for r in rows]
+
+
+_spectra_op = torch.library.custom_op("alds_fast::spectra", _spectra_cpu, mutates_args=(), device_types="cpu")
 
 
 @_spectra_op.register_fake
@@ -96,11 +108,13 @@ def _spectra_fake(matrices: Sequence[Tensor], groups: Sequence[int], counts: Seq
     ]
 
 
-@_spectra_op.register_kernel("cuda")
 def _spectra_cuda(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     _check(matrices, per_matrix)
     return [spectra_torch(m, ks) for m, ks in zip(matrices, per_matrix, strict=True)]
+
+
+_spectra_op.register_kernel("cuda")(_spectra_cuda)
 
 
 def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list[list[Tensor]]:
@@ -126,7 +140,8 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list
              [4.]]], dtype=torch.float64)]
     """
     flat = [k for ks in groups for k in ks]
-    rows = torch.ops.alds_fast.spectra(list(matrices), flat, [len(ks) for ks in groups]) if len(matrices) else []
+    run = _implementation(matrices, _spectra_op, {"cpu": _spectra_cpu, "cuda": _spectra_cuda})
+    rows = run(list(matrices), flat, [len(ks) for ks in groups]) if len(matrices) else []
     results = []
     for m, ks, row in zip(matrices, groups, rows, strict=True):
         sizes = [k * min(m.shape[1], m.shape[2] // k) for k in ks]
@@ -152,8 +167,7 @@ def _check_rsvd(
             raise ArgumentError(f"optima[{i}]: expected {m.shape[0] * k} float64 values, one per slice")
 
 
-@torch.library.custom_op("alds_fast::batched_rsvd", mutates_args=(), device_types="cpu")
-def _rsvd_op(
+def _rsvd_cpu(
     matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor], seed: int
 ) -> list[Tensor]:
     _check_rsvd(matrices, groups, ranks, optima)
@@ -163,6 +177,9 @@ def _rsvd_op(
             OVERSAMPLE, MAX_ITERATIONS, TOLERANCE, EXACT_FRACTION, torch.get_num_threads(),
         )  # fmt: skip
     return [torch.from_numpy(a) for row in zip(*columns, strict=True) for a in row]
+
+
+_rsvd_op = torch.library.custom_op("alds_fast::batched_rsvd", _rsvd_cpu, mutates_args=(), device_types="cpu")
 
 
 @_rsvd_op.register_fake
@@ -179,13 +196,15 @@ def _rsvd_fake(
     return out
 
 
-@_rsvd_op.register_kernel("cuda")
 def _rsvd_cuda(
     matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor], seed: int
 ) -> list[Tensor]:
     _check_rsvd(matrices, groups, ranks, optima)
     rows = zip(matrices, groups, ranks, optima, strict=True)
     return [t for m, k, rank, optimum in rows for t in rsvd_torch(m, k, rank, optimum, seed)]
+
+
+_rsvd_op.register_kernel("cuda")(_rsvd_cuda)
 
 
 def batched_rsvd(
@@ -224,6 +243,7 @@ def batched_rsvd(
         optima = [optimal_errors(v[0], rank) for v, rank in zip(values, ranks, strict=True)]
     if not len(matrices):
         return []
-    flat = torch.ops.alds_fast.batched_rsvd(list(matrices), list(groups), list(ranks), list(optima), seed)
+    run = _implementation(matrices, _rsvd_op, {"cpu": _rsvd_cpu, "cuda": _rsvd_cuda})
+    flat = run(list(matrices), list(groups), list(ranks), list(optima), seed)
     width = len(Factors._fields)
     return [Factors(*flat[i : i + width]) for i in range(0, len(flat), width)]

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 def test_wheel_builds_without_torch(tmp_path):
     """In pip's isolated build environment, which has only what pyproject.toml asks for."""
     source = tmp_path / "source"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
