@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -62,6 +61,8 @@ def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
         return "it has hooks, which a replacement would drop; remove them first"
     if not isinstance(module.weight, Tensor) or not module.weight.dtype.is_floating_point:
         return f"its weight is {getattr(module.weight, 'dtype', type(module.weight).__name__)}, not real floating point"
+    if module.weight.numel() == 0:
+        return "its weight is empty"
     return None
 
 
@@ -140,12 +141,10 @@ def check_weight(layer: Layer) -> None:
             f"layer {label(layer.name)}: its weight is on the meta device and has no values; load the weights first "
             f"(for example with load_state_dict(..., assign=True))"
         )
-    weight = weight.detach()
-    largest = math.inf if weight.dtype != torch.float64 else 1e150  # squares of larger values would overflow
-    if not math.isfinite(float(weight.sum(dtype=torch.float64))) or (
-        largest < math.inf and weight.abs().max() > largest
-    ):
-        bad = weight.numel() - int((torch.isfinite(weight) & (weight.abs() <= largest)).sum())
+    weight, limit = weight.detach(), 1e150  # squares of larger values would overflow
+    low, high = map(float, weight.aminmax())  # NaN if there is one
+    if not max(-low, high) <= limit:
+        bad = int((~(weight.double().abs() <= limit)).sum())
         raise WeightError(
             f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend "
             f"them, or leave the layer out with exclude={[layer.name]!r}"

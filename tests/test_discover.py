@@ -29,6 +29,7 @@ def _odd_model():
             "hooked": nn.Linear(8, 8),
             "lazy": nn.LazyLinear(4),
             "complex": nn.Linear(4, 4, dtype=torch.complex64),
+            "empty": nn.Linear(0, 4),
             "norm": nn.BatchNorm2d(4),
         }
     )
@@ -48,6 +49,7 @@ def test_every_layer_left_out_has_a_reason_in_words():
         "normed": "parametrized",
         "hooked": "hooks",
         "lazy": "not initialised",
+        "empty": "its weight is empty",
         "complex": "not real floating point",
     }.items():
         assert words in reasons.pop(name), name
