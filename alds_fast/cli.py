@@ -113,7 +113,8 @@ def _run_compress(args: argparse.Namespace) -> None:
     model, analysis = _analyze(args)
     budget = {"params": args.params, "error": args.error}
     plan = analysis.plan(**budget, criterion=args.criterion, p=args.p, method=args.method, align=args.align)
-    small = plan.apply(model)
+    with Console(stderr=True).status("factors"):  # shown on a terminal only
+        small = plan.apply(model)
     save(small, args.output)
     if args.plot:
         plot_plan(analysis, plan, args.plot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,7 +103,6 @@ def factorize(
     model: nn.Module,
     choices: Sequence[Choice],
     spectra: Mapping[str, Tensor] | None = None,
-    done: Callable[[int], None] = lambda n: None,
 ) -> tuple[nn.Module, dict[str, FactorReport]]:
     """A new model with the chosen layers replaced by low-rank ones, and how their factors were computed.
 
@@ -121,5 +120,4 @@ def factorize(
         for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra or {}), strict=True):
             new[choice.name] = _low_rank_layer(layer, choice, factors)
             reports[choice.name] = _report(factors)
-        done(sum(c.shape.numel for c, _ in batch))
     return replace_layers(model, new), reports

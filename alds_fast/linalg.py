@@ -21,6 +21,8 @@ from torch import Tensor
 from . import _core  # type: ignore[attr-defined]
 from .errors import ArgumentError
 from .linalg_torch import (
+    EXACT_BY_CHOICE,
+    EXACT_BY_FALLBACK,
     EXACT_FRACTION,
     MAX_ITERATIONS,
     OVERSAMPLE,
@@ -31,7 +33,7 @@ from .linalg_torch import (
     spectra_torch,
 )
 
-EXACT_BY_CHOICE, EXACT_BY_FALLBACK = _core.EXACT_BY_CHOICE, _core.EXACT_BY_FALLBACK
+__all__ = ["EXACT_BY_CHOICE", "EXACT_BY_FALLBACK", "TOLERANCE", "Factors", "batched_rsvd", "optimal_errors", "spectra"]
 
 
 @functools.cache

@@ -2,11 +2,12 @@ import json
 
 import pytest
 import torch
-from helpers import count, images, small_net
+from helpers import count, small_net
 from safetensors.torch import save_file
 
 import alds_fast as alds
 from alds_fast.cli import main
+from alds_fast.report import plot_plan
 
 MODEL = """
 import torch
@@ -139,10 +140,8 @@ def test_compress_draws_a_picture(model, capsys, tmp_path):
 
 
 def test_plot_refuses_a_plan_of_another_analysis(tmp_path):
-    from alds_fast.report import plot_plan
-
     one, other = alds.analyze(small_net()), alds.analyze(torch.nn.Linear(32, 32))
     with pytest.raises(alds.AldsError, match="not made from this analysis"):
         plot_plan(one, other.plan(params=0.5), tmp_path / "p.png")
     plot_plan(one, one.plan(params=1.0), tmp_path / "dense.png")
-    assert images().shape[0] and (tmp_path / "dense.png").stat().st_size > 1000
+    assert (tmp_path / "dense.png").stat().st_size > 1000

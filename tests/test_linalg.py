@@ -167,6 +167,11 @@ def test_rank_close_to_full_is_exact_by_choice():
     assert factors.iterations.tolist() == [linalg.EXACT_BY_CHOICE]
 
 
+def test_codes_are_those_of_the_core():
+    codes = linalg.EXACT_BY_CHOICE, linalg.EXACT_BY_FALLBACK
+    assert codes == (_core.EXACT_BY_CHOICE, _core.EXACT_BY_FALLBACK)
+
+
 def test_factors_are_balanced():
     """Both factors carry the square root of the singular values."""
     factors = linalg.batched_rsvd([_decaying(30, 40)], [1], [30])[0]
