@@ -17,8 +17,9 @@ except ImportError as e:
 
 from .analysis import Analysis, analyze, compress
 from .checkpoint import load, save
+from .convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .errors import AldsError
-from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
+from .layers import LowRankLinear
 from .plan import LayerPlan, Plan
 
 __all__ = [

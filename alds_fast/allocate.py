@@ -122,8 +122,8 @@ def minimax(fronts: Sequence[Front], budget: int) -> Allocation:
 
     Move i of a layer leaves its point i, so it must be made before the threshold can fall below errors[i]. Going
     through all layers' moves by descending errors[i] is going down t over the merged breakpoints: the first move that
-    does not fit leaves its layer at the optimal largest error. That layer stays there, and what is left over goes on
-    to the others, worst first.
+    does not fit leaves its layer at the optimal largest error (of equal errors, the first layer's move first). That
+    layer stays there, and what is left over goes on to the others, worst first.
     """
     check_budget(fronts, budget)
     triggers = np.concatenate([f.errors[:-1] for f in fronts] or [np.empty(0)])
@@ -154,13 +154,13 @@ def _lower_hull(x: Floats, y: Floats) -> Ints:
 @_compiled
 def _best_gain(costs: Ints, gains: Floats, starts: Ints, picks: Ints, left: int) -> tuple[int, int, float]:
     """The affordable move with the largest fall of the objective: (layer, point, fall), layer -1 if there is none."""
-    best, point, fall = -1, 0, 0.0
+    best, point, fall = -1, 0, -1.0
     for layer in range(len(picks)):
         begin, end = starts[layer], starts[layer + 1]
         here = begin + picks[layer]
         reach = np.searchsorted(costs[begin:end], costs[here] + left, side="right") - 1
         value = gains[here] - gains[begin + reach]
-        if value > fall:
+        if value > fall and reach > picks[layer]:
             best, point, fall = layer, reach, value
     return best, point, fall
 
@@ -177,15 +177,14 @@ def _fill(fronts: Sequence[Front], powers: Sequence[Floats], picks: Ints, left: 
         picks[layer] = point
 
 
-def least_p_norm(fronts: Sequence[Front], budget: int, p: float) -> Allocation:
+def least_p_norm(fronts: Sequence[Front], budget: int, p: float, scale: float) -> Allocation:
     """Small sum of errors^p under the budget, with a lower bound: Lagrangian relaxation, then a greedy fill.
 
     The relaxation of this multiple-choice knapsack is solved by walking the fronts' convex hulls in order of falling
     error per cost (Sinha and Zoltners, "The multiple-choice knapsack problem", Operations Research 27 (1979)); its
-    value, with the last step taken in part, is the bound.
+    value, with the last step taken in part, is the bound. ``scale`` is an error of the order of the optimal ones.
     """
     check_budget(fronts, budget)
-    scale = max((float(f.errors[0]) for f in fronts), default=0.0) or 1.0
     powers = [(f.errors / scale) ** p for f in fronts]
     hulls = [_lower_hull(f.costs.astype(np.float64), y) for f, y in zip(fronts, powers, strict=True)]
     deltas = np.concatenate(
@@ -212,7 +211,17 @@ def allocate(fronts: Sequence[Front], budget: int, p: float = np.inf) -> Allocat
 
     Raises BudgetError, naming the smallest reachable cost, if the budget cannot be met.
     """
-    return minimax(fronts, budget) if np.isinf(p) else least_p_norm(fronts, budget, p)
+    exact = minimax(fronts, budget)
+    if np.isinf(p) or exact.bound == 0.0:
+        return exact
+    limit = exact.bound * len(fronts) ** (
+        1.0 / p
+    )  # the minimax picks have no larger p-norm, so neither has the optimum
+    starts = threshold(fronts, limit)
+    trimmed = [Front(f.costs[i:], f.errors[i:], f.index[i:]) for f, i in zip(fronts, starts, strict=True)]
+    found = least_p_norm(trimmed, budget, p, exact.bound)
+    picks = min(starts + found.picks, exact.picks, key=lambda picks: p_norm(errors_of(fronts, picks), p))
+    return Allocation(picks, max(found.bound, exact.bound))  # no p-norm is below the least largest error
 
 
 def gap(fronts: Sequence[Front], picks: Ints, bound: float, p: float) -> float:

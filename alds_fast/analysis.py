@@ -71,21 +71,23 @@ class Analysis:
         if error is not None:
             allocation = Allocation(threshold(fronts, float(error)), 0.0)
         else:
-            allocation = allocate(fronts, self._budget(fronts, float(params or 0.0)), p)
+            allocation = allocate(fronts, self._budget(choices, fronts, float(params or 0.0)), p)
         picks, certified = allocation.picks, 0.0
         if method == "alds-heuristic":
-            found = alds_heuristic(choices, self._budget(fronts, float(params or 0.0)))
+            found = alds_heuristic(choices, self._budget(choices, fronts, float(params or 0.0)))
             certified = _heuristic_gap(choices, found, allocation.bound)
         else:
             found = [int(f.index[i]) for f, i in zip(fronts, picks, strict=True)]
             certified = gap(fronts, picks, allocation.bound, p) if error is None else 0.0
         chosen = {n: (c, i) for n, c, i in zip(names, choices, found, strict=True)}
         rows = tuple(_row(layer, chosen.get(layer.name), align) for layer in self.layers)
-        return Plan(rows, self.params, criterion, method, float(p), align, certified, self._chosen_spectra(rows))
+        budget = f"params={float(params):g}" if params is not None else f"error={float(error or 0.0):g}"
+        spectra = self._chosen_spectra(rows)
+        return Plan(rows, self.params, budget, criterion, method, float(p), int(align), certified, spectra)
 
-    def _budget(self, fronts: Sequence[Front], params: float) -> int:
+    def _budget(self, choices: Sequence[Candidates], fronts: Sequence[Front], params: float) -> int:
         """Parameters that the candidates may cost together; BudgetError if even the cheapest ones cost more."""
-        fixed = self.params - sum(int(f.costs[-1]) for f in fronts)
+        fixed = self.params - sum(c.dense_cost for c in choices)
         least = fixed + sum(int(f.costs[0]) for f in fronts)
         target = math.floor(params * self.params + 1e-9)
         if least > target:

@@ -1,46 +1,29 @@
-"""Save and load compressed models: one safetensors file, no pickle.
-
-The header's metadata holds a format version, the structure of every low-rank layer, the plan, which tensors share
-memory, the memory order of tensors that are not contiguous, and a CRC-32 of every tensor.
-"""
+"""Save and load compressed models: one safetensors file, no pickle."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .discover import label
-from .errors import FileFormatError, FileWriteError, LayerNotFoundError, MissingFileError, ModelError, PlanError
+from .container import FORMAT, VERSION, atomic, crc32, memory_order, owned, read_header, read_tensors, target_file
+from .discover import find_layers, label
+from .errors import (
+    FileWriteError,
+    LayerNotFoundError,
+    ModelError,
+    PlanError,
+)
 from .layers import LowRankLayer
 from .plan import Plan
-from .replace import low_rank_like, replace_layers, weight_shape
-
-FORMAT = "alds_fast.checkpoint"
-VERSION = 1
-
-
-def _crc32(tensor: Tensor) -> int:
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
-
-
-def _memory_order(tensor: Tensor) -> list[int] | None:
-    """Dimensions from the slowest to the fastest in memory, None if that is the usual order or not a permutation."""
-    if tensor.is_contiguous():
-        return None
-    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride()[d], tensor.shape[d]), reverse=True)
-    return order if tensor.permute(order).is_contiguous() else None
+from .replace import low_rank_like, replace_layers
+from .tied import overlaps
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,6 +36,8 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
             raise ModelError(f"state {name!r} is a {type(tensor).__name__}; only tensors can be saved in safetensors")
         if tensor.is_meta:
             raise ModelError(f"state {name!r} is on the meta device and has no values to save")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ModelError(f"state {name!r} is sparse or quantized; only dense tensors can be saved in safetensors")
         storage = tensor.untyped_storage().data_ptr()
         key = (tensor.device, storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         first = seen.setdefault(key, name) if storage else name
@@ -81,110 +66,42 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    target = target_file(path)
     structure, plan = _structure(model), getattr(model, "alds_plan", None)
     if not structure and not isinstance(plan, Plan):
         raise ModelError("the model has no low-rank layer and no plan: it was not made by compress() or Plan.apply()")
     tensors, aliases = _unique_tensors(model)
-    orders = {n: order for n, t in tensors.items() if (order := _memory_order(t)) is not None}
-    stored = {n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()}
-    stored = {n: _own(t) for n, t in stored.items()}
+    orders = {n: order for n, t in tensors.items() if (order := memory_order(t)) is not None}
+    stored = owned({n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()})
     metadata = {
         "format": FORMAT, "version": str(VERSION), "layers": json.dumps(structure), "aliases": json.dumps(aliases),
-        "orders": json.dumps(orders), "crc32": json.dumps({n: _crc32(t) for n, t in stored.items()}),
+        "orders": json.dumps(orders), "crc32": json.dumps({n: crc32(t) for n, t in stored.items()}),
         "plan": plan.to_json() if isinstance(plan, Plan) else "",
     }  # fmt: skip
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise MissingFileError(f"the directory {str(target.parent)!r} does not exist; create it first")
     try:
-        with _atomic(target) as temporary:
+        with atomic(target) as temporary:
             save_file(stored, temporary, metadata)
+    except KeyError as e:
+        raise ModelError(f"the model holds a tensor of type {e}, which safetensors cannot store") from e
     except (OSError, SafetensorError) as e:
         raise FileWriteError(f"{str(target)!r} could not be written ({e}); what stood there before is unchanged") from e
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A contiguous tensor that is the whole of its storage, as safetensors wants it."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-@contextlib.contextmanager
-def _atomic(target: Path) -> Iterator[str]:
-    """A temporary file beside the target that replaces it once it is whole and on disk."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a saved model, parsed: format, version, layers, aliases, orders, crc32, plan (Plan or None).
-
-    Raises MissingFileError, or FileFormatError if the file is truncated, not safetensors, not of this package, or
-    newer.
-    """
-    if not Path(path).is_file():
-        raise MissingFileError(f"{os.fspath(path)!r} does not exist or is not a file")
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise FileFormatError(f"{os.fspath(path)!r} is not a whole safetensors file ({e}); save it again") from e
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(f"{os.fspath(path)!r} was not written by alds_fast.save: it has no alds_fast metadata")
-    try:
-        if int(metadata["version"]) > VERSION:
-            raise FileFormatError(
-                f"{os.fspath(path)!r} has format version {metadata['version']}, newer than {VERSION}; update alds_fast"
-            )
-        parsed: dict[str, Any] = {k: json.loads(metadata[k]) for k in ("layers", "aliases", "orders", "crc32")}
-        parsed["plan"] = Plan.from_json(metadata["plan"]) if metadata["plan"] else None
-    except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, FileFormatError):
-            raise
-        raise FileFormatError(f"{os.fspath(path)!r} has damaged metadata ({e}); save it again") from e
-    return parsed
-
-
-def _read_tensors(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[str, Tensor]:
-    tensors = {}
-    with safe_open(path, "pt") as f:
-        for name in f.keys():  # noqa: SIM118 (safe_open is not a dict)
-            tensor = f.get_tensor(name)
-            if _crc32(tensor) != header["crc32"].get(name):
-                raise FileFormatError(
-                    f"{os.fspath(path)!r}: tensor {name!r} is corrupt (CRC-32 differs); save it again"
-                )
-            order = header["orders"].get(name)
-            tensors[name] = tensor if order is None else tensor.permute([order.index(d) for d in range(len(order))])
-    return {**tensors, **{alias: tensors[kept] for alias, kept in header["aliases"].items()}}
-
-
 def _rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """A copy of the dense model with empty low-rank layers where the file has them."""
-    modules = dict(model.named_modules())
+    found = {layer.name: layer for layer in find_layers(model)}
     new = {}
     for name, spec in layers.items():
-        dense = modules.get(name)
-        shape = weight_shape(dense) if dense is not None else None
-        if dense is None or shape is None:
+        layer = found.get(name)
+        if layer is None or layer.shape is None:
             raise LayerNotFoundError(f"the file's layer {label(name)} is not a Linear or convolution of the model")
-        if list(shape.weight) != spec["shape"] or shape.conv_groups != spec["conv_groups"]:
+        if layer.reason is not None:
+            raise PlanError(f"layer {label(name)} of the model cannot be replaced: {layer.reason}")
+        if list(layer.weight) != spec["shape"] or layer.shape.conv_groups != spec["conv_groups"]:
             raise PlanError(
-                f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {shape.weight}"
+                f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {layer.weight}"
             )
-        new[name] = low_rank_like(dense, spec["scheme"], spec["groups"], spec["rank"])
+        new[name] = low_rank_like(layer.module, spec["scheme"], spec["groups"], spec["rank"])
     return replace_layers(model, new)
 
 
@@ -198,16 +115,37 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if old.shape != tensors[name].shape:
             raise PlanError(f"{name!r}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(old.shape)}")
     fresh: dict[int, Tensor] = {}
+    shared = {key for pair in overlaps({id(t): t for t in expected.values()}) for key in pair}
     for path, module in model.named_modules():
         for own, old in [*module._parameters.items(), *module._buffers.items()]:
             name = f"{path}.{own}" if path else own
             if old is None or name not in tensors:
                 continue
             if id(old) not in fresh:
-                device = torch.device("cpu") if old.is_meta else old.device
-                value = tensors[name].to(device)
-                fresh[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+                fresh[id(old)] = _filled(name, old, tensors[name], id(old) in shared)
             (module._parameters if own in module._parameters else module._buffers)[own] = fresh[id(old)]
+    for name, old in expected.items():  # tied in the model means equal in the file
+        if id(old) in fresh and not _same(fresh[id(old)], tensors[name]):
+            raise PlanError(
+                f"{name!r} shares memory in the model, but not in the file; pass the model that was compressed"
+            )
+
+
+def _filled(name: str, old: Tensor, value: Tensor, shares_memory: bool) -> Tensor:
+    """What takes the tensor's place: the file's, or the model's own with the file's values if it shares memory."""
+    if not shares_memory:
+        value = value.to(torch.device("cpu") if old.is_meta else old.device)
+        return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    if old.dtype != value.dtype:
+        raise PlanError(
+            f"{name!r} shares memory and is {old.dtype} in the model, {value.dtype} in the file; convert the model"
+        )
+    with torch.no_grad():
+        return old.copy_(value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return crc32(a) == crc32(b)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -227,11 +165,14 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
         LayerNotFoundError, PlanError: the file is of another model.
     """
     header = read_header(path)
-    dense = model if isinstance(model, nn.Module) else model() if callable(model) else None
+    try:
+        dense = model if isinstance(model, nn.Module) else model() if callable(model) else None
+    except TypeError as e:
+        raise ModelError(f"model: the function that builds it failed: {e}") from e
     if not isinstance(dense, nn.Module):
         raise ModelError("model: pass the dense torch.nn.Module or a function without arguments that returns it")
     small = _rebuild(dense, header["layers"])
-    _assign(small, _read_tensors(path, header))
+    _assign(small, read_tensors(path, header))
     left = [n for n, t in [*small.named_parameters(), *small.named_buffers()] if t.is_meta]
     if left:
         raise ModelError(f"{left[0]!r} is on the meta device and not in the file; build the model on a real device")

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -20,18 +21,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 from torch import nn
 
 from .analysis import Analysis, analyze_with_progress
 from .bounds import CRITERIA
-from .checkpoint import read_header, save
+from .checkpoint import save
+from .container import read_header
 from .discover import Layer
 from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError, ModelError
 from .folding import SCHEMES
 from .options import METHODS, check_schemes
 from .plan import Plan
-from .report import analysis_dict, plot_plan
+from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
 
 
@@ -46,6 +48,7 @@ def _module(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(name).resolve().parent))
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up there
     spec.loader.exec_module(module)
     return module
 
@@ -59,7 +62,7 @@ def _build(target: str) -> nn.Module:
         model = getattr(_module(place), function)()
     except AldsError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         traceback.print_exc()
         raise ModelError(f"{target!r} could not be called: {type(e).__name__}: {e}") from e
     if not isinstance(model, nn.Module):
@@ -71,7 +74,7 @@ def _load_weights(model: nn.Module, path: str) -> None:
     if not Path(path).is_file():
         raise MissingFileError(f"--weights {path!r} does not exist")
     try:
-        model.load_state_dict(load_file(path))
+        load_model(model, path)
     except SafetensorError as e:
         raise FileFormatError(f"--weights {path!r} is not a whole safetensors file ({e})") from e
     except RuntimeError as e:
@@ -109,6 +112,8 @@ def _run_analyze(args: argparse.Namespace) -> None:
 def _run_compress(args: argparse.Namespace) -> None:
     if not Path(args.output).absolute().parent.is_dir():
         raise MissingFileError(f"--output: the directory of {args.output!r} does not exist")
+    if args.plot:
+        check_plot(args.plot)
     begin = time.perf_counter()
     model, analysis = _analyze(args)
     budget = {"params": args.params, "error": args.error}
@@ -188,7 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except AldsError as e:
         print(f"alds-fast: {e}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

@@ -7,14 +7,17 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from .errors import LayerNotFoundError, ModelError, WeightError
+from .errors import ArgumentError, LayerNotFoundError, ModelError, WeightError
 from .folding import WeightShape
 from .replace import LOW_RANK, weight_shape
 from .tied import tied_names
+
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Layer:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters of the model, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of parameters of the model, shared ones once, those not initialised yet not at all."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter))
 
 
 def label(name: str) -> str:
@@ -56,17 +59,37 @@ def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
         return "its weight is not initialised yet; run one forward pass first"
     if type(module) not in LOW_RANK:
         return f"{type(module).__name__} is a subclass with a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if "forward" in vars(module):
+        return "it has a forward of its own set on the instance"
+    if any(name.endswith("hooks") and len(value) for name, value in vars(module).items() if isinstance(value, dict)):
         return "it has hooks, which a replacement would drop; remove them first"
-    if not isinstance(module.weight, Tensor) or not module.weight.dtype.is_floating_point:
+    if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
+        return "it has parameters, buffers or modules beside weight and bias"
+    if not isinstance(module.weight, Tensor) or module.weight.dtype not in _TYPES:
         return f"its weight is {getattr(module.weight, 'dtype', type(module.weight).__name__)}, not real floating point"
+    if module.weight.layout != torch.strided:
+        return f"its weight is not dense but {module.weight.layout}"
+    shape = weight_shape(module)
+    if shape is not None and tuple(module.weight.shape) != shape.weight:
+        return f"its weight has shape {tuple(module.weight.shape)}, not the {shape.weight} of its settings"
     if module.weight.numel() == 0:
         return "its weight is empty"
     return None
 
 
-def _patterns(value: str | Iterable[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def _patterns(value: str | Iterable[str] | None, argument: str) -> list[str]:
+    found = (
+        []
+        if value is None
+        else [value]
+        if isinstance(value, str)
+        else list(value)
+        if isinstance(value, Iterable)
+        else 0
+    )
+    if not isinstance(found, list) or not all(isinstance(p, str) for p in found):
+        raise ArgumentError(f"{argument}={value!r}: expected a name pattern or several")
+    return found
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -98,7 +121,7 @@ def find_layers(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
-    wanted, unwanted = _patterns(include), _patterns(exclude)
+    wanted, unwanted = _patterns(include, "include"), _patterns(exclude, "exclude")
     parents = {id(child): module for module in model.modules() for child in module.children()}
     found = [
         (n, m, w) for n, m in model.named_modules() if (w := _weight_of(m)) is not None and "parametrizations" not in n
@@ -142,7 +165,10 @@ def check_weight(layer: Layer) -> None:
         )
     weight, limit = weight.detach(), 1e150  # squares of larger values would overflow
     low, high = map(float, weight.aminmax())  # NaN if there is one
-    if not max(-low, high) <= limit:
+    largest = max(-low, high)
+    if 0 < largest < 1 / limit:
+        raise WeightError(f"layer {label(layer.name)}: its largest weight is {largest:g}, below 1e-150; scale it up")
+    if not largest <= limit:
         bad = int((~(weight.double().abs() <= limit)).sum())
         raise WeightError(
             f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend "

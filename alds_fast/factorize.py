@@ -62,7 +62,7 @@ def _resolve(model: nn.Module, choices: Sequence[Choice]) -> list[Layer]:
 
 
 def _factors(
-    batch: Sequence[tuple[Choice, Layer]], matrices: Sequence[Tensor], spectra: Mapping[str, Tensor]
+    batch: Sequence[tuple[Choice, Layer]], matrices: Sequence[Tensor], spectra: Mapping[str, Tensor], exact: bool
 ) -> list[linalg.Factors]:
     """Factors of a batch; given spectra serve where their norms are those of the weights, others are computed anew."""
     known = [spectra.get(choice.name) for choice, _ in batch]
@@ -70,10 +70,10 @@ def _factors(
               for v, m, (c, _) in zip(known, matrices, batch, strict=True)]  # fmt: skip
     optima = [linalg.optimal_errors(v, c.rank).flatten().to(m.device)
               for v, m, (c, _) in zip(values, matrices, batch, strict=True)]  # fmt: skip
-    found = linalg.batched_rsvd(matrices, [c.groups for c, _ in batch], [c.rank for c, _ in batch], optima)
+    found = linalg.batched_rsvd(matrices, [c.groups for c, _ in batch], [c.rank for c, _ in batch], optima, exact=exact)
     for i, (factors, v) in enumerate(zip(found, values, strict=True)):
         if not torch.allclose(factors.norm.cpu(), linalg.optimal_errors(v, 0).flatten(), rtol=1e-10, atol=0.0):
-            found[i] = linalg.batched_rsvd([matrices[i]], [batch[i][0].groups], [batch[i][0].rank])[0]
+            found[i] = linalg.batched_rsvd([matrices[i]], [batch[i][0].groups], [batch[i][0].rank], exact=exact)[0]
     return found
 
 
@@ -103,12 +103,15 @@ def factorize(
     model: nn.Module,
     choices: Sequence[Choice],
     spectra: Mapping[str, Tensor] | None = None,
+    *,
+    exact: bool = False,
 ) -> tuple[nn.Module, dict[str, FactorReport]]:
     """A new model with the chosen layers replaced by low-rank ones, and how their factors were computed.
 
     ``spectra[name]``, if given, holds the singular values (conv_groups, groups, r) of the layer's chosen slices; they
-    serve as the certificate's optimum where they are of this weight, and are computed otherwise. ``model`` is not
-    changed. Raises LayerNotFoundError, PlanError or WeightError where a choice does not fit the model.
+    serve as the certificate's optimum where their norms are those of the weight's slices, and are computed otherwise.
+    ``exact`` asks for exact decompositions only. ``model`` is not changed. Raises LayerNotFoundError, PlanError or
+    WeightError where a choice does not fit the model.
     """
     work = list(zip(choices, _resolve(model, choices), strict=True))
     for _, layer in work:
@@ -117,7 +120,7 @@ def factorize(
     reports, room = {}, FoldRoom()
     for batch in batches(work, lambda w: w[0].shape.numel, lambda w: place(w[1])):
         matrices = room.matrices([(layer, choice.scheme) for choice, layer in batch])
-        for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra or {}), strict=True):
+        for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra or {}, exact), strict=True):
             new[choice.name] = _low_rank_layer(layer, choice, factors)
             reports[choice.name] = _report(factors)
     return replace_layers(model, new), reports

@@ -8,13 +8,8 @@ one, whatever the weight's type.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import scipy.linalg.cython_blas
-import scipy.linalg.cython_lapack  # noqa: F401  (loads the BLAS that the core calls)
-import threadpoolctl
 import torch
 from torch import Tensor
 
@@ -32,33 +27,9 @@ from .linalg_torch import (
     rsvd_torch,
     spectra_torch,
 )
+from .native import arrays, check_matrices, implementation, one_blas_thread, refusals
 
 __all__ = ["EXACT_BY_CHOICE", "EXACT_BY_FALLBACK", "TOLERANCE", "Factors", "batched_rsvd", "optimal_errors", "spectra"]
-
-
-@functools.cache
-def _blas() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController().select(user_api="blas")
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """The core calls LAPACK from many threads; BLAS itself must not start more."""
-    with _blas().limit(limits=1):
-        yield
-
-
-def _check(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> None:
-    if len(matrices) != len(groups):
-        raise ArgumentError(f"groups: {len(groups)} entries for {len(matrices)} matrices")
-    for i, (m, ks) in enumerate(zip(matrices, groups, strict=True)):
-        if m.dim() != 3 or m.numel() == 0:
-            raise ArgumentError(f"matrices[{i}]: expected non-empty (batch, rows, cols), got shape {tuple(m.shape)}")
-        if m.dtype not in (torch.float32, torch.float64):
-            raise ArgumentError(f"matrices[{i}]: expected float32 or float64, got {m.dtype}")
-        for k in ks:
-            if k < 1 or m.shape[2] % k:
-                raise ArgumentError(f"groups[{i}]: {k} does not divide the {m.shape[2]} columns")
 
 
 def _unflatten(values: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
@@ -72,28 +43,14 @@ def _row_size(matrix: Tensor, groups: Sequence[int]) -> int:
     return sum(k * min(matrix.shape[1], matrix.shape[2] // k) for k in groups)
 
 
-def _arrays(tensors: Sequence[Tensor]) -> list:
-    return [t.detach().contiguous().numpy() for t in tensors]
-
-
-def _implementation(tensors: Sequence[Tensor], operator: Callable, by_device: dict[str, Callable]) -> Callable:
-    """The operator, or for plain tensors outside of tracing the very function that it would call on their device.
-
-    (The first call of a custom operator imports torch._dynamo, more than a second.)
-    """
-    devices = {t.device.type for t in tensors if type(t) in (Tensor, torch.nn.Parameter)}
-    plain = len(devices) == 1 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    return operator if torch.compiler.is_compiling() or not plain else by_device.get(next(iter(devices)), operator)
-
-
 # --------------------------------------------------------------------------------------------------- spectra
 
 
 def _spectra_cpu(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
-    _check(matrices, per_matrix)
-    with _one_blas_thread():
-        rows = _core.spectra(_arrays(matrices), per_matrix, torch.get_num_threads())
+    check_matrices(matrices, per_matrix)
+    with one_blas_thread(), refusals():
+        rows = _core.spectra(arrays(matrices), per_matrix, torch.get_num_threads())
     return [torch.from_numpy(r) for r in rows]
 
 
@@ -103,7 +60,7 @@ _spectra_op = torch.library.custom_op("alds_fast::spectra", _spectra_cpu, mutate
 @_spectra_op.register_fake
 def _spectra_fake(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
-    _check(matrices, per_matrix)
+    check_matrices(matrices, per_matrix)
     return [
         m.new_empty((m.shape[0], _row_size(m, ks)), dtype=torch.float64)
         for m, ks in zip(matrices, per_matrix, strict=True)
@@ -112,7 +69,7 @@ def _spectra_fake(matrices: Sequence[Tensor], groups: Sequence[int], counts: Seq
 
 def _spectra_cuda(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
-    _check(matrices, per_matrix)
+    check_matrices(matrices, per_matrix)
     return [spectra_torch(m, ks) for m, ks in zip(matrices, per_matrix, strict=True)]
 
 
@@ -142,7 +99,7 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list
              [4.]]], dtype=torch.float64)]
     """
     flat = [k for ks in groups for k in ks]
-    run = _implementation(matrices, _spectra_op, {"cpu": _spectra_cpu, "cuda": _spectra_cuda})
+    run = implementation(matrices, _spectra_op, {"cpu": _spectra_cpu, "cuda": _spectra_cuda})
     rows = run(list(matrices), flat, [len(ks) for ks in groups]) if len(matrices) else []
     results = []
     for m, ks, row in zip(matrices, groups, rows, strict=True):
@@ -155,9 +112,11 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list
 
 
 def _check_rsvd(
-    matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor]
+    matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor], seed: int
 ) -> None:
-    _check(matrices, [[k] for k in groups])
+    if seed < 0:
+        raise ArgumentError(f"seed: {seed} is negative")
+    check_matrices(matrices, [[k] for k in groups])
     for name, values in (("ranks", ranks), ("optima", optima)):
         if len(values) != len(matrices):
             raise ArgumentError(f"{name}: {len(values)} entries for {len(matrices)} matrices")
@@ -170,13 +129,18 @@ def _check_rsvd(
 
 
 def _rsvd_cpu(
-    matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor], seed: int
+    matrices: Sequence[Tensor],
+    groups: Sequence[int],
+    ranks: Sequence[int],
+    optima: Sequence[Tensor],
+    seed: int,
+    exact: bool,
 ) -> list[Tensor]:
-    _check_rsvd(matrices, groups, ranks, optima)
-    with _one_blas_thread():
+    _check_rsvd(matrices, groups, ranks, optima, seed)
+    with one_blas_thread(), refusals():
         columns = _core.batched_rsvd(
-            _arrays(matrices), list(groups), list(ranks), _arrays(optima), seed,
-            OVERSAMPLE, MAX_ITERATIONS, TOLERANCE, EXACT_FRACTION, torch.get_num_threads(),
+            arrays(matrices), list(groups), list(ranks), arrays(optima), seed,
+            OVERSAMPLE, MAX_ITERATIONS, TOLERANCE, 0.0 if exact else EXACT_FRACTION, torch.get_num_threads(),
         )  # fmt: skip
     return [torch.from_numpy(a) for row in zip(*columns, strict=True) for a in row]
 
@@ -186,9 +150,14 @@ _rsvd_op = torch.library.custom_op("alds_fast::batched_rsvd", _rsvd_cpu, mutates
 
 @_rsvd_op.register_fake
 def _rsvd_fake(
-    matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor], seed: int
+    matrices: Sequence[Tensor],
+    groups: Sequence[int],
+    ranks: Sequence[int],
+    optima: Sequence[Tensor],
+    seed: int,
+    exact: bool,
 ) -> list[Tensor]:
-    _check_rsvd(matrices, groups, ranks, optima)
+    _check_rsvd(matrices, groups, ranks, optima, seed)
     out = []
     for m, k, rank in zip(matrices, groups, ranks, strict=True):
         s = m.shape[0] * k
@@ -199,11 +168,16 @@ def _rsvd_fake(
 
 
 def _rsvd_cuda(
-    matrices: Sequence[Tensor], groups: Sequence[int], ranks: Sequence[int], optima: Sequence[Tensor], seed: int
+    matrices: Sequence[Tensor],
+    groups: Sequence[int],
+    ranks: Sequence[int],
+    optima: Sequence[Tensor],
+    seed: int,
+    exact: bool,
 ) -> list[Tensor]:
-    _check_rsvd(matrices, groups, ranks, optima)
+    _check_rsvd(matrices, groups, ranks, optima, seed)
     rows = zip(matrices, groups, ranks, optima, strict=True)
-    return [t for m, k, rank, optimum in rows for t in rsvd_torch(m, k, rank, optimum, seed)]
+    return [t for m, k, rank, optimum in rows for t in rsvd_torch(m, k, rank, optimum, seed, exact)]
 
 
 _rsvd_op.register_kernel("cuda")(_rsvd_cuda)
@@ -216,6 +190,7 @@ def batched_rsvd(
     optima: Sequence[Tensor] | None = None,
     *,
     seed: int = 0,
+    exact: bool = False,
 ) -> list[Factors]:
     """Best rank-``ranks[i]`` factors of every channel slice of every folded weight, with a certificate.
 
@@ -225,6 +200,8 @@ def batched_rsvd(
         ranks: rank of each matrix, in 1..min(rows, cols / groups).
         optima: for each matrix the least possible squared errors of its slices, batch * groups float64 values, from
             :func:`optimal_errors` of its spectrum; computed here if None.
+        exact: no sketches. (The certificate is on the Frobenius norm; the operator norm of a sketch's error may be
+            larger.)
         seed: of the sketch, non-negative. The CPU result is bit-identical for any number of threads.
 
     Returns:
@@ -238,14 +215,12 @@ def batched_rsvd(
     sketch would be so wide that it costs more, the exact eigendecomposition runs and ``iterations`` says so. Source:
     Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011).
     """
-    if seed < 0:
-        raise ArgumentError(f"seed: {seed} is negative")
     if optima is None:
         values = spectra(matrices, [[k] for k in groups])
         optima = [optimal_errors(v[0], rank) for v, rank in zip(values, ranks, strict=True)]
     if not len(matrices):
         return []
-    run = _implementation(matrices, _rsvd_op, {"cpu": _rsvd_cpu, "cuda": _rsvd_cuda})
-    flat = run(list(matrices), list(groups), list(ranks), list(optima), seed)
+    run = implementation(matrices, _rsvd_op, {"cpu": _rsvd_cpu, "cuda": _rsvd_cuda})
+    flat = run(list(matrices), list(groups), list(ranks), list(optima), seed, exact)
     width = len(Factors._fields)
     return [Factors(*flat[i : i + width]) for i in range(0, len(flat), width)]

@@ -85,14 +85,14 @@ def _sketched(gram: Tensor, rank: int, bound: Tensor, seed: int) -> tuple[Tensor
     return basis, error, iterations
 
 
-def rsvd_torch(matrix: Tensor, groups: int, rank: int, optimum: Tensor, seed: int) -> Factors:
+def rsvd_torch(matrix: Tensor, groups: int, rank: int, optimum: Tensor, seed: int, exact: bool = False) -> Factors:
     """Randomized SVD of the slices of one matrix, batched by torch's own routines; arguments as the operator's."""
     slices = _slices(matrix, groups).flatten(0, 1)
     gram = _gram(slices)
     order = gram.shape[-1]
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     bound = (1 + TOLERANCE) * optimum.flatten() + order * torch.finfo(torch.float64).eps * total
-    if rank + OVERSAMPLE <= EXACT_FRACTION * order:
+    if not exact and rank + OVERSAMPLE <= EXACT_FRACTION * order:
         basis, error, iterations = _sketched(gram, rank, bound, seed)
     else:
         basis, error = gram.new_zeros(len(gram), order, rank), torch.zeros_like(total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 from .bounds import CRITERIA
 from .errors import ArgumentError, BudgetError
@@ -16,7 +16,7 @@ Groups = str | Sequence[int]
 
 def check_schemes(schemes: Sequence[int]) -> tuple[int, ...]:
     """The schemes as a tuple; ArgumentError unless it is a non-empty selection of 0, 1, 2, 3."""
-    if isinstance(schemes, int | str) or not len(schemes) or any(s not in SCHEMES for s in schemes):
+    if not isinstance(schemes, Sequence) or not len(schemes) or any(s not in SCHEMES for s in schemes):
         raise ArgumentError(f"schemes={schemes!r}: expected a non-empty sequence out of {SCHEMES}")
     return tuple(schemes)
 
@@ -27,14 +27,20 @@ def check_groups(groups: Groups) -> Groups:
         valid = groups == "divisors"
     else:
         valid = isinstance(groups, Sequence) and len(groups) > 0
-        valid = valid and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in groups)
+        valid = valid and all(isinstance(k, Integral) and not isinstance(k, bool) and k >= 1 for k in groups)
     if not valid:
         raise ArgumentError(f"groups={groups!r}: expected 'divisors' or a non-empty sequence of integers >= 1")
     return groups
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_plan_options(
@@ -54,11 +60,11 @@ def check_plan_options(
         )
     if not _is_number(p) or not p >= 1:  # type: ignore[operator]
         raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ArgumentError(f"criterion={criterion!r} is not one of {', '.join(CRITERIA)}")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if not isinstance(align, int) or isinstance(align, bool) or align < 1:
+    if not isinstance(align, Integral) or isinstance(align, bool) or align < 1:
         raise ArgumentError(f"align={align!r} is not an integer >= 1")
     if not math.isinf(p) and (error is not None or method != "alds"):  # type: ignore[arg-type]
         raise ArgumentError(f"p={p!r} applies to params= with method='alds' only; leave it at math.inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Plan:
     Attributes:
         layers: one :class:`LayerPlan` per layer, those left out included.
         params_before: parameters of the dense model, shared ones once.
-        criterion, method, p, align: how it was made.
+        budget, criterion, method, p, align: how it was made; ``budget`` as "params=0.5" or "error=0.3".
         gap: certified relative distance of the p-norm of the errors from its optimum; 0 for the exact p = inf, NaN
             for a plan
             edited by hand.
@@ -69,6 +70,7 @@ class Plan:
 
     layers: tuple[LayerPlan, ...]
     params_before: int
+    budget: str
     criterion: str
     method: str
     p: float
@@ -95,7 +97,9 @@ class Plan:
     def apply(self, model: nn.Module) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
 
-        The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as
+        Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget on
+        parameters, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
+        error. The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as
         ``alds_factors`` (name to :class:`alds_fast.factorize.FactorReport`). Raises LayerNotFoundError, PlanError or
         WeightError where the plan does not fit the model, ModelError if the model cannot be copied.
         """
@@ -104,7 +108,9 @@ class Plan:
         if count_params(model) != self.params_before:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
         choices = [row.choice for row in self.layers]
-        small, reports = factorize(model, [c for c in choices if c is not None], self.spectra)
+        chosen = [c for c in choices if c is not None]
+        exact = self.criterion != "frobenius" or not self.budget.startswith("params")  # errors that must hold
+        small, reports = factorize(model, chosen, self.spectra, exact=exact)
         object.__setattr__(small, "alds_plan", self)
         object.__setattr__(small, "alds_factors", reports)
         return small
@@ -114,20 +120,26 @@ class Plan:
         lines = table(headers, [_cells(row) for row in self.layers], left=(0, 1, 9))
         p = "inf" if math.isinf(self.p) else f"{self.p:g}"
         total = (
-            f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); "
-            f"largest {self.criterion} error {self.error:.4f}; method {self.method}, p={p}, gap {self.gap:.2g}"
+            f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); largest "
+            f"{self.criterion} error {self.error:.4f}; asked {self.budget}; method {self.method}, p={p}, "
+            f"gap {self.gap:.2g}"
         )
         return f"{lines}\n{total}"
 
     def to_json(self) -> str:
         """The plan as JSON text; exact round trip with :meth:`from_json`."""
-        rows = [dict(vars(row)) for row in self.layers]
-        head = {"format": FORMAT, "version": VERSION, "criterion": self.criterion, "method": self.method}
-        head |= {"p": "inf" if math.isinf(self.p) else self.p, "align": self.align, "gap": _number(self.gap)}
-        head |= {"params_before": self.params_before}
-        for row in rows:
-            row["error"] = _number(row["error"])
-        return json.dumps({**head, "layers": rows}, indent=1)
+        head: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "budget": self.budget,
+            "criterion": self.criterion,
+        }
+        head |= {"method": self.method, "p": _number(self.p), "align": self.align, "gap": _number(self.gap)}
+        rows = [
+            {**vars(row), "error": _number(row.error), "error_is_of": [row.scheme, row.groups, row.rank]}
+            for row in self.layers
+        ]
+        return json.dumps({**head, "params_before": self.params_before, "layers": rows}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -138,59 +150,92 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            if data["format"] != FORMAT:
+            if not isinstance(data, dict) or data["format"] != FORMAT:
                 raise PlanError(f"not a plan: its format is {data['format']!r}, expected {FORMAT!r}")
             if data["version"] > VERSION:
                 raise PlanError(f"plan version {data['version']} is newer than {VERSION}; update alds_fast")
+            if not isinstance(data["layers"], list):
+                raise PlanError("not a plan: layers is not a list")
             layers = tuple(_row(fields) for fields in data["layers"])
-            edited = any(math.isnan(row.error) for row in layers)
-            gap = math.nan if edited else _unnumber(data["gap"])
-            p, before = float(data["p"]), int(data["params_before"])
-            return cls(layers, before, str(data["criterion"]), str(data["method"]), p, int(data["align"]), gap)
+            budget, criterion, method = (_checked(data, "plan", n, str) for n in ("budget", "criterion", "method"))
+            before, align = (_checked(data, "plan", n, int) for n in ("params_before", "align"))
+            p, gap = (_real(data, "plan", n) for n in ("p", "gap"))
+            gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
+            return cls(layers, before, budget, criterion, method, p, align, gap)
         except AldsError:
             raise
         except KeyError as e:
             raise PlanError(f"not a plan: the field {e} is missing") from e
-        except (TypeError, ValueError, AttributeError) as e:
+        except (TypeError, ValueError, AttributeError, RecursionError) as e:
             raise PlanError(f"not a plan: {e}") from e
+
+
+_FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} | {"error_is_of"}
 
 
 def _number(value: float) -> float | str | None:
     return None if math.isnan(value) else "inf" if math.isinf(value) else value
 
 
-def _unnumber(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
+def _checked(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
+    """A field of that type; integers must not be negative."""
+    value = fields[name]
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        raise PlanError(f"{where}: {name}={value!r} is not {'a text' if kind is str else 'an integer >= 0'}")
+    return value
+
+
+def _real(fields: dict[str, Any], where: str, name: str) -> float:
+    value = fields[name]
+    if value is None or value == "inf":
+        return math.nan if value is None else math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise PlanError(f"{where}: {name}={value!r} is not a number >= 0, null or 'inf'")
+    return float(value)
 
 
 def _row(fields: dict[str, Any]) -> LayerPlan:
-    stored = LayerPlan(**{**fields, "shape": tuple(fields["shape"]), "error": _unnumber(fields["error"])})
-    triple = (stored.scheme, stored.groups, stored.rank)
+    if not isinstance(fields, dict) or set(fields) != _FIELDS:
+        raise PlanError(f"not a plan: a layer has the fields {sorted(fields)}, expected {sorted(_FIELDS)}")
+    where = f"layer {_checked(fields, 'a layer', 'name', str)!r}"
+    shape, triple = fields["shape"], [fields[name] for name in ("scheme", "groups", "rank")]
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise PlanError(f"{where}: shape={shape!r} is not a list of integers >= 0")
     if any(v is None for v in triple) != all(v is None for v in triple):
-        raise PlanError(
-            f"layer {stored.name!r}: scheme, groups and rank must be all null or all integers, got {triple}"
-        )
-    choice = stored.choice
-    after = stored.params_before
-    if choice is not None:
-        _check_choice(choice)
-        after += params_of(choice) - choice.shape.numel
-    if after == stored.params_after:
-        return stored
+        raise PlanError(f"{where}: scheme, groups and rank must be all null or all integers, got {triple}")
+    if fields["reason"] is not None:
+        _checked(fields, where, "reason", str)
+    counts = {n: _checked(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
+    known: dict[str, Any] = {
+        "kind": _checked(fields, where, "kind", str),
+        "error": _real(fields, where, "error"),
+        **counts,
+    }
+    known |= {n: v for n, v in fields.items() if n != "error_is_of" and n not in known}
+    row = LayerPlan(**{**known, "shape": tuple(shape)})
+    if row.rank is not None:
+        _check_choice(row, where)
+    if triple == fields["error_is_of"]:
+        return row
+    choice = row.choice
+    after = row.params_before + (params_of(choice) - choice.shape.numel if choice else 0)
     reason = None if choice else "kept dense by hand"
-    return LayerPlan(**{**vars(stored), "params_after": after, "error": math.nan if choice else 0.0, "reason": reason})
+    return LayerPlan(**{**vars(row), "params_after": after, "error": math.nan if choice else 0.0, "reason": reason})
 
 
-def _check_choice(choice: Choice) -> None:
-    name, shape, scheme, groups, rank = choice
-    if any(not isinstance(v, int) or isinstance(v, bool) for v in (scheme, groups, rank)):
-        raise PlanError(f"layer {name!r}: scheme, groups and rank must be integers")
-    distinct_schemes((scheme,), shape.kernel)
-    if groups < 1 or shape.slice_channels % groups:
-        raise PlanError(f"layer {name!r}: groups={groups} does not divide its {shape.slice_channels} channels")
-    full = max_rank(shape, scheme, groups)
-    if not 1 <= rank <= full:
-        raise PlanError(f"layer {name!r}: rank={rank} is outside 1..{full}")
+def _check_choice(row: LayerPlan, where: str) -> None:
+    if any(type(v) is not int for v in (row.scheme, row.groups, row.rank)):
+        raise PlanError(f"{where}: scheme, groups and rank must be integers")
+    if len(row.shape) < 2 or 0 in row.shape or row.conv_groups < 1 or row.shape[0] % row.conv_groups:
+        raise PlanError(f"{where}: shape={row.shape} with conv_groups={row.conv_groups} is not that of a layer")
+    choice = row.choice
+    assert choice is not None
+    distinct_schemes((choice.scheme,), choice.shape.kernel)
+    if choice.groups < 1 or choice.shape.slice_channels % choice.groups:
+        raise PlanError(f"{where}: groups={choice.groups} does not divide its {choice.shape.slice_channels} channels")
+    full = max_rank(choice.shape, choice.scheme, choice.groups)
+    if not 1 <= choice.rank <= full:
+        raise PlanError(f"{where}: rank={choice.rank} is outside 1..{full}")
 
 
 def _cells(row: LayerPlan) -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from .convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .errors import ModelError
 from .folding import WeightShape
-from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer, LowRankLinear
+from .layers import LowRankLayer, LowRankLinear
 from .tied import copy_shared_memory
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from .analysis import Analysis
@@ -39,17 +41,26 @@ def _panel(axes: Any, analysis: Analysis, row: LayerPlan) -> None:
     axes.tick_params(labelsize=6)
 
 
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """ArgumentError unless a picture can be written there: matplotlib, a directory that exists, a known ending."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError("plots need matplotlib, which is not installed: pip install 'alds_fast[plot]'")
+    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ArgumentError(f"{os.fspath(path)!r} does not end in .png, .pdf or .svg")
+    if not Path(path).absolute().parent.is_dir():
+        raise ArgumentError(f"the directory of {os.fspath(path)!r} does not exist")
+
+
 def plot_plan(analysis: Analysis, plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a picture (PNG, PDF or SVG by the ending): spectra with the rank kept, and parameters before and after.
 
     ``plan`` must come from ``analysis``. Needs matplotlib (``pip install alds_fast[plot]``); raises ArgumentError
     without it or if the plan is not of this analysis.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ArgumentError("plot_plan needs matplotlib, which is not installed: pip install 'alds_fast[plot]'") from e
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = [row for row in plan.layers if row.rank is not None]
     if any((row.scheme, row.groups) not in getattr(analysis.spectra.get(row.name), "values", ()) for row in rows):
         raise ArgumentError("plan: it was not made from this analysis")

@@ -1,4 +1,4 @@
-"""Parameters that several modules hold, or that share memory: find them, and keep them shared in a copy."""
+"""Parameters and buffers that several modules hold, or that share memory: find them, keep them shared in a copy."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch.nn.parameter import UninitializedParameter
 
 
 def _owners(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
-    """For each parameter (by id) its names, one per module that holds it, and the parameter."""
+    """For each parameter or buffer (by id) its names, one per module that holds it, and the tensor."""
     names: dict[int, list[str]] = {}
     parameters: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
-        for name, p in module.named_parameters(prefix=prefix, recurse=False, remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
-            parameters[id(p)] = p
+        for own, p in [*module._parameters.items(), *module._buffers.items()]:
+            if p is not None:
+                names.setdefault(id(p), []).append(f"{prefix}.{own}" if prefix else own)
+                parameters[id(p)] = p
     return names, parameters
 
 
@@ -27,17 +28,20 @@ def _extent(p: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * p.element_size()
 
 
-def _overlaps(parameters: dict[int, Tensor]) -> list[tuple[int, int]]:
-    """Pairs of different parameters (by id) whose memory overlaps."""
+def overlaps(parameters: dict[int, Tensor]) -> list[tuple[int, int]]:
+    """Pairs of different tensors (by id) whose memory overlaps; every tensor that overlaps another is in a pair."""
     by_storage: dict[tuple, list[tuple[int, int, int]]] = {}
     for key, p in parameters.items():
         if not isinstance(p, UninitializedParameter) and p.layout == torch.strided and p.numel() and not p.is_meta:
             by_storage.setdefault((p.device, p.untyped_storage().data_ptr()), []).append((*_extent(p), key))
     pairs = []
     for extents in by_storage.values():
-        for (_, end, first), (start, _, second) in itertools.pairwise(sorted(extents)):
-            if start < end:
-                pairs.append((first, second))
+        _, reach, owner = min(extents)
+        for start, end, key in sorted(extents)[1:]:
+            if start < reach:
+                pairs.append((owner, key))
+            if end > reach:
+                reach, owner = end, key
     return pairs
 
 
@@ -45,7 +49,7 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
     """For each tied parameter (by id) all names under which it or its memory is held, two or more."""
     names, parameters = _owners(model)
     tied = {key: list(own) for key, own in names.items() if len(own) > 1}
-    for first, second in _overlaps(parameters):
+    for first, second in overlaps(parameters):
         both = [*names[first], *names[second]]
         tied[first] = [*tied.get(first, []), *both]
         tied[second] = [*tied.get(second, []), *both]
@@ -53,14 +57,15 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def copy_shared_memory(model: nn.Module, memo: dict[int, object]) -> None:
-    """Put copies of parameters that share memory in a ``deepcopy`` memo; a plain deep copy would separate them."""
+    """Put copies of tensors that share memory in a ``deepcopy`` memo; a plain deep copy would separate them."""
     _, parameters = _owners(model)
     storages: dict[int, torch.UntypedStorage] = {}
-    for key in itertools.chain.from_iterable(_overlaps(parameters)):
+    for key in itertools.chain.from_iterable(overlaps(parameters)):
         p = parameters[key]
-        if key in memo or not isinstance(p, nn.Parameter):
+        if key in memo:
             continue
         storage = p.untyped_storage()
         copied = storages.setdefault(storage.data_ptr(), storage.clone())
         data = torch.empty(0, dtype=p.dtype, device=p.device)
-        memo[key] = nn.Parameter(data.set_(copied, p.storage_offset(), p.shape, p.stride()), p.requires_grad)
+        data = data.set_(copied, p.storage_offset(), p.shape, p.stride())
+        memo[key] = nn.Parameter(data, p.requires_grad) if isinstance(p, nn.Parameter) else data

@@ -80,6 +80,7 @@ py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector
     const int64_t width = m.cols / groups[i], slices = m.batch * groups[i], rank = ranks[i];
     if (rank < 1 || rank > std::min(m.rows, width))
       reject("ranks" + at, std::to_string(rank) + " is outside 1.." + std::to_string(std::min(m.rows, width)));
+    if (std::min(m.rows, width) > 46000) reject("matrices" + at, "slices of more than 46000 rows are too large for 32-bit LAPACK");
     check_lengths(optima[i].size(), slices, "optima");
     const py::dtype type = m.is_double ? py::dtype::of<double>() : py::dtype::of<float>();
     lefts.emplace_back(type, std::vector<int64_t>{slices, m.rows, rank});

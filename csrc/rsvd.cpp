@@ -15,6 +15,8 @@
 namespace alds {
 namespace {
 
+constexpr int64_t CHUNK = 1 << 17;  // doubles of W converted at a time: 1 MiB
+
 struct Workspace {
   Buffer gram, basis, image, small, values, work, scratch, factor;
   std::vector<int> integers;
@@ -152,12 +154,17 @@ void write_factors(const Slice& slice, int64_t rank, Workspace& w, T* left, T* r
   const bool wide = m.rows <= slice.width;
   const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
   const T* base = static_cast<const T*>(m.data) + slice.item * m.rows * m.cols + slice.first;
-  double* dense = grow(w.scratch, m.rows * slice.width);  // row-major rows x width
-  for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t j = 0; j < slice.width; ++j) dense[i * slice.width + j] = base[i * m.cols + j];
-  // column-major view of dense is W^T (width x rows): projected = W^T U (width x rank) or W V (rows x rank)
+  // projected = W^T U (width x rank) or W V (rows x rank), a chunk of its rows at a time
   double* projected = grow(w.image, other * rank);
-  product(wide ? 'N' : 'T', 'N', other, rank, order, dense, slice.width, w.factor.data(), order, projected, other);
+  const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
+  double* dense = grow(w.scratch, order * step);  // order x step, column-major
+  for (int64_t start = 0; start < other; start += step) {
+    const int64_t count = std::min(step, other - start);
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t i = 0; i < order; ++i)
+        dense[k * order + i] = wide ? base[i * m.cols + start + k] : base[(start + k) * m.cols + i];
+    product('T', 'N', count, rank, order, dense, order, w.factor.data(), order, projected + start, other);
+  }
   for (int64_t j = 0; j < rank; ++j) {
     double norm = 0.0;
     for (int64_t i = 0; i < other; ++i) norm += projected[j * other + i] * projected[j * other + i];
@@ -181,6 +188,7 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
   double& total = p.norm[index];
   total = 0.0;
   for (int64_t i = 0; i < order; ++i) total += g[i * ld + i];
+  if (!std::isfinite(total)) throw std::runtime_error("a value is NaN, infinite or too large to square");
   double& error = p.error[index];
   int64_t& iterations = p.iterations[index];
   bool done = false;

@@ -168,8 +168,12 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, Buffer& coupli
     const int64_t n = target.order, ld = padded(n);
     double *gram = grow(matrix, ld * whole_blocks(n) + n), *tau = gram + ld * whole_blocks(n);
     gather(layer, layer.roots[layer.root_of[t.index]], t.item, layer.problem->groups[t.index], t.slice, gram);
-    double largest = 0.0;  // the largest entry of a positive semidefinite matrix is on its diagonal
-    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, gram[i * ld + i]);
+    double largest = 0.0, trace = 0.0;  // the largest entry of a positive semidefinite matrix is on its diagonal
+    for (int64_t i = 0; i < n; ++i) {
+      largest = std::max(largest, gram[i * ld + i]);
+      trace += gram[i * ld + i];
+    }
+    if (!std::isfinite(trace)) throw std::runtime_error("a value is NaN, infinite or too large to square");
     target.largest = largest;
     if (largest == 0.0) largest = 1.0;
     for (int64_t j = 0; j < n; ++j)  // so that no square over- or underflows

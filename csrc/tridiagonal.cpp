@@ -87,7 +87,10 @@ ALDS_INLINE double reflector(int64_t n, double* x, double& beta) {
   const double alpha = x[0];
   x[0] = 1.0;
   beta = alpha;
-  if (tail == 0.0) return 0.0;
+  if (tail < 1e-280) {  // entries are at most 1 here: these are nothing, but their squares have lost their digits
+    std::fill(x + 1, x + n, 0.0);
+    return 0.0;
+  }
   beta = -std::copysign(std::sqrt(alpha * alpha + tail), alpha);
   const double scale = 1.0 / (alpha - beta);
 #pragma omp simd

@@ -49,10 +49,10 @@ def test_minimax_equals_brute_force_lexicographically(problem):
         assert sorted(errors, reverse=True) == min(profiles)
 
 
-@given(problems(), st.sampled_from([1.0, 2.0, 4.0, 8.0, 50.0]))
+@given(problems(), st.sampled_from([1.0, 2.0, 4.0, 8.0, 50.0, 1e3, 1e5]))
 def test_least_p_norm_is_within_its_certified_gap_of_brute_force(problem, p):
     fronts, budget = problem
-    found = allocate.least_p_norm(fronts, budget, p)
+    found = allocate.allocate(fronts, budget, p)
     value = allocate.p_norm(allocate.errors_of(fronts, found.picks), p)
     best = min(allocate.p_norm(allocate.errors_of(fronts, q), p) for q in _feasible(fronts, budget))
     gap = allocate.gap(fronts, found.picks, found.bound, p)
@@ -64,7 +64,7 @@ def test_least_p_norm_is_within_its_certified_gap_of_brute_force(problem, p):
 @given(problems())
 def test_no_affordable_improvement_is_left(problem):
     fronts, budget = problem
-    for p in (math.inf, 2.0):
+    for p in (math.inf, 2.0, 1e4):
         picks = allocate.allocate(fronts, budget, p).picks
         left = budget - allocate.total_cost(fronts, picks)
         for front, i in zip(fronts, picks, strict=True):
@@ -97,6 +97,16 @@ def test_unreachable_budget_names_the_smallest():
 def test_nothing_to_allocate():
     for p in (math.inf, 2.0):
         assert allocate.allocate([], 0, p).picks.size == 0
+
+
+def test_zero_and_low_rank_layers_do_not_eat_the_budget():
+    """Their fronts end before the dense layer, at the cheapest candidate without error."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    torch.nn.init.zeros_(model[1].weight)
+    for method in ("alds", "alds-heuristic"):
+        plan = alds.analyze(model).plan(params=0.6, method=method)
+        assert plan.keep_ratio <= 0.6 and plan.error == 0.0
+    assert alds.compress(model[1], params=0.5).rank == 1
 
 
 def test_p_norm_does_not_underflow():

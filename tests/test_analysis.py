@@ -99,6 +99,8 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_reachable_one(analysis):
         ({"p": 0.5}, r"p=0\.5 is outside \[1, inf\]"),
         ({"p": math.nan}, "p=nan is outside"),
         ({"p": "inf"}, "p='inf' is outside"),
+        ({"p": 10**400}, "p=1000+ is outside"),
+        ({"criterion": ["frobenius"]}, "criterion=.'frobenius'. is not one of"),
         ({"method": "magic"}, "method='magic' is not one of alds, alds-heuristic"),
         ({"align": 0}, "align=0 is not an integer >= 1"),
         ({"align": 8.0}, r"align=8\.0 is not an integer"),
@@ -129,6 +131,9 @@ def test_options_that_need_a_parameter_budget(analysis):
         ({"groups": (0,)}, r"groups=\(0,\)"),
         ({"groups": (1.0,)}, r"groups=\(1\.0,\)"),
         ({"groups": 4}, "groups=4"),
+        ({"schemes": None}, "schemes=None"),
+        ({"include": 3}, "include=3: expected a name pattern or several"),
+        ({"exclude": [3]}, r"exclude=\[3\]: expected a name pattern"),
     ],
 )
 def test_bad_analysis_options_are_refused(options, message):
@@ -163,6 +168,35 @@ def test_plan_errors_are_those_of_the_compressed_weights(analysis, criterion):
         elif criterion != "reference":
             assert row.error >= operator * (1 - 1e-3)
         assert row.params_after == sum(p.numel() for p in replaced[row.name].parameters())
+
+
+@pytest.mark.parametrize("criterion", ["operator", "paper"])
+def test_bounds_hold_for_large_layers_of_low_rank(criterion):
+    """Where a sketch would do for the Frobenius norm, the operator norm asks for the exact decomposition."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(400, 400))[0] for _ in range(2))
+    model = nn.Linear(400, 400, bias=False)
+    model.weight = nn.Parameter((u * torch.cat([torch.tensor([1.3]), torch.ones(399)])) @ v)
+    plan = alds.analyze(model, groups=(1,)).plan(params=0.01, criterion=criterion)
+    error = (plan.apply(model).dense_weight() - model.weight).detach().double()
+    true = torch.linalg.matrix_norm(error, 2) / torch.linalg.matrix_norm(model.weight.detach().double(), 2)
+    assert float(true) <= plan.error * (1 + 1e-6)
+
+
+def test_an_error_budget_holds_for_the_applied_model():
+    model = nn.Linear(500, 500, bias=False)
+    plan = alds.analyze(model, groups=(1,)).plan(error=0.95)
+    small = plan.apply(model)
+    true = (small.dense_weight() - model.weight).double().norm() / model.weight.double().norm()
+    assert plan.layers[0].rank < 42 and float(true.detach()) <= 0.95
+
+
+def test_a_sketch_keeps_within_its_certificate_of_the_stated_error():
+    model = nn.Linear(500, 500, bias=False)
+    plan = alds.analyze(model, groups=(1,)).plan(params=0.05)
+    small = plan.apply(model)
+    assert small.alds_factors[""].method == "randomized"
+    assert plan.error <= small.alds_factors[""].error <= plan.error * (1 + 5e-4) + 1e-12
 
 
 def test_align_is_part_of_the_optimisation(analysis):
@@ -215,6 +249,13 @@ def test_weights_too_large_to_square_are_refused():
     with torch.no_grad():
         model.weight[0, 0] = 1e200
     with pytest.raises(WeightError, match="1 of 16 weights are NaN, infinite or above 1e150"):
+        alds.analyze(model)
+
+
+def test_weights_too_small_to_square_are_refused():
+    with pytest.raises(WeightError, match="its largest weight is .*e-170, below 1e-150"):
+        model = nn.Linear(4, 4, bias=False).double()
+        nn.init.constant_(model.weight, 1e-170)
         alds.analyze(model)
 
 

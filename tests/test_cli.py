@@ -1,15 +1,20 @@
+import io
 import json
 
 import pytest
 import torch
 from helpers import count, small_net
+from rich.console import Console
 from safetensors.torch import save_file
 
 import alds_fast as alds
+from alds_fast import cli
 from alds_fast.cli import main
 from alds_fast.report import plot_plan
 
 MODEL = """
+from __future__ import annotations
+import dataclasses
 import torch
 from torch import nn
 
@@ -22,6 +27,13 @@ def broken():
 
 def nothing():
     return None
+
+def leaves():
+    raise SystemExit(5)
+
+@dataclasses.dataclass
+class Settings:
+    size: int = 3
 """
 
 
@@ -101,6 +113,15 @@ def test_module_by_dotted_name_and_weights(model, capsys, tmp_path):
         (["compress", "my_model.py:net", "--params", "1.5", "-o", "x.safetensors"], "params=1.5 is outside (0, 1]"),
         (["compress", "my_model.py:net", "--params", "0.5", "-o", "no/x.safetensors"], "the directory of"),
         (["compress", "my_model.py:net", "--params", "0.5", "--p", "0", "-o", "x.safetensors"], "p=0.0 is outside"),
+        (
+            ["compress", "my_model.py:net", "--params", "0.5", "-o", "x.safetensors", "--plot", "p.xyz"],
+            "does not end in",
+        ),
+        (
+            ["compress", "my_model.py:net", "--params", "0.5", "-o", "x.safetensors", "--plot", "no/p.png"],
+            "the directory",
+        ),
+        (["analyze", "my_model.py:leaves"], "SystemExit: 5"),
         (["show", "none.safetensors"], "does not exist"),
         (["show", "my_model.py"], "is not a whole safetensors file"),
         (["show", "other.safetensors"], "was not written by alds_fast.save"),
@@ -137,6 +158,13 @@ def test_wrong_usage_exits_with_two(args, capsys):
 def test_compress_draws_a_picture(model, capsys, tmp_path):
     assert _run(capsys, "compress", model, "--params", "0.5", "-o", "s.safetensors", "--plot", "p.png")[0] == 0
     assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_long_work_shows_a_progress_bar(model, capsys, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(cli, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=80))
+    assert _run(capsys, "compress", model, "--params", "0.5", "-o", "s.safetensors")[0] == 0
+    assert "spectra of 2 layers" in terminal.getvalue() and "100%" in terminal.getvalue()
 
 
 def test_plot_refuses_a_plan_of_another_analysis(tmp_path):

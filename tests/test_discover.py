@@ -30,6 +30,7 @@ def _odd_model():
             "lazy": nn.LazyLinear(4),
             "complex": nn.Linear(4, 4, dtype=torch.complex64),
             "empty": nn.Linear(0, 4),
+            "float8": nn.Linear(8, 8).to(torch.float8_e4m3fn),
             "norm": nn.BatchNorm2d(4),
         }
     )
@@ -50,6 +51,7 @@ def test_every_layer_left_out_has_a_reason_in_words():
         "hooked": "hooks",
         "lazy": "not initialised",
         "empty": "its weight is empty",
+        "float8": "not real floating point",
         "complex": "not real floating point",
     }.items():
         assert words in reasons.pop(name), name
@@ -58,7 +60,6 @@ def test_every_layer_left_out_has_a_reason_in_words():
 
 def test_odd_model_is_compressed_around():
     model = _odd_model()
-    del model["lazy"]
     small = alds.analyze(model).plan(error=0.9).apply(model)
     assert isinstance(small["plain"], alds.LowRankLinear)
     assert type(small["hooked"]) is nn.Linear and len(small["hooked"]._forward_hooks) == 1
@@ -81,6 +82,45 @@ def test_tied_weights_stay_tied(share):
     small = alds.compress(model, error=0.8)
     assert isinstance(small.body, alds.LowRankLinear)
     assert small.head.weight.data_ptr() == small.embedding.weight.data_ptr() != model.head.weight.data_ptr()
+    assert small.alds_plan.params == sum(p.numel() for p in small.parameters())
+
+
+def test_several_views_of_one_large_weight_stay_tied():
+    model = nn.Module()
+    model.big = nn.Parameter(torch.randn(96, 32))
+    for i, name in enumerate("qkv"):
+        layer = nn.Linear(32, 32)
+        layer.weight = nn.Parameter(model.big.data[32 * i : 32 * i + 32])
+        setattr(model, name, layer)
+    assert all("shared with 'big'" in _reasons(model)[name] for name in "qkv")
+    small = alds.compress(model, error=0.8)
+    for i, name in enumerate("qkv"):
+        assert getattr(small, name).weight.data_ptr() == small.big[32 * i :].data_ptr()
+
+
+def test_a_buffer_that_shares_a_weight_keeps_it_tied():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model.register_buffer("held", model[0].weight.detach())
+    assert "shared with 'held'" in _reasons(model)["0"]
+    small = alds.compress(model, params=0.8)
+    assert small.held.data_ptr() == small[0].weight.data_ptr() != model.held.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "extra", ["module", "parameter", "buffer", "forward", "full_backward_pre_hook", "state_dict_hook"]
+)
+def test_layers_with_something_of_their_own_are_left_alone(extra):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    {
+        "module": lambda m: setattr(m, "adapter", nn.Linear(16, 16)),
+        "parameter": lambda m: m.register_parameter("extra", nn.Parameter(torch.zeros(3))),
+        "buffer": lambda m: m.register_buffer("mask", torch.zeros(3)),
+        "forward": lambda m: setattr(m, "forward", lambda x: x),
+        "full_backward_pre_hook": lambda m: m.register_full_backward_pre_hook(lambda *a: None),
+        "state_dict_hook": lambda m: m._register_state_dict_hook(lambda *a: None),
+    }[extra](model[0])
+    small = alds.compress(model, error=0.9)
+    assert type(small[0]) is nn.Linear and isinstance(small[1], alds.LowRankLinear)
     assert small.alds_plan.params == sum(p.numel() for p in small.parameters())
 
 

@@ -149,3 +149,23 @@ def test_a_low_rank_layer_learns():
 def test_impossible_structures_are_refused(kwargs, message):
     with pytest.raises(ArgumentError, match=message):
         alds.LowRankLinear(12, 6, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "foo"},
+        {"padding": "same", "stride": 2},
+        {"conv_groups": 3},
+        {"stride": (1, 1, 1)},
+        {"padding_mode": "x"},
+    ],
+)
+def test_what_torch_refuses_for_the_dense_layer_is_refused(options):
+    with pytest.raises(ArgumentError, match=r"LowRankConv2d\(4, 6, 3\)"):
+        alds.LowRankConv2d(4, 6, 3, 1, **options)
+
+
+def test_there_is_no_dense_weight_and_the_message_says_what_to_do():
+    with pytest.raises(AttributeError, match="has no dense weight.*exclude="):
+        _ = alds.LowRankLinear(8, 8, 2).weight

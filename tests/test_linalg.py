@@ -70,13 +70,15 @@ def test_spectra_of_zeros_are_zero():
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    matrix = _matrix(1, 96, 960, torch.float32)
+    matrix = _matrix(1, 300, 1200, torch.float32)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             spectra = linalg.spectra([matrix], [[1, 2, 5]])[0]
-            results.append([*spectra, *linalg.batched_rsvd([matrix], [2], [5], seed=3)[0]])
+            factors = linalg.batched_rsvd([matrix], [2], [5], seed=3)[0]
+            assert bool((factors.iterations > 0).all())  # by sketches, whose seeds must not depend on threads
+            results.append([*spectra, *factors])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -162,6 +164,33 @@ def test_a_certificate_that_cannot_be_met_falls_back_to_exact_and_says_so(implem
     torch.testing.assert_close(factors.error, batched_rsvd_ref(matrix, 1, 4).error)
 
 
+def test_values_that_are_not_finite_are_refused():
+    for bad in (float("nan"), float("inf"), 1e200):
+        matrix = torch.eye(4, dtype=torch.float64)[None].clone()
+        matrix[0, 1, 2] = bad
+        with pytest.raises(ArgumentError, match="NaN, infinite or too large"):
+            linalg.spectra([matrix], [[1]])
+        with pytest.raises(ArgumentError, match="NaN, infinite or too large"):
+            linalg.batched_rsvd([matrix], [1], [2], [torch.zeros(1, dtype=torch.float64)])
+
+
+def test_entries_whose_squares_underflow_do_no_harm():
+    """Reflectors of nothing but denormal squares."""
+    matrix = torch.tensor([[1e-80, 0, 0], [1e-81, 1, 0.5], [1e-81, 0.5, 1]], dtype=torch.float64)[None]
+    torch.testing.assert_close(linalg.spectra([matrix], [[1]])[0][0], spectra_ref(matrix, [1])[0], rtol=0, atol=1e-8)
+    blocks = _matrix(1, 64, 64)
+    blocks[:, :32, 32:], blocks[:, 32:, :32] = 0.0, blocks[:, 32:, :32] * 1e-160
+    blocks[:, :32, :32] *= 1e-80
+    factors = linalg.batched_rsvd([blocks], [1], [32])[0]
+    error = _slice_errors(blocks, 1, factors)
+    assert float(error) <= 1e-20 * float(blocks.square().sum())
+
+
+def test_exact_asks_for_no_sketch():
+    factors = linalg.batched_rsvd([_matrix(1, 300, 300)], [1], [4], exact=True)[0]
+    assert factors.iterations.tolist() == [linalg.EXACT_BY_CHOICE]
+
+
 def test_rank_close_to_full_is_exact_by_choice():
     factors = linalg.batched_rsvd([_matrix(1, 50, 60)], [1], [40])[0]
     assert factors.iterations.tolist() == [linalg.EXACT_BY_CHOICE]
@@ -224,7 +253,7 @@ def test_spectra_op_passes_opcheck():
 def test_batched_rsvd_op_passes_opcheck():
     matrices = [_matrix(2, 5, 12, torch.float32), _matrix(1, 8, 6)]
     optima = [torch.zeros(6, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
-    torch.library.opcheck(torch.ops.alds_fast.batched_rsvd.default, (matrices, [3, 1], [2, 4], optima, 0))
+    torch.library.opcheck(torch.ops.alds_fast.batched_rsvd.default, (matrices, [3, 1], [2, 4], optima, 0, False))
 
 
 def test_operators_trace_with_the_right_shapes():
@@ -233,7 +262,7 @@ def test_operators_trace_with_the_right_shapes():
     rows = torch.ops.alds_fast.spectra([matrix], [1, 4], [2])
     assert rows[0].shape == (2, 5 + 4 * 3) and rows[0].dtype == torch.float64
     optimum = torch.empty(8, dtype=torch.float64, device="meta")
-    left, right, norm, error, iterations = torch.ops.alds_fast.batched_rsvd([matrix], [4], [2], [optimum], 0)
+    left, right, norm, error, iterations = torch.ops.alds_fast.batched_rsvd([matrix], [4], [2], [optimum], 0, False)
     assert (left.shape, right.shape) == ((8, 5, 2), (8, 2, 3))
     assert norm.shape == error.shape == iterations.shape == (8,)
 

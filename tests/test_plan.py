@@ -60,6 +60,8 @@ def test_a_plan_can_be_edited_by_hand(plan):
     assert math.isnan(edited.layers[1].error) and math.isnan(edited.error) and math.isnan(edited.gap)
     assert "?" in str(edited)
     assert alds.Plan.from_json(edited.to_json()).to_json() == edited.to_json()
+    other = alds.Plan.from_json(_edit(plan, scheme=2, groups=2, rank=5))  # of the same size as scheme 1
+    assert other.params == edited.params and math.isnan(other.layers[1].error)
     dense = alds.Plan.from_json(_edit(plan, scheme=None, groups=None, rank=None))
     assert type(dense.apply(model)[3]) is nn.Conv2d and dense.layers[1].reason == "kept dense by hand"
 
@@ -74,6 +76,14 @@ def test_a_plan_can_be_edited_by_hand(plan):
         ({"scheme": 9}, "scheme 9 is not one of"),
         ({"rank": None}, "layer '3': scheme, groups and rank must be all null or all integers"),
         ({"surprise": 1}, "surprise"),
+        ({"shape": []}, r"layer '3': shape=\(\) with conv_groups=2 is not that of a layer"),
+        ({"shape": "x"}, "layer '3': shape='x' is not a list"),
+        ({"conv_groups": 0}, "conv_groups=0 is not that of a layer"),
+        ({"conv_groups": True}, "layer '3': conv_groups=True is not an integer"),
+        ({"params_before": -5}, "layer '3': params_before=-5 is not an integer >= 0"),
+        ({"params_before": None}, "layer '3': params_before=None is not"),
+        ({"name": 5}, "name=5 is not a text"),
+        ({"error": "low"}, "layer '3': error='low' is not a number"),
     ],
 )
 def test_impossible_rows_are_refused(plan, fields, message):
@@ -92,6 +102,7 @@ def test_impossible_rows_are_refused(plan, fields, message):
         ('{"format": "alds_fast.plan", "version": 99}', "version 99 is newer than 1; update alds_fast"),
         ('{"format": "alds_fast.plan", "version": 1}', "the field 'layers' is missing"),
         ('{"format": "alds_fast.plan", "version": 1, "layers": [{}]}', "not a plan"),
+        ("[" * 100_000, "not a plan"),
         ('{"format": "alds_fast.plan", "version": 1, "layers": 3}', "not a plan"),
     ],
 )

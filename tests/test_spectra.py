@@ -1,0 +1,31 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from alds_fast import spectra
+from alds_fast.discover import find_layers
+from alds_fast.folding import fold
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=12))
+def test_a_batch_holds_no_more_than_the_largest_problem(problems):
+    found = list(spectra.batches(problems, lambda p: p[0], lambda p: p[1]))
+    assert [p for batch in found for p in batch] == problems
+    largest = max((size for size, _ in problems), default=0)
+    for batch in found:
+        assert sum(size for size, _ in batch) <= largest and len({kind for _, kind in batch}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_fold_room_folds_exactly_and_is_used_again(dtype):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, (3, 2), groups=2)).to(dtype)
+    layers, room = find_layers(model), spectra.FoldRoom()
+    places = set()
+    for scheme in (0, 1, 2, 3):
+        for layer, matrix in zip(layers, room.matrices([(layer, scheme) for layer in layers]), strict=True):
+            assert matrix.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert torch.equal(matrix, fold(layer.module.weight.detach(), layer.shape, scheme).to(matrix.dtype))
+            places.add(matrix.untyped_storage().data_ptr())
+    assert len(places) == 1
