@@ -157,13 +157,13 @@ void write_factors(const Slice& slice, int64_t rank, Workspace& w, T* left, T* r
   // projected = W^T U (width x rank) or W V (rows x rank), a chunk of its rows at a time
   double* projected = grow(w.image, other * rank);
   const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
-  double* dense = grow(w.scratch, order * step);  // order x step, column-major
+  double* dense = grow(w.scratch, order * step);  // a chunk of W, row-major as W is
   for (int64_t start = 0; start < other; start += step) {
-    const int64_t count = std::min(step, other - start);
-    for (int64_t k = 0; k < count; ++k)
-      for (int64_t i = 0; i < order; ++i)
-        dense[k * order + i] = wide ? base[i * m.cols + start + k] : base[(start + k) * m.cols + i];
-    product('T', 'N', count, rank, order, dense, order, w.factor.data(), order, projected + start, other);
+    const int64_t count = std::min(step, other - start), rows = wide ? order : count, cols = wide ? count : order;
+    const T* chunk = base + (wide ? start : start * m.cols);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = chunk[i * m.cols + j];
+    product(wide ? 'N' : 'T', 'N', count, rank, order, dense, cols, w.factor.data(), order, projected + start, other);
   }
   for (int64_t j = 0; j < rank; ++j) {
     double norm = 0.0;
