@@ -152,8 +152,8 @@ def _lower_hull(x: Floats, y: Floats) -> Ints:
 
 
 @_compiled
-def _best_gain(costs: Ints, gains: Floats, starts: Ints, picks: Ints, left: int) -> tuple[int, int, float]:
-    """The affordable move with the largest fall of the objective: (layer, point, fall), layer -1 if there is none."""
+def _best_gain(costs: Ints, gains: Floats, starts: Ints, picks: Ints, left: int) -> tuple[int, int]:
+    """The affordable move with the largest fall of the objective: (layer, point), layer -1 if there is none."""
     best, point, fall = -1, 0, -1.0
     for layer in range(len(picks)):
         begin, end = starts[layer], starts[layer + 1]
@@ -162,7 +162,7 @@ def _best_gain(costs: Ints, gains: Floats, starts: Ints, picks: Ints, left: int)
         value = gains[here] - gains[begin + reach]
         if value > fall and reach > picks[layer]:
             best, point, fall = layer, reach, value
-    return best, point, fall
+    return best, point
 
 
 def _fill(fronts: Sequence[Front], powers: Sequence[Floats], picks: Ints, left: int) -> Ints:
@@ -170,7 +170,7 @@ def _fill(fronts: Sequence[Front], powers: Sequence[Floats], picks: Ints, left: 
     costs, gains = np.concatenate([f.costs for f in fronts]), np.concatenate(powers)
     starts = np.concatenate([[0], np.cumsum([len(f.costs) for f in fronts])])
     while True:
-        layer, point, _ = _best_gain(costs, gains, starts, picks, left)
+        layer, point = _best_gain(costs, gains, starts, picks, left)
         if layer < 0:
             return picks
         left -= int(fronts[layer].costs[point] - fronts[layer].costs[picks[layer]])
@@ -214,9 +214,8 @@ def allocate(fronts: Sequence[Front], budget: int, p: float = np.inf) -> Allocat
     exact = minimax(fronts, budget)
     if np.isinf(p) or exact.bound == 0.0:
         return exact
-    limit = exact.bound * len(fronts) ** (
-        1.0 / p
-    )  # the minimax picks have no larger p-norm, so neither has the optimum
+    # The minimax picks have no larger p-norm than this, so the optimum has no larger error.
+    limit = exact.bound * len(fronts) ** (1.0 / p)
     starts = threshold(fronts, limit)
     trimmed = [Front(f.costs[i:], f.errors[i:], f.index[i:]) for f, i in zip(fronts, starts, strict=True)]
     found = least_p_norm(trimmed, budget, p, exact.bound)

@@ -124,7 +124,9 @@ def find_layers(
     wanted, unwanted = _patterns(include, "include"), _patterns(exclude, "exclude")
     parents = {id(child): module for module in model.modules() for child in module.children()}
     found = [
-        (n, m, w) for n, m in model.named_modules() if (w := _weight_of(m)) is not None and "parametrizations" not in n
+        (n, m, w)
+        for n, m in model.named_modules()
+        if (w := _weight_of(m)) is not None and "parametrizations" not in n.split(".")
     ]
     names = [n for n, _, _ in found]
     _check_patterns(wanted, names, "include")

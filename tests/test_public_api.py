@@ -65,7 +65,7 @@ def test_import_without_torch_says_what_to_install():
     )
 
 
-def test_import_touches_no_gpu_and_writes_nothing():
+def test_import_touches_no_gpu_and_prints_nothing():
     code = "import alds_fast, torch, sys; assert not torch.cuda.is_initialized(); print('matplotlib' in sys.modules)"
     result = _python(code)
     assert result.returncode == 0 and result.stdout.strip() == "False" and result.stderr == ""
