@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, BackendError
 from .folding import WeightShape, decoder_axes
+from .kernels.choose import why_not_fused_conv2d
+from .kernels.dispatch import lowrank_conv2d
 from .layers import LowRankLayer
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -95,7 +97,12 @@ class LowRankConv(LowRankLayer):
         self._decode = _HalfConv(self, decoder, conv_groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.backend == "fused":
+            raise BackendError(f"backend='fused' cannot run {self}: {self.why_not_fused(x)}; use 'two-op' or 'auto'")
         return self._decode(self._encode(x, self.encoder, None), self.decoder, self.bias)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        return f"there is no kernel for {self.ndim}-d convolutions"
 
     def _conv_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
@@ -134,6 +141,27 @@ class LowRankConv2d(LowRankConv):
     """
 
     ndim, _dense = 2, nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad = self._encode.pad or self._decode.pad
+        if self._structural_reason() is not None or (self._encode.pad and self._decode.pad):
+            return super().forward(x)
+        batch = x if x.dim() == 4 else x[None]
+        if pad:  # the 1 x 1 half has no bias, so padding commutes with it
+            batch = F.pad(batch, pad, self._encode.mode)
+        padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
+        options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        options |= {"groups": self.groups, "backend": self.backend}
+        y = lowrank_conv2d(batch, self.encoder, self.decoder, self.bias, **options)
+        return y if x.dim() == 4 else y[0]
+
+    def _structural_reason(self) -> str | None:
+        if self.weight_shape.conv_groups > 1:
+            return "the convolution is grouped itself (conv_groups > 1)"
+        return None
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        return self._structural_reason() or why_not_fused_conv2d(x, self.encoder, self.decoder)
 
 
 class LowRankConv3d(LowRankConv):

@@ -39,3 +39,7 @@ class FileWriteError(AldsError, OSError):
 
 class MissingFileError(AldsError, FileNotFoundError):
     """A file does not exist."""
+
+
+class BackendError(AldsError, RuntimeError):
+    """A kernel that was asked for by name cannot run on these arguments or on this machine."""

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArgumentError
@@ -18,6 +17,8 @@ from .folding import (
     max_rank,
     weights_to_dense,
 )
+from .kernels.choose import why_not_fused_linear
+from .kernels.dispatch import lowrank_linear
 
 
 def _check_structure(shape: WeightShape, scheme: int, groups: int, rank: int) -> None:
@@ -38,9 +39,11 @@ class LowRankLayer(nn.Module):
         bias: parameter (out_channels,) or None.
         weight_shape: the dense weight that they replace.
         scheme, groups, rank: the fold, the number of channel slices and the rank of each.
+        backend: "auto", "fused" or "two-op", see :mod:`alds_fast.kernels.dispatch`; :func:`alds_fast.deploy` sets it.
     """
 
     bias: Tensor | None
+    backend: str = "auto"
 
     def __init__(
         self,
@@ -88,6 +91,10 @@ class LowRankLayer(nn.Module):
     def _empty_dense(self) -> nn.Module:
         raise NotImplementedError
 
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why no fused kernel can run this layer on ``x``; None if one can."""
+        raise NotImplementedError
+
     def to_dense(self) -> nn.Module:
         """The ``nn.Linear`` or ``nn.ConvNd`` with the recomposed weight and a copy of the bias."""
         dense = self._empty_dense()
@@ -98,7 +105,8 @@ class LowRankLayer(nn.Module):
 
     def _structure(self) -> str:
         text = f"scheme={self.scheme}, groups={self.groups}, rank={self.rank}"
-        return text if self.bias is not None else text + ", bias=False"
+        text = text if self.bias is not None else text + ", bias=False"
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
 
 
 class LowRankLinear(LowRankLayer):
@@ -127,12 +135,10 @@ class LowRankLinear(LowRankLayer):
         super().__init__(WeightShape(out_features, in_features), scheme, groups, rank, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.groups == 1:
-            hidden = F.linear(x, self.encoder)
-        else:
-            encoder = self.encoder.unflatten(0, (self.groups, self.rank))
-            hidden = torch.einsum("...gc,grc->...gr", x.unflatten(-1, (self.groups, -1)), encoder).flatten(-2)
-        return F.linear(hidden, self.decoder, self.bias)
+        return lowrank_linear(x, self.encoder, self.decoder, self.bias, groups=self.groups, backend=self.backend)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        return why_not_fused_linear(x, self.encoder)
 
     def _empty_dense(self) -> nn.Module:
         shape = self.weight_shape

@@ -1,4 +1,17 @@
-"""Hypothesis runs without a deadline (this machine is shared) and with the same examples every time."""
+"""Hypothesis runs without a deadline (this machine is shared) and with the same examples every time.
+
+Without a GPU the Triton kernels run under the interpreter, which must be chosen before triton is imported.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.mend()
 
 from hypothesis import settings
 

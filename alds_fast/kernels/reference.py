@@ -1,0 +1,122 @@
+"""The low-rank layers as plain PyTorch calls: what "two-op" runs, what training differentiates, what tests compare to.
+
+Every function here works in any floating type on any device; called with float64 it is the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+Pair = tuple[int, int]
+
+
+class Half(NamedTuple):
+    """Stride, padding and dilation of one of the two convolutions."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+
+def epilogue(z: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(z + residual); the activation is None, "relu", "silu" or "gelu" (with erf)."""
+    if residual is not None:
+        z = z + residual
+    return z if activation is None else ACTIVATIONS[activation](z)
+
+
+def activation_grad(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
+    """Gradient with respect to z of activation(z)."""
+    if activation is None:
+        return grad
+    if activation == "relu":
+        return grad * (z > 0)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return grad * (s * (1 + z * (1 - s)))
+    cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    return grad * (cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+
+
+def encode_linear(x: Tensor, encoder: Tensor, groups: int) -> Tensor:
+    """blockdiag(encoder) @ x: x (..., c), encoder (groups * rank, c / groups) to (..., groups * rank)."""
+    if groups == 1:
+        return F.linear(x, encoder)
+    blocks = encoder.unflatten(0, (groups, -1))
+    return torch.einsum("...gc,grc->...gr", x.unflatten(-1, (groups, -1)), blocks).flatten(-2)
+
+
+def lowrank_linear_ref(
+    x: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """activation(decoder @ blockdiag(encoder) @ x + bias + residual) as library calls."""
+    return epilogue(F.linear(encode_linear(x, encoder, groups), decoder, bias), residual, activation)
+
+
+def halves(
+    encoder: Sequence[int],
+    decoder: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Half, Half]:
+    """How encoder and decoder, given their weights' shapes, share the options of the whole convolution.
+
+    An axis belongs to the half whose kernel is larger than 1 there, to the encoder where both are 1. Raises
+    ArgumentError where both are larger than 1.
+    """
+    owner = []
+    for axis in (2, 3):
+        if encoder[axis] > 1 and decoder[axis] > 1:
+            raise ArgumentError(
+                f"encoder {tuple(encoder)} and decoder {tuple(decoder)} both have a kernel along axis {axis - 2}; one "
+                f"of them must be 1 there"
+            )
+        owner.append(decoder[axis] > 1)
+    neutral = (1, 0, 1)
+    values = tuple(zip(stride, padding, dilation, strict=True))
+    first, second = (
+        [v if own is side else neutral for v, own in zip(values, owner, strict=True)] for side in (False, True)
+    )
+    return Half(*zip(*first, strict=True)), Half(*zip(*second, strict=True))
+
+
+def output_size(x: Sequence[int], encoder: Sequence[int], decoder: Sequence[int], stride: Sequence[int],
+                padding: Sequence[int], dilation: Sequence[int]) -> list[int]:  # fmt: skip
+    """(height, width) of the convolution's output for an input of shape (n, c, h, w)."""
+    kernel = [e * d for e, d in zip(encoder[2:], decoder[2:], strict=True)]
+    options = zip(x[2:], kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options]
+
+
+def lowrank_conv2d_ref(
+    x: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    groups: int = 1,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    activation: str | None = None,
+) -> Tensor:
+    """The grouped encoder convolution, then the decoder convolution, as library calls."""
+    first, second = halves(encoder.shape, decoder.shape, stride, padding, dilation)
+    hidden = F.conv2d(x, encoder, None, *first, groups)
+    return epilogue(F.conv2d(hidden, decoder, bias, *second), residual, activation)

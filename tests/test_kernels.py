@@ -1,0 +1,388 @@
+"""Every kernel against the float64 reference: no further from it than twice what plain PyTorch is in the same type.
+
+On a machine with a GPU the compiled kernels run, elsewhere Triton's interpreter.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import alds_fast as alds
+from alds_fast.errors import ArgumentError, BackendError
+from alds_fast.kernels import choose, conv2d, decisions, linear, lowrank_conv2d, lowrank_linear, lowrank_linears
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype)
+
+
+def error(found, reference):
+    return float((found.double() - reference).norm() / reference.norm())
+
+
+def compare(call, tensors, options):
+    """The rule of this module, for a call of (tensors, options, backend=)."""
+    exact = {k: t if t is None else t.double() for k, t in tensors.items()}
+    reference = call(**exact, **options, backend="two-op")
+    found = call(**tensors, **options, backend="fused")
+    plain = call(**tensors, **options, backend="two-op")
+    assert found.shape == plain.shape and found.dtype == plain.dtype
+    assert error(found, reference) <= 2 * error(plain, reference)
+
+
+def linear_case(m, c, groups, rank, f, dtype=torch.float32, bias=True, residual=True):
+    c_group, q = c // groups, groups * rank
+    return {
+        "x": random(m, c, dtype=dtype, seed=1),
+        "encoder": random(q, c_group, dtype=dtype, seed=2, scale=c_group**-0.5),
+        "decoder": random(f, q, dtype=dtype, seed=3, scale=q**-0.5),
+        "bias": random(f, dtype=dtype, seed=4) if bias else None,
+        "residual": random(m, f, dtype=dtype, seed=5) if residual else None,
+    }
+
+
+LINEAR = [  # rows, channels, groups, rank, filters
+    (1, 64, 1, 16, 64), (1, 1, 1, 1, 1), (16, 200, 1, 100, 33), (7, 24, 8, 3, 5), (3, 300, 2, 70, 40),
+    (2, 1024, 1, 16, 16), (5, 96, 4, 24, 96), (17, 64, 1, 16, 64), (40, 30, 3, 5, 33), (65, 70, 1, 33, 129),
+    (33, 64, 8, 8, 16), (20, 48, 1, 130, 70), (18, 64, 2, 128, 48), (17, 40, 1, 300, 20), (19, 128, 4, 128, 33),
+    (130, 16, 1, 1, 17),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", LINEAR)
+def test_lowrank_linear(shape, dtype):
+    compare(lowrank_linear, linear_case(*shape, dtype), {"groups": shape[2]})
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [4, 24])
+def test_epilogue_of_linear(rows, bias, activation):
+    for residual in (True, False):
+        case = linear_case(rows, 32, 2, 5, 24, torch.float16, bias, residual)
+        compare(lowrank_linear, case, {"groups": 2, "activation": activation})
+
+
+def conv_case(n, c, size, groups, rank, f, kernels, dtype=torch.float32, bias=True):
+    (e, d), q, c_group = kernels, groups * rank, c // groups
+    return {
+        "x": random(n, c, *size, dtype=dtype, seed=1),
+        "encoder": random(q, c_group, *e, dtype=dtype, seed=2, scale=(c_group * e[0] * e[1]) ** -0.5),
+        "decoder": random(f, q, *d, dtype=dtype, seed=3, scale=(q * d[0] * d[1]) ** -0.5),
+        "bias": random(f, dtype=dtype, seed=4) if bias else None,
+    }
+
+
+def one_by(*kernel):
+    return ((1, 1), kernel)
+
+
+def by_one(*kernel):
+    return (kernel, (1, 1))
+
+
+CONV = [  # (n, c, size, groups, rank, f, kernels), options
+    ((2, 8, (7, 9), 2, 3, 20, by_one(3, 3)), {"padding": 1}),
+    ((1, 32, (8, 8), 1, 20, 33, by_one(3, 3)), {"stride": 2, "padding": 1}),
+    ((3, 16, (6, 5), 8, 2, 17, by_one(3, 3)), {"padding": (2, 1), "dilation": (2, 1)}),
+    ((1, 3, (11, 12), 1, 5, 16, by_one(7, 7)), {"stride": (2, 3), "padding": 3}),
+    ((1, 12, (5, 5), 4, 2, 300, by_one(1, 1)), {}),
+    ((2, 12, (5, 6), 1, 1, 9, by_one(1, 1)), {"stride": 2}),
+    ((1, 20, (4, 4), 1, 9, 70, by_one(2, 3)), {}),
+    ((1, 130, (3, 3), 1, 130, 18, by_one(3, 3)), {"padding": 1}),
+    ((4, 4, (1, 1), 2, 1, 8, by_one(1, 1)), {"padding": 1}),
+    ((1, 8, (30, 1), 2, 4, 8, by_one(5, 1)), {"padding": (2, 0), "stride": (3, 1)}),
+    ((1, 16, (9, 9), 4, 4, 24, one_by(3, 3)), {"padding": 2, "dilation": 2}),
+    ((2, 16, (8, 7), 1, 6, 40, one_by(3, 3)), {"stride": 2, "padding": 1}),
+    ((1, 8, (6, 6), 2, 140, 16, one_by(2, 2)), {}),
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape, options", CONV)
+def test_lowrank_conv2d(shape, options, dtype):
+    compare(lowrank_conv2d, conv_case(*shape, dtype), {"groups": shape[3], **options})
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+@pytest.mark.parametrize("filters", [24, 300])
+def test_epilogue_of_conv2d(filters, activation):
+    for bias in (True, False):
+        case = conv_case(
+            2, 8, (5, 5), 2, 3, filters, by_one(1, 1) if filters > 256 else by_one(3, 3), torch.bfloat16, bias
+        )
+        plain = lowrank_conv2d(**case, groups=2, backend="two-op")
+        case["residual"] = random(*plain.shape, dtype=torch.bfloat16, seed=6)
+        compare(lowrank_conv2d, case, {"groups": 2, "activation": activation})
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_lowrank_linears(layers, dtype):
+    ranks, filters = [20, 3, 33][:layers], [40, 17, 64][:layers]
+    x, encoder = random(5, 48, dtype=dtype), random(sum(ranks), 48, dtype=dtype, scale=48**-0.5)
+    decoders = [random(f, r, dtype=dtype, scale=r**-0.5) for f, r in zip(filters, ranks, strict=True)]
+    biases = [random(f, dtype=dtype) if i != 1 else None for i, f in enumerate(filters)]
+    found = lowrank_linears(x, encoder, decoders, biases, backend="fused")
+    plain = lowrank_linears(x, encoder, decoders, biases, backend="two-op")
+    for y, p, d, b, part in zip(found, plain, decoders, biases, encoder.split(ranks), strict=True):
+        b64 = None if b is None else b.double()
+        reference = lowrank_linear(x.double(), part.double(), d.double(), b64, backend="two-op")
+        assert error(y, reference) <= 2 * error(p, reference)
+
+
+# ------------------------------------------------------------------------------------- layouts and edges
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_any_strides_and_leading_shape(rows):
+    case = linear_case(rows * 2, 32, 2, 4, 24, residual=False)
+    wide = random(2, rows, 64)[..., ::2]
+    views = [wide, random(2, 32, rows).mT, random(1, 1, 32).expand(2, rows, 32), random(32)]
+    for x in views:
+        args = (x, case["encoder"], case["decoder"], case["bias"])
+        found, plain = (lowrank_linear(*args, groups=2, backend=b) for b in ("fused", "two-op"))
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_non_contiguous_factors_and_residual():
+    case = linear_case(20, 32, 1, 8, 24)
+    twisted = {k: v if v.dim() < 2 else v.mT.contiguous().mT for k, v in case.items()}
+    compare(lowrank_linear, twisted, {})
+    assert torch.equal(lowrank_linear(**twisted, backend="fused"), lowrank_linear(**case, backend="fused"))
+
+
+def test_memory_format_does_not_change_a_bit():
+    case = conv_case(2, 8, (5, 6), 2, 3, 20, by_one(3, 3))
+    last = {k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in case.items()}
+    first, second = (lowrank_conv2d(**c, groups=2, backend="fused") for c in (case, last))
+    assert torch.equal(first, second) and second.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["fused", "two-op"])
+def test_zero_rows(backend):
+    case = linear_case(0, 16, 1, 4, 8)
+    assert lowrank_linear(**case, backend=backend).shape == (0, 8)
+    image = conv_case(0, 8, (5, 5), 1, 3, 20, by_one(3, 3))
+    assert lowrank_conv2d(**image, backend=backend).shape == (0, 20, 3, 3)
+    ys = lowrank_linears(case["x"], case["encoder"], [case["decoder"]], backend=backend)
+    assert [y.shape for y in ys] == [(0, 8)]
+
+
+def test_nan_and_infinity_pass_through():
+    case = linear_case(20, 16, 1, 4, 8, residual=False)
+    case["x"][3, 5], case["x"][7, 0] = float("nan"), float("inf")
+    found = lowrank_linear(**case, activation="relu", backend="fused")
+    assert found[3].isnan().all() and torch.isfinite(found[[0, 1, 2, 4, 5, 6]]).all()
+    assert not torch.isfinite(found[7]).all()
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch hands out is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_output_and_scratch_value_is_written(poisoned):
+    assert torch.empty(3).isnan().all()
+    for shape in LINEAR:
+        assert torch.isfinite(lowrank_linear(**linear_case(*shape), groups=shape[2], backend="fused")).all()
+    for shape, options in CONV:
+        assert torch.isfinite(lowrank_conv2d(**conv_case(*shape), groups=shape[3], **options, backend="fused")).all()
+
+
+@pytest.mark.parametrize("shape", LINEAR)
+def test_linear_writes_nothing_else(shape):
+    m, _, groups, _, f = shape
+    case = linear_case(*shape)
+    buffer = torch.full((m * f + 2048,), float("nan"), device=DEVICE)
+    y = buffer[1024 : 1024 + m * f].view(m, f)
+    linear.run_linear(*(case[k] for k in ("x", "encoder", "decoder", "bias", "residual")), groups, None, y)
+    assert buffer[:1024].isnan().all() and buffer[1024 + m * f :].isnan().all() and torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("shape, options", CONV)
+def test_conv2d_writes_nothing_else(shape, options):
+    case = conv_case(*shape)
+    n, f, oh, ow = lowrank_conv2d(**case, groups=shape[3], **options, backend="two-op").shape
+    count = n * f * oh * ow
+    buffer = torch.full((count + 2048,), float("nan"), device=DEVICE)
+    y = buffer[1024 : 1024 + count].view(n, oh, ow, f).permute(0, 3, 1, 2)
+    both = {
+        k: v if isinstance(v, tuple) else (v, v)
+        for k, v in ({"stride": 1, "padding": 0, "dilation": 1} | options).items()
+    }
+    conv2d.run_conv2d(
+        *(case[k] for k in ("x", "encoder", "decoder", "bias")), None, shape[3], **both, activation=None, y=y
+    )
+    assert buffer[:1024].isnan().all() and buffer[1024 + count :].isnan().all() and torch.isfinite(y).all()
+
+
+def test_inputs_are_not_read_beyond_their_ends():
+    """Neighbours in memory are NaN: reading one of them without a mask would show."""
+    for shape in LINEAR:
+        case = {}
+        for name, t in linear_case(*shape).items():
+            buffer = torch.full((t.numel() + 512,), float("nan"), device=DEVICE)
+            case[name] = buffer[256 : 256 + t.numel()].view(t.shape).copy_(t)
+        assert torch.isfinite(lowrank_linear(**case, groups=shape[2], backend="fused")).all()
+
+
+# ------------------------------------------------------------------------------------- which one runs
+
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen = [*getattr(self, "seen", []), str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+def ran(call):
+    with torch.no_grad(), Recorder() as recorder:
+        call()
+    return recorder.seen
+
+
+def test_fused_runs_the_kernel_and_nothing_else(monkeypatch):
+    launched = []
+    for module, name in ((linear, "_lowrank_linear_kernel"), (conv2d, "_lowrank_conv2d_kernel")):
+        kernel = getattr(module, name)
+        spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
+        monkeypatch.setattr(module, name, spy)
+    case, image = linear_case(20, 16, 1, 4, 8), conv_case(1, 8, (5, 5), 1, 3, 20, by_one(3, 3))
+    assert ran(lambda: lowrank_linear(**case, backend="fused")) == ["alds_fast.lowrank_linear.default"]
+    assert ran(lambda: lowrank_conv2d(**image, backend="fused")) == ["alds_fast.lowrank_conv2d.default"]
+    assert launched == ["_lowrank_linear_kernel", "_lowrank_conv2d_kernel"]
+
+
+def test_two_op_runs_no_kernel():
+    case = linear_case(20, 16, 1, 4, 8)
+    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case, backend="two-op")))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU auto measures")
+def test_auto_without_a_gpu_is_two_op():
+    case = linear_case(20, 16, 1, 4, 8)
+    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
+    assert decisions() == []
+
+
+def test_auto_takes_the_measured_winner(monkeypatch):
+    monkeypatch.setattr(choose, "_can_measure", lambda x: True)
+    monkeypatch.setattr(choose, "_decisions", {})
+    case, times = linear_case(20, 16, 1, 4, 8), iter([1.0, 2.0, 5.0, 3.0])
+    monkeypatch.setattr(choose, "_time_ms", lambda call: next(times))
+    assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]
+    assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]  # not measured again
+    case = linear_case(21, 16, 1, 4, 8)
+    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
+    first, second = decisions()
+    assert (first["ran"], first["fused_ms"], first["two_op_ms"]) == ("fused", 1.0, 2.0) and second["ran"] == "two-op"
+
+
+def test_fused_says_why_it_cannot_run(monkeypatch):
+    case = linear_case(20, 16, 1, 4, 8)
+    with pytest.raises(BackendError, match="float64"):
+        lowrank_linear(**{k: v.double() for k, v in case.items()}, backend="fused")
+    with pytest.raises(BackendError, match=r"groups \* rank = 520 is above 512 with more than 16 rows"):
+        lowrank_linear(**linear_case(17, 16, 1, 520, 8), backend="fused")
+    with pytest.raises(BackendError, match="schemes 1 and 2 run as two calls"):
+        lowrank_conv2d(**conv_case(1, 8, (5, 5), 1, 3, 20, ((1, 3), (3, 1))), backend="fused")
+    with pytest.raises(BackendError, match="up to 16 rows"):
+        lowrank_linears(case["x"], case["encoder"], [case["decoder"]], backend="fused")
+    with pytest.raises(BackendError, match="up to 3 layers"):
+        lowrank_linears(case["x"][:2], case["encoder"], [random(8, 1)] * 4, backend="fused")
+    monkeypatch.setattr(choose, "HAS_TRITON", False)
+    with pytest.raises(BackendError, match="triton is not installed"):
+        lowrank_linear(**case, backend="fused")
+    assert lowrank_linear(**case).shape == (20, 8)
+
+
+def test_fused_on_the_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(choose, "_interpreted", lambda: False)
+    case = {k: v.cpu() for k, v in linear_case(20, 16, 1, 4, 8).items()}
+    with pytest.raises(BackendError, match="it runs on CUDA devices, x is on the CPU"):
+        lowrank_linear(**case, backend="fused")
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+def _with(**changes):
+    return linear_case(4, 16, 2, 3, 8) | changes
+
+
+@pytest.mark.parametrize(
+    "case, options, message",
+    [
+        (_with(x=random(4, 15)), {}, "x (4, 15) has 15 channels, encoder (6, 8) with groups=2 takes 16"),
+        (_with(x=random(4, 16).half()), {}, "encoder is torch.float32, x is torch.float16"),
+        (_with(bias=random(7)), {}, "bias has shape (7,), decoder (8, 6) needs (8,)"),
+        (_with(residual=random(4, 7)), {}, "residual has shape (4, 7), the output (4, 8)"),
+        (_with(decoder=random(8, 5)), {}, "decoder (8, 5) takes 5 hidden values, the encoder gives 6"),
+        (_with(encoder=random(6, 8, 1)), {}, "encoder has shape (6, 8, 1), expected 2 dimensions"),
+        (_with(), {"groups": 4}, "groups=4 does not divide the 6 rows of encoder (6, 8)"),
+        (_with(), {"groups": 0}, "groups=0 does not divide"),
+        (_with(), {"activation": "tanh"}, "activation='tanh' is not None or one of relu, silu, gelu"),
+        (_with(), {"backend": "fast"}, "backend='fast' is not one of auto, fused, two-op"),
+        (_with(encoder=torch.empty(6, 8, device="meta")), {}, "encoder is on meta, x on"),
+        (_with(x=torch.tensor(1.0)), {}, "x has no dimensions"),
+    ],
+)
+def test_bad_input_of_linear(case, options, message):
+    for backend in ("fused", "two-op"):
+        with pytest.raises(ArgumentError) as raised:
+            lowrank_linear(**case, **({"groups": 2, "backend": backend} | options))
+        assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((1, 8, (5, 5), 1, 3, 20, by_one(7, 7)), {}, "x (1, 8, 5, 5) is smaller than the kernel [7, 7]"),
+        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"stride": 0}, "stride=0: expected an integer >= 1"),
+        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"padding": (1, -1)}, "padding=(1, -1)"),
+        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"dilation": (1, 1, 1)}, "dilation=(1, 1, 1)"),
+        ((1, 8, (5, 5), 1, 3, 20, ((3, 3), (3, 1))), {}, "both have a kernel along axis 0"),
+        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"groups": 3}, "x (1, 8, 5, 5) has 8 channels"),
+    ],
+)
+def test_bad_input_of_conv2d(shape, options, message):
+    for backend in ("fused", "two-op"):
+        with pytest.raises(ArgumentError) as raised:
+            lowrank_conv2d(**conv_case(*shape), **({"backend": backend} | options))
+        assert message in str(raised.value)
+
+
+def test_wrong_type_and_device_of_the_operators():
+    with pytest.raises(ArgumentError, match="3 dimensions|expected 4 dimensions"):
+        lowrank_conv2d(random(8, 5, 5), random(3, 8, 3, 3), random(20, 3, 1, 1))
+    with pytest.raises(ArgumentError, match="do not fit encoder"):
+        lowrank_linears(random(2, 8), random(3, 8), [random(4, 2)])
+
+
+def test_tf32_follows_torch():
+    assert linear.precision() == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert linear.precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_layers_call_them():
+    layer = alds.LowRankLinear(16, 8, 4).to(DEVICE)
+    conv = alds.LowRankConv2d(8, 20, 3, 3, scheme=3, padding=1).to(DEVICE)
+    layer.backend = conv.backend = "fused"
+    x, image = random(4, 16), random(1, 8, 5, 5)
+    assert ran(lambda: layer(x)) == ["alds_fast.lowrank_linear.default"]
+    assert ran(lambda: conv(image)) == ["alds_fast.lowrank_conv2d.default"]
+    assert "backend='fused'" in str(layer)
