@@ -23,7 +23,7 @@ EPILOGUE = {"ACTIVATION": "gelu", "PRECISION": "ieee"}
 
 def configurations():
     """(kernel name, dtype, constants, tiling, whether sizes are multiples of 16) of everything that is reachable."""
-    from alds_fast.kernels import conv2d, linear
+    from alds_fast.kernels import conv2d, linear, rows
 
     sizes = [16, 32, 64, 128, 256, 512]
     for dtype, wide in itertools.product(TYPES, (True, False)):
@@ -32,9 +32,9 @@ def configurations():
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
             for one in (True, False):
                 yield "linear", dtype, {**tiles, "ONE_SLICE": one, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
-        t = linear.encode_tiling(dtype)
+        t = rows.encode_tiling(dtype)
         yield "encode_rows", dtype, {"BM": t.rows, "BK": t.reduction, "BQ": t.cols}, t, wide
-        t, biases = linear.decode_tiling(dtype, wide), {f"HAS_BIAS{i}": True for i in range(3)}
+        t, biases = rows.decode_tiling(dtype, wide), {f"HAS_BIAS{i}": True for i in range(3)}
         for layers, parts in ((1, 1), (1, 8), (2, 8), (3, 8)):
             tiles = {"LAYERS": layers, "PARTS": parts, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
             yield "decode_rows", dtype, {**tiles, **biases, "HAS_RESIDUAL": layers == 1}, t, wide
@@ -50,14 +50,14 @@ def configurations():
 
 
 def _kernel(name):
-    from alds_fast.kernels import conv2d, linear
+    from alds_fast.kernels import conv2d, linear, rows
 
     if name == "conv2d":
         return conv2d._lowrank_conv2d_kernel
     return {
         "linear": linear._lowrank_linear_kernel,
-        "encode_rows": linear._encode_rows_kernel,
-        "decode_rows": linear._decode_rows_kernel,
+        "encode_rows": rows._encode_rows_kernel,
+        "decode_rows": rows._decode_rows_kernel,
     }[name]
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, BackendError
-from alds_fast.kernels import choose, conv2d, decisions, linear, lowrank_conv2d, lowrank_linear, lowrank_linears
+from alds_fast.kernels import choose, conv2d, decisions, linear, lowrank_conv2d, lowrank_linear, lowrank_linears, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -370,10 +370,10 @@ def test_wrong_type_and_device_of_the_operators():
 
 
 def test_tf32_follows_torch():
-    assert linear.precision() == "ieee"
+    assert tiles.precision() == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert linear.precision() == "tf32"
+        assert tiles.precision() == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -8,8 +8,8 @@ import alds_fast
 PACKAGE = Path(alds_fast.__file__).parent
 ORDER = (
     *("errors", "text", "tied", "folding", "native", "linalg_torch", "linalg", "bounds"),
-    *("kernels.reference", "kernels.checks", "kernels.tiles", "kernels.linear", "kernels.conv2d", "kernels.ops"),
-    *("kernels.choose", "kernels.dispatch", "kernels.__init__", "layers", "convolution"),
+    *("kernels.reference", "kernels.checks", "kernels.tiles", "kernels.rows", "kernels.linear", "kernels.conv2d"),
+    *("kernels.ops", "kernels.choose", "kernels.dispatch", "kernels.__init__", "layers", "convolution"),
     *("replace", "discover", "options", "spectra", "allocate", "candidates", "baselines", "factorize", "plan"),
     *("analysis", "container", "checkpoint", "report", "cli", "__init__", "__main__"),
 )

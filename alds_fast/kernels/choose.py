@@ -15,7 +15,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton
 
-    from .linear import MAX_HIDDEN, MAX_ROWS
+    from .linear import MAX_HIDDEN
+    from .rows import MAX_ROWS
 
 FUSED_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETER_TYPES = [torch.float16, torch.float32]  # its bfloat16 products are wrong; the tests mend that

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import Tiling, multiple_of_16, power_of_two, precision
-from .tiles import finish
+from .tiles import Tiling, finish, multiple_of_16, power_of_two, precision
 
 MAX_FILTERS = 256  # filters of one program, at most
 

@@ -22,7 +22,7 @@ from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_si
 
 if HAS_TRITON:
     from . import ops
-    from .linear import MAX_MERGED, MAX_ROWS
+    from .rows import MAX_MERGED, MAX_ROWS
 
 
 def lowrank_linear(

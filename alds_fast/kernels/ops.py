@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .conv2d import run_conv2d
-from .linear import run_linear, run_merged
+from .linear import run_linear
 from .reference import activation_grad, encode_linear, halves, output_size
+from .rows import run_merged
 
 # ---------------------------------------------------------------------------------------------- linear
 

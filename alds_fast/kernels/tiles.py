@@ -1,9 +1,41 @@
-"""Triton building blocks that the kernels share. Importing this needs triton."""
+"""What the kernels share: tilings, the precision of float32 products, and the epilogue. Importing this needs triton."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+
+
+class Tiling(NamedTuple):
+    """Tile sizes (rows, reduction, output columns) and launch options of a kernel."""
+
+    rows: int
+    reduction: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least ``n`` and ``least``.
+
+    >>> power_of_two(3), power_of_two(16), power_of_two(17)
+    (16, 16, 32)
+    """
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def precision() -> str:
+    """How float32 products are computed, by ``torch.set_float32_matmul_precision``: "ieee" (default) or "tf32"."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def multiple_of_16(*sizes: int) -> bool:
+    """Whether runs of these lengths can be read in wide pieces; else fewer rows a program keep it from spilling."""
+    return all(n % 16 == 0 for n in sizes)
 
 
 @triton.jit
