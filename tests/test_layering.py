@@ -9,7 +9,8 @@ PACKAGE = Path(alds_fast.__file__).parent
 ORDER = (
     *("errors", "text", "tied", "folding", "native", "linalg_torch", "linalg", "bounds", "layers", "convolution"),
     *("replace", "discover", "options", "measure", "flops", "spectra", "allocate", "budgets", "candidates"),
-    *("baselines", "factorize", "plan", "analysis", "container", "checkpoint", "report", "cli", "__init__", "__main__"),
+    *("baselines", "costs", "factorize", "rows", "timings", "latency", "refine", "plan", "analysis", "container"),
+    *("checkpoint", "report", "cli", "__init__", "__main__"),
 )
 
 
