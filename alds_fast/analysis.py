@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .bounds import CRITERIA
 from .candidates import Candidates, candidates
-from .costs import params_table, solve_error, solve_heuristic
+from .costs import dense_reason, params_table, solve_error, solve_heuristic
 from .discover import Layer, check_weight, count_params, find_layers
 from .errors import ArgumentError
 from .factorize import Choice
@@ -91,15 +91,17 @@ class Analysis:
         layers = [layer for layer in self.layers if layer.name in self.spectra]
         choices = [candidates(self.spectra[layer.name], CRITERIA[criterion], align) for layer in layers]
         if error is not None:
-            outcome = Outcome(choices, solve_error(choices, float(error)))
+            by_params = params_table(choices, self.params, 1.0)
+            outcome = Outcome(choices, solve_error(choices, float(error)), [by_params])
         elif method == "alds-heuristic":
-            budgeted = params_table(choices, self.params, float(params or 0.0))
-            outcome = Outcome(choices, solve_heuristic(choices, budgeted))
+            by_params = params_table(choices, self.params, float(params or 0.0))
+            outcome = Outcome(choices, solve_heuristic(choices, by_params), [by_params])
         else:
             problem = Problem(self.model, self.params, layers, choices)
             outcome = solve_shares(problem, shares, example_inputs, p, cache)
         picks = zip(outcome.choices, outcome.solution.found, strict=True)
-        chosen = {layer.name: pick for layer, pick in zip(layers, picks, strict=True)}
+        chosen = {layer.name: (*pick, dense_reason(outcome.tables, i))
+                  for i, (layer, pick) in enumerate(zip(layers, picks, strict=True))}  # fmt: skip
         rows = tuple(_row(layer, chosen.get(layer.name), align) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         gap, latency_report, spectra = outcome.solution.gap, outcome.latency, self._chosen_spectra(rows)
@@ -126,19 +128,19 @@ class Analysis:
         return table(headers, rows, left=(0, 1, 5)) + "\n" + total
 
 
-def _row(layer: Layer, pick: tuple[Candidates, int] | None, align: int) -> LayerPlan:
+def _row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int) -> LayerPlan:
     groups = layer.shape.conv_groups if layer.shape else 1
     row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
     row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
     row |= {"params_before": layer.params, "params_after": layer.params, "reason": layer.reason}
     if pick is None:
         return LayerPlan(**row)
-    choices, candidate = pick
+    choices, candidate, reason = pick
     chosen = choices.choice(candidate)
     if chosen is None:
         multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
         none = f"no factorisation{multiples} is smaller"
-        return LayerPlan(**{**row, "reason": none if not choices.curves else "the budget lets it stay dense"})
+        return LayerPlan(**{**row, "reason": reason if choices.curves else none})
     scheme, groups, rank = chosen
     assert layer.shape is not None
     row |= {"scheme": scheme, "groups": groups, "rank": rank, "error": float(choices.errors[candidate])}

@@ -163,6 +163,15 @@ def solve_error(choices: Sequence[Candidates], error: float) -> Solution:
     return Solution(tuple(int(f.index[i]) for f, i in zip(fronts, picks, strict=True)), 0.0)
 
 
+def dense_reason(tables: Sequence[CostTable], layer: int) -> str:
+    """Why a layer that stays dense does so under these budgets."""
+    costs = [t.costs[layer] for t in tables]
+    if any((c[:-1] < c[-1]).any() for c in costs):
+        return "the budget lets it stay dense"
+    called = any(c.any() for c in costs)
+    return f"no factorisation saves {' or '.join(t.name for t in tables)}" if called else "it is not called"
+
+
 def relaxed(table: CostTable, limit: float) -> CostTable:
     """The table with another limit, raised to the smallest that can be met."""
     return replace(table, limit=max(math.floor(limit), table.least))

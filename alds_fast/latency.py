@@ -7,9 +7,9 @@ dense, larger ones are not timed but taken to cost in proportion to the rank. Be
 interpolated, below the smallest it is that of the smallest, and it never falls with the rank.
 
 A layer costs calls x dense milliseconds x ratio, in whole nanoseconds; dense layers and the whole dense model are timed
-in one run, taking turns. What the model takes beyond its layers is the fixed part. Curves of more than ``MAX_GROUPS``
-slices are not tried (a layer analysed for more slices only keeps its fewest): there are hundreds of them, thin
-slices run badly, and each would have to be timed.
+in one run, taking turns. What the model takes beyond its layers is the fixed part. More than ``MAX_LATENCY_GROUPS``
+channel slices are not tried (a layer analysed for more slices only keeps its fewest): there are hundreds of such
+curves, thin slices run badly, and each would have to be timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from .measure import InputSpec, call_model, inference, interleaved_ms, median_ra
 from .replace import low_rank_like, replace_layers
 from .timings import Ratios, Timings
 
-MAX_GROUPS = 8
 LEVELS, SPACING = 4, 3
 ROUNDS = 5
 NS_PER_MS = 1_000_000

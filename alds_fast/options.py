@@ -12,6 +12,7 @@ from .errors import ArgumentError, BudgetError
 from .folding import SCHEMES
 
 METHODS = ("alds", "alds-heuristic")
+MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
 SHARES = {
     "params": "parameters kept",
     "flops": "floating-point operations kept",

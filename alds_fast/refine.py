@@ -17,7 +17,8 @@ from .costs import CostTable, Solution, flops_table, largest_error, params_table
 from .discover import Layer
 from .errors import BudgetError
 from .flops import counted_inputs
-from .latency import MAX_GROUPS, LayerTimes, end_to_end
+from .latency import LayerTimes, end_to_end
+from .options import MAX_LATENCY_GROUPS
 from .rows import Latency
 from .timings import Timings, device_name
 
@@ -36,10 +37,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The solution in terms of ``choices``, and the latency measured where there is a budget on it."""
+    """The solution in terms of ``choices``, the budgets' costs, and the latency where there is a budget on it."""
 
     choices: Sequence[Candidates]
     solution: Solution
+    tables: Sequence[CostTable]
     latency: Latency | None = None
 
 
@@ -57,18 +59,18 @@ def solve_shares(
     """
     params, flops, latency = (shares[name] for name in ("params", "flops", "latency"))
     if latency is not None:
-        few = [c.few_groups(MAX_GROUPS) for c in problem.choices]
+        few = [c.few_groups(MAX_LATENCY_GROUPS) for c in problem.choices]
         problem = Problem(problem.model, problem.params, problem.layers, few)
     tables, layers, choices = [], problem.layers, problem.choices
     if params is not None:
         tables.append(params_table(choices, problem.params, float(params)))
     if flops is None and latency is None:
-        return Outcome(choices, solve(choices, tables, p))
+        return Outcome(choices, solve(choices, tables, p), tables)
     calls, operations = counted_inputs(problem.model, example_inputs, [layer.name for layer in layers])
     if flops is not None:
         tables.append(flops_table(layers, choices, calls, operations, float(flops)))
     if latency is None:
-        return Outcome(choices, solve(choices, tables, p))
+        return Outcome(choices, solve(choices, tables, p), tables)
     device = _device(problem.model)
     times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
     return _refined(problem, tables, times, float(latency), example_inputs, p, device)
@@ -111,7 +113,7 @@ def _refined(
                 raise
             break  # the corrected limit cannot be met together with the other budgets
         latency = _measured(problem, solution.found, share, example_inputs, device, attempt)
-        outcomes.append(Outcome(problem.choices, solution, latency))
+        outcomes.append(Outcome(problem.choices, solution, [*tables, table], latency))
         if _settled(outcomes, tables):
             break
         predicted = table.cost(solution.found) / table.total

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from .errors import PlanError
 from .factorize import Choice
 from .folding import WeightShape, distinct_schemes, max_rank, params_per_rank
+from .options import MAX_LATENCY_GROUPS
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Latency:
     def __str__(self) -> str:
         far = f", NOT within {self.TOLERANCE:.0%} of it" if self.distance > self.TOLERANCE else ""
         times = f"{self.dense_ms:.3g} -> {self.compressed_ms:.3g} ms"
-        return f"latency {self.asked:.2f} asked, {self.measured:.2f} measured{far}, {times} on {self.device}"
+        asked = f"latency {self.asked:.2f} asked, {self.measured:.2f} measured{far}, {times} on {self.device}"
+        return f"{asked}; up to {MAX_LATENCY_GROUPS} channel slices were tried"
 
 
 def read_latency(fields: Any) -> Latency | None:

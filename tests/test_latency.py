@@ -104,7 +104,8 @@ def test_the_cost_table_holds_the_times(timer, tmp_path):
 
 
 def test_layers_of_one_kind_are_timed_once_and_few_slices_only(timer, tmp_path):
-    plan(timer, tmp_path)
+    _, found = plan(timer, tmp_path)
+    assert str(found).endswith("on " + found.latency.device + "; up to 8 channel slices were tried")
     twins = [t for t in timer.timed if t[0].weight == (32, 32, 3, 3)]
     assert len(twins) == len(set(twins)) and {t[2] for t in timer.timed} == {1, 2, 3, 4, 8}
 
@@ -112,7 +113,8 @@ def test_layers_of_one_kind_are_timed_once_and_few_slices_only(timer, tmp_path):
 def test_what_is_slower_than_dense_is_timed_no_further(tmp_path, monkeypatch):
     class Slow(Timer):
         def layer(self, module):
-            return super().layer(module) * (5 if isinstance(module, LowRankLayer) and module.groups > 1 else 1)
+            low_rank, linear = isinstance(module, LowRankLayer), isinstance(module, alds.LowRankLinear)
+            return super().layer(module) * (1000 if linear else 5 if low_rank and module.groups > 1 else 1)
 
     timer = Slow()
     monkeypatch.setattr(latency, "interleaved_ms", timer)
@@ -121,6 +123,7 @@ def test_what_is_slower_than_dense_is_timed_no_further(tmp_path, monkeypatch):
     ranks = {}
     for shape, scheme, groups, rank in timer.timed:
         ranks.setdefault((shape, scheme, groups), []).append(rank)
+    assert found.layers[-1].reason == "no factorisation saves latency"
     assert max(len(r) for (*_, g), r in ranks.items() if g == 4) < max(len(r) for (*_, g), r in ranks.items() if g == 1)
 
 

@@ -81,6 +81,7 @@ def test_layers_that_are_never_called_stay_dense():
 
     plan = alds.analyze(Spare()).plan(flops=0.5, example_inputs=torch.randn(2, 32))
     assert {row.name: row.rank is None for row in plan.layers} == {"used": False, "spare": True}
+    assert plan.layers[1].reason == "it is not called"
 
 
 def test_planning_leaves_the_model_as_it_was():
