@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import registry
@@ -20,6 +21,7 @@ import alds_fast as alds
 from alds_fast.bounds import CRITERIA
 from alds_fast.folding import max_rank, params_per_rank
 from alds_fast.latency import end_to_end
+from alds_fast.measure import inference, interleaved_ms, median_ratio
 from alds_fast.options import MAX_LATENCY_GROUPS
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,6 +59,14 @@ def uniform_at(model, x, analysis: alds.Analysis, groups: int, share: float) -> 
     return best
 
 
+def applied(model, x, plan: alds.Plan) -> float:
+    """Latency of the compressed model itself, with its real factors, over that of the dense one."""
+    small = plan.apply(model)
+    with inference(model), inference(small):
+        times = interleaved_ms({"dense": partial(model, x), "compressed": partial(small, x)}, CPU, rounds=9)
+    return median_ratio(times, "compressed", "dense")
+
+
 def run(share: float, batch: int, side: int) -> dict[str, object]:
     """The plan and the uniform ones."""
     model = resnet50().to(memory_format=torch.channels_last)
@@ -69,10 +79,10 @@ def run(share: float, batch: int, side: int) -> dict[str, object]:
         plan = analysis.plan(latency=share, example_inputs=x, cache=False)
     planned = time.perf_counter()
     choices = {row.name: (row.scheme, row.groups, row.rank) for row in plan.layers if row.rank is not None}
-    again = end_to_end(model, choices, x, CPU)[0]
+    again = applied(model, x, plan)
     print(plan)
     return {
-        "asked": share, "batch": batch, "side": side, "measured": plan.latency.measured, "measured_again": again,
+        "asked": share, "batch": batch, "side": side, "measured": plan.latency.measured, "measured_applied": again,
         "within_10_percent": abs(again / share - 1) <= 0.1, "largest_error": plan.error, "params": plan.keep_ratio,
         "dense_ms": plan.latency.dense_ms, "compressed_ms": plan.latency.compressed_ms,
         "refinements": plan.latency.refinements, "warnings": [str(w.message) for w in caught],
@@ -89,14 +99,14 @@ def table(results: dict) -> str:
         f"{env['cpu']}, {env['threads']} thread, torch {env['torch']}, commit {env['commit']}; ResNet-50, batch "
         f"{ours['batch']}, {ours['side']} x {ours['side']}, float32, channels-last, all folds",
         "",
-        f"`latency={ours['asked']}`: {ours['measured']:.3f} measured, {ours['measured_again']:.3f} measured again; "
+        f"`latency={ours['asked']}`: {ours['measured']:.3f} measured, {ours['measured_applied']:.3f} for the compressed model itself; "
         f"{ours['dense_ms']:.0f} to {ours['compressed_ms']:.0f} ms; planned in {ours['plan_s']:.0f} s without cached "
         f"timings, {ours['refinements']} refinements; {ours['factorised']} of {ours['layers']} layers factorised, "
         f"{ours['params']:.1%} of the parameters",
         "",
         "| plan | share of the dense latency | largest relative error |",
         "|---|---|---|",
-        f"| alds_fast | {ours['measured_again']:.3f} | {ours['largest_error']:.4f} |",
+        f"| alds_fast | {ours['measured_applied']:.3f} | {ours['largest_error']:.4f} |",
     ]
     for groups, row in ours["uniform"].items():
         if row:
