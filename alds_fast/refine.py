@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -101,10 +100,13 @@ def _refined(
 ) -> Outcome:
     """Solve, measure, and where that is off look closer and correct the limit by how far the prediction was off.
 
-    The outcome whose measured latency is nearest to the one asked for is kept.
+    The outcome whose measured latency is nearest to the one asked for is kept. A share whose smallest prediction is
+    above it by no more than the tolerance is tried; what is measured decides.
     """
     outcomes: list[Outcome] = []
-    table, limit = times.table(share), math.nan
+    table = times.table(share)
+    if table.least <= (1 + Latency.TOLERANCE) * table.limit:
+        table = relaxed(table, table.limit)
     for attempt in range(MAX_REFINEMENTS + 1):
         try:
             solution = solve(problem.choices, [*tables, table], p)
@@ -119,8 +121,7 @@ def _refined(
         predicted = table.cost(solution.found) / table.total
         times.look_closer(solution.found)
         table = times.table(share)
-        limit = share * predicted / latency.measured * table.total
-        table = relaxed(table, limit)
+        table = relaxed(table, share * predicted / latency.measured * table.total)
     best = min(outcomes, key=_distance)
     _warn_if_off(best, tables)
     return best

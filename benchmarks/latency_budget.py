@@ -99,7 +99,8 @@ def table(results: dict) -> str:
         f"{env['cpu']}, {env['threads']} thread, torch {env['torch']}, commit {env['commit']}; ResNet-50, batch "
         f"{ours['batch']}, {ours['side']} x {ours['side']}, float32, channels-last, all folds",
         "",
-        f"`latency={ours['asked']}`: {ours['measured']:.3f} measured, {ours['measured_applied']:.3f} for the compressed model itself; "
+        f"`latency={ours['asked']}`: {ours['measured']:.3f} measured, {ours['measured_applied']:.3f} for the "
+        f"compressed model itself; "
         f"{ours['dense_ms']:.0f} to {ours['compressed_ms']:.0f} ms; planned in {ours['plan_s']:.0f} s without cached "
         f"timings, {ours['refinements']} refinements; {ours['factorised']} of {ours['layers']} layers factorised, "
         f"{ours['params']:.1%} of the parameters",

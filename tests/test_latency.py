@@ -219,6 +219,9 @@ def test_a_smallest_reachable_latency_is_named(timer, tmp_path):
         plan(timer, tmp_path, 0.05)
     share = float(str(e.value).split("reachable is latency=")[1].split(",")[0])
     assert "ms; 0.2" in str(e.value)
+    assert plan(timer, tmp_path, share / 1.05)[1].latency.distance < 0.1  # within the tolerance it is tried
+    with pytest.raises(BudgetError):
+        plan(timer, tmp_path, share / 1.2)
     _, found = plan(timer, tmp_path, share)
     assert found.latency.distance < 0.1
 
