@@ -20,7 +20,10 @@ from .measure import InputSpec, layer_inputs
 def counted_inputs(
     model: nn.Module, example_inputs: Any, names: Iterable[str]
 ) -> tuple[dict[str, dict[InputSpec, int]], int]:
-    """:func:`alds_fast.measure.layer_inputs`, and the floating-point operations of that same run of the model."""
+    """:func:`alds_fast.measure.layer_inputs`, and the floating-point operations of that same run of the model.
+
+    (Recording keeps torch's transformer layers off their fused inference path, in which torch counts nothing.)
+    """
     with FlopCounterMode(display=False) as counter:
         found = layer_inputs(model, example_inputs, names)
     return found, int(counter.get_total_flops())

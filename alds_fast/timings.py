@@ -31,6 +31,19 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def _environment(device: torch.device) -> dict[str, Any]:
+    """Everything outside a call that its time depends on: hardware, versions, threads and torch's settings."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    if device.type == "cuda":
+        backend: Any = torch.backends.cudnn
+        precision = torch.backends.cuda.matmul.fp32_precision, backend.conv.fp32_precision, backend.benchmark
+    else:
+        backend = torch.backends.mkldnn
+        precision = backend.matmul.fp32_precision, backend.conv.fp32_precision, backend.enabled
+    found = {"device": device_name(device), "torch": torch.__version__, "threads": threads}
+    return {**found, "settings": list(precision)}
+
+
 def _folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
     if cache is False:
         return None
@@ -47,8 +60,7 @@ class Timings:
     """
 
     def __init__(self, device: torch.device, cache: str | os.PathLike[str] | bool | None = None) -> None:
-        threads = torch.get_num_threads() if device.type == "cpu" else 0
-        self.environment = {"device": device_name(device), "torch": torch.__version__, "threads": threads}
+        self.environment = _environment(device)
         identity = json.dumps([FORMAT, VERSION, self.environment], sort_keys=True)
         folder = _folder(cache)
         name = f"timings-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"

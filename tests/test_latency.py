@@ -180,6 +180,15 @@ def test_a_folder_that_cannot_be_written_is_reported(timer, tmp_path):
     assert found.latency.distance < 0.1
 
 
+def test_timings_of_other_settings_are_not_used(tmp_path, monkeypatch):
+    paths = [Timings(CPU, tmp_path).path]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    paths.append(Timings(CPU, tmp_path).path)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    paths.append(Timings(CPU, tmp_path).path)
+    assert len(set(paths)) == 3 and {p.parent for p in paths} == {tmp_path}
+
+
 def test_two_processes_keep_each_others_timings(tmp_path):
     one, two = Timings(CPU, tmp_path), Timings(CPU, tmp_path)
     one.of("a")[0, 1] = {4: 0.5}
