@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from .allocate import Allocation, Front, allocate, gap, threshold
-from .baselines import alds_heuristic
 from .bounds import CRITERIA
 from .candidates import Candidates, candidates
+from .costs import dense_reason, params_table, solve_error, solve_heuristic
 from .discover import Layer, check_weight, count_params, find_layers
-from .errors import ArgumentError, BudgetError
+from .errors import ArgumentError
 from .factorize import Choice
 from .folding import SCHEMES
 from .options import Groups, check_groups, check_plan_options, check_schemes
-from .plan import LayerPlan, Plan, params_of
+from .plan import LayerPlan, Plan
+from .refine import Outcome, Problem, solve_shares
+from .rows import params_of
 from .spectra import LayerSpectra, candidate_groups, layer_spectra
 from .text import shape_text, table
 
@@ -31,72 +33,80 @@ class Analysis:
         layers: every layer with a weight of two or more dimensions, with the reason if it is left out.
         spectra: by layer name, for those that are not.
         params: parameters of the model, shared ones once.
+        model: the model itself, which budgets on operations and latency run.
     """
 
     layers: tuple[Layer, ...]
     spectra: dict[str, LayerSpectra]
     params: int
+    model: nn.Module = field(repr=False, compare=False)
 
     def plan(
         self,
         *,
         params: float | None = None,
+        flops: float | None = None,
+        latency: float | None = None,
         error: float | None = None,
+        example_inputs: Any = None,
         criterion: str = "frobenius",
         p: float = math.inf,
         method: str = "alds",
         align: int = 1,
+        cache: str | os.PathLike[str] | bool | None = None,
     ) -> Plan:
         """Choose (scheme, groups, rank), or dense, for every layer.
 
+        The least p-norm of the layers' errors within one budget or all of several:
+
         Args:
-            params: share of the whole model's parameters to keep, in (0, 1]; the least p-norm of errors within it, or
-            error: largest relative error allowed, >= 0; the fewest parameters within it. Exactly one of the two.
+            params: share of the whole model's parameters to keep, in (0, 1].
+            flops: share of the floating-point operations of one run of the whole model to keep, in (0, 1], as
+                ``torch.utils.flop_counter`` counts them.
+            latency: share of the dense model's latency to keep, in (0, 1], on the device where model and inputs are;
+                measured, see :mod:`alds_fast.latency`. More than 8 channel slices are not tried under it.
+            error: largest relative error allowed, >= 0; the fewest parameters within it. Alone.
+            example_inputs: what the model is run with for flops= and latency=: a tensor, a tuple or list of
+                positional arguments, or a dict of keyword arguments.
             criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference"; see
                 :mod:`alds_fast.bounds`.
-            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error exactly, then the second largest,
-                ...
+            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
+                exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
             method: "alds" (exact) or "alds-heuristic" (the paper's alternating search, for comparison).
             align: ranks are multiples of it.
+            cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
+                ``~/.cache/alds_fast``, False for none.
+
+        Warns:
+            UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``).
 
         Raises:
-            BudgetError: no budget, two, out of range, or smaller than the smallest reachable one.
+            BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
             ArgumentError: another argument is out of range.
+            ModelError: the model does not run with the example inputs.
         """
-        check_plan_options(params, error, criterion, p, method, align)
-        score = CRITERIA[criterion]
-        names = [layer.name for layer in self.layers if layer.name in self.spectra]
-        choices = [candidates(self.spectra[name], score, align) for name in names]
-        fronts = [c.front() for c in choices]
+        shares = {"params": params, "flops": flops, "latency": latency}
+        options = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
+        check_plan_options(shares, error, example_inputs, **options)
+        layers = [layer for layer in self.layers if layer.name in self.spectra]
+        choices = [candidates(self.spectra[layer.name], CRITERIA[criterion], align) for layer in layers]
         if error is not None:
-            allocation = Allocation(threshold(fronts, float(error)), 0.0)
+            by_params = params_table(choices, self.params, 1.0)
+            outcome = Outcome(choices, solve_error(choices, float(error)), [by_params])
+        elif method == "alds-heuristic":
+            by_params = params_table(choices, self.params, float(params or 0.0))
+            outcome = Outcome(choices, solve_heuristic(choices, by_params), [by_params])
         else:
-            allocation = allocate(fronts, self._budget(choices, fronts, float(params or 0.0)), p)
-        picks, certified = allocation.picks, 0.0
-        if method == "alds-heuristic":
-            found = alds_heuristic(choices, self._budget(choices, fronts, float(params or 0.0)))
-            certified = _heuristic_gap(choices, found, allocation.bound)
-        else:
-            found = [int(f.index[i]) for f, i in zip(fronts, picks, strict=True)]
-            certified = gap(fronts, picks, allocation.bound, p) if error is None else 0.0
-        chosen = {n: (c, i) for n, c, i in zip(names, choices, found, strict=True)}
+            problem = Problem(self.model, self.params, layers, choices)
+            outcome = solve_shares(problem, shares, example_inputs, p, cache)
+        picks = zip(outcome.choices, outcome.solution.found, strict=True)
+        chosen = {layer.name: (*pick, dense_reason(outcome.tables, i))
+                  for i, (layer, pick) in enumerate(zip(layers, picks, strict=True))}  # fmt: skip
         rows = tuple(_row(layer, chosen.get(layer.name), align) for layer in self.layers)
-        budget = f"params={float(params):g}" if params is not None else f"error={float(error or 0.0):g}"
-        spectra = self._chosen_spectra(rows)
-        return Plan(rows, self.params, budget, criterion, method, float(p), int(align), certified, spectra)
-
-    def _budget(self, choices: Sequence[Candidates], fronts: Sequence[Front], params: float) -> int:
-        """Parameters that the candidates may cost together; BudgetError if even the cheapest ones cost more."""
-        fixed = self.params - sum(c.dense_cost for c in choices)
-        least = fixed + sum(int(f.costs[0]) for f in fronts)
-        target = math.floor(params * self.params + 1e-9)
-        if least > target:
-            share = math.ceil(10_000 * least / self.params) / 10_000
-            raise BudgetError(
-                f"params={params:g} cannot be met: the smallest reachable is params={share:g}, {least:,} of "
-                f"{self.params:,} parameters; {fixed:,} of them are not in weights that can be factorised"
-            )
-        return target - fixed
+        budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
+        gap, latency_report, spectra = outcome.solution.gap, outcome.latency, self._chosen_spectra(rows)
+        made = criterion, method, float(p), int(align), gap, latency_report
+        return Plan(rows, self.params, budget, *made, spectra)
 
     def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
         return {
@@ -118,24 +128,19 @@ class Analysis:
         return table(headers, rows, left=(0, 1, 5)) + "\n" + total
 
 
-def _heuristic_gap(choices: Sequence[Candidates], found: Sequence[int], bound: float) -> float:
-    worst = max((float(c.errors[i]) for c, i in zip(choices, found, strict=True)), default=0.0)
-    return 0.0 if worst <= bound else worst / bound - 1.0 if bound > 0 else math.inf
-
-
-def _row(layer: Layer, pick: tuple[Candidates, int] | None, align: int) -> LayerPlan:
+def _row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int) -> LayerPlan:
     groups = layer.shape.conv_groups if layer.shape else 1
     row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
     row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
     row |= {"params_before": layer.params, "params_after": layer.params, "reason": layer.reason}
     if pick is None:
         return LayerPlan(**row)
-    choices, candidate = pick
+    choices, candidate, reason = pick
     chosen = choices.choice(candidate)
     if chosen is None:
         multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
         none = f"no factorisation{multiples} is smaller"
-        return LayerPlan(**{**row, "reason": none if not choices.curves else "the budget lets it stay dense"})
+        return LayerPlan(**{**row, "reason": reason if choices.curves else none})
     scheme, groups, rank = chosen
     assert layer.shape is not None
     row |= {"scheme": scheme, "groups": groups, "rank": rank, "error": float(choices.errors[candidate])}
@@ -189,7 +194,7 @@ def analyze_with_progress(
     for layer in ready:
         check_weight(layer)
     found = layer_spectra(ready, schemes, groups, start(ready))
-    return Analysis(tuple(layers), {s.layer.name: s for s in found}, count_params(model))
+    return Analysis(tuple(layers), {s.layer.name: s for s in found}, count_params(model), model)
 
 
 def _without_groups(layer: Layer, groups: Groups) -> Layer:
@@ -201,24 +206,36 @@ def _without_groups(layer: Layer, groups: Groups) -> Layer:
     )
 
 
-def compress(model: nn.Module, *, params: float | None = None, error: float | None = None, **options: Any) -> nn.Module:
+_ANALYSIS_OPTIONS = {"schemes", "groups", "include", "exclude"}
+_PLAN_OPTIONS = {"criterion", "p", "method", "align", "cache"}
+
+
+def compress(
+    model: nn.Module,
+    *,
+    params: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    error: float | None = None,
+    example_inputs: Any = None,
+    **options: Any,
+) -> nn.Module:
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
     ``options`` are those of :func:`analyze` (schemes, groups, include, exclude) and of :meth:`Analysis.plan`
-    (criterion, p, method, align). Raises what these raise, and ArgumentError for an unknown option.
+    (criterion, p, method, align, cache). Raises what these raise, and ArgumentError for an unknown option.
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
     LowRankLinear(in_features=64, out_features=64, scheme=0, groups=1, rank=15)
     """
-    known = {"schemes", "groups", "include", "exclude"}, {"criterion", "p", "method", "align"}
-    unknown = set(options) - known[0] - known[1]
+    unknown = sorted(set(options) - _ANALYSIS_OPTIONS - _PLAN_OPTIONS)
     if unknown:
-        raise ArgumentError(
-            f"unknown option {sorted(unknown)[0]!r}; options are {', '.join(sorted(known[0] | known[1]))}"
-        )
-    planning = {k: v for k, v in options.items() if k in known[1]}
-    checked = {"criterion": "frobenius", "p": math.inf, "method": "alds", "align": 1} | planning
-    check_plan_options(params, error, **checked)  # before the work
-    analysis = analyze(model, **{k: v for k, v in options.items() if k in known[0]})
-    return analysis.plan(params=params, error=error, **planning).apply(model)
+        known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
+        raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
+    planning = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
+    shares = {"params": params, "flops": flops, "latency": latency}
+    check_plan_options(shares, error, example_inputs, **planning)  # before the work
+    analysis = analyze(model, **{k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS})
+    budgets = {**shares, "error": error, "example_inputs": example_inputs}
+    return analysis.plan(**{**budgets, **planning}).apply(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,11 @@ class Curve:
     align: int
     costs: Ints
     errors: Floats
+
+    @property
+    def ranks(self) -> Ints:
+        """Ranks of its candidates."""
+        return self.align * np.arange(1, len(self.costs) + 1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,15 @@ class Candidates:
     def front(self) -> Front:
         """Pareto front over all curves and the dense layer."""
         return pareto_front(self.costs, self.errors)
+
+    def few_groups(self, limit: int) -> Candidates:
+        """Only the curves of at most ``limit`` slices, or of the fewest there are."""
+        limit = max(limit, min((c.groups for c in self.curves), default=0))
+        return Candidates(tuple(c for c in self.curves if c.groups <= limit), self.dense_cost)
+
+    def costed(self, by_curve: Mapping[tuple[int, int], Ints], dense_cost: int) -> Ints:
+        """Costs of all candidates of another kind: those of the ranks of every (scheme, groups), and of dense."""
+        return np.concatenate([*(by_curve[c.scheme, c.groups] for c in self.curves), [dense_cost]]).astype(np.int64)
 
     def choice(self, candidate: int) -> tuple[int, int, int] | None:
         """(scheme, groups, rank) of a candidate, None for dense."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 from .bounds import CRITERIA
@@ -11,6 +12,12 @@ from .errors import ArgumentError, BudgetError
 from .folding import SCHEMES
 
 METHODS = ("alds", "alds-heuristic")
+MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
+SHARES = {
+    "params": "parameters kept",
+    "flops": "floating-point operations kept",
+    "latency": "the dense model's latency that is left",
+}
 Groups = str | Sequence[int]
 
 
@@ -43,21 +50,46 @@ def _is_number(value: object) -> bool:
     return True
 
 
-def check_plan_options(
-    params: object, error: object, criterion: object, p: object, method: object, align: object
-) -> None:
-    """BudgetError or ArgumentError unless these are valid arguments of :meth:`alds_fast.Analysis.plan`."""
-    if (params is None) == (error is None):
-        given = "none" if params is None else "both"
-        raise BudgetError(f"give exactly one budget, params= or error=, got {given}; for example params=0.5 keeps half")
-    if params is not None and not (_is_number(params) and 0 < params <= 1):  # type: ignore[operator]
+def _check_budgets(shares: Mapping[str, object], error: object, example_inputs: object) -> list[str]:
+    """The names of the budgets given, checked."""
+    given = [name for name, share in shares.items() if share is not None]
+    if bool(given) == (error is not None):
+        text = f"error= with {', '.join(given)}" if given else "none"
         raise BudgetError(
-            f"params={params!r} is outside (0, 1]: it is the share of parameters kept, for example params=0.5"
+            f"give one budget or several of params=, flops= and latency=, or error= alone, got {text}; for example "
+            f"params=0.5 keeps half"
         )
+    for name in given:
+        share = shares[name]
+        if not (_is_number(share) and 0 < share <= 1):  # type: ignore[operator]
+            raise BudgetError(
+                f"{name}={share!r} is outside (0, 1]: it is the share of {SHARES[name]}, for example {name}=0.5"
+            )
+        if name != "params" and example_inputs is None:
+            raise ArgumentError(f"{name}= needs example_inputs=, a tensor, tuple or dict as model(...) takes it")
     if error is not None and not (_is_number(error) and 0 <= error < math.inf):  # type: ignore[operator]
         raise BudgetError(
             f"error={error!r} is outside [0, inf): it is the largest relative error allowed, for example error=0.3"
         )
+    return given
+
+
+def check_plan_options(
+    shares: Mapping[str, object],
+    error: object,
+    example_inputs: object,
+    *,
+    criterion: object = "frobenius",
+    p: object = math.inf,
+    method: object = "alds",
+    align: object = 1,
+    cache: object = None,
+) -> None:
+    """BudgetError or ArgumentError unless these are valid arguments of :meth:`alds_fast.Analysis.plan`.
+
+    ``shares`` are those of params=, flops= and latency=, None where not given.
+    """
+    given = _check_budgets(shares, error, example_inputs)
     if not _is_number(p) or not p >= 1:  # type: ignore[operator]
         raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
     if not isinstance(criterion, str) or criterion not in CRITERIA:
@@ -66,7 +98,12 @@ def check_plan_options(
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if not isinstance(align, Integral) or isinstance(align, bool) or align < 1:
         raise ArgumentError(f"align={align!r} is not an integer >= 1")
-    if not math.isinf(p) and (error is not None or method != "alds"):  # type: ignore[arg-type]
-        raise ArgumentError(f"p={p!r} applies to params= with method='alds' only; leave it at math.inf")
-    if method != "alds" and error is not None:
-        raise ArgumentError(f"method={method!r} needs params=; error= is solved exactly by method='alds'")
+    if not math.isinf(p) and (len(given) != 1 or method != "alds"):  # type: ignore[arg-type]
+        raise ArgumentError(
+            f"p={p!r} applies to one budget of params=, flops= or latency= with method='alds' only; leave it at "
+            f"math.inf"
+        )
+    if method != "alds" and given != ["params"]:
+        raise ArgumentError(f"method={method!r} needs params= alone; method='alds' solves the others")
+    if not (cache is None or cache is False or (isinstance(cache, str | os.PathLike) and str(cache))):
+        raise ArgumentError(f"cache={cache!r}: expected a folder, None for the default one or False for none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -12,47 +11,12 @@ from torch import Tensor, nn
 
 from .discover import count_params
 from .errors import AldsError, ModelError, PlanError
-from .factorize import Choice, factorize
-from .folding import WeightShape, distinct_schemes, max_rank, params_per_rank
+from .factorize import factorize
+from .rows import Latency, LayerPlan, checked, number, read_latency, read_row, real
 from .text import shape_text, table
 
 FORMAT = "alds_fast.plan"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One row of a plan.
-
-    ``scheme``, ``groups`` and ``rank`` are None for a layer that stays dense, and ``reason`` then says why. ``error``
-    is the relative error of the plan's criterion (0 for a dense layer, NaN for a row edited by hand). Parameters are
-    the layer's own, bias included.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    conv_groups: int
-    scheme: int | None
-    groups: int | None
-    rank: int | None
-    error: float
-    params_before: int
-    params_after: int
-    reason: str | None
-
-    @property
-    def choice(self) -> Choice | None:
-        """What to put in the layer's place, None if it stays dense."""
-        if self.scheme is None or self.groups is None or self.rank is None:
-            return None
-        shape = WeightShape(self.shape[0], self.shape[1] * self.conv_groups, self.shape[2:], self.conv_groups)
-        return Choice(self.name, shape, self.scheme, self.groups, self.rank)
-
-
-def params_of(choice: Choice) -> int:
-    """Parameters of encoder and decoder."""
-    return choice.rank * params_per_rank(choice.shape, choice.scheme, choice.groups)
 
 
 @dataclass(frozen=True)
@@ -62,10 +26,11 @@ class Plan:
     Attributes:
         layers: one :class:`LayerPlan` per layer, those left out included.
         params_before: parameters of the dense model, shared ones once.
-        budget, criterion, method, p, align: how it was made; ``budget`` as "params=0.5" or "error=0.3".
-        gap: certified relative distance of the p-norm of the errors from its optimum; 0 for the exact p = inf, NaN
-            for a plan
-            edited by hand.
+        budget, criterion, method, p, align: how it was made; ``budget`` as "params=0.5", "params=0.5, flops=0.5" or
+            "error=0.3".
+        gap: certified relative distance of the p-norm of the errors from its optimum; 0 for p = inf under one budget,
+            which is solved exactly, NaN for a plan edited by hand.
+        latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -76,6 +41,7 @@ class Plan:
     p: float
     align: int
     gap: float
+    latency: Latency | None = None
     spectra: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -97,8 +63,8 @@ class Plan:
     def apply(self, model: nn.Module) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
 
-        Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget on
-        parameters, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
+        Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
+        than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
         error. The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as
         ``alds_factors`` (name to :class:`alds_fast.factorize.FactorReport`). Raises LayerNotFoundError, PlanError or
         WeightError where the plan does not fit the model, ModelError if the model cannot be copied.
@@ -109,7 +75,7 @@ class Plan:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
         choices = [row.choice for row in self.layers]
         chosen = [c for c in choices if c is not None]
-        exact = self.criterion != "frobenius" or not self.budget.startswith("params")  # errors that must hold
+        exact = self.criterion != "frobenius" or self.budget.startswith("error")  # errors that must hold
         small, reports = factorize(model, chosen, self.spectra, exact=exact)
         object.__setattr__(small, "alds_plan", self)
         object.__setattr__(small, "alds_factors", reports)
@@ -124,7 +90,7 @@ class Plan:
             f"{self.criterion} error {self.error:.4f}; asked {self.budget}; method {self.method}, p={p}, "
             f"gap {self.gap:.2g}"
         )
-        return f"{lines}\n{total}"
+        return f"{lines}\n{total}" + (f"\n{self.latency}" if self.latency else "")
 
     def to_json(self) -> str:
         """The plan as JSON text; exact round trip with :meth:`from_json`."""
@@ -134,12 +100,13 @@ class Plan:
             "budget": self.budget,
             "criterion": self.criterion,
         }
-        head |= {"method": self.method, "p": _number(self.p), "align": self.align, "gap": _number(self.gap)}
+        head |= {"method": self.method, "p": number(self.p), "align": self.align, "gap": number(self.gap)}
         rows = [
-            {**vars(row), "error": _number(row.error), "error_is_of": [row.scheme, row.groups, row.rank]}
+            {**vars(row), "error": number(row.error), "error_is_of": [row.scheme, row.groups, row.rank]}
             for row in self.layers
         ]
-        return json.dumps({**head, "params_before": self.params_before, "layers": rows}, indent=1)
+        head |= {"params_before": self.params_before, "latency": vars(self.latency) if self.latency else None}
+        return json.dumps({**head, "layers": rows}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -156,12 +123,13 @@ class Plan:
                 raise PlanError(f"plan version {data['version']} is newer than {VERSION}; update alds_fast")
             if not isinstance(data["layers"], list):
                 raise PlanError("not a plan: layers is not a list")
-            layers = tuple(_row(fields) for fields in data["layers"])
-            budget, criterion, method = (_checked(data, "plan", n, str) for n in ("budget", "criterion", "method"))
-            before, align = (_checked(data, "plan", n, int) for n in ("params_before", "align"))
-            p, gap = (_real(data, "plan", n) for n in ("p", "gap"))
+            layers = tuple(read_row(fields) for fields in data["layers"])
+            budget, criterion, method = (checked(data, "plan", n, str) for n in ("budget", "criterion", "method"))
+            before, align = (checked(data, "plan", n, int) for n in ("params_before", "align"))
+            p, gap = (real(data, "plan", n) for n in ("p", "gap"))
             gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
-            return cls(layers, before, budget, criterion, method, p, align, gap)
+            latency = None if _edited(data["layers"]) else read_latency(data.get("latency"))
+            return cls(layers, before, budget, criterion, method, p, align, gap, latency)
         except AldsError:
             raise
         except KeyError as e:
@@ -170,72 +138,8 @@ class Plan:
             raise PlanError(f"not a plan: {e}") from e
 
 
-_FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} | {"error_is_of"}
-
-
-def _number(value: float) -> float | str | None:
-    return None if math.isnan(value) else "inf" if math.isinf(value) else value
-
-
-def _checked(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
-    """A field of that type; integers must not be negative."""
-    value = fields[name]
-    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-        raise PlanError(f"{where}: {name}={value!r} is not {'a text' if kind is str else 'an integer >= 0'}")
-    return value
-
-
-def _real(fields: dict[str, Any], where: str, name: str) -> float:
-    value = fields[name]
-    if value is None or value == "inf":
-        return math.nan if value is None else math.inf
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise PlanError(f"{where}: {name}={value!r} is not a number >= 0, null or 'inf'")
-    return float(value)
-
-
-def _row(fields: dict[str, Any]) -> LayerPlan:
-    if not isinstance(fields, dict) or set(fields) != _FIELDS:
-        raise PlanError(f"not a plan: a layer has the fields {sorted(fields)}, expected {sorted(_FIELDS)}")
-    where = f"layer {_checked(fields, 'a layer', 'name', str)!r}"
-    shape, triple = fields["shape"], [fields[name] for name in ("scheme", "groups", "rank")]
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise PlanError(f"{where}: shape={shape!r} is not a list of integers >= 0")
-    if any(v is None for v in triple) != all(v is None for v in triple):
-        raise PlanError(f"{where}: scheme, groups and rank must be all null or all integers, got {triple}")
-    if fields["reason"] is not None:
-        _checked(fields, where, "reason", str)
-    counts = {n: _checked(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
-    known: dict[str, Any] = {
-        "kind": _checked(fields, where, "kind", str),
-        "error": _real(fields, where, "error"),
-        **counts,
-    }
-    known |= {n: v for n, v in fields.items() if n != "error_is_of" and n not in known}
-    row = LayerPlan(**{**known, "shape": tuple(shape)})
-    if row.rank is not None:
-        _check_choice(row, where)
-    if triple == fields["error_is_of"]:
-        return row
-    choice = row.choice
-    after = row.params_before + (params_of(choice) - choice.shape.numel if choice else 0)
-    reason = None if choice else "kept dense by hand"
-    return LayerPlan(**{**vars(row), "params_after": after, "error": math.nan if choice else 0.0, "reason": reason})
-
-
-def _check_choice(row: LayerPlan, where: str) -> None:
-    if any(type(v) is not int for v in (row.scheme, row.groups, row.rank)):
-        raise PlanError(f"{where}: scheme, groups and rank must be integers")
-    if len(row.shape) < 2 or 0 in row.shape or row.conv_groups < 1 or row.shape[0] % row.conv_groups:
-        raise PlanError(f"{where}: shape={row.shape} with conv_groups={row.conv_groups} is not that of a layer")
-    choice = row.choice
-    assert choice is not None
-    distinct_schemes((choice.scheme,), choice.shape.kernel)
-    if choice.groups < 1 or choice.shape.slice_channels % choice.groups:
-        raise PlanError(f"{where}: groups={choice.groups} does not divide its {choice.shape.slice_channels} channels")
-    full = max_rank(choice.shape, choice.scheme, choice.groups)
-    if not 1 <= choice.rank <= full:
-        raise PlanError(f"{where}: rank={choice.rank} is outside 1..{full}")
+def _edited(rows: list[dict[str, Any]]) -> bool:
+    return any([row["scheme"], row["groups"], row["rank"]] != row["error_is_of"] for row in rows)
 
 
 def _cells(row: LayerPlan) -> list[str]:

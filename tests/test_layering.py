@@ -10,8 +10,9 @@ ORDER = (
     *("errors", "text", "tied", "folding", "native", "linalg_torch", "linalg", "bounds"),
     *("kernels.reference", "kernels.checks", "kernels.tiles", "kernels.rows", "kernels.linear", "kernels.conv2d"),
     *("kernels.ops", "kernels.choose", "kernels.dispatch", "kernels.__init__", "layers", "convolution"),
-    *("replace", "discover", "options", "spectra", "allocate", "candidates", "baselines", "factorize", "plan"),
-    *("analysis", "container", "checkpoint", "report", "cli", "__init__", "__main__"),
+    *("replace", "discover", "options", "measure", "flops", "spectra", "allocate", "budgets", "candidates"),
+    *("baselines", "costs", "factorize", "rows", "timings", "latency", "refine", "plan", "analysis", "container"),
+    *("checkpoint", "report", "cli", "__init__", "__main__"),
 )
 
 

@@ -26,14 +26,15 @@ def _keywords(function):
 
 def test_signatures():
     assert _keywords(alds.analyze) == {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
-    planning = {"criterion": "frobenius", "p": float("inf"), "method": "alds", "align": 1}
-    assert _keywords(alds.Analysis.plan) == {"params": None, "error": None, **planning}
-    assert _keywords(alds.compress) == {"params": None, "error": None}
+    planning = {"criterion": "frobenius", "p": float("inf"), "method": "alds", "align": 1, "cache": None}
+    budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))
+    assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
+    assert _keywords(alds.compress) == budgets
     assert list(inspect.signature(alds.Plan.apply).parameters) == ["self", "model"]
 
 
 def test_plan_attributes():
-    for name in ("layers", "error", "gap", "params", "criterion", "method"):
+    for name in ("layers", "error", "gap", "params", "criterion", "method", "latency"):
         assert name in alds.Plan.__dataclass_fields__ or isinstance(getattr(alds.Plan, name), property)
     for name in ("name", "scheme", "groups", "rank", "error", "params_before", "params_after", "reason"):
         assert name in alds.LayerPlan.__dataclass_fields__

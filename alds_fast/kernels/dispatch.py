@@ -22,6 +22,8 @@ from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_si
 
 if HAS_TRITON:
     from . import ops
+    from .conv2d import MAX_FILTERS
+    from .linear import MAX_HIDDEN
     from .rows import MAX_MERGED, MAX_ROWS
 
 
@@ -131,7 +133,14 @@ def lowrank_conv2d(
     check_input(x, 1, encoder, groups, residual, (x.shape[0], decoder.shape[0], *size))
     reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder)
 
+    pointwise = kernel == [1, 1] and (stride, padding) == ((1, 1), (0, 0))
+
     def fused() -> Tensor:
+        if pointwise and decoder.shape[0] > MAX_FILTERS and encoder.shape[0] <= MAX_HIDDEN:
+            extra = None if residual is None else residual.permute(0, 2, 3, 1)
+            factors = encoder.flatten(1), decoder.flatten(1)  # the linear kernel computes the hidden values once
+            y = ops.lowrank_linear_op(x.permute(0, 2, 3, 1), *factors, bias, extra, groups, activation)
+            return y.permute(0, 3, 1, 2)
         return ops.lowrank_conv2d_op(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
 
     def two_op() -> Tensor:

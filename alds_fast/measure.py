@@ -1,0 +1,233 @@
+"""What a model's layers are called with, and how long calls take when the sides take turns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, LayerNotFoundError, ModelError
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+MAX_CALLS = 100_000  # in one sample
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The first tensor argument of a layer's call, without its values.
+
+    ``device`` is the text of a torch device; ``channels_last`` is True for a tensor of four or five dimensions whose
+    channels are innermost in memory. Other layouts (transposed views) are recorded as contiguous.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> InputSpec:
+        """The description of a tensor."""
+        wanted = _FORMATS.get(x.dim())
+        last = wanted is not None and not x.is_contiguous() and x.is_contiguous(memory_format=wanted)
+        return cls(tuple(x.shape), x.dtype, str(x.device), last)
+
+    def make(self, seed: int = 0) -> Tensor:
+        """A tensor like that, drawn from the standard normal distribution (whole numbers for an integer type)."""
+        generator = torch.Generator().manual_seed(seed)
+        kind = self.dtype if self.dtype.is_floating_point or self.dtype.is_complex else torch.float32
+        x = torch.randn(self.shape, generator=generator, dtype=kind).to(self.device, self.dtype)
+        return x.contiguous(memory_format=_FORMATS[x.dim()]) if self.channels_last else x
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return {**vars(self), "shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> InputSpec:
+        """Inverse of :meth:`to_dict`; ArgumentError for anything else."""
+        try:
+            dtype, shape = getattr(torch, fields["dtype"]), tuple(fields["shape"])
+            spec = cls(shape, dtype, str(torch.device(fields["device"])), fields["channels_last"])
+        except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+            raise ArgumentError(f"not the description of an input: {fields!r} ({e!r})") from e
+        sizes = all(type(n) is int and n >= 0 for n in shape)
+        if not (sizes and isinstance(dtype, torch.dtype) and isinstance(spec.channels_last, bool)):
+            raise ArgumentError(f"not the description of an input: {fields!r}")
+        return spec
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """``model(x)`` for a tensor, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping of names.
+
+    ArgumentError for anything else. Run it inside :func:`inference`.
+    """
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
+        return model(**example_inputs)
+    raise ArgumentError(
+        f"example_inputs is a {type(example_inputs).__name__}: expected a tensor, a tuple or list of positional "
+        f"arguments, or a dict of keyword arguments"
+    )
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; every module's ``training`` flag is put back at the end.
+
+    The flags are set directly, so that a ``train`` method of the model's own (one that merges weights, say) is not
+    called.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+
+
+def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, dict[InputSpec, int]]:
+    """Which inputs each named layer gets in one run of the model, and how often.
+
+    The model runs once as :func:`call_model` does, inside :func:`inference`; it is left exactly as it was. A layer
+    that is never called has an empty dict.
+
+    Raises:
+        ArgumentError: ``example_inputs`` is nothing that can be passed on.
+        LayerNotFoundError: a name is not in the model.
+        ModelError: the model is not a module, or raised an exception of its own.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, dict[InputSpec, int]] = {name: {} for name in names}
+    for name in found:
+        if name not in modules:
+            raise LayerNotFoundError(f"layer {name!r} is not in the model; analyse this model again")
+
+    def recorder(counts: dict[InputSpec, int]) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _first_tensor(args, kwargs)
+            if x is not None:
+                spec = InputSpec.of(x)
+                counts[spec] = counts.get(spec, 0) + 1
+
+        return record
+
+    handles = [modules[n].register_forward_pre_hook(recorder(c), with_kwargs=True) for n, c in found.items()]
+    try:
+        with inference(model):
+            call_model(model, example_inputs)
+    except ArgumentError:
+        raise
+    except Exception as e:
+        raise ModelError(
+            f"the example inputs did not run through the model ({type(e).__name__}: {e}); pass what model(...) takes"
+        ) from e
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+Call = Callable[[], object]
+
+
+def _captured(call: Call) -> Call:
+    """The call as a CUDA graph; raises what the capture raises."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the first calls may allocate and choose algorithms, which a capture must not
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _all_captured(calls: Mapping[str, Call]) -> Mapping[str, Call]:
+    """All calls as CUDA graphs, or all as they are where one of them cannot be captured."""
+    try:
+        return {name: _captured(call) for name, call in calls.items()}
+    except Exception:  # whatever a call does that a capture forbids: every side then runs eagerly
+        torch.cuda.synchronize()
+        return calls
+
+
+def _cpu_ms(call: Call, count: int) -> float:
+    """Milliseconds per call over ``count`` calls, by the wall clock."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) * 1e3 / count
+
+
+def _cuda_ms(call: Call, count: int) -> float:
+    """Milliseconds per call over ``count`` calls, by CUDA events on the current stream."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / count
+
+
+def _calls_per_sample(sample: Callable[[Call, int], float], call: Call, min_ms: float) -> int:
+    """So many calls that they last ``min_ms``; the first call of all warms up."""
+    sample(call, 1)
+    once = min(sample(call, 1), sample(call, 1))
+    return max(1, min(MAX_CALLS, math.ceil(min_ms / max(once, 1e-6))))
+
+
+def interleaved_ms(
+    calls: Mapping[str, Call], device: torch.device | str, *, rounds: int = 7, min_ms: float = 2.0
+) -> dict[str, list[float]]:
+    """Milliseconds per call of every side, one number per round, without gradients.
+
+    The sides take turns within a round, in reverse order every other round, so that drift of the machine hits all of
+    them; a sample repeats its call until it lasts at least ``min_ms`` (calibrated once, warm). On CUDA all sides run
+    as CUDA graphs, or, where one cannot be captured, all eagerly, and are timed by events.
+    """
+    if rounds < 1 or not min_ms > 0:
+        raise ArgumentError(f"rounds={rounds!r}, min_ms={min_ms!r}: expected at least 1 and more than 0")
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    sample = _cuda_ms if cuda else _cpu_ms
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad(), torch.cuda.device(device if cuda else -1):
+        if cuda:
+            calls = _all_captured(calls)
+        counts = {name: _calls_per_sample(sample, call, min_ms) for name, call in calls.items()}
+        for i in range(rounds):
+            for name in list(calls) if i % 2 == 0 else reversed(list(calls)):
+                found[name].append(sample(calls[name], counts[name]))
+    return found
+
+
+def median_ratio(times: Mapping[str, Sequence[float]], side: str, baseline: str) -> float:
+    """Median over the rounds of side / baseline: each ratio is of neighbours in time, so drift cancels.
+
+    >>> median_ratio({"a": [1.0, 2.0, 8.0], "b": [2.0, 4.0, 8.0]}, "a", "b")
+    0.5
+    """
+    return statistics.median(a / b for a, b in zip(times[side], times[baseline], strict=True))

@@ -1,0 +1,137 @@
+"""plan(latency=0.6) on a ResNet-50: what was asked, what is measured, and uniform-rank plans of that latency.
+
+One thread, float32, channels-last. Every latency is a share of the dense model's, measured end to end with the two
+sides taking turns. Writes benchmarks/results/<name>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import registry
+import torch
+from helpers import resnet50
+
+import alds_fast as alds
+from alds_fast.bounds import CRITERIA
+from alds_fast.folding import max_rank, params_per_rank
+from alds_fast.latency import end_to_end
+from alds_fast.measure import inference, interleaved_ms, median_ratio
+from alds_fast.options import MAX_LATENCY_GROUPS
+
+RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+STEPS = 8  # of the bisection for the uniform plans
+
+
+def uniform(analysis: alds.Analysis, keep: float, groups: int) -> tuple[dict[str, tuple[int, int, int]], float]:
+    """Every layer at the same share of its full rank, one number of slices, encode fold: choices and largest error.
+
+    A layer whose channels that number does not divide takes one slice; one that would not get smaller stays dense.
+    """
+    chosen, largest = {}, 0.0
+    for name, spectra in analysis.spectra.items():
+        shape = spectra.layer.shape
+        slices = groups if shape.slice_channels % groups == 0 else 1
+        rank = max(1, round(keep * max_rank(shape, 0, slices)))
+        if rank * params_per_rank(shape, 0, slices) < shape.numel:
+            chosen[name] = (0, slices, rank)
+            largest = max(largest, float(spectra.errors(0, slices, CRITERIA["frobenius"])[rank]))
+    return chosen, largest
+
+
+def uniform_at(model, x, analysis: alds.Analysis, groups: int, share: float) -> dict[str, float]:
+    """The uniform plan with the largest ranks whose measured latency is at most that share, by bisection."""
+    low, high, best = 0.0, 1.0, {}
+    for _ in range(STEPS):
+        keep = (low + high) / 2
+        chosen, largest = uniform(analysis, keep, groups)
+        measured = end_to_end(model, chosen, x, CPU)[0]
+        if measured <= share:
+            low, best = keep, {"rank_share": keep, "latency": measured, "largest_error": largest}
+        else:
+            high = keep
+    return best
+
+
+def applied(model, x, plan: alds.Plan) -> float:
+    """Latency of the compressed model itself, with its real factors, over that of the dense one."""
+    small = plan.apply(model)
+    with inference(model), inference(small):
+        times = interleaved_ms({"dense": partial(model, x), "compressed": partial(small, x)}, CPU, rounds=9)
+    return median_ratio(times, "compressed", "dense")
+
+
+def run(share: float, batch: int, side: int) -> dict[str, object]:
+    """The plan and the uniform ones."""
+    model = resnet50().to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
+    begin = time.perf_counter()
+    analysis = alds.analyze(model, groups=tuple(range(1, MAX_LATENCY_GROUPS + 1)))
+    analysed = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = analysis.plan(latency=share, example_inputs=x, cache=False)
+    planned = time.perf_counter()
+    choices = {row.name: (row.scheme, row.groups, row.rank) for row in plan.layers if row.rank is not None}
+    again = applied(model, x, plan)
+    print(plan)
+    return {
+        "asked": share, "batch": batch, "side": side, "measured": plan.latency.measured, "measured_applied": again,
+        "within_10_percent": abs(again / share - 1) <= 0.1, "largest_error": plan.error, "params": plan.keep_ratio,
+        "dense_ms": plan.latency.dense_ms, "compressed_ms": plan.latency.compressed_ms,
+        "refinements": plan.latency.refinements, "warnings": [str(w.message) for w in caught],
+        "analysis_s": analysed - begin, "plan_s": planned - analysed,
+        "factorised": len(choices), "layers": len(plan.layers),
+        "uniform": {g: uniform_at(model, x, analysis, g, max(again, plan.latency.measured)) for g in (1, 2, 4, 8)},
+    }  # fmt: skip
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    env, ours = results["environment"], results["latency"]
+    lines = [
+        f"{env['cpu']}, {env['threads']} thread, torch {env['torch']}, commit {env['commit']}; ResNet-50, batch "
+        f"{ours['batch']}, {ours['side']} x {ours['side']}, float32, channels-last, all folds",
+        "",
+        f"`latency={ours['asked']}`: {ours['measured']:.3f} measured, {ours['measured_applied']:.3f} for the "
+        f"compressed model itself; "
+        f"{ours['dense_ms']:.0f} to {ours['compressed_ms']:.0f} ms; planned in {ours['plan_s']:.0f} s without cached "
+        f"timings, {ours['refinements']} refinements; {ours['factorised']} of {ours['layers']} layers factorised, "
+        f"{ours['params']:.1%} of the parameters",
+        "",
+        "| plan | share of the dense latency | largest relative error |",
+        "|---|---|---|",
+        f"| alds_fast | {ours['measured_applied']:.3f} | {ours['largest_error']:.4f} |",
+    ]
+    for groups, row in ours["uniform"].items():
+        if row:
+            name = f"uniform, {groups} slices, {row['rank_share']:.3f} of the full rank"
+            lines.append(f"| {name} | {row['latency']:.3f} | {row['largest_error']:.4f} |")
+        else:
+            lines.append(f"| uniform, {groups} slices | none is that fast | |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--latency", type=float, default=0.6)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--side", type=int, default=224, help="of the pictures")
+    parser.add_argument("--name", default="latency_budget", help="of the files under benchmarks/results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {"environment": registry.environment(), "latency": run(args.latency, args.batch, args.side)}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{args.name}.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
