@@ -144,10 +144,11 @@ class LowRankConv2d(LowRankConv):
 
     def forward(self, x: Tensor) -> Tensor:
         pad = self._encode.pad or self._decode.pad
-        if self._structural_reason() is not None or (self._encode.pad and self._decode.pad):
+        late = self._decode.pad and (self._encode.pad or self.backend != "fused")
+        if self._structural_reason() is not None or late:
             return super().forward(x)
         batch = x if x.dim() == 4 else x[None]
-        if pad:  # the 1 x 1 half has no bias, so padding commutes with it
+        if pad:  # before the decoder it would be less work, but the 1 x 1 encoder, without a bias, commutes with it
             batch = F.pad(batch, pad, self._encode.mode)
         padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
         options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
