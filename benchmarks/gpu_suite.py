@@ -1,0 +1,410 @@
+"""All GPU figures in one command: correctness, ceilings, operations, whole models; within a number of minutes.
+
+    python setup.py build_ext --inplace         # once: the C++ core, where the package is not installed
+    python benchmarks/gpu_suite.py              # on a GPU; 9 minutes, writes benchmarks/results/gpu_<device>.*
+    python benchmarks/gpu_suite.py --out DIR --commit TEXT        # where there is no git
+    python benchmarks/gpu_suite.py --quick                        # the same way at tiny sizes, a minute or two
+    python benchmarks/gpu_suite.py --quick --device cpu           # without a GPU: shows that the script works
+    python benchmarks/gpu_suite.py --steps rows,compiled --match conv3x3     # a part of it
+    python benchmarks/gpu_report.py DIR/gpu_<device>.json         # table and picture anew from the results
+
+What it does, in this order:
+
+1. ``correctness``: the kernel tests in a process of their own (with the compiled kernels on a GPU).
+2. ``ceilings``: what the device does at best (copy, bf16 product, launch in a CUDA graph).
+3. ``rows``: dense, two library calls and fused kernel for convolutions of ResNet-50 and linear layers of ViT-B and
+   Llama-7B in bf16: each side a CUDA graph over several copies of weights and inputs that together exceed twice the
+   L2 cache; the sides take turns; medians with 20 % and 80 % quantiles. "deployed" is the fastest of the three, which
+   is what alds_fast.deploy keeps. The floor is that of the factorised operation by the ceilings measured.
+4. ``end_to_end``: ResNet-50 and a ViT-B with random weights at half their operations: memory, errors, times as CUDA
+   graphs, eager, and compiled on both sides.
+5. ``compiled``: some of the rows again, with the two library calls under torch.compile (max-autotune) as one more side.
+6. Rows that did not fit before, as far as time allows. Whatever was not run is listed with the reason.
+
+The results go to a JSON file after every step. The work runs in a second process: if it dies or hangs in a kernel, the
+case at fault is noted with what happened and a new process goes on with the next. The exit code is 1 if a test fails, a
+result is wrong or a case breaks. On the CPU times say nothing about GPUs; fused rows run there only under
+TRITON_INTERPRET=1, tiny and marked as interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package may be built in place and not installed
+
+import gpu_cases  # noqa: E402
+import gpu_models  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_rows  # noqa: E402
+import gpu_timing  # noqa: E402
+import torch  # noqa: E402
+
+STEPS = ("correctness", "ceilings", "rows", "end_to_end", "compiled")
+TESTS = ("tests/test_kernels.py", "tests/test_kernel_ops.py")
+QUICK_TESTS = "test_lowrank_linears or test_zero_rows or test_two_op_runs_no_kernel or test_flops"
+LIMIT_S = {"ceilings": 90, "row": 90, "compiled": 150, "model": 330}  # after that a task counts as hanging
+LOST = 3  # exit code of a worker whose device does not answer any more
+Results = dict[str, Any]
+START = float(os.environ.get("GPU_SUITE_START", time.time()))
+
+
+def say(text: str) -> None:
+    """A line with the seconds since the start of the command."""
+    print(f"[{time.time() - START:6.1f} s] {text}", flush=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """``kind`` is "ceilings", "row", "compiled" or "model"; ``what`` a case, or a model's name and batch size."""
+
+    kind: str
+    what: Any = None
+
+    @property
+    def key(self) -> str:
+        if self.kind == "ceilings":
+            return self.kind
+        return f"{self.kind} {self.what.key}" if self.kind != "model" else "model {} b{}".format(*self.what)
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """Everything that the chosen steps and names ask for."""
+    cases = gpu_cases.quick_cases(args.device == "cuda") if args.quick else gpu_cases.all_cases()
+    models = [("tiny-resnet", 2), ("tiny-vit", 2)] if args.quick else [("resnet50", 128), ("vit-b", 32), ("vit-b", 128)]
+    by_step = {
+        "ceilings": [Task("ceilings")],
+        "rows": [Task("row", c) for c in cases],
+        "end_to_end": [Task("model", m) for m in models],
+        "compiled": [Task("compiled", c) for c in cases if c.compiled],
+    }
+    found = [task for step, every in by_step.items() if step in args.steps for task in every]
+    return [t for t in found if t.kind == "ceilings" or re.search(args.match, t.key)]
+
+
+# ----------------------------------------------------------------------------------------------- results
+
+
+def clean(value: Any) -> Any:
+    """The value with strings in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save(results: Results, args: argparse.Namespace) -> None:
+    """Replace the file at once, so that a reader or a kill never finds half of it."""
+    done = set(results["progress"]["done"])
+    left = [t.key for t in tasks(args) if t.key not in done]
+    steps = [f"step {s}" for s in STEPS if s not in args.steps]
+    results["not_run"] = [{"name": k, "reason": "not reached in the time given"} for k in left]
+    results["not_run"] += [{"name": s, "reason": "not asked for"} for s in steps]
+    scratch = args.file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(clean(results), indent=1) + "\n")
+    os.replace(scratch, args.file)
+
+
+def put(results: Results, row: dict[str, Any]) -> None:
+    """Add the row, in the place of one of that name."""
+    results["rows"] = [r for r in results["rows"] if r["name"] != row["name"]] + [row]
+
+
+def commit(given: str | None) -> str:
+    """What git says the working tree is."""
+    if given:
+        return given
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def header(args: argparse.Namespace) -> Results:
+    """Everything known before the first measurement."""
+    triton = importlib.util.find_spec("triton") and __import__("triton").__version__
+    about = {"device": device_name(args.device), "torch": torch.__version__, "triton": triton or None}
+    about |= {"python": sys.version.split()[0], "cuda": torch.version.cuda, "commit": commit(args.commit)}
+    about |= {"quick": args.quick, "minutes": args.minutes, "steps": list(args.steps), "rows": [], "ceilings": None}
+    about |= {"correctness": None, "end_to_end": {}, "not_run": [], "deaths": []}
+    return about | {"progress": {"done": [], "running": None}}
+
+
+def device_name(device: str) -> str:
+    """As the driver calls it; "cpu" for the CPU."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+# ----------------------------------------------------------------------------------------------- worker
+
+
+def perform(task: Task, results: Results, options: gpu_rows.Settings, args: argparse.Namespace, until: float) -> str:
+    """Run a task, put what it found into the results, and say it in a line."""
+    if task.kind == "ceilings":
+        results["ceilings"] = found = gpu_timing.ceilings(options.device, options.quick)
+        return ", ".join(f"{k} {v:.3g}" for k, v in found.items() if v is not None)
+    if task.kind == "model":
+
+        def keep(result: dict[str, Any]) -> None:
+            results["end_to_end"][task.key.removeprefix("model ")] = result
+            save(results, args)
+
+        return str(gpu_models.EndToEnd(*task.what, options, keep, until).run()["ratios"])
+    row = gpu_rows.measure(task.what, options, results["ceilings"], task.kind == "compiled")
+    if task.kind == "row" or row["compiled_ms"] is not None:
+        put(results, row)
+    else:
+        old = next((r for r in results["rows"] if r["name"] == row["name"]), row)
+        old["reasons"]["compiled"] = row["reasons"].get("compiled") or str(row["error"])
+        put(results, old)
+    return gpu_report.line(row)
+
+
+def run_one(task: Task, results: Results, options: gpu_rows.Settings, args: argparse.Namespace, until: float) -> None:
+    """Run and record a task, whatever it raises; leaves the process if the device is lost."""
+    results["progress"]["running"] = {"task": task.key, "since": time.time(), "limit_s": LIMIT_S[task.kind]}
+    save(results, args)
+    try:
+        say(f"{task.key}: {perform(task, results, options, args, until)}")
+    except gpu_rows.DeviceLost as e:
+        blame(task, results, args, f"the device was lost: {e}")
+        os._exit(LOST)  # what an orderly end would do on the device could hang
+    except Exception as e:
+        blame(task, results, args, gpu_timing.describe(e))
+    results["progress"]["done"].append(task.key)
+    results["progress"]["running"] = None
+    save(results, args)
+    gpu_timing.release(options.device)
+
+
+def blame(task: Task, results: Results, args: argparse.Namespace, text: str) -> None:
+    """Record that a task broke."""
+    say(f"BROKE: {task.key}: {text}")
+    if task.kind == "row":
+        put(results, task.what.describe() | {"error": text})
+    elif task.kind == "compiled":
+        for row in (r for r in results["rows"] if r["name"] == task.what.key):
+            row["reasons"]["compiled"] = text
+    elif task.kind == "model":
+        name = task.key.removeprefix("model ")
+        results["end_to_end"].setdefault(name, {"model": task.what[0], "batch": task.what[1], "sides": {}})["error"] = (
+            text
+        )
+    results["deaths"].append({"task": task.key, "error": text})
+    save(results, args)
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Run what is left of the tasks, phase after phase, each until its own point in time."""
+    results = json.loads(args.file.read_text())
+    options = gpu_rows.settings(args.device, args.quick)
+    torch.backends.cudnn.benchmark = True
+    every, total = tasks(args), args.minutes * 60
+    models = total * 0.4 if any(t.kind == "model" for t in every) else 0
+    end = args.deadline
+    for kind, until in (
+        ("ceilings", end), ("row", end - models), ("model", end - 0.06 * total), ("compiled", end - 0.05 * total),
+        ("row", end - 0.01 * total),
+    ):  # fmt: skip
+        begun = time.time()
+        for task in (t for t in every if t.kind == kind and t.key not in results["progress"]["done"]):
+            spent = kind == "compiled" and time.time() > begun + 0.15 * total
+            if time.time() > until or spent:
+                break
+            run_one(task, results, options, args, end - 0.1 * total)
+
+
+# ----------------------------------------------------------------------------------------------- driver
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The process and what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """Of the processes that are started: the package is found, and a GPU is never interpreted."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    found = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GPU_SUITE_START": str(START)}
+    if args.device == "cuda":
+        found.pop("TRITON_INTERPRET", None)
+    return found
+
+
+def counts(report: Path) -> dict[str, Any]:
+    """Passed, failed and skipped tests, and the names of those that failed, from pytest's XML report."""
+    if not report.exists():
+        return {"passed": None, "failed": None, "skipped": None, "failures": []}
+    suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+    bad = [c for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None]
+    skipped = int(suite.get("skipped", 0))
+    passed = int(suite.get("tests", 0)) - len(bad) - skipped
+    names = [f"{c.get('classname')}::{c.get('name')}" for c in bad]
+    return {"passed": passed, "failed": len(bad), "skipped": skipped, "failures": names[:50]}
+
+
+def correctness(args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
+    """The kernel tests in a process of their own."""
+    report, log = args.file.with_suffix(".xml"), args.file.with_suffix(".tests.log")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
+    if args.quick:
+        command += ["-k", QUICK_TESTS]
+    if args.device == "cuda" and importlib.util.find_spec("xdist"):
+        command += ["-n", "6"]  # most of the time goes into compiling kernels
+    report.unlink(missing_ok=True)
+    begin = time.time()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(args), stdout=out, stderr=subprocess.STDOUT,
+                                   start_new_session=True)  # fmt: skip
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            timed_out = process.poll() is None
+            kill(process)
+    code = process.returncode
+    found = {
+        "command": " ".join(["python", *command[1:]]),
+        "returncode": code,
+        "timed_out": timed_out,
+        **counts(report),
+    }
+    found |= {"ok": code == 0 and not timed_out, "seconds": time.time() - begin}
+    report.unlink(missing_ok=True)
+    return found | {"tail": log.read_text(errors="replace")[-6000:]}
+
+
+def watch(args: argparse.Namespace) -> None:
+    """Start workers until everything is done or the time is over; note what killed one."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", *args.raw]
+    command += ["--deadline", str(args.deadline), "--out", str(args.out)]
+    for _ in range(8):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(args), start_new_session=True)
+        try:
+            why = wait(process, args)
+        finally:
+            kill(process)
+        if process.returncode == 0 or why == "the time is over":
+            return
+        results = json.loads(args.file.read_text())
+        running = results["progress"]["running"]
+        if running is None and process.returncode != LOST:
+            results["deaths"].append({"task": None, "error": f"the worker left with code {process.returncode}"})
+            save(results, args)
+            return
+        if running is not None:
+            task = next(t for t in tasks(args) if t.key == running["task"])
+            if process.returncode != LOST:
+                blame(task, results, args, why or f"the process died with code {process.returncode}")
+            results["progress"]["done"].append(task.key)
+            results["progress"]["running"] = None
+            save(results, args)
+
+
+def wait(process: subprocess.Popen, args: argparse.Namespace) -> str | None:
+    """Until the worker ends, hangs or the time is over; says which, None for the first."""
+    while process.poll() is None:
+        time.sleep(0.2)
+        if time.time() > args.deadline:
+            return "the time is over"
+        try:
+            running = json.loads(args.file.read_text())["progress"]["running"]
+        except (OSError, ValueError):
+            continue
+        if running and time.time() > running["since"] + running["limit_s"]:
+            return f"hung: no end after {running['limit_s']} s"
+    return None
+
+
+def finish(args: argparse.Namespace) -> int:
+    """Table and picture from the results; what is wrong, loudly; the exit code."""
+    results = json.loads(args.file.read_text())
+    if results["progress"]["running"]:
+        say(f"cut off in {results['progress']['running']['task']}")
+    gpu_report.write(results, args.file)
+    print(gpu_report.markdown(results), flush=True)
+    wrong = gpu_report.problems(results)
+    for text in wrong:
+        print(f"!!! {text}", flush=True)
+    say(f"written: {args.file} (and .md, .png)")
+    return 1 if wrong else 0
+
+
+def drive(args: argparse.Namespace) -> int:
+    """The whole command."""
+    args.file.parent.mkdir(parents=True, exist_ok=True)
+    results = header(args)
+    save(results, args)
+    say(f"{results['device']}, torch {results['torch']}, triton {results['triton']}, commit {results['commit']}")
+    try:
+        if "correctness" in args.steps:
+            results["correctness"] = found = correctness(args, 0.4 * args.minutes * 60)
+            verdict = "passed" if found["ok"] else "FAILED\n" + found["tail"]
+            say(f"correctness: {found['passed']} passed, {found['failed']} failed, {verdict}")
+            save(results, args)
+        if tasks(args):
+            watch(args)
+    finally:
+        code = finish(args)
+    return code
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="in all; 9, or 1.5 with --quick")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--steps", default=",".join(STEPS), help="comma-separated: " + ", ".join(STEPS))
+    parser.add_argument("--match", default="", help="regular expression: only tasks whose name it finds")
+    parser.add_argument("--commit", help="what the results say was measured; default: git describe")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.raw = [a for a in sys.argv[1:] if a != "--worker"]
+    args.steps = tuple(args.steps.split(","))
+    if set(args.steps) - set(STEPS):
+        parser.error(f"--steps {','.join(args.steps)}: choose from {', '.join(STEPS)}")
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu needs --quick")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --quick --device cpu runs without one")
+    args.minutes = args.minutes or (1.5 if args.quick else 9.0)
+    args.deadline = args.deadline or START + 60 * args.minutes - (5 if args.quick else 12)  # the report takes some
+    slug = re.sub(r"[^a-z0-9]+", "_", device_name(args.device).lower()).strip("_")
+    args.out = args.out.resolve()
+    args.file = args.out / f"gpu_{slug}{'_quick' if args.quick else ''}.json"
+    return args
+
+
+def main() -> int:
+    args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the report is written and children end
+    if not args.worker:
+        return drive(args)
+    worker(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""How the GPU suite times: CUDA graphs over rotating copies, sides taking turns, medians with quantiles.
+
+On the CPU the same functions run the copies one after another and use the wall clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_COPIES = 512
+QUANTILES = (0.2, 0.8)
+
+
+class Prepared(NamedTuple):
+    """``run`` calls once with each of ``copies`` argument sets; ``outputs`` are what these calls return."""
+
+    run: Callable[[], object]
+    outputs: list[Any]
+    copies: int
+
+
+def describe(error: BaseException) -> str:
+    """Type and the first lines of the message."""
+    return f"{type(error).__name__}: {error}"[:600]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; raises what earlier work failed with."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give unused memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Size of the device's second-level cache; 0 for the CPU, which is not rotated past its caches."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def copies_for(bytes_per_set: int, device: torch.device) -> int:
+    """So many sets that together they exceed twice the second-level cache; at least two."""
+    return min(MAX_COPIES, max(2, 2 * l2_bytes(device) // max(1, bytes_per_set) + 1))
+
+
+def prepare(call: Callable[[Any], Any], sets: Sequence[Any], device: torch.device) -> Prepared:
+    """The calls with every set of arguments: on CUDA one graph, with all its outputs apart from each other."""
+    if device.type != "cuda":
+        outputs = [call(s) for s in sets]
+        return Prepared(lambda: [call(s) for s in sets], outputs, len(sets))
+    call(sets[0])  # compiles, and chooses algorithms
+    torch.cuda.synchronize(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for s in sets[:3]:
+            call(s)
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = [call(s) for s in sets]
+    graph.replay()
+    torch.cuda.synchronize(device)
+    return Prepared(graph.replay, outputs, len(sets))
+
+
+def poisoned(prepared: Prepared, device: torch.device) -> list[list[Tensor]]:
+    """First and last outputs of a run before which they were filled with NaN (CUDA; on the CPU as they are)."""
+    found = [list(o) if isinstance(o, list | tuple) else [o] for o in (prepared.outputs[0], prepared.outputs[-1])]
+    if device.type == "cuda":
+        for t in (t for ts in found for t in ts):
+            t.fill_(math.nan)
+        prepared.run()
+        torch.cuda.synchronize(device)
+    return found
+
+
+def sample_ms(run: Callable[[], object], count: int, device: torch.device) -> float:
+    """Milliseconds a run, over ``count`` of them: events on CUDA, the wall clock elsewhere."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        for _ in range(count):
+            run()
+        return (time.perf_counter() - begin) * 1e3 / count
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(count):
+        run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / count
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median and quantiles."""
+    low, high = (sorted(times)[round(q * (len(times) - 1))] for q in QUANTILES)
+    return {"ms": statistics.median(times), "q20": low, "q80": high}
+
+
+def interleaved(
+    sides: Mapping[str, Prepared], device: torch.device, rounds: int, min_ms: float
+) -> dict[str, dict[str, float]]:
+    """Milliseconds per call of every side: one sample a round of at least ``min_ms``, in alternating order."""
+    counts = {}
+    for name, side in sides.items():
+        side.run()
+        once = min(sample_ms(side.run, 1, device) for _ in range(2))
+        counts[name] = max(1, min(1000, math.ceil(min_ms / max(once, 1e-4))))
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds):
+        for name in list(sides) if i % 2 == 0 else reversed(list(sides)):
+            found[name].append(sample_ms(sides[name].run, counts[name], device) / sides[name].copies)
+    return {name: summary(times) for name, times in found.items()}
+
+
+def ceilings(device: torch.device, quick: bool) -> dict[str, float | None]:
+    """What the device does at best: bytes a second of a copy, bf16 operations a second, a launch in a CUDA graph."""
+    count, n = (1 << 22, 256) if quick else (1 << 30, 8192)
+    source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = prepare(lambda s: s[1].copy_(s[0]), [(source, target)], device)
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = prepare(lambda s: s[0] @ s[1], [(a, b)], device)
+    one = torch.zeros(1, device=device)
+    launches = 100 if quick else 1000
+    empty = prepare(lambda s: [s.add_(1.0) for _ in range(launches)][:1], [one], device)
+    times = interleaved({"copy": copy, "product": product, "empty": empty}, device, 5 if quick else 15, 2.0)
+    return {
+        "copy_bytes_per_s": 2 * count / times["copy"]["ms"] * 1e3,
+        "bf16_flops_per_s": 2 * n**3 / times["product"]["ms"] * 1e3,
+        "graph_launch_us": times["empty"]["ms"] / launches * 1e3 if device.type == "cuda" else None,
+        "l2_bytes": l2_bytes(device),
+    }
