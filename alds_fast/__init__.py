@@ -18,6 +18,8 @@ except ImportError as e:
 from .analysis import Analysis, analyze, compress
 from .checkpoint import load, save
 from .convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .deploy_table import DeployTable
+from .deployment import deploy
 from .errors import AldsError
 from .layers import LowRankLinear
 from .plan import LayerPlan, Plan
@@ -25,6 +27,7 @@ from .plan import LayerPlan, Plan
 __all__ = [
     "AldsError",
     "Analysis",
+    "DeployTable",
     "LayerPlan",
     "LowRankConv1d",
     "LowRankConv2d",
@@ -33,6 +36,7 @@ __all__ = [
     "Plan",
     "analyze",
     "compress",
+    "deploy",
     "load",
     "save",
 ]

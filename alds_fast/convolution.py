@@ -107,7 +107,7 @@ class LowRankConv(LowRankLayer):
     def _conv_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
 
-    def _empty_dense(self) -> nn.Module:
+    def dense_module(self) -> nn.Module:
         shape, options = self.weight_shape, self._conv_options()
         options |= {"groups": shape.conv_groups, "bias": self.bias is not None, "device": "meta"}
         return self._dense(shape.in_channels, shape.out_channels, shape.kernel, **options)

@@ -88,7 +88,8 @@ class LowRankLayer(nn.Module):
         factors = self.encoder.double(), self.decoder.double()
         return weights_to_dense(*factors, self.weight_shape, self.scheme, self.groups).to(self.encoder.dtype)
 
-    def _empty_dense(self) -> nn.Module:
+    def dense_module(self) -> nn.Module:
+        """The ``nn.Linear`` or ``nn.ConvNd`` that the layer stands for, on the meta device."""
         raise NotImplementedError
 
     def why_not_fused(self, x: Tensor) -> str | None:
@@ -97,7 +98,7 @@ class LowRankLayer(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The ``nn.Linear`` or ``nn.ConvNd`` with the recomposed weight and a copy of the bias."""
-        dense = self._empty_dense()
+        dense = self.dense_module()
         dense.weight = nn.Parameter(self.dense_weight().detach(), self.encoder.requires_grad)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
@@ -140,7 +141,7 @@ class LowRankLinear(LowRankLayer):
     def why_not_fused(self, x: Tensor) -> str | None:
         return why_not_fused_linear(x, self.encoder)
 
-    def _empty_dense(self) -> nn.Module:
+    def dense_module(self) -> nn.Module:
         shape = self.weight_shape
         return nn.Linear(shape.in_channels, shape.out_channels, self.bias is not None, device="meta")
 

@@ -64,21 +64,24 @@ class InputSpec:
         return spec
 
 
+def _check_example(example_inputs: Any) -> None:
+    named = isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs)
+    if not named and not isinstance(example_inputs, Tensor | tuple | list):
+        raise ArgumentError(
+            f"example_inputs is a {type(example_inputs).__name__}: expected a tensor, a tuple or list of positional "
+            f"arguments, or a dict of keyword arguments"
+        )
+
+
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
     """``model(x)`` for a tensor, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping of names.
 
     ArgumentError for anything else. Run it inside :func:`inference`.
     """
+    _check_example(example_inputs)
     if isinstance(example_inputs, Tensor):
         return model(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
-        return model(**example_inputs)
-    raise ArgumentError(
-        f"example_inputs is a {type(example_inputs).__name__}: expected a tensor, a tuple or list of positional "
-        f"arguments, or a dict of keyword arguments"
-    )
+    return model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*example_inputs)
 
 
 @contextmanager
@@ -116,6 +119,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    _check_example(example_inputs)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, dict[InputSpec, int]] = {name: {} for name in names}
     for name in found:
@@ -135,8 +139,6 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
     try:
         with inference(model):
             call_model(model, example_inputs)
-    except ArgumentError:
-        raise
     except Exception as e:
         raise ModelError(
             f"the example inputs did not run through the model ({type(e).__name__}: {e}); pass what model(...) takes"

@@ -49,7 +49,7 @@ def low_rank_like(module: nn.Module, scheme: int, groups: int, rank: int) -> Low
     return layer.train(module.training)
 
 
-def replace_layers(model: nn.Module, new: Mapping[str, LowRankLayer]) -> nn.Module:
+def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied
     along.
 

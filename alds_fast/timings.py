@@ -31,7 +31,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """Everything outside a call that its time depends on: hardware, versions, threads and torch's settings."""
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     if device.type == "cuda":
@@ -60,7 +60,7 @@ class Timings:
     """
 
     def __init__(self, device: torch.device, cache: str | os.PathLike[str] | bool | None = None) -> None:
-        self.environment = _environment(device)
+        self.environment = environment(device)
         identity = json.dumps([FORMAT, VERSION, self.environment], sort_keys=True)
         folder = _folder(cache)
         name = f"timings-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
@@ -95,7 +95,7 @@ class Timings:
         data = {"format": FORMAT, "version": VERSION, "environment": self.environment, "calls": rows}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, json.dumps(data))
+            write_text(self.path, json.dumps(data))
         except OSError as e:
             warnings.warn(f"timings could not be kept in {self.path} ({e}); cache= names another folder", stacklevel=2)
 
@@ -110,7 +110,8 @@ def _ratios(rows: Any) -> Ratios:
     return found
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
         with os.fdopen(descriptor, "w") as file:

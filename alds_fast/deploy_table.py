@@ -1,0 +1,130 @@
+"""What :func:`alds_fast.deploy` measured, layer by layer: printed, saved and used again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .container import target_file
+from .errors import FileFormatError, MissingFileError
+from .text import shape_text, table
+from .timings import write_text
+
+FORMAT = "alds_fast.deploy"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class DeployRow:
+    """One low-rank layer.
+
+    Attributes:
+        name, kind, shape, structure: the layer, its dense weight's shape, its scheme, groups and rank.
+        call: everything that its time depends on beside the hardware, as JSON; two layers with the same are one.
+        times_ms: milliseconds in one run of the model (all calls of the layer) by candidate: "dense", "two-op", "fused"
+            and reshaped forms of these two, like "two-op, groups=1, rank=24"; empty if a backend was forced.
+        errors: by candidate, the relative Frobenius distance of its output from that of the factors in float64.
+        won: the candidate that was kept.
+        note: why the fused kernel could not run, or why nothing was measured.
+        source: "measured", "table" (taken over from an earlier one) or "forced".
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    structure: str
+    call: str
+    times_ms: dict[str, float]
+    errors: dict[str, float]
+    won: str
+    note: str
+    source: str
+
+    @property
+    def ratio(self) -> float:
+        """How much faster than dense the layer runs as deployed; NaN if that was not measured."""
+        if "dense" not in self.times_ms or self.won not in self.times_ms:
+            return math.nan
+        return self.times_ms["dense"] / self.times_ms[self.won]
+
+
+@dataclass(frozen=True)
+class DeployTable:
+    """All low-rank layers of a deployed model.
+
+    Attributes:
+        rows: one :class:`DeployRow` per low-rank layer.
+        environment: hardware, torch version and settings that the times hold for.
+        model_ms: median milliseconds of one run of the whole model: "dense" (all low-rank layers recomposed), "two-op"
+            (the model as it was given, as library calls) and "deployed".
+        kept: "deployed", or "dense" where the deployed model as a whole was not faster than the dense one.
+    """
+
+    rows: tuple[DeployRow, ...]
+    environment: dict[str, Any]
+    model_ms: dict[str, float] = field(default_factory=dict)
+    kept: str = "deployed"
+
+    def known(self, environment: Mapping[str, Any]) -> dict[str, DeployRow]:
+        """Measured rows by call, for this environment; none where it differs."""
+        if json.loads(json.dumps(dict(environment))) != json.loads(json.dumps(self.environment)):
+            return {}
+        return {row.call: row for row in self.rows if row.times_ms}
+
+    def __str__(self) -> str:
+        headers = ["layer", "shape", "structure", "dense ms", "two-op ms", "fused ms", "kept", "ratio", "error", "note"]
+        lines = table(headers, [_cells(row) for row in self.rows], left=(0, 2, 6, 9))
+        whole = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.model_ms.items())
+        return f"{lines}\n{self.environment.get('device')}: {whole or 'the model was not timed'}; kept: {self.kept}"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, as a whole or not at all; MissingFileError or ArgumentError where that is no place for it."""
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_text(target_file(path), json.dumps(data, indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DeployTable:
+        """Read what :meth:`save` wrote; MissingFileError, or FileFormatError for anything else."""
+        try:
+            with open(path) as file:
+                data = json.load(file)
+            if (data["format"], data["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"it is {data['format']!r} version {data['version']!r}")
+            rows = tuple(_row(fields) for fields in data["rows"])
+            return cls(rows, dict(data["environment"]), _times(data["model_ms"]), str(data["kept"]))
+        except FileNotFoundError as e:
+            raise MissingFileError(f"{os.fspath(path)!r} does not exist") from e
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise FileFormatError(f"{os.fspath(path)!r} is not a table that deploy saved: {e!r}") from e
+
+
+def _times(fields: Mapping[str, Any]) -> dict[str, float]:
+    times = {str(name): float(value) for name, value in fields.items()}
+    if not all(0 < ms < math.inf for ms in times.values()):
+        raise ValueError(f"times {times} are not all above 0")
+    return times
+
+
+def _row(fields: Mapping[str, Any]) -> DeployRow:
+    texts = {n: fields[n] for n in ("name", "kind", "structure", "call", "won", "note", "source")}
+    if not all(isinstance(v, str) for v in texts.values()):
+        raise ValueError(f"not all texts: {texts}")
+    times, errors = _times(fields["times_ms"]), {str(k): float(v) for k, v in fields["errors"].items()}
+    if times and texts["won"] not in times:
+        raise ValueError(f"{texts['won']!r} won but was not timed")
+    return DeployRow(**texts, shape=tuple(int(n) for n in fields["shape"]), times_ms=times, errors=errors)
+
+
+def _cells(row: DeployRow) -> list[str]:
+    def best(kind: str) -> str:
+        found = [ms for name, ms in row.times_ms.items() if name.split(",")[0] == kind]
+        return f"{min(found):.3f}" if found else "-"
+
+    ratio = "-" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
+    error = f"{row.errors[row.won]:.1e}" if row.won in row.errors else "-"
+    times = [best(kind) for kind in ("dense", "two-op", "fused")]
+    return [row.name or "(model)", shape_text(row.shape), row.structure, *times, row.won, ratio, error, row.note]
