@@ -90,7 +90,11 @@ class Case:
         measured = ("dense_ms", "two_op_ms", "fused_ms", "deployed_ms", "compiled_ms", "roofline_ms", "max_error")
         about = {"name": self.key, "op": self.op, "shape": self.shape, "dtype": self.dtype, "aim": self.aim}
         about |= {"flop_reduction": self.reduction(), "deployed": None, "interpreted": False, "copies": None}
-        return about | dict.fromkeys(measured) | {"quantiles": {}, "errors": {}, "reasons": {}, "error": None}
+        return (
+            about
+            | dict.fromkeys(measured)
+            | {"quantiles": {}, "errors": {}, "reasons": {}, "errors_ok": None, "error": None}
+        )
 
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:

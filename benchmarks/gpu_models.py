@@ -17,6 +17,7 @@ from helpers import _decay, resnet50
 from torch import Tensor, nn
 
 import alds_fast as alds
+from alds_fast.errors import BackendError
 from alds_fast.layers import LowRankLayer
 
 Result = dict[str, Any]
@@ -113,6 +114,8 @@ def forced(small: nn.Module, backend: str, x: Tensor) -> nn.Module:
         model(x)
         for hook in hooks:
             hook.remove()
+        if not any(layer.backend == "fused" for layer in layers):
+            raise BackendError(f"no layer can run fused: {layers[0].why_not_fused(x) if layers else 'there is none'}")
     return model
 
 

@@ -40,13 +40,13 @@ class Settings:
         return self.device.type == "cuda"
 
 
-def settings(device: str, quick: bool) -> Settings:
+def settings(device: str, quick: bool, model_mode: str = "default") -> Settings:
     """Those of a full or a quick run. Graphs are captured here, so compilation makes none of its own."""
-    mode, model_mode = {"mode": "max-autotune-no-cudagraphs"}, {"mode": "default"}
+    mode, whole = {"mode": "max-autotune-no-cudagraphs"}, {"mode": model_mode}
     if quick and device == "cpu":  # no compiler of machine code, only the way there
-        mode = model_mode = {"backend": "aot_eager"}
+        mode = whole = {"backend": "aot_eager"}
     count, min_ms = (3, 0.5) if quick else (15, 2.0)
-    return Settings(torch.device(device), quick, count, min_ms, mode, model_mode)
+    return Settings(torch.device(device), quick, count, min_ms, mode, whole)
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -162,6 +162,4 @@ def measure(case: Case, options: Settings, ceilings: dict[str, Any] | None, comp
     except Exception as e:
         check_device(options.device, e)
         row["error"] = gpu_timing.describe(e)
-    finally:
-        sets = prepared = None  # the graphs hold their memory
     return row

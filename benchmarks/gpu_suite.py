@@ -214,10 +214,10 @@ def blame(task: Task, results: Results, args: argparse.Namespace, text: str) -> 
 def worker(args: argparse.Namespace) -> None:
     """Run what is left of the tasks, phase after phase, each until its own point in time."""
     results = json.loads(args.file.read_text())
-    options = gpu_rows.settings(args.device, args.quick)
+    options = gpu_rows.settings(args.device, args.quick, args.model_mode)
     torch.backends.cudnn.benchmark = True
     every, total = tasks(args), args.minutes * 60
-    models = total * 0.4 if any(t.kind == "model" for t in every) else 0
+    models = total * 0.5 if any(t.kind == "model" for t in every) else 0
     end = args.deadline
     for kind, until in (
         ("ceilings", end), ("row", end - models), ("model", end - 0.06 * total), ("compiled", end - 0.05 * total),
@@ -324,7 +324,7 @@ def watch(args: argparse.Namespace) -> None:
 def wait(process: subprocess.Popen, args: argparse.Namespace) -> str | None:
     """Until the worker ends, hangs or the time is over; says which, None for the first."""
     while process.poll() is None:
-        time.sleep(0.2)
+        time.sleep(0.5)
         if time.time() > args.deadline:
             return "the time is over"
         try:
@@ -371,12 +371,13 @@ def drive(args: argparse.Namespace) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, help="in all; 9, or 1.5 with --quick")
+    parser.add_argument("--minutes", type=float, help="in all; 9, with --quick 3, on the CPU 1.5")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--steps", default=",".join(STEPS), help="comma-separated: " + ", ".join(STEPS))
     parser.add_argument("--match", default="", help="regular expression: only tasks whose name it finds")
+    parser.add_argument("--model-mode", default="default", help="of torch.compile for whole models, both sides")
     parser.add_argument("--commit", help="what the results say was measured; default: git describe")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -389,7 +390,7 @@ def parse() -> argparse.Namespace:
         parser.error("--device cpu needs --quick")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --quick --device cpu runs without one")
-    args.minutes = args.minutes or (1.5 if args.quick else 9.0)
+    args.minutes = args.minutes or (9.0 if not args.quick else 3.0 if args.device == "cuda" else 1.5)
     args.deadline = args.deadline or START + 60 * args.minutes - (5 if args.quick else 12)  # the report takes some
     slug = re.sub(r"[^a-z0-9]+", "_", device_name(args.device).lower()).strip("_")
     args.out = args.out.resolve()

@@ -70,8 +70,12 @@ def prepare(call: Callable[[Any], Any], sets: Sequence[Any], device: torch.devic
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = [call(s) for s in sets]
+    gc.disable()  # nothing may be freed by chance during the capture
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = [call(s) for s in sets]
+    finally:
+        gc.enable()
     graph.replay()
     torch.cuda.synchronize(device)
     return Prepared(graph.replay, outputs, len(sets))
