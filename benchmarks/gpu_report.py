@@ -16,7 +16,9 @@ GRID = ("conv3x3", "conv1x1", "linear")
 
 
 def ratio(row: Row, above: str, below: str) -> float | None:
-    """above / below of a row, None if one was not measured."""
+    """above / below of a row, None if one was not measured (an interpreted kernel's time is none)."""
+    if row["interpreted"] and {above, below} & {"fused", "separate"}:
+        return None
     a, b = row.get(f"{above}_ms"), row.get(f"{below}_ms")
     return a / b if a and b else None
 
