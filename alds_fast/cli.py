@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
@@ -35,6 +36,8 @@ from .options import METHODS, check_schemes
 from .plan import Plan
 from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
+
+BUDGETS = ("params", "flops", "latency", "error")
 
 
 def _module(name: str) -> ModuleType:
@@ -114,10 +117,15 @@ def _run_compress(args: argparse.Namespace) -> None:
         raise MissingFileError(f"--output: the directory of {args.output!r} does not exist")
     if args.plot:
         check_plot(args.plot)
+    if (args.flops is not None or args.latency is not None) and args.input is None:
+        raise ArgumentError("--flops and --latency need --input, the shape of an input, for example 1,3,224,224")
     begin = time.perf_counter()
     model, analysis = _analyze(args)
-    budget = {"params": args.params, "error": args.error}
-    plan = analysis.plan(**budget, criterion=args.criterion, p=args.p, method=args.method, align=args.align)
+    budget = {name: getattr(args, name) for name in BUDGETS}
+    example = None if args.input is None else torch.randn(args.input)
+    plan = analysis.plan(
+        **budget, example_inputs=example, criterion=args.criterion, p=args.p, method=args.method, align=args.align
+    )
     with Console(stderr=True).status("factors"):  # shown on a terminal only
         small = plan.apply(model)
     save(small, args.output)
@@ -172,9 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     analyze = commands.add_parser("analyze", parents=[model, output], help="list the layers and what can be done")
     analyze.set_defaults(run=_run_analyze)
     compress = commands.add_parser("compress", parents=[model, output], help="compress a model and save it")
-    budget = compress.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
-    budget.add_argument("--error", type=float, help="largest relative error of a layer")
+    compress.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
+    compress.add_argument("--flops", type=float, help="share of the FLOPs to keep, in (0, 1]; needs --input")
+    compress.add_argument("--latency", type=float, help="share of the measured latency, in (0, 1]; needs --input")
+    compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
+    compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
     compress.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
     compress.add_argument("--criterion", choices=list(CRITERIA), default="frobenius")
     compress.add_argument("--p", type=float, default=math.inf, help="norm over the layers, 1..inf (default inf)")
@@ -190,7 +200,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    given = [name for name in BUDGETS if getattr(args, name, None) is not None]
+    if args.command == "compress" and (not given or ("error" in given and len(given) > 1)):
+        parser.error("give --error, or one or several of --params, --flops and --latency")
     try:
         args.run(args)
         sys.stdout.flush()

@@ -20,13 +20,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class DeployRow:
-    """One low-rank layer.
+    """One low-rank layer, or (kind "merged", names joined by " + ") several that read the same input.
 
     Attributes:
         name, kind, shape, structure: the layer, its dense weight's shape, its scheme, groups and rank.
         call: everything that its time depends on beside the hardware, as JSON; two layers with the same are one.
         times_ms: milliseconds in one run of the model (all calls of the layer) by candidate: "dense", "two-op", "fused"
-            and reshaped forms of these two, like "two-op, groups=1, rank=24"; empty if a backend was forced.
+            and reshaped forms of these two, like "two-op, groups=1, rank=24"; for merged layers "separate" (each as it
+            won), "two-op" and "fused"; empty if a backend was forced.
         errors: by candidate, the relative Frobenius distance of its output from that of the factors in float64.
         won: the candidate that was kept.
         note: why the fused kernel could not run, or why nothing was measured.
@@ -46,10 +47,9 @@ class DeployRow:
 
     @property
     def ratio(self) -> float:
-        """How much faster than dense the layer runs as deployed; NaN if that was not measured."""
-        if "dense" not in self.times_ms or self.won not in self.times_ms:
-            return math.nan
-        return self.times_ms["dense"] / self.times_ms[self.won]
+        """How much faster than dense (merged layers: than separate) it runs as deployed; NaN if not measured."""
+        baseline = self.times_ms.get("dense", self.times_ms.get("separate", math.nan))
+        return baseline / self.times_ms.get(self.won, math.nan)
 
 
 @dataclass(frozen=True)

@@ -2,96 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .deploy_table import DeployRow, DeployTable
 from .discover import label
 from .errors import ArgumentError, BackendError, ModelError
-from .layers import LowRankLayer
-from .measure import InputSpec, call_model, inference, interleaved_ms, layer_inputs, median_ratio
+from .layers import LowRankLayer, LowRankLinear
+from .measure import call_model, inference, interleaved_ms, layer_inputs, median_ratio
+from .merged import MergedLinears, MergedPart, shared_inputs
+from .race import SEPARATE, Specs, call_text, has_hooks, module_for, race, race_merged
 from .replace import replace_layers
 from .timings import environment
-from .variants import regrouped, variants
 
 BACKENDS = ("dense", "two-op", "fused")
-TIE = 0.98  # a less simple candidate must take at most this share of the simpler one's time
-MULTIPLE = {"cpu": 8, "cuda": 16}  # ranks that oneDNN's vectors and the tensor cores' tiles like
-Specs = Mapping[InputSpec, int]
+MERGED = "merged"  # kind of a row that stands for several layers
+MAX_MERGED = 3
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _call_text(layer: LowRankLayer, specs: Specs) -> str:
-    factors = [[list(f.shape), list(f.stride()), str(f.dtype)] for f in (layer.encoder, layer.decoder)]
-    inputs = [[spec.to_dict(), count] for spec, count in specs.items()]
-    return json.dumps({"layer": str(layer), "factors": factors, "inputs": inputs})
-
-
-def _with_backend(layer: LowRankLayer, backend: str) -> LowRankLayer:
-    new = copy.deepcopy(layer)
-    new.backend = backend
-    return new
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(name.endswith("hooks") and len(v) for name, v in vars(module).items() if isinstance(v, dict))
-
-
-def candidates_of(layer: LowRankLayer, specs: Specs) -> tuple[dict[str, Callable[[], nn.Module]], str]:
-    """Ways to run the layer, the simplest first, and why the fused kernel is not among them ("" if it is)."""
-    found: dict[str, Callable[[], nn.Module]] = {"dense": layer.to_dense} if not _has_hooks(layer) else {}
-    device = next(iter(specs)).device
-    others = variants(layer, MULTIPLE.get(torch.device(device).type, 8)) if not _has_hooks(layer) else {}
-    shapes = {"": layer} | {f", {text}": other for text, other in others.items()}
-    note = ""
-    for backend in BACKENDS[1:]:
-        for text, shape in shapes.items():
-            reasons = [shape.why_not_fused(spec.make()) for spec in specs] if backend == "fused" else []
-            note = note or next((r for r in reasons if r), "")
-            if not any(reasons):
-                found[backend + text] = partial(_with_backend, shape, backend)
-    return found, note
-
-
-def _distance(found: Tensor, reference: Tensor) -> float:
-    norm = float(reference.norm())
-    return float((found.double() - reference).norm()) / norm if norm > 0 else float(found.double().norm())
-
-
-def _measure(layer: LowRankLayer, specs: Specs, rounds: int) -> tuple[dict[str, float], dict[str, float], str, str]:
-    """Milliseconds and errors by candidate, the winner, and why fused is not among them."""
-    made, note = candidates_of(layer, specs)
-    modules = {name: make() for name, make in made.items()}
-    times: dict[str, list[float]] = {name: [0.0] * rounds for name in modules}
-    errors = dict.fromkeys(modules, 0.0)
-    exact = _with_backend(layer, "two-op").double()
-    for spec, count in specs.items():
-        x = spec.make()
-        with torch.no_grad():
-            reference = exact(x.double())
-            for name, module in modules.items():
-                errors[name] = max(errors[name], _distance(module(x), reference))
-        for name, ms in interleaved_ms(
-            {n: partial(m, x) for n, m in modules.items()}, spec.device, rounds=rounds
-        ).items():
-            times[name] = [total + count * one for total, one in zip(times[name], ms, strict=True)]
-    won = next(iter(times))
-    for name in times:  # simplest first
-        if median_ratio(times, name, won) < TIE:
-            won = name
-    return {name: median(ms) for name, ms in times.items()}, errors, won, note
 
 
 def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
@@ -104,10 +41,10 @@ def _row(name: str, layer: LowRankLayer, specs: Specs, known: Mapping[str, Deplo
     head = _head(name, layer)
     if not specs:
         return DeployRow(*head, "", {}, {}, "two-op", "not called with the example inputs", "forced")
-    call = _call_text(layer, specs)
+    call = call_text(layer, specs)
     if call in known:
         return replace(known[call], name=name)
-    return DeployRow(*head, call, *_measure(layer, specs, rounds), "measured")
+    return DeployRow(*head, call, *race(layer, specs, rounds), "measured")
 
 
 def _rows(
@@ -127,22 +64,43 @@ def _forced(name: str, layer: LowRankLayer, specs: Specs, backend: str) -> Deplo
         for spec in specs:
             if reason := layer.why_not_fused(spec.make()):
                 raise BackendError(f"layer {label(name)}: backend='fused' cannot run it: {reason}")
-    return DeployRow(*_head(name, layer), _call_text(layer, specs), {}, {}, backend, "", "forced")
+    return DeployRow(*_head(name, layer), call_text(layer, specs), {}, {}, backend, "", "forced")
 
 
-def _module_for(layer: LowRankLayer, won: str) -> nn.Module:
-    """The module that runs the layer as the candidate of that name does."""
-    if won == "dense":
-        return layer.to_dense()
-    backend, *sizes = won.split(", ")
-    if not sizes:
-        return _with_backend(layer, backend)
-    groups, rank = (int(text.partition("=")[2]) for text in sizes)
-    return _with_backend(regrouped(layer, groups, rank), backend)
+def _merged_rows(
+    model: nn.Module, example_inputs: Any, layers: Mapping[str, LowRankLayer], inputs: Mapping[str, Specs],
+    rows: Sequence[DeployRow], known: Mapping[str, DeployRow], rounds: int,
+) -> list[DeployRow]:  # fmt: skip
+    """A row for every group of two or three linear layers that read the same tensors."""
+    won, found = {row.name: row for row in rows}, []
+    free = [n for n, m in layers.items() if isinstance(m, LowRankLinear) and m.groups == 1 and not has_hooks(m)]
+    for group in shared_inputs(model, example_inputs, free):
+        for names in (group[i : i + MAX_MERGED] for i in range(0, len(group), MAX_MERGED)):
+            members = [layer for n in names if isinstance(layer := layers[n], LowRankLinear)]
+            if len(members) < 2:
+                continue
+            call = json.dumps([[won[n].call, won[n].won] for n in names])
+            name, ranks = " + ".join(names), ", ".join(str(m.rank) for m in members)
+            shape = (sum(m.weight_shape.out_channels for m in members), members[0].weight_shape.in_channels)
+            if call in known:
+                found.append(replace(known[call], name=name))
+                continue
+            result = race_merged(members, [won[n].won for n in names], inputs[names[0]], rounds)
+            found.append(DeployRow(name, MERGED, shape, f"ranks {ranks}", call, *result, "measured"))
+    return found
 
 
-def _built(model: nn.Module, layers: Mapping[str, LowRankLayer], won: Mapping[str, str]) -> nn.Module:
-    new = {name: _module_for(layer, won[name]) for name, layer in layers.items()}
+def _built(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
+    """A copy of the model with every layer as the rows say; rows of merged layers come last."""
+    new: dict[str, nn.Module] = {}
+    for row in rows:
+        if row.kind != MERGED:
+            new[row.name] = module_for(layers[row.name], row.won)
+        elif row.won != SEPARATE:
+            names = row.name.split(" + ")
+            members = [layer for n in names if isinstance(layer := layers[n], LowRankLinear)]
+            merged = MergedLinears(members, row.won).train(members[0].training)
+            new |= {n: MergedPart(merged, i).train(merged.training) for i, n in enumerate(names)}
     return replace_layers(model, new)
 
 
@@ -183,8 +141,10 @@ def deploy(
     For every layer, with the inputs that it gets from the example, taking turns: the recomposed dense layer, the two
     library calls, and the fused kernel where it can run; the latter two also with the same function in other shapes
     (fewer slices with a block-diagonal encoder, ranks padded with zeros to a multiple of 8 on the CPU, 16 on a GPU).
-    The fastest is kept; one that is less than 2 % faster than a simpler one is not. At last the whole deployed model
-    is timed against the dense one, and where it is not faster the dense one is returned. ``model`` is not changed.
+    Low-rank linear layers without slices that read the same tensor (q/k/v, gate/up) are also tried with one encoder
+    call for two or three of them. The fastest is kept; one that is less than 2 % faster than a simpler one is not. At
+    last the whole deployed model is timed against the dense one, and where it is not faster the dense one is returned.
+    ``model`` is not changed.
 
     Args:
         model: a model with low-rank layers, on the device and in the type that it will run with.
@@ -221,15 +181,14 @@ def deploy(
         rows = [_forced(name, layer, inputs[name], backend) for name, layer in layers.items()]
     else:
         rows = _rows(layers, inputs, known, rounds)
-    sides = {
-        "dense": _built(model, layers, dict.fromkeys(layers, "dense")),
-        "two-op": _built(model, layers, dict.fromkeys(layers, "two-op")),
-        "deployed": _built(model, layers, {row.name: row.won for row in rows}),
-    }
+        rows += _merged_rows(model, example_inputs, layers, inputs, rows, known, rounds)
+    own = [row for row in rows if row.kind != MERGED]
+    sides = {side: _built(model, layers, [replace(row, won=side) for row in own]) for side in ("dense", "two-op")}
+    sides["deployed"] = _built(model, layers, rows)
     times = _whole_model_ms(sides, example_inputs, rounds)
     slower = backend is None and median_ratio(times, "deployed", "dense") >= 1
     medians = {name: median(ms) for name, ms in times.items()}
-    kept = "dense" if slower and any(row.won != "dense" for row in rows) else "deployed"
+    kept = "dense" if slower and any(row.won not in ("dense", SEPARATE) for row in rows) else "deployed"
     found = DeployTable(tuple(rows), environment(_device(model)), medians, kept)
     result = sides[kept]
     object.__setattr__(result, "alds_deployed", found)

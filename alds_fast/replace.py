@@ -60,7 +60,7 @@ def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     try:
         copy_shared_memory(model, memo)
         for name, layer in new.items():
-            if modules[name].bias is not None:
+            if modules[name].bias is not None and hasattr(layer, "bias"):
                 layer.bias = copy.deepcopy(modules[name].bias, memo)
             memo[id(modules[name])] = layer
         result = copy.deepcopy(model, memo)

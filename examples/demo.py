@@ -1,4 +1,4 @@
-"""Compress the pretrained CREPE pitch network to half its size: quality, latency, time taken, a picture of spectra."""
+"""Compress the pretrained CREPE pitch network to half its size, and deploy it: quality, latency, time, a picture."""
 
 import argparse
 import statistics
@@ -52,7 +52,10 @@ def main() -> None:
     frames, cents = crepe.tones(args.tones, seed=0)
     with torch.inference_mode():
         print(f"loaded model bit-equal to the saved one: {torch.equal(loaded(frames[:8]), small(frames[:8]))}")
-    dense_ms, small_ms = latencies_ms([model, loaded], frames[:32], args.rounds)
+    begin = time.perf_counter()
+    deployed, table = alds.deploy(loaded, frames[:32], rounds=3, report=True)
+    print(f"\n{table}\ndeploy {time.perf_counter() - begin:.2f} s")
+    dense_ms, small_ms, deployed_ms = latencies_ms([model, loaded, deployed], frames[:32], args.rounds)
     quality = [crepe.accuracy(m, frames, cents) for m in (model, loaded)]
     sizes = [path.stat().st_size / 1e6 for path in files.values()]
 
@@ -64,6 +67,7 @@ def main() -> None:
     print(f"{label:<34}{quality[0]:>12.4f}{quality[1]:>12.4f}{change:>+9.4f}")
     where = f"CPU ms, 32 frames, {torch.get_num_threads()} threads"
     print(f"{where:<34}{dense_ms:>12.1f}{small_ms:>12.1f}{dense_ms / small_ms:>8.2f}x")
+    print(f"{'the same, deployed':<34}{dense_ms:>12.1f}{deployed_ms:>12.1f}{dense_ms / deployed_ms:>8.2f}x")
     plot_plan(analysis, plan, args.out / "spectra.png")
     print(f"\nwrote {args.out}/spectra.png, {files['small']}")
 

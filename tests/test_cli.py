@@ -173,3 +173,11 @@ def test_plot_refuses_a_plan_of_another_analysis(tmp_path):
         plot_plan(one, other.plan(params=0.5), tmp_path / "p.png")
     plot_plan(one, one.plan(params=1.0), tmp_path / "dense.png")
     assert (tmp_path / "dense.png").stat().st_size > 1000
+
+
+def test_budgets_that_need_an_input(tmp_path, capsys):
+    target, out = "helpers:small_net", str(tmp_path / "s.safetensors")
+    assert main(["compress", target, "--flops", "0.6", "-o", out]) == 1
+    assert "need --input" in capsys.readouterr().err
+    assert main(["compress", target, "--flops", "0.6", "--params", "0.6", "--input", "2,3,12,12", "-o", out]) == 0
+    assert "flops=0.6" in capsys.readouterr().out

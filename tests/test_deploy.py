@@ -10,7 +10,7 @@ from helpers import images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import deployment
+from alds_fast import deployment, race
 from alds_fast.deploy_table import DeployTable
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
 from alds_fast.variants import regrouped, variants
@@ -30,7 +30,8 @@ def fake_timer(monkeypatch, cost):
         asked.append(list(calls))
         return {name: [cost(name) * (1 + 0.1 * i) for i in range(rounds)] for name in calls}
 
-    monkeypatch.setattr(deployment, "interleaved_ms", interleaved_ms)
+    for module in (deployment, race):
+        monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
     return asked
 
 

@@ -298,7 +298,7 @@ def test_fused_says_why_it_cannot_run(monkeypatch):
         lowrank_conv2d(**conv_case(1, 8, (5, 5), 1, 3, 20, ((1, 3), (3, 1))), backend="fused")
     with pytest.raises(BackendError, match="up to 16 rows"):
         lowrank_linears(case["x"], case["encoder"], [case["decoder"]], backend="fused")
-    with pytest.raises(BackendError, match="up to 3 layers"):
+    with pytest.raises(BackendError, match="up to 3 layers are merged, got 4"):
         lowrank_linears(case["x"][:2], case["encoder"], [random(8, 1)] * 4, backend="fused")
     monkeypatch.setattr(choose, "HAS_TRITON", False)
     with pytest.raises(BackendError, match="triton is not installed"):

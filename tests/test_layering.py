@@ -12,7 +12,18 @@ ORDER = (
     *("kernels.ops", "kernels.choose", "kernels.dispatch", "kernels.__init__", "layers", "convolution"),
     *("replace", "discover", "options", "measure", "flops", "spectra", "allocate", "budgets", "candidates"),
     *("baselines", "costs", "factorize", "rows", "timings", "latency", "refine", "plan", "analysis", "container"),
-    *("variants", "deploy_table", "deployment", "checkpoint", "report", "cli", "__init__", "__main__"),
+    *(
+        "variants",
+        "merged",
+        "race",
+        "deploy_table",
+        "deployment",
+        "checkpoint",
+        "report",
+        "cli",
+        "__init__",
+        "__main__",
+    ),
 )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import alds_fast as alds
-from alds_fast import errors
+from alds_fast import errors, kernels
 
 NAMES = {
-    *("AldsError", "Analysis", "LayerPlan", "Plan", "analyze", "compress", "load", "save"),
+    *("AldsError", "Analysis", "DeployTable", "LayerPlan", "Plan", "analyze", "compress", "deploy", "load", "save"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }
 
@@ -30,6 +30,10 @@ def test_signatures():
     budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
     assert _keywords(alds.compress) == budgets
+    assert _keywords(alds.deploy) == {"backend": None, "table": None, "rounds": 7, "report": False}
+    common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
+    assert _keywords(kernels.lowrank_linear) == common
+    assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
     assert list(inspect.signature(alds.Plan.apply).parameters) == ["self", "model"]
 
 

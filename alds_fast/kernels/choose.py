@@ -16,7 +16,7 @@ if HAS_TRITON:
     import triton
 
     from .linear import MAX_HIDDEN
-    from .rows import MAX_ROWS
+    from .rows import MAX_MERGED, MAX_ROWS
 
 FUSED_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETER_TYPES = [torch.float16, torch.float32]  # its bfloat16 products are wrong; the tests mend that
@@ -59,6 +59,16 @@ def why_not_fused_linear(x: Tensor, encoder: Tensor) -> str | None:
     reason = type_reason(x)
     if reason is None and encoder.shape[0] > MAX_HIDDEN and x.numel() > MAX_ROWS * x.shape[-1]:
         return f"groups * rank = {encoder.shape[0]} is above {MAX_HIDDEN} with more than {MAX_ROWS} rows"
+    return reason
+
+
+def why_not_fused_linears(x: Tensor, layers: int) -> str | None:
+    """Why the fused kernels cannot run so many merged linear layers; None if they can."""
+    reason = type_reason(x)
+    if reason is None and x.numel() > MAX_ROWS * x.shape[-1]:
+        return f"merged layers take up to {MAX_ROWS} rows, x is {tuple(x.shape)}"
+    if reason is None and layers > MAX_MERGED:
+        return f"up to {MAX_MERGED} layers are merged, got {layers}"
     return reason
 
 

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .checks import check_alike, check_dims, check_factors, check_input, check_options, pair, sizes
-from .choose import HAS_TRITON, autocast, run, type_reason, why_not_fused_conv2d, why_not_fused_linear
+from .choose import HAS_TRITON, autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
 from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
 
 if HAS_TRITON:
     from . import ops
     from .conv2d import MAX_FILTERS
     from .linear import MAX_HIDDEN
-    from .rows import MAX_MERGED, MAX_ROWS
 
 
 def lowrank_linear(
@@ -192,12 +191,7 @@ def lowrank_linears(
         check_alike(x, encoder=encoder, **{f"decoders[{i}]": d, f"biases[{i}]": b})
         check_factors(part, d, b, 1)
     check_input(x, -1, encoder, 1, None, ())
-    reason = None if backend == "two-op" else type_reason(x)
-    if backend != "two-op" and reason is None:
-        if x.numel() > MAX_ROWS * x.shape[-1]:
-            reason = f"it takes up to {MAX_ROWS} rows, x is {sizes(x)}"
-        elif count > MAX_MERGED:
-            reason = f"it takes up to {MAX_MERGED} layers, got {count}"
+    reason = None if backend == "two-op" else why_not_fused_linears(x, count)
     has_bias, present = [b is not None for b in biases], [b for b in biases if b is not None]
 
     def fused() -> Any:

@@ -1,0 +1,115 @@
+"""Horizontal merging: low-rank linear layers that read the same input (q/k/v, gate/up) share one encoder call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError
+from .kernels.choose import why_not_fused_linears
+from .kernels.dispatch import lowrank_linears
+from .layers import LowRankLinear
+from .measure import call_model, inference
+
+
+class MergedLinears(nn.Module):
+    """Several low-rank linear layers with ``groups=1`` that read the same x: a list of their outputs.
+
+    ``encoder`` (sum of ranks, in_features) holds their encoders one after the other; ``decoders`` are (f_i, rank_i).
+    The factors are copied. Raises ArgumentError for layers that do not read the same features or have slices.
+
+    >>> merged = MergedLinears([LowRankLinear(16, 8, 2), LowRankLinear(16, 4, 3)])
+    >>> [y.shape[1] for y in merged(torch.ones(5, 16))]
+    [8, 4]
+    """
+
+    def __init__(self, layers: Sequence[LowRankLinear], backend: str = "auto") -> None:
+        super().__init__()
+        if not layers or len({layer.weight_shape.in_channels for layer in layers}) > 1:
+            raise ArgumentError("the layers to merge do not read the same number of features")
+        if any(layer.groups != 1 for layer in layers):
+            raise ArgumentError(f"layers with channel slices cannot be merged: groups={[la.groups for la in layers]}")
+        encoders = torch.cat([layer.encoder.detach() for layer in layers])
+        self.encoder = nn.Parameter(encoders, any(layer.encoder.requires_grad for layer in layers))
+        self.decoders = nn.ParameterList(copy.deepcopy(layer.decoder) for layer in layers)
+        for i, layer in enumerate(layers):
+            self.register_parameter(f"bias{i}", copy.deepcopy(layer.bias))  # type: ignore[arg-type]
+        self.backend = backend
+        self._last: tuple[Tensor, int, bool, dict[int, Tensor]] | None = None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        biases = [getattr(self, f"bias{i}") for i in range(len(self.decoders))]
+        return lowrank_linears(x, self.encoder, list(self.decoders), biases, backend=self.backend)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why the fused kernels cannot run these layers on ``x``; None if they can."""
+        return why_not_fused_linears(x, len(self.decoders))
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Output ``index``; all are computed when the first is asked for, and each is handed out once.
+
+        The others' outputs are used if they are asked for with the very same tensor, unchanged since (by its version
+        counter; tensors of ``torch.inference_mode`` and traced ones have none).
+        """
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        grad, last = torch.is_grad_enabled(), self._last
+        if last is not None and last[0] is x and last[1:3] == (version, grad) and index in last[3]:
+            outputs = last[3]
+        else:
+            outputs = dict(enumerate(self(x)))
+        y = outputs.pop(index)
+        self._last = (x, version, grad, outputs) if outputs else None
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    def extra_repr(self) -> str:
+        sizes = [f"{d.shape[0]} (rank {d.shape[1]})" for d in self.decoders]
+        return f"in_features={self.encoder.shape[1]}, out_features={', '.join(sizes)}, backend={self.backend!r}"
+
+
+class MergedPart(nn.Module):
+    """Stands in the place of one of the layers of a :class:`MergedLinears`."""
+
+    def __init__(self, merged: MergedLinears, index: int) -> None:
+        super().__init__()
+        self.merged, self.index = merged, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merged.part(x, self.index)
+
+    def extra_repr(self) -> str:
+        return f"index={self.index}"
+
+
+def shared_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Groups of two or more of the named layers that get the very same tensors, unchanged, in one run of the model."""
+    calls: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    alive: list[Tensor] = []  # so that no identity is given out twice
+
+    def recorder(seen: list[tuple[int, int]]) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                alive.append(args[0])
+                seen.append((id(args[0]), args[0]._version))
+
+        return record
+
+    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(recorder(seen)) for name, seen in calls.items()]
+    try:
+        with inference(model):
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for name, seen in calls.items():
+        if seen:
+            groups.setdefault(tuple(seen), []).append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]

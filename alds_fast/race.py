@@ -1,0 +1,126 @@
+"""The ways to run a low-rank layer, timed against each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LowRankLayer, LowRankLinear
+from .measure import InputSpec, interleaved_ms, median_ratio
+from .merged import MergedLinears
+from .variants import regrouped, variants
+
+TIE = 0.98  # a less simple candidate must take at most this share of the simpler one's time
+MULTIPLE = {"cpu": 8, "cuda": 16}  # ranks that oneDNN's vectors and the tensor cores' tiles like
+SEPARATE = "separate"
+Specs = Mapping[InputSpec, int]
+Modules = Mapping[str, Callable[[Tensor], Sequence[Tensor]]]
+
+
+class Result(NamedTuple):
+    """Milliseconds and errors by candidate, the winner, and a remark."""
+
+    times_ms: dict[str, float]
+    errors: dict[str, float]
+    won: str
+    note: str
+
+
+def call_text(layer: LowRankLayer, specs: Specs) -> str:
+    """Everything that the time of a layer's calls depends on beside the hardware, as JSON."""
+    factors = [[list(f.shape), list(f.stride()), str(f.dtype)] for f in (layer.encoder, layer.decoder)]
+    inputs = [[spec.to_dict(), count] for spec, count in specs.items()]
+    return json.dumps({"layer": str(layer), "factors": factors, "inputs": inputs})
+
+
+def with_backend(layer: LowRankLayer, backend: str) -> LowRankLayer:
+    """A copy of the layer that runs with that backend."""
+    new = copy.deepcopy(layer)
+    new.backend = backend
+    return new
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a replacement would drop hooks."""
+    return any(name.endswith("hooks") and len(v) for name, v in vars(module).items() if isinstance(v, dict))
+
+
+def candidates_of(layer: LowRankLayer, specs: Specs) -> tuple[dict[str, nn.Module], str]:
+    """Ways to run the layer, the simplest first, and why the fused kernel is not among them ("" if it is)."""
+    free, note = not has_hooks(layer), ""
+    found: dict[str, nn.Module] = {"dense": layer.to_dense()} if free else {}
+    kind = torch.device(next(iter(specs)).device).type
+    others = variants(layer, MULTIPLE.get(kind, 8)) if free else {}
+    shapes = {"": layer} | {f", {text}": other for text, other in others.items()}
+    for backend in ("two-op", "fused"):
+        for text, shape in shapes.items():
+            reasons = [shape.why_not_fused(spec.make()) for spec in specs] if backend == "fused" else []
+            note = note or next((r for r in reasons if r), "")
+            if not any(reasons):
+                found[backend + text] = with_backend(shape, backend)
+    return found, note
+
+
+def module_for(layer: LowRankLayer, won: str) -> nn.Module:
+    """The module that runs the layer as that candidate does; ArgumentError for a shape that does not fit it."""
+    if won == "dense":
+        return layer.to_dense()
+    backend, *sizes = won.split(", ")
+    if not sizes:
+        return with_backend(layer, backend)
+    groups, rank = (int(text.partition("=")[2]) for text in sizes)
+    return with_backend(regrouped(layer, groups, rank), backend)
+
+
+def _distance(found: Tensor, reference: Tensor) -> float:
+    norm = float(reference.norm())
+    return float((found.double() - reference).norm()) / norm if norm > 0 else float(found.double().norm())
+
+
+def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Specs, rounds: int, note: str) -> Result:
+    """Time all sides over all inputs; the simplest, which come first, win ties."""
+    times: dict[str, list[float]] = {name: [0.0] * rounds for name in sides}
+    errors = dict.fromkeys(sides, 0.0)
+    for spec, count in specs.items():
+        x = spec.make()
+        with torch.no_grad():
+            reference = exact(x.double())
+            for name, side in sides.items():
+                for found, y in zip(side(x), reference, strict=True):
+                    errors[name] = max(errors[name], _distance(found, y))
+        measured = interleaved_ms({n: partial(s, x) for n, s in sides.items()}, spec.device, rounds=rounds)
+        for name, ms in measured.items():
+            times[name] = [total + count * one for total, one in zip(times[name], ms, strict=True)]
+    won = next(iter(times))
+    for name in times:
+        if median_ratio(times, name, won) < TIE:
+            won = name
+    return Result({name: median(ms) for name, ms in times.items()}, errors, won, note)
+
+
+def race(layer: LowRankLayer, specs: Specs, rounds: int) -> Result:
+    """All ways to run one layer, on random inputs like those that it gets."""
+    made, note = candidates_of(layer, specs)
+    exact = with_backend(layer, "two-op").double()
+    sides = {name: lambda x, m=module: (m(x),) for name, module in made.items()}
+    return _race(sides, lambda x: (exact(x),), specs, rounds, note)
+
+
+def race_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Specs, rounds: int) -> Result:
+    """Layers that read the same input, each as it won, against one encoder call for all of them."""
+    alone = [module_for(layer, name) for layer, name in zip(layers, won, strict=True)]
+    exact = [with_backend(layer, "two-op").double() for layer in layers]
+    sides: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {SEPARATE: lambda x: [m(x) for m in alone]}
+    sides["two-op"] = MergedLinears(layers, "two-op")
+    fused = MergedLinears(layers, "fused")
+    reasons = [fused.why_not_fused(spec.make()) for spec in specs]
+    if not any(reasons):
+        sides["fused"] = fused
+    return _race(sides, lambda x: [m(x) for m in exact], specs, rounds, next((r for r in reasons if r), ""))

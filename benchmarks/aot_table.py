@@ -1,0 +1,60 @@
+"""Registers, shared memory and spills of every kernel configuration, compiled ahead of time; no GPU is needed.
+
+Writes benchmarks/results/aot.json and aot.md. The configurations are those of tests/aot.py, which CI checks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import registry
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+TILES = ("BM", "BK", "BQ", "BR", "BF", "LAYERS", "PARTS", "ONE_SLICE", "DECODER_TAPS", "wide")
+
+
+def rows() -> list[dict]:
+    """One row per compilation, from a process in which Triton compiles instead of interpreting."""
+    script = Path(registry.ROOT) / "tests" / "aot.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def markdown(found: list[dict], environment: dict) -> str:
+    """Per configuration one line: registers and shared kilobytes on sm_80 / sm_90."""
+    lines = [
+        f"triton {environment['triton']}, commit {environment['commit']}; {len(found)} compilations, "
+        f"{sum(r['spilled_bytes'] > 0 for r in found)} of them spill, most registers "
+        f"{max(r['registers'] for r in found)}. Limits: 255 registers a thread, 163 KiB (sm_80) and 227 KiB (sm_90) of "
+        f"shared memory a block.",
+        "",
+        "| kernel | type | tiles | warps x stages | registers sm_80 / sm_90 | shared KiB sm_80 / sm_90 |",
+        "|---|---|---|---|---|---|",
+    ]
+    merged: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    for row in found:
+        tiles = ", ".join(f"{k}={row[k]}" for k in TILES if k in row)
+        merged[row["kernel"], row["dtype"], tiles, f"{row['warps']} x {row['stages']}"][row["sm"]] = row
+    for key, by_sm in merged.items():
+        registers = " / ".join(str(by_sm[sm]["registers"]) if sm in by_sm else "-" for sm in (80, 90))
+        shared = " / ".join(f"{by_sm[sm]['shared_bytes'] / 1024:.0f}" if sm in by_sm else "-" for sm in (80, 90))
+        lines.append(f"| {' | '.join(key)} | {registers} | {shared} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    environment = {**registry.environment(), "triton": triton.__version__}
+    found = rows()
+    (RESULTS / "aot.json").write_text(json.dumps({"environment": environment, "rows": found}, indent=0) + "\n")
+    (RESULTS / "aot.md").write_text(markdown(found, environment))
+
+
+if __name__ == "__main__":
+    main()
