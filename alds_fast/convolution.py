@@ -143,6 +143,8 @@ class LowRankConv2d(LowRankConv):
     ndim, _dense = 2, nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._two_op(x):
+            return super().forward(x)
         pad = self._encode.pad or self._decode.pad
         late = self._decode.pad and (self._encode.pad or self.backend != "fused")
         if self._structural_reason() is not None or late:

@@ -19,6 +19,7 @@ from .folding import (
 )
 from .kernels.choose import why_not_fused_linear
 from .kernels.dispatch import lowrank_linear
+from .kernels.reference import lowrank_linear_ref
 
 
 def _check_structure(shape: WeightShape, scheme: int, groups: int, rank: int) -> None:
@@ -92,6 +93,10 @@ class LowRankLayer(nn.Module):
         """The ``nn.Linear`` or ``nn.ConvNd`` that the layer stands for, on the meta device."""
         raise NotImplementedError
 
+    def _two_op(self, x: Tensor) -> bool:
+        """Whether two library calls are all that can come of it; they check their arguments themselves."""
+        return self.backend == "two-op" or (self.backend == "auto" and not x.is_cuda)
+
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why no fused kernel can run this layer on ``x``; None if one can."""
         raise NotImplementedError
@@ -136,6 +141,8 @@ class LowRankLinear(LowRankLayer):
         super().__init__(WeightShape(out_features, in_features), scheme, groups, rank, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._two_op(x):
+            return lowrank_linear_ref(x, self.encoder, self.decoder, self.bias, None, self.groups)
         return lowrank_linear(x, self.encoder, self.decoder, self.bias, groups=self.groups, backend=self.backend)
 
     def why_not_fused(self, x: Tensor) -> str | None:
