@@ -55,13 +55,13 @@ def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[
     return torch.compile(function, dynamic=False, **options)
 
 
-def check_device(device: torch.device, cause: BaseException) -> None:
+def check_device(device: torch.device, cause: BaseException, where: str = "") -> None:
     """DeviceLost if an error has left the device unusable for this process."""
     try:
         gpu_timing.synchronize(device)
         torch.ones(1, device=device).item()
     except Exception as e:
-        raise DeviceLost(gpu_timing.describe(cause)) from e
+        raise DeviceLost(f"{where} {gpu_timing.describe(cause)}".strip()) from e
 
 
 def interpreted(device: torch.device) -> bool:
@@ -91,7 +91,7 @@ def _prepared(case: Case, sets: list, options: Settings, row: Row, compile_it: b
         except BackendError as e:
             row["reasons"][name] = str(e)
         except Exception as e:
-            check_device(options.device, e)
+            check_device(options.device, e, f"{name}:")
             row["reasons"][name] = row["error"] = f"{name}: {gpu_timing.describe(e)}"
     return found
 

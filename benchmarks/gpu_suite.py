@@ -245,6 +245,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     """Of the processes that are started: the package is found, and a GPU is never interpreted."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     found = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GPU_SUITE_START": str(START)}
+    found.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.device == "cuda":
         found.pop("TRITON_INTERPRET", None)
     return found
