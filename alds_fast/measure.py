@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,8 +171,9 @@ def _all_captured(calls: Mapping[str, Call]) -> Mapping[str, Call]:
     """All calls as CUDA graphs, or all as they are where one of them cannot be captured."""
     try:
         return {name: _captured(call) for name, call in calls.items()}
-    except Exception:  # whatever a call does that a capture forbids: every side then runs eagerly
+    except Exception as e:  # whatever a call does that a capture forbids
         torch.cuda.synchronize()
+        warnings.warn(f"a CUDA graph could not be captured ({e}): all sides are timed eagerly", stacklevel=3)
         return calls
 
 

@@ -16,7 +16,7 @@ import registry
 import triton
 
 RESULTS = Path(__file__).parent / "results"
-TILES = ("BM", "BK", "BQ", "BR", "BF", "LAYERS", "PARTS", "ONE_SLICE", "DECODER_TAPS", "wide")
+TILES = ("BM", "BK", "BQ", "BR", "BF", "LAYERS", "PARTS", "ONE_SLICE", "DECODER_TAPS", "GROUPS", "wide")
 
 
 def rows() -> list[dict]:

@@ -17,8 +17,7 @@ import tempfile
 import torch
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA C++ programming guide, table of features
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-EPILOGUE = {"ACTIVATION": "gelu", "PRECISION": "ieee"}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 def configurations():
@@ -26,27 +25,29 @@ def configurations():
     from alds_fast.kernels import conv2d, linear, rows
 
     sizes = [16, 32, 64, 128, 256, 512]
-    for dtype, wide in itertools.product(TYPES, (True, False)):
+    for kind, wide in itertools.product(TYPES, (True, False)):
+        dtype = TYPES[kind]
         for hidden in [s for s in sizes if s <= linear.MAX_HIDDEN]:
             t = linear.tile_tiling(hidden, dtype, wide)
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
             for one in (True, False):
-                yield "linear", dtype, {**tiles, "ONE_SLICE": one, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
+                yield "linear", kind, {**tiles, "ONE_SLICE": one, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
         t = rows.encode_tiling(dtype)
-        yield "encode_rows", dtype, {"BM": t.rows, "BK": t.reduction, "BQ": t.cols}, t, wide
+        yield "encode_rows", kind, {"BM": t.rows, "BK": t.reduction, "BQ": t.cols}, t, wide
         t, biases = rows.decode_tiling(dtype, wide), {f"HAS_BIAS{i}": True for i in range(3)}
         for layers, parts in ((1, 1), (1, 8), (2, 8), (3, 8)):
             tiles = {"LAYERS": layers, "PARTS": parts, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
-            yield "decode_rows", dtype, {**tiles, **biases, "HAS_RESIDUAL": layers == 1}, t, wide
+            yield "decode_rows", kind, {**tiles, **biases, "HAS_RESIDUAL": layers == 1}, t, wide
         tilings = {
             (chunk, conv2d.conv_tiling(chunk, filters, dtype, wide))
             for chunk in sizes if chunk <= conv2d.max_chunk(dtype, wide) for filters in sizes
         }  # fmt: skip
-        for (chunk, t), decoder_taps in itertools.product(sorted(tilings), (False, True)):
-            kernel = {"KH": 3, "KW": 3, "DECODER_TAPS": decoder_taps, "GROUPS": 2, "CHUNKS": 2}
+        loops = [{"DECODER_TAPS": taps, "GROUPS": n, "CHUNKS": n} for taps, n in ((False, 1), (False, 2), (True, 2))]
+        for (chunk, t), loop in itertools.product(sorted(tilings), loops):
+            kernel = {"KH": 3, "KW": 3, **loop}
             place = {"SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
             tiles = {"BM": t.rows, "BK": t.reduction, "BR": chunk, "BF": t.cols}
-            yield "conv2d", dtype, {**tiles, **kernel, **place, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
+            yield "conv2d", kind, {**tiles, **kernel, **place, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
 
 
 def _kernel(name):
@@ -70,7 +71,8 @@ def compile_one(job):
     name, dtype, constants, (warps, stages), arch, wide = job
     kernel = _kernel(name)
     free = ("M", "H", "W", "OH", "OW", "channels_per_part") if wide else kernel.arg_names
-    constants = {**constants, **{k: v for k, v in EPILOGUE.items() if k in kernel.arg_names}}
+    widest = {"ACTIVATION": "gelu", "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    constants = {**constants, **{k: v for k, v in widest.items() if k in kernel.arg_names}}
     pointers = {"x", "encoder", "decoder", "bias", "residual", "y", "parts"}
     signature, attrs = {}, {}
     for i, arg in enumerate(kernel.arg_names):
@@ -78,7 +80,7 @@ def compile_one(job):
             signature[arg] = "constexpr"
             continue
         pointer = arg.rstrip("012") in pointers
-        signature[arg] = ("*fp32" if arg == "parts" else f"*{dtype}") if pointer else "i32"
+        signature[arg] = ("*fp32" if arg == "parts" else f"*{dtype.replace('tf32', 'fp32')}") if pointer else "i32"
         if pointer or arg not in free or arg == "cols_per_program":
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
@@ -92,7 +94,7 @@ def compile_one(job):
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
     tiles = {k: v for k, v in constants.items() if k in ("BM", "BK", "BQ", "BR", "BF", "LAYERS", "PARTS")}
-    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "DECODER_TAPS")}
+    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "DECODER_TAPS", "GROUPS")}
     return {
         "kernel": name, "dtype": dtype, **tiles, **flags, "warps": warps, "stages": stages, "sm": arch,
         "wide": wide, "registers": used["REG"], "spilled_bytes": used["STACK"] + used["LOCAL"],
@@ -102,9 +104,9 @@ def compile_one(job):
 
 def jobs():
     """Every configuration for both architectures; float16, which compiles like bfloat16, for sm_90 only."""
-    for name, dtype, constants, t, wide in configurations():
-        for arch in (90,) if dtype == torch.float16 else (80, 90):
-            yield name, TYPES[dtype], constants, (t.num_warps, t.num_stages), arch, wide
+    for name, kind, constants, t, wide in configurations():
+        for arch in (90,) if kind == "fp16" else (80, 90):
+            yield name, kind, constants, (t.num_warps, t.num_stages), arch, wide
 
 
 def main():

@@ -108,7 +108,8 @@ def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: 
     if key not in _decisions:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        times = {"fused_ms": _time_ms(fused), "two_op_ms": _time_ms(two_op)}
+        with torch.cuda.device(x.device if x.is_cuda else -1):
+            times = {"fused_ms": _time_ms(fused), "two_op_ms": _time_ms(two_op)}
         ran = "fused" if times["fused_ms"] < times["two_op_ms"] else "two-op"
         about = {"op": key[0], "shapes": shapes, "dtype": str(x.dtype), "device": str(x.device)}
         _decisions[key] = {**about, **times, "ran": ran}

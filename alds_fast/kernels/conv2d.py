@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Tiling, finish, multiple_of_16, power_of_two, precision
+from .tiles import Tiling, addresses, finish, multiple_of_16, power_of_two, precision
 
 MAX_FILTERS = 256  # filters of one program, at most
 
@@ -109,7 +109,7 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     residual = None if residual is None else residual.contiguous(memory_format=last)
     (n, c, h, w), (filters, q), (oh, ow) = x.shape, decoder.shape[:2], y.shape[2:]
     taps, rank = decoder if decoder.shape[2:].numel() > 1 else encoder, q // groups
-    wide = multiple_of_16(c // groups, rank, filters)
+    wide = multiple_of_16(c // groups, rank, filters, *addresses(x, encoder, decoder))
     chunk = min(power_of_two(rank), max_chunk(x.dtype, wide))
     t = conv_tiling(chunk, power_of_two(filters), x.dtype, wide)
     _lowrank_conv2d_kernel[triton.cdiv(n * oh * ow, t.rows), triton.cdiv(filters, t.cols)](

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import MAX_ROWS, run_rows
-from .tiles import Tiling, finish, multiple_of_16, power_of_two, precision
+from .tiles import Tiling, addresses, finish, multiple_of_16, power_of_two, precision
 
 MAX_HIDDEN = 512  # groups * rank that fit on chip
 
@@ -77,7 +77,9 @@ def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, resi
     m, c = x.shape
     f, q = decoder.shape
     padded = power_of_two(q)
-    t = tile_tiling(padded, x.dtype, multiple_of_16(c // groups, q // groups, f, x.stride(0)))
+    t = tile_tiling(
+        padded, x.dtype, multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
+    )
     row_tiles, col_tiles = triton.cdiv(m, t.rows), triton.cdiv(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
     per_program = triton.cdiv(col_tiles, splits) * t.cols

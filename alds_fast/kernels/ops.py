@@ -8,6 +8,7 @@ backward is not. On the CPU they run only under Triton's interpreter. Importing 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ from .reference import activation_grad, encode_linear, halves, output_size
 from .rows import run_merged
 
 # ---------------------------------------------------------------------------------------------- linear
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _rows_of(x: Tensor) -> Tensor:
@@ -43,7 +49,8 @@ def lowrank_linear_op(
     y = x.new_empty((*x.shape[:-1], decoder.shape[0]))
     if y.numel():
         extra = None if residual is None else residual.contiguous()
-        run_linear(_rows_of(x), encoder, decoder, bias, extra, groups, activation, y.view(-1, decoder.shape[0]))
+        with _on(x):
+            run_linear(_rows_of(x), encoder, decoder, bias, extra, groups, activation, y.view(-1, decoder.shape[0]))
     return y
 
 
@@ -113,7 +120,8 @@ def lowrank_linears_op(
     ys = [x.new_empty((*x.shape[:-1], d.shape[0])) for d in decoders]
     rest = iter(biases)
     if x.numel():
-        run_merged(_rows_of(x), encoder, decoders, [next(rest) if b else None for b in has_bias],
+        with _on(x):
+            run_merged(_rows_of(x), encoder, decoders, [next(rest) if b else None for b in has_bias],
                    [y.view(-1, y.shape[-1]) for y in ys])  # fmt: skip
     return ys
 
@@ -182,7 +190,8 @@ def lowrank_conv2d_op(
     """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_conv2d`, checked there."""
     y = _empty_output(x, encoder, decoder, stride, padding, dilation)
     if y.numel():
-        run_conv2d(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation, y)
+        with _on(x):
+            run_conv2d(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation, y)
     return y
 
 

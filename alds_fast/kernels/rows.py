@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Tiling, finish, multiple_of_16, precision
+from .tiles import Tiling, addresses, finish, multiple_of_16, precision
 
 MAX_ROWS = 16
 MAX_MERGED = 3  # layers that share one encoder launch
@@ -123,7 +123,10 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
         x, encoder, hidden, m, c_group, q // groups, q, x.stride(0), per_part,
         BM=t.rows, BK=t.reduction, BQ=t.cols, PRECISION=precision(), num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
-    t, three = decode_tiling(x.dtype, multiple_of_16(q, *(n for d in decoders for n in d.shape))), range(MAX_MERGED)
+    t, three = (
+        decode_tiling(x.dtype, multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))),
+        range(MAX_MERGED),
+    )
     d, o = ([s[min(i, count - 1)] for i in three] for s in (decoders, ys))
     b = [biases[min(i, count - 1)] for i in three]
     _decode_rows_kernel[sum(triton.cdiv(w.shape[0], t.cols) for w in decoders),](

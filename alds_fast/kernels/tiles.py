@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Tiling(NamedTuple):
@@ -31,6 +32,11 @@ def power_of_two(n: int, least: int = 16) -> int:
 def precision() -> str:
     """How float32 products are computed, by ``torch.set_float32_matmul_precision``: "ieee" (default) or "tf32"."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def addresses(*tensors: Tensor) -> list[int]:
+    """Where the tensors begin, in bytes: Triton reads in wide pieces from multiples of 16 only."""
+    return [t.data_ptr() for t in tensors]
 
 
 def multiple_of_16(*sizes: int) -> bool:
