@@ -74,6 +74,9 @@ def prepare(call: Callable[[Any], Any], sets: Sequence[Any], device: torch.devic
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = [call(s) for s in sets]
+    except BaseException:
+        torch.cuda.set_stream(torch.cuda.default_stream(device))  # a capture that fails may leave its own behind
+        raise
     finally:
         gc.enable()
     graph.replay()
