@@ -292,7 +292,10 @@ def correctness(args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
     }
     found |= {"ok": code == 0 and not timed_out, "seconds": time.time() - begin}
     report.unlink(missing_ok=True)
-    return found | {"tail": log.read_text(errors="replace")[-6000:]}
+    found["tail"] = log.read_text(errors="replace")[-6000:]
+    if found["ok"]:
+        log.unlink()
+    return found
 
 
 def watch(args: argparse.Namespace) -> None:
