@@ -62,7 +62,7 @@ def _rows(
 def _forced(name: str, layer: LowRankLayer, specs: Specs, backend: str) -> DeployRow:
     if backend == "fused":
         for spec in specs:
-            if reason := layer.why_not_fused(spec.make()):
+            if reason := layer.why_not_fused(spec.empty()):
                 raise BackendError(f"layer {label(name)}: backend='fused' cannot run it: {reason}")
     return DeployRow(*_head(name, layer), call_text(layer, specs), {}, {}, backend, "", "forced")
 

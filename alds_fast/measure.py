@@ -47,6 +47,10 @@ class InputSpec:
         x = torch.randn(self.shape, generator=generator, dtype=kind).to(self.device, self.dtype)
         return x.contiguous(memory_format=_FORMATS[x.dim()]) if self.channels_last else x
 
+    def empty(self) -> Tensor:
+        """A tensor of that shape, type and device whose values are not set."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return {**vars(self), "shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}

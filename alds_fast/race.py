@@ -61,7 +61,7 @@ def candidates_of(layer: LowRankLayer, specs: Specs) -> tuple[dict[str, nn.Modul
     shapes = {"": layer} | {f", {text}": other for text, other in others.items()}
     for backend in ("two-op", "fused"):
         for text, shape in shapes.items():
-            reasons = [shape.why_not_fused(spec.make()) for spec in specs] if backend == "fused" else []
+            reasons = [shape.why_not_fused(spec.empty()) for spec in specs] if backend == "fused" else []
             note = note or next((r for r in reasons if r), "")
             if not any(reasons):
                 found[backend + text] = with_backend(shape, backend)
@@ -91,7 +91,8 @@ def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Sp
     for spec, count in specs.items():
         x = spec.make()
         with torch.no_grad():
-            reference = exact(x.double())
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # no search for the fastest float64 way
+                reference = exact(x.double())
             for name, side in sides.items():
                 for found, y in zip(side(x), reference, strict=True):
                     errors[name] = max(errors[name], _distance(found, y))
@@ -120,7 +121,7 @@ def race_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Spec
     sides: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {SEPARATE: lambda x: [m(x) for m in alone]}
     sides["two-op"] = MergedLinears(layers, "two-op")
     fused = MergedLinears(layers, "fused")
-    reasons = [fused.why_not_fused(spec.make()) for spec in specs]
+    reasons = [fused.why_not_fused(spec.empty()) for spec in specs]
     if not any(reasons):
         sides["fused"] = fused
     return _race(sides, lambda x: [m(x) for m in exact], specs, rounds, next((r for r in reasons if r), ""))

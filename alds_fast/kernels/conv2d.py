@@ -87,7 +87,7 @@ def conv_tiling(chunk: int, filters: int, dtype: torch.dtype, wide: bool) -> Til
     """Tiles by the padded ranks of a chunk and the padded number of filters; the largest tried of which none spills."""
     if dtype == torch.float32:
         cols = min(filters, 64)
-        if chunk <= 32:
+        if chunk <= 16 or (chunk == 32 and (wide or cols < 64)):
             return Tiling(32, 32, cols, 4 if wide and (chunk, cols) != (32, 16) else 8, 2)
         return Tiling(16, 32, cols, 8, 2) if cols == 64 else Tiling(32, 32 if wide else 16, cols, 8, 2)
     if not wide:

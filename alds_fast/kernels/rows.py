@@ -96,7 +96,7 @@ def _decode_rows_kernel(
 
 def encode_tiling(dtype: torch.dtype) -> Tiling:
     """Tiles of the encoder's "rows" kernel."""
-    return Tiling(16, 64, 16, 4, 2) if dtype == torch.float32 else Tiling(16, 128, 16, 4, 4)
+    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 4, 4)
 
 
 def decode_tiling(dtype: torch.dtype, wide: bool) -> Tiling:
