@@ -1,5 +1,6 @@
 """The main job on a real pretrained network: CREPE keeps its quality at half its parameters."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +35,11 @@ def test_half_of_crepe_keeps_its_quality_within_a_point(full):
 def test_demo_script_runs(tmp_path):
     """On the tiny network, to be quick; `make demo` runs the full one."""
     args = "--capacity", "tiny", "--tones", "64", "--rounds", "2", "--out", tmp_path / "out"
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "demo.py", *args], capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # deploy would time the interpreter
+    command = [sys.executable, EXAMPLES / "demo.py", *args]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "loaded model bit-equal to the saved one: True" in result.stdout and "CPU ms" in result.stdout
+    assert "loaded model bit-equal to the saved one: True" in result.stdout and "the same, deployed" in result.stdout
     assert (tmp_path / "out" / "spectra.png").stat().st_size > 10_000
 
 
