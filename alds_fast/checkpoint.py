@@ -21,6 +21,7 @@ from .errors import (
     PlanError,
 )
 from .layers import LowRankLayer
+from .merged import MergedLinears
 from .plan import Plan
 from .replace import low_rank_like, replace_layers
 from .tied import overlaps
@@ -48,6 +49,14 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return kept, aliases
 
 
+def _refuse_merged(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, MergedLinears):
+            raise ModelError(
+                f"{name!r}: merged layers cannot be saved; save the model that was given to deploy, and deploy's table"
+            )
+
+
 def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLayer))
     return {
@@ -67,6 +76,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
     target = target_file(path)
+    _refuse_merged(model)
     structure, plan = _structure(model), getattr(model, "alds_plan", None)
     if not structure and not isinstance(plan, Plan):
         raise ModelError("the model has no low-rank layer and no plan: it was not made by compress() or Plan.apply()")

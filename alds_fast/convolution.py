@@ -96,10 +96,11 @@ class LowRankConv(LowRankLayer):
         self._encode = _HalfConv(self, encoder, conv_groups * groups)
         self._decode = _HalfConv(self, decoder, conv_groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.backend == "fused":
-            raise BackendError(f"backend='fused' cannot run {self}: {self.why_not_fused(x)}; use 'two-op' or 'auto'")
-        return self._decode(self._encode(x, self.encoder, None), self.decoder, self.bias)
+            reason = self.why_not_fused(input)
+            raise BackendError(f"backend='fused' cannot run {self}: {reason}; use 'two-op' or 'auto'")
+        return self._decode(self._encode(input, self.encoder, None), self.decoder, self.bias)
 
     def why_not_fused(self, x: Tensor) -> str | None:
         return f"there is no kernel for {self.ndim}-d convolutions"
@@ -142,7 +143,8 @@ class LowRankConv2d(LowRankConv):
 
     ndim, _dense = 2, nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if self._two_op(x):
             return super().forward(x)
         pad = self._encode.pad or self._decode.pad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from .timings import write_text
 
 FORMAT = "alds_fast.deploy"
 VERSION = 1
+_SINGLE = re.compile(r"dense|(two-op|fused)(, groups=\d+, rank=\d+)?")
+_MERGED = re.compile(r"separate|two-op|fused")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class DeployRow:
         won: the candidate that was kept.
         note: why the fused kernel could not run, or why nothing was measured.
         source: "measured", "table" (taken over from an earlier one) or "forced".
+        members: names of the layers that are merged, empty for a single one.
     """
 
     name: str
@@ -44,6 +48,7 @@ class DeployRow:
     won: str
     note: str
     source: str
+    members: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -61,7 +66,7 @@ class DeployTable:
         environment: hardware, torch version and settings that the times hold for.
         model_ms: median milliseconds of one run of the whole model: "dense" (all low-rank layers recomposed), "two-op"
             (the model as it was given, as library calls) and "deployed".
-        kept: "deployed", or "dense" where the deployed model as a whole was not faster than the dense one.
+        kept: "deployed", or "two-op" or "dense" where the deployed model as a whole was slower than that.
     """
 
     rows: tuple[DeployRow, ...]
@@ -114,9 +119,15 @@ def _row(fields: Mapping[str, Any]) -> DeployRow:
     if not all(isinstance(v, str) for v in texts.values()):
         raise ValueError(f"not all texts: {texts}")
     times, errors = _times(fields["times_ms"]), {str(k): float(v) for k, v in fields["errors"].items()}
-    if times and texts["won"] not in times:
+    if texts["won"] not in times and (times or texts["won"] not in ("dense", "two-op", "fused")):
         raise ValueError(f"{texts['won']!r} won but was not timed")
-    return DeployRow(**texts, shape=tuple(int(n) for n in fields["shape"]), times_ms=times, errors=errors)
+    kinds = _MERGED if texts["kind"] == "merged" else _SINGLE
+    if bad := [name for name in times if not kinds.fullmatch(name)]:
+        raise ValueError(f"{bad[0]!r} is no way to run a {texts['kind']}")
+    members = tuple(str(name) for name in fields["members"])
+    return DeployRow(
+        **texts, members=members, shape=tuple(int(n) for n in fields["shape"]), times_ms=times, errors=errors
+    )
 
 
 def _cells(row: DeployRow) -> list[str]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,10 +23,16 @@ def counted_inputs(
 ) -> tuple[dict[str, dict[InputSpec, int]], int]:
     """:func:`alds_fast.measure.layer_inputs`, and the floating-point operations of that same run of the model.
 
-    (Recording keeps torch's transformer layers off their fused inference path, in which torch counts nothing.)
+    (torch's transformer layers and attention are kept off their fused inference paths, in which torch counts nothing.)
     """
-    with FlopCounterMode(display=False) as counter:
-        found = layer_inputs(model, example_inputs, names)
+    mha = torch.backends.mha
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            found = layer_inputs(model, example_inputs, names)
+    finally:
+        mha.set_fastpath_enabled(fast)
     return found, int(counter.get_total_flops())
 
 

@@ -73,8 +73,8 @@ def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Triple], known: R
     if not wanted:
         return
     x = spec.make()
-    calls = {"dense": partial(module, x)}
-    calls |= {str(t): partial(random_low_rank(module, *t), x) for t in wanted}
+    calls = {"dense": spec.caller(module, x)}
+    calls |= {str(t): spec.caller(random_low_rank(module, *t), x) for t in wanted}
     times = interleaved_ms(calls, spec.device, rounds=ROUNDS)
     for scheme, groups, rank in wanted:
         known.setdefault((scheme, groups), {})[rank] = median_ratio(times, str((scheme, groups, rank)), "dense")
@@ -141,7 +141,7 @@ class LayerTimes:
         self._time_dense(model, example_inputs, device)
 
     def _time_dense(self, model: nn.Module, example_inputs: Any, device: torch.device) -> None:
-        sides = {text: partial(module, spec.make()) for text, (module, spec, _) in self._sites.items()}
+        sides = {text: spec.caller(module, spec.make()) for text, (module, spec, _) in self._sites.items()}
         with inference(model):
             times = interleaved_ms({**sides, "": partial(call_model, model, example_inputs)}, device, rounds=ROUNDS)
         model_ns = median(times[""]) * NS_PER_MS

@@ -140,10 +140,10 @@ class LowRankLinear(LowRankLayer):
     ) -> None:
         super().__init__(WeightShape(out_features, in_features), scheme, groups, rank, bias, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._two_op(x):
-            return lowrank_linear_ref(x, self.encoder, self.decoder, self.bias, None, self.groups)
-        return lowrank_linear(x, self.encoder, self.decoder, self.bias, groups=self.groups, backend=self.backend)
+    def forward(self, input: Tensor) -> Tensor:
+        if self._two_op(input):
+            return lowrank_linear_ref(input, self.encoder, self.decoder, self.bias, None, self.groups)
+        return lowrank_linear(input, self.encoder, self.decoder, self.bias, groups=self.groups, backend=self.backend)
 
     def why_not_fused(self, x: Tensor) -> str | None:
         return why_not_fused_linear(x, self.encoder)

@@ -8,65 +8,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, LayerNotFoundError, ModelError
+from .input_spec import InputSpec
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MAX_CALLS = 100_000  # in one sample
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """The first tensor argument of a layer's call, without its values.
-
-    ``device`` is the text of a torch device; ``channels_last`` is True for a tensor of four or five dimensions whose
-    channels are innermost in memory. Other layouts (transposed views) are recorded as contiguous.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-    channels_last: bool
-
-    @classmethod
-    def of(cls, x: Tensor) -> InputSpec:
-        """The description of a tensor."""
-        wanted = _FORMATS.get(x.dim())
-        last = wanted is not None and not x.is_contiguous() and x.is_contiguous(memory_format=wanted)
-        return cls(tuple(x.shape), x.dtype, str(x.device), last)
-
-    def make(self, seed: int = 0) -> Tensor:
-        """A tensor like that, drawn from the standard normal distribution (whole numbers for an integer type)."""
-        generator = torch.Generator().manual_seed(seed)
-        kind = self.dtype if self.dtype.is_floating_point or self.dtype.is_complex else torch.float32
-        x = torch.randn(self.shape, generator=generator, dtype=kind).to(self.device, self.dtype)
-        return x.contiguous(memory_format=_FORMATS[x.dim()]) if self.channels_last else x
-
-    def empty(self) -> Tensor:
-        """A tensor of that shape, type and device whose values are not set."""
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return {**vars(self), "shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> InputSpec:
-        """Inverse of :meth:`to_dict`; ArgumentError for anything else."""
-        try:
-            dtype, shape = getattr(torch, fields["dtype"]), tuple(fields["shape"])
-            spec = cls(shape, dtype, str(torch.device(fields["device"])), fields["channels_last"])
-        except (TypeError, KeyError, AttributeError, RuntimeError) as e:
-            raise ArgumentError(f"not the description of an input: {fields!r} ({e!r})") from e
-        sizes = all(type(n) is int and n >= 0 for n in shape)
-        if not (sizes and isinstance(dtype, torch.dtype) and isinstance(spec.channels_last, bool)):
-            raise ArgumentError(f"not the description of an input: {fields!r}")
-        return spec
 
 
 def _check_example(example_inputs: Any) -> None:
@@ -107,6 +57,20 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """The model's buffers and torch's random state are put back at the end."""
+    saved = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    with torch.random.fork_rng(sorted({b.device.index or 0 for b in model.parameters() if b.is_cuda})):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, old in saved:
+                    if not torch.equal(buffer, old):
+                        buffer.copy_(old)
+
+
 def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
 
@@ -114,8 +78,8 @@ def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | No
 def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, dict[InputSpec, int]]:
     """Which inputs each named layer gets in one run of the model, and how often.
 
-    The model runs once as :func:`call_model` does, inside :func:`inference`; it is left exactly as it was. A layer
-    that is never called has an empty dict.
+    The model runs once as :func:`call_model` does, inside :func:`inference`; its flags, parameters and buffers are left
+    as they were. A layer that is never called has an empty dict.
 
     Raises:
         ArgumentError: ``example_inputs`` is nothing that can be passed on.
@@ -142,7 +106,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
 
     handles = [modules[n].register_forward_pre_hook(recorder(c), with_kwargs=True) for n, c in found.items()]
     try:
-        with inference(model):
+        with preserved(model), inference(model):
             call_model(model, example_inputs)
     except Exception as e:
         raise ModelError(
@@ -159,15 +123,18 @@ Call = Callable[[], object]
 
 def _captured(call: Call) -> Call:
     """The call as a CUDA graph; raises what the capture raises."""
-    side = torch.cuda.Stream()
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # the first calls may allocate and choose algorithms, which a capture must not
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream
     return graph.replay
 
 

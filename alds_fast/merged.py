@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError
 from .kernels.choose import why_not_fused_linears
-from .kernels.dispatch import lowrank_linears
+from .kernels.dispatch import lowrank_linear, lowrank_linears
 from .layers import LowRankLinear
-from .measure import call_model, inference
+from .measure import call_model, inference, preserved
 
 
 class MergedLinears(nn.Module):
@@ -39,7 +39,7 @@ class MergedLinears(nn.Module):
         for i, layer in enumerate(layers):
             self.register_parameter(f"bias{i}", copy.deepcopy(layer.bias))  # type: ignore[arg-type]
         self.backend = backend
-        self._last: tuple[Tensor, int, bool, dict[int, Tensor]] | None = None
+        self._last: tuple[Tensor, tuple, dict[int, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> list[Tensor]:
         biases = [getattr(self, f"bias{i}") for i in range(len(self.decoders))]
@@ -52,18 +52,29 @@ class MergedLinears(nn.Module):
     def part(self, x: Tensor, index: int) -> Tensor:
         """Output ``index``; all are computed when the first is asked for, and each is handed out once.
 
-        The others' outputs are used if they are asked for with the very same tensor, unchanged since (by its version
-        counter; tensors of ``torch.inference_mode`` and traced ones have none).
+        The others' outputs are used if they are asked for with the very same tensor and neither it nor the factors have
+        changed since (by their version counters). With gradients, under torch.compile and for tensors of
+        ``torch.inference_mode``, which have no version counters, every output is computed by itself.
         """
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-        grad, last = torch.is_grad_enabled(), self._last
-        if last is not None and last[0] is x and last[1:3] == (version, grad) and index in last[3]:
-            outputs = last[3]
-        else:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference() or self.encoder.is_inference():
+            return self._alone(x, index)
+        kind = x.device.type
+        state = (x._version, torch.is_autocast_enabled(kind), *(p._version for p in self.parameters()))
+        last = self._last
+        outputs = last[2] if last is not None and last[0] is x and last[1] == state else {}
+        y = outputs.pop(index, None)
+        if y is None:
             outputs = dict(enumerate(self(x)))
-        y = outputs.pop(index)
-        self._last = (x, version, grad, outputs) if outputs else None
+            y = outputs.pop(index)
+        self._last = (x, state, outputs) if outputs else None
         return y
+
+    def _alone(self, x: Tensor, index: int) -> Tensor:
+        begin = sum(d.shape[1] for d in self.decoders[:index])
+        decoder: Tensor = self.decoders[index]
+        encoder = self.encoder[begin : begin + decoder.shape[1]]
+        backend = "two-op" if self.backend == "two-op" else "fused-first" if "fused" in self.backend else "auto"
+        return lowrank_linear(x, encoder, decoder, getattr(self, f"bias{index}"), backend=backend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -80,8 +91,8 @@ class MergedPart(nn.Module):
         super().__init__()
         self.merged, self.index = merged, index
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.merged.part(x, self.index)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.merged.part(input, self.index)
 
     def extra_repr(self) -> str:
         return f"index={self.index}"
@@ -93,17 +104,20 @@ def shared_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -
     alive: list[Tensor] = []  # so that no identity is given out twice
 
     def recorder(seen: list[tuple[int, int]]) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                alive.append(args[0])
-                seen.append((id(args[0]), args[0]._version))
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
+                alive.append(x)
+                seen.append((id(x), 0 if x.is_inference() else x._version))
 
         return record
 
     modules: Mapping[str, nn.Module] = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(recorder(seen)) for name, seen in calls.items()]
+    handles = [
+        modules[name].register_forward_pre_hook(recorder(seen), with_kwargs=True) for name, seen in calls.items()
+    ]
     try:
-        with inference(model):
+        with preserved(model), inference(model):
             call_model(model, example_inputs)
     finally:
         for handle in handles:

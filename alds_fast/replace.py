@@ -66,8 +66,18 @@ def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
         result = copy.deepcopy(model, memo)
     except Exception as e:
         raise ModelError(f"the model cannot be deep-copied ({e}); the compressed model is built from a copy") from e
+    _return_to_fast_path(result)
     _leave_fast_path(result)
     return result
+
+
+def _return_to_fast_path(model: nn.Module) -> None:
+    """Undo :func:`_leave_fast_path`."""
+    for module in model.modules():
+        if hasattr(module, "alds_fast_path"):
+            encoder = isinstance(module, nn.TransformerEncoder)
+            flag = "use_nested_tensor" if encoder else "activation_relu_or_gelu"
+            vars(module)[flag] = vars(module).pop("alds_fast_path")
 
 
 def _leave_fast_path(model: nn.Module) -> None:
@@ -76,6 +86,8 @@ def _leave_fast_path(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(m, LowRankLayer) for m in module.children()
         ):
+            vars(module).setdefault("alds_fast_path", module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LowRankLayer) for m in module.modules()):
+            vars(module).setdefault("alds_fast_path", module.use_nested_tensor)
             module.use_nested_tensor = False

@@ -13,6 +13,7 @@ import alds_fast as alds
 from alds_fast import deployment, race
 from alds_fast.deploy_table import DeployTable
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
+from alds_fast.merged import MergedLinears, MergedPart
 from alds_fast.variants import regrouped, variants
 
 INTERPRETED = not torch.cuda.is_available()
@@ -35,8 +36,8 @@ def fake_timer(monkeypatch, cost):
     return asked
 
 
-def by_backend(dense, two_op, fused, deployed=1.0):
-    table = {"dense": dense, "two-op": two_op, "fused": fused, "deployed": deployed}
+def by_backend(dense, two_op, fused, deployed=0.9):
+    table = {"dense": dense, "two-op": two_op, "fused": fused, "deployed": deployed, "separate": two_op}
     return lambda name: table[name.split(",")[0]] * (1.5 if "," in name else 1.0)
 
 
@@ -59,7 +60,8 @@ def test_the_fastest_is_kept_and_ties_go_to_the_simpler(monkeypatch, times, won)
         expected = won if row.name not in grouped or won != "fused" else "two-op"
         assert row.won == expected, row
         module = fast.get_submodule(row.name)
-        assert isinstance(module, nn.Linear | nn.Conv2d) if row.won == "dense" else module.backend == row.won
+        backend = "fused-first" if row.won == "fused" else row.won
+        assert isinstance(module, nn.Linear | nn.Conv2d) if row.won == "dense" else module.backend == backend
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +75,7 @@ def test_reshaped_forms_can_win(monkeypatch):
 
 
 def test_a_model_that_is_slower_as_a_whole_stays_dense(monkeypatch):
-    fake_timer(monkeypatch, by_backend(3.0, 2.0, 4.0, deployed=3.1))
+    fake_timer(monkeypatch, by_backend(1.0, 1.5, 0.8, deployed=1.1))
     small, x = compressed(), images()
     fast, table = alds.deploy(small, x, report=True)
     assert table.kept == "dense" and not [m for m in fast.modules() if hasattr(m, "encoder")]
@@ -128,6 +130,12 @@ def test_forced(backend):
     fast, table = alds.deploy(small, x, backend=backend, rounds=1, report=True)
     assert all(row.won == backend and row.source == "forced" for row in table.rows)
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+def test_merged_layers_are_not_saved(tmp_path):
+    model = nn.Sequential(MergedPart(MergedLinears([alds.LowRankLinear(16, 8, 2)]), 0))
+    with pytest.raises(ModelError, match="merged layers cannot be saved"):
+        alds.save(model, tmp_path / "m.safetensors")
 
 
 def test_forced_fused_names_the_layer():
@@ -187,7 +195,14 @@ def test_bad_fields_of_a_table(tmp_path, monkeypatch):
     _, table = alds.deploy(compressed(), images(), report=True)
     table.save(tmp_path / "t.json")
     data = json.loads((tmp_path / "t.json").read_text())
-    for field, value in (("won", "magic"), ("times_ms", {"dense": -1}), ("name", 3), ("errors", 5)):
+    for field, value in (
+        ("won", "magic"),
+        ("won", "two-op, foo"),
+        ("times_ms", {"dense": -1}),
+        ("times_ms", {"magic": 1.0, "dense": 3.0}),
+        ("name", 3),
+        ("errors", 5),
+    ):
         bad = copy.deepcopy(data)
         bad["rows"][0][field] = value
         (tmp_path / "t.json").write_text(json.dumps(bad))
@@ -248,14 +263,140 @@ def test_a_deployed_model_trains_compiles_and_is_saved(tmp_path):
     assert all(p.grad is not None for p in fast.parameters())
 
 
-def test_hooks_are_kept(monkeypatch):
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("deployed", [0.9, 9.0])
+def test_hooks_are_kept(monkeypatch, order, deployed):
+    fake_timer(monkeypatch, by_backend(1.0, 2.0, 4.0, deployed))
+    layers, seen = [alds.LowRankLinear(16, 16, 2), alds.LowRankLinear(16, 16, 2)], []
+    layers[0].register_forward_hook(lambda *a: seen.append(1))
+    model, x = nn.Sequential(*(layers[i] for i in order)), torch.randn(4, 16)
+    fast, table = alds.deploy(model, x, report=True)
+    hooked = next(row for row in table.rows if row.name == str(order.index(0)))
+    assert "dense" not in hooked.times_ms
+    seen.clear()
+    fast(x)
+    assert seen == [1] and any(isinstance(m, nn.Linear) for m in fast)
+    with pytest.raises(BackendError, match="cannot replace it: it has hooks"):
+        alds.deploy(model, x, backend="dense")
+
+
+def test_subclasses_and_tied_factors_keep_their_form(monkeypatch):
+    class Doubled(alds.LowRankLinear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
     fake_timer(monkeypatch, by_backend(1.0, 2.0, 4.0))
-    model, seen = nn.Sequential(alds.LowRankLinear(16, 16, 2)), []
-    model[0].register_forward_hook(lambda *a: seen.append(1))
-    fast, table = alds.deploy(model, torch.randn(4, 16), report=True)
-    assert "dense" not in table.rows[0].times_ms
-    fast(torch.randn(4, 16))
-    assert seen
+    model, x = (
+        nn.Sequential(Doubled(16, 16, 2), alds.LowRankLinear(16, 16, 2), alds.LowRankLinear(16, 16, 2)),
+        torch.randn(4, 16),
+    )
+    model[2].encoder = model[1].encoder
+    fast = alds.deploy(model, x)
+    assert isinstance(fast[0], Doubled) and fast[1].encoder is fast[2].encoder
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
+    model, x = nn.Sequential(alds.LowRankLinear(32, 32, 2)), torch.randn(4, 32)
+    for dense, two_op, deployed, kept in (
+        (3.0, 2.0, 2.5, "two-op"),
+        (3.0, 2.0, 2.01, "deployed"),
+        (1.0, 2.0, 1.5, "dense"),
+    ):
+        whole = {"dense": dense, "two-op": two_op, "deployed": deployed}
+
+        def interleaved_ms(calls, device, *, rounds, whole=whole):
+            return {
+                name: [whole[name] if "deployed" in calls else {"two-op": 1.0}.get(name, 2.0)] * rounds
+                for name in calls
+            }
+
+        for module in (deployment, race):
+            monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
+        fast, table = alds.deploy(model, x, report=True)
+        assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
+
+
+def test_other_numbers_of_rows_run_after_a_fused_win(monkeypatch):
+    fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))
+    model = nn.Sequential(alds.LowRankLinear(700, 700, 520))
+    fast, table = alds.deploy(model, torch.randn(2, 700), report=True)
+    assert table.rows[0].won.startswith("fused") and fast[0].backend == "fused-first"
+    x = torch.randn(17, 700)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert fast.double()(x.double()).dtype == torch.float64
+
+
+def test_a_kernel_that_fails_is_left_out(monkeypatch):
+    fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))
+
+    def broken(*args):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr("alds_fast.kernels.ops.run_linear", broken)
+    _, table = alds.deploy(nn.Sequential(alds.LowRankLinear(32, 32, 4)), torch.randn(20, 32), report=True)
+    assert table.rows[0].won.startswith("two-op") and "shared memory" in table.rows[0].note
+
+
+def test_autocast_inside_the_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = alds.LowRankLinear(16, 16, 2), alds.LowRankLinear(16, 16, 2)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.b(self.a(x))
+
+    model, x = Model(), torch.randn(4, 16)
+    fast, table = alds.deploy(model, x, rounds=1, report=True)
+    assert fast(x).dtype == torch.bfloat16 and all('"autocast": "bfloat16"' in row.call for row in table.rows)
+
+
+def test_state_that_a_forward_changes_is_put_back():
+    class Counting(nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count += 1
+            return super().forward(x) + torch.rand(())
+
+    model, x = Counting(alds.LowRankLinear(16, 16, 2)), torch.randn(4, 16)
+    torch.manual_seed(7)
+    fast = alds.deploy(model, x, rounds=1)
+    assert model.count == 0 and fast.count == 0
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.parametrize("decorated", [True, False])
+def test_inference_mode(decorated):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = alds.LowRankLinear(16, 16, 2), alds.LowRankLinear(16, 16, 2)
+
+        def forward(self, x):
+            with torch.inference_mode(decorated):
+                return self.q(x) + self.k(x)
+
+    model, x = Model(), torch.randn(4, 16)
+    with torch.inference_mode(not decorated):
+        fast = alds.deploy(model, x, rounds=1)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_encoder_returns_to_its_fast_path():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    dense, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 16)
+    small = alds.compress(dense, params=0.8)
+    fast = alds.deploy(small, x, backend="dense", rounds=1)
+    assert fast.layers[0].activation_relu_or_gelu == dense.layers[0].activation_relu_or_gelu != 0
+    assert fast.use_nested_tensor == dense.use_nested_tensor
+    torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------- variants

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import alds_fast as alds
-from alds_fast.errors import BackendError
+from alds_fast.errors import ArgumentError, BackendError
 from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears
 from alds_fast.kernels.ops import lowrank_conv2d_op, lowrank_linear_op, lowrank_linears_op
 
@@ -202,6 +202,13 @@ def test_layers_that_have_no_kernel_say_so():
             layer(data)
         layer.backend = "two-op"
         assert layer(data).shape == layer.to_dense()(data).shape
+
+
+def test_layers_take_input_by_name_and_refuse_wrong_channels():
+    assert alds.LowRankLinear(16, 8, 2)(input=torch.ones(3, 16)).shape == (3, 8)
+    assert alds.LowRankConv2d(4, 8, 3, 2)(input=torch.ones(1, 4, 5, 5)).shape == (1, 8, 3, 3)
+    with pytest.raises(ArgumentError, match=r"x \(4, 2\) has 2 channels, expected 16"):
+        alds.LowRankLinear(16, 8, 2, groups=2)(torch.randn(4, 2))
 
 
 def test_deepcopy_and_state_dict_keep_working():

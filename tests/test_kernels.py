@@ -157,6 +157,21 @@ def test_non_contiguous_factors_and_residual():
     assert torch.equal(lowrank_linear(**twisted, backend="fused"), lowrank_linear(**case, backend="fused"))
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_strided_bias(rows):
+    case = linear_case(rows, 32, 1, 8, 24)
+    case["bias"] = random(48)[::2]
+    compare(lowrank_linear, case, {})
+    case["bias"] = random(1).expand(24)
+    compare(lowrank_linear, case, {})
+    image = conv_case(1, 8, (5, 5), 1, 3, 20, by_one(3, 3)) | {"bias": random(40)[::2]}
+    compare(lowrank_conv2d, image, {})
+    args = case["x"], case["encoder"], [case["decoder"]], [random(48)[::2]]
+    if rows <= 16:
+        found, plain = (lowrank_linears(*args, backend=b)[0] for b in ("fused", "two-op"))
+        torch.testing.assert_close(found, plain)
+
+
 def test_memory_format_does_not_change_a_bit():
     case = conv_case(2, 8, (5, 6), 2, 3, 20, by_one(3, 3))
     last = {k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in case.items()}
@@ -278,14 +293,52 @@ def test_auto_without_a_gpu_is_two_op():
 def test_auto_takes_the_measured_winner(monkeypatch):
     monkeypatch.setattr(choose, "_can_measure", lambda x: True)
     monkeypatch.setattr(choose, "_decisions", {})
-    case, times = linear_case(20, 16, 1, 4, 8), iter([1.0, 2.0, 5.0, 3.0])
+    case, times = linear_case(20, 16, 1, 4, 8), iter([2.0, 1.0, 3.0, 5.0])  # two calls are timed first
     monkeypatch.setattr(choose, "_time_ms", lambda call: next(times))
     assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]
     assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]  # not measured again
-    case = linear_case(21, 16, 1, 4, 8)
+    assert len(decisions()) == 1
+    case = linear_case(29, 16, 1, 4, 8)  # rounds up to 32 rows too
+    assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"] and len(decisions()) == 1
+    case = linear_case(40, 16, 1, 4, 8)
     assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
     first, second = decisions()
     assert (first["ran"], first["fused_ms"], first["two_op_ms"]) == ("fused", 1.0, 2.0) and second["ran"] == "two-op"
+
+
+def test_a_kernel_that_the_device_refuses_has_lost(monkeypatch):
+    monkeypatch.setattr(choose, "_can_measure", lambda x: True)
+    monkeypatch.setattr(choose, "_decisions", {})
+
+    def time_ms(call):
+        if "fused" in call.__qualname__:
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0
+
+    monkeypatch.setattr(choose, "_time_ms", time_ms)
+    case = linear_case(20, 16, 1, 4, 8)
+    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
+    assert decisions()[0]["ran"] == "two-op" and "shared memory" in decisions()[0]["note"]
+
+
+def test_fused_first_runs_two_calls_where_the_kernel_cannot():
+    case = linear_case(20, 16, 1, 4, 8)
+    assert ran(lambda: lowrank_linear(**case, backend="fused-first")) == ["alds_fast.lowrank_linear.default"]
+    large = linear_case(17, 16, 1, 520, 8)
+    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**large, backend="fused-first")))
+
+
+def test_forward_mode_and_functorch_do_not_meet_the_kernel():
+    case = linear_case(20, 16, 1, 4, 8, residual=False)
+    x, rest = case.pop("x"), case
+
+    def call(backend):
+        return torch.func.jvp(lambda a: lowrank_linear(a, **rest, backend=backend), (x,), (x,))[1]
+
+    torch.testing.assert_close(call("fused-first"), call("two-op"))
+    assert float(call("two-op").norm()) > 0
+    with pytest.raises(BackendError, match="forward-mode"):
+        call("fused")
 
 
 def test_fused_says_why_it_cannot_run(monkeypatch):
@@ -332,9 +385,10 @@ def _with(**changes):
         (_with(), {"groups": 4}, "groups=4 does not divide the 6 rows of encoder (6, 8)"),
         (_with(), {"groups": 0}, "groups=0 does not divide"),
         (_with(), {"activation": "tanh"}, "activation='tanh' is not None or one of relu, silu, gelu"),
-        (_with(), {"backend": "fast"}, "backend='fast' is not one of auto, fused, two-op"),
+        (_with(), {"backend": "fast"}, "backend='fast' is not one of auto, fused, fused-first, two-op"),
         (_with(encoder=torch.empty(6, 8, device="meta")), {}, "encoder is on meta, x on"),
         (_with(x=torch.tensor(1.0)), {}, "x has no dimensions"),
+        (_with(encoder=random(6, 0), x=random(4, 0)), {}, "must not be empty"),
     ],
 )
 def test_bad_input_of_linear(case, options, message):
@@ -376,6 +430,11 @@ def test_tf32_follows_torch():
         assert tiles.precision() == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the newer way to ask for it
+    try:
+        assert tiles.precision() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def test_the_layers_call_them():

@@ -9,12 +9,18 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .reference import ACTIVATIONS
 
-BACKENDS = ("auto", "fused", "two-op")
+BACKENDS = ("auto", "fused", "fused-first", "two-op")
 
 
 def sizes(t: Tensor) -> str:
     """The shape in round brackets."""
     return f"{tuple(t.shape)}"
+
+
+def check_rows(x: Tensor) -> None:
+    """x has at least one dimension."""
+    if x.dim() == 0:
+        raise ArgumentError("x has no dimensions, expected (..., channels)")
 
 
 def check_dims(dims: int, **tensors: Tensor) -> None:
@@ -46,6 +52,8 @@ def check_alike(x: Tensor, **tensors: Tensor | None) -> None:
 def check_factors(encoder: Tensor, decoder: Tensor, bias: Tensor | None, groups: int) -> None:
     """encoder (groups * rank, ...), decoder (f, groups * rank, ...) and bias (f,) fit each other."""
     q, f = encoder.shape[0], decoder.shape[0]
+    if not encoder.shape[1] or not f:
+        raise ArgumentError(f"encoder {sizes(encoder)} and decoder {sizes(decoder)} must not be empty")
     if not isinstance(groups, int) or groups < 1 or q % groups or q == 0:
         raise ArgumentError(f"groups={groups!r} does not divide the {q} rows of encoder {sizes(encoder)}")
     if decoder.shape[1] != q:

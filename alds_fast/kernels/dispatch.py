@@ -1,7 +1,8 @@
 """Low-rank linear layers and 2-d convolutions, by the fused kernel or by two library calls.
 
 ``backend="two-op"`` runs two library calls on any device. ``backend="fused"`` runs one Triton kernel and raises
-BackendError where it cannot. ``backend="auto"`` runs the faster of the two as measured: on a CUDA device, outside
+BackendError where it cannot; "fused-first", which :func:`alds_fast.deploy` sets where it measured the kernel to be
+fastest, runs two calls there. ``backend="auto"`` runs the faster of the two as measured: on a CUDA device, outside
 torch.compile, graph capture and training, the first call of every combination of shapes times both (some
 milliseconds) and later calls take the winner; :func:`decisions` shows what was found. Everywhere else it is two-op;
 :func:`alds_fast.deploy` measures for those cases too.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .checks import check_alike, check_dims, check_factors, check_input, check_options, pair, sizes
+from .checks import check_alike, check_dims, check_factors, check_input, check_options, check_rows, pair, sizes
 from .choose import HAS_TRITON, autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
 from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
 
@@ -66,8 +67,7 @@ def lowrank_linear(
     check_options(activation, backend)
     x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
     check_dims(2, encoder=encoder, decoder=decoder)
-    if x.dim() == 0:
-        raise ArgumentError("x has no dimensions, expected (..., channels)")
+    check_rows(x)
     check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
     check_factors(encoder, decoder, bias, groups)
     check_input(x, -1, encoder, groups, residual, (*x.shape[:-1], decoder.shape[0]))
@@ -181,6 +181,7 @@ def lowrank_linears(
     check_options(None, backend)
     x, encoder, *rest = tensors = autocast(x, encoder, *decoders, *biases)
     decoders, biases = rest[:count], rest[count:]
+    check_rows(x)
     check_dims(2, encoder=encoder, **{f"decoders[{i}]": d for i, d in enumerate(decoders)})
     ranks = [d.shape[1] for d in decoders]
     if len(biases) != count or count == 0 or sum(ranks) != encoder.shape[0]:

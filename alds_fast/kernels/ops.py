@@ -48,7 +48,7 @@ def lowrank_linear_op(
     """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_linear`, checked there."""
     y = x.new_empty((*x.shape[:-1], decoder.shape[0]))
     if y.numel():
-        extra = None if residual is None else residual.contiguous()
+        extra, bias = (None if t is None else t.contiguous() for t in (residual, bias))
         with _on(x):
             run_linear(_rows_of(x), encoder, decoder, bias, extra, groups, activation, y.view(-1, decoder.shape[0]))
     return y
@@ -118,7 +118,7 @@ def lowrank_linears_op(
 ) -> list[Tensor]:
     """Up to three layers with one encoder launch; ``biases`` holds those of the layers with ``has_bias``."""
     ys = [x.new_empty((*x.shape[:-1], d.shape[0])) for d in decoders]
-    rest = iter(biases)
+    rest = iter([b.contiguous() for b in biases])
     if x.numel():
         with _on(x):
             run_merged(_rows_of(x), encoder, decoders, [next(rest) if b else None for b in has_bias],
@@ -189,6 +189,7 @@ def lowrank_conv2d_op(
 ) -> Tensor:
     """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_conv2d`, checked there."""
     y = _empty_output(x, encoder, decoder, stride, padding, dilation)
+    bias = None if bias is None else bias.contiguous()
     if y.numel():
         with _on(x):
             run_conv2d(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation, y)

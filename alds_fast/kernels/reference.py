@@ -51,6 +51,8 @@ def encode_linear(x: Tensor, encoder: Tensor, groups: int) -> Tensor:
     """blockdiag(encoder) @ x: x (..., c), encoder (groups * rank, c / groups) to (..., groups * rank)."""
     if groups == 1:
         return F.linear(x, encoder)
+    if x.shape[-1] != groups * encoder.shape[1]:
+        raise ArgumentError(f"x {tuple(x.shape)} has {x.shape[-1]} channels, expected {groups * encoder.shape[1]}")
     blocks = encoder.unflatten(0, (groups, -1))
     return torch.einsum("...gc,grc->...gr", x.unflatten(-1, (groups, -1)), blocks).flatten(-2)
 

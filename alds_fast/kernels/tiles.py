@@ -30,8 +30,8 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 def precision() -> str:
-    """How float32 products are computed, by ``torch.set_float32_matmul_precision``: "ieee" (default) or "tf32"."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 products are computed: "tf32" where ``torch.backends.cuda.matmul`` asks for it, else "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def addresses(*tensors: Tensor) -> list[int]:
