@@ -120,11 +120,12 @@ def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Sp
                     errors[name] = max(errors[name], _distance(found, y))
         for name, ms in interleaved_ms(calls, spec.device, rounds=rounds).items():
             times[name] = [total + count * one for total, one in zip(times[name], ms, strict=True)]
-    won = next(iter(times))
-    for name in times:
-        if median_ratio(times, name, won) < TIE:
+    first = won = next(iter(times))
+    typical = {name: median(times[first]) * median_ratio(times, name, first) for name in times}  # drift cancels
+    for name, ms in typical.items():
+        if ms < TIE * typical[won]:
             won = name
-    return Result({name: median(ms) for name, ms in times.items()}, errors, won, note)
+    return Result(typical, errors, won, note)
 
 
 def race(layer: LowRankLayer, specs: Specs, rounds: int, plain: bool) -> Result:
