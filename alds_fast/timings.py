@@ -87,7 +87,10 @@ class Timings:
         """Write atomically, together with what other processes have written meanwhile."""
         if self.path is None:
             return
-        for call, ratios in self._read().items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with the file was said when it was first read
+            written = self._read()
+        for call, ratios in written.items():
             for curve, known in ratios.items():
                 self.of(call)[curve] = known | self.of(call).get(curve, {})
         rows = {call: [[*curve, *pair] for curve, known in ratios.items() for pair in known.items()]
