@@ -176,7 +176,7 @@ def deploy(
     call for two or three of them. The fastest is kept; one that is less than 2 % faster than a simpler one is not. At
     last the whole deployed model is timed against the dense one and the one given, and the fastest is returned. Layers
     with hooks, a forward of their own or shared factors keep their form. ``model`` is not changed (its buffers and
-    torch's random state are put back after the runs that it takes).
+    torch's random state are put back after the runs that it takes); three more copies of it are in memory meanwhile.
 
     Args:
         model: a model with low-rank layers, on the device and in the type that it will run with.
