@@ -61,10 +61,10 @@ def _lowrank_linear_kernel(
 def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool) -> Tiling:
     """Tiles by the padded number of hidden values; the largest tried of which none spills."""
     if dtype == torch.float32:
-        if hidden <= 64 or (wide and hidden <= 128):
+        if wide and hidden <= 128:
             return Tiling(32, 32, 32, 4, 2)
-        if hidden <= 256:
-            return Tiling(32, 32 if wide or hidden <= 128 else 16, 32, 8, 2)
+        if hidden <= 128 or (hidden <= 256 and not wide):
+            return Tiling(32, 32 if hidden <= 128 else 16, 32, 8, 2)
         return Tiling(16, 32, 32, 8, 2) if wide else Tiling(16, 16, 16, 8, 1)
     if hidden <= 256:
         rows = (128 if hidden <= 128 else 64) if wide else (64 if hidden <= 64 else 32)
