@@ -122,8 +122,8 @@ def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Sp
             times[name] = [total + count * one for total, one in zip(times[name], ms, strict=True)]
     first = won = next(iter(times))
     typical = {name: median(times[first]) * median_ratio(times, name, first) for name in times}  # drift cancels
-    for name, ms in typical.items():
-        if ms < TIE * typical[won]:
+    for name in typical:
+        if typical[name] < TIE * typical[won]:
             won = name
     return Result(typical, errors, won, note)
 
