@@ -100,7 +100,9 @@ class DeployTable:
             if (data["format"], data["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"it is {data['format']!r} version {data['version']!r}")
             rows = tuple(_row(fields) for fields in data["rows"])
-            return cls(rows, dict(data["environment"]), _times(data["model_ms"]), str(data["kept"]))
+            if data["kept"] not in ("dense", "two-op", "deployed"):
+                raise ValueError(f"kept is {data['kept']!r}")
+            return cls(rows, dict(data["environment"]), _times(data["model_ms"]), data["kept"])
         except FileNotFoundError as e:
             raise MissingFileError(f"{os.fspath(path)!r} does not exist") from e
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

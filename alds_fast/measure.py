@@ -60,14 +60,15 @@ def inference(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """The model's buffers and torch's random state are put back at the end."""
-    saved = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    buffers = [b for b in model.buffers() if not b.is_meta and b.layout == torch.strided]
+    saved = [(b, b._version, b.detach().clone()) for b in buffers if not b.is_inference()]
     with torch.random.fork_rng(sorted({b.device.index or 0 for b in model.parameters() if b.is_cuda})):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, old in saved:
-                    if not torch.equal(buffer, old):
+                for buffer, version, old in saved:
+                    if buffer._version != version:
                         buffer.copy_(old)
 
 

@@ -53,13 +53,18 @@ class MergedLinears(nn.Module):
         """Output ``index``; all are computed when the first is asked for, and each is handed out once.
 
         The others' outputs are used if they are asked for with the very same tensor and neither it nor the factors have
-        changed since (by their version counters). With gradients, under torch.compile and for tensors of
-        ``torch.inference_mode``, which have no version counters, every output is computed by itself.
+        changed since (by their version counters, which a change through ``.data`` or numpy does not move). With
+        gradients, under torch.compile and for tensors of ``torch.inference_mode``, which have no version counters, every
+        output is computed by itself.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference() or self.encoder.is_inference():
             return self._alone(x, index)
         kind = x.device.type
-        state = (x._version, torch.is_autocast_enabled(kind), *(p._version for p in self.parameters()))
+        state = (
+            x._version,
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            *(p._version for p in self.parameters()),
+        )
         last = self._last
         outputs = last[2] if last is not None and last[0] is x and last[1] == state else {}
         y = outputs.pop(index, None)
@@ -70,8 +75,8 @@ class MergedLinears(nn.Module):
         return y
 
     def _alone(self, x: Tensor, index: int) -> Tensor:
-        begin = sum(d.shape[1] for d in self.decoders[:index])
-        decoder: Tensor = self.decoders[index]
+        decoders = list(self.decoders)
+        begin, decoder = sum(d.shape[1] for d in decoders[:index]), decoders[index]
         encoder = self.encoder[begin : begin + decoder.shape[1]]
         backend = "two-op" if self.backend == "two-op" else "fused-first" if "fused" in self.backend else "auto"
         return lowrank_linear(x, encoder, decoder, getattr(self, f"bias{index}"), backend=backend)

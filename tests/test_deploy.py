@@ -372,6 +372,13 @@ def test_state_that_a_forward_changes_is_put_back():
     assert torch.equal(drawn, torch.rand(3))
 
 
+@pytest.mark.parametrize("buffer", [torch.eye(16).to_sparse(), torch.full((1,), float("nan")).expand(4)])
+def test_unusual_buffers(buffer):
+    model = nn.Sequential(alds.LowRankLinear(16, 16, 2))
+    model.register_buffer("odd", buffer)
+    assert isinstance(alds.deploy(model, torch.randn(4, 16), rounds=1), nn.Sequential)
+
+
 @pytest.mark.parametrize("decorated", [True, False])
 def test_inference_mode(decorated):
     class Model(nn.Module):

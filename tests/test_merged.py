@@ -69,6 +69,8 @@ def test_factors_changed_in_between_are_noticed():
         new.q(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert new.v(x).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.float16):
+            assert new.k(x).dtype == torch.float16
 
 
 def test_backward_through_one_part_after_the_other():
@@ -113,6 +115,7 @@ def test_merged_layers_compile_and_copy():
     compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     new.q(x)
+    torch.testing.assert_close(torch.export.export(new, (x,)).module()(x), model(x), rtol=1e-5, atol=1e-5)
     again = copy.deepcopy(new)
     assert again.q.merged is again.k.merged and again.q.merged._last is None
     again.load_state_dict(new.state_dict())
