@@ -54,7 +54,7 @@ class MergedLinears(nn.Module):
 
         The others' outputs are used if they are asked for with the very same tensor and neither it nor the factors have
         changed since (by their version counters, which a change through ``.data`` or numpy does not move). With
-        gradients, under torch.compile and for tensors of ``torch.inference_mode``, which have no version counters, every
+        gradients, under torch.compile and for tensors of ``torch.inference_mode``, which have no such counters, every
         output is computed by itself.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference() or self.encoder.is_inference():

@@ -114,6 +114,7 @@ def split(channels: int, tiles: int, reduction: int) -> tuple[int, int]:
 
 def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
           residual: Tensor | None, groups: int, activation: str | None, ys: Sequence[Tensor]) -> None:  # fmt: skip
+    """Fill ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``."""
     m, q, c_group = x.shape[0], encoder.shape[0], x.shape[1] // groups
     t, count = encode_tiling(x.dtype), len(decoders)
     rank_tiles = triton.cdiv(q // groups, t.cols)
