@@ -26,7 +26,7 @@ from .timings import environment
 BACKENDS = ("dense", "two-op", "fused")
 Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
 MERGED = "merged"  # kind of a row that stands for several layers
-MAX_MERGED = 3
+MAX_MERGED = 3  # layers with one encoder call; no more than kernels.rows takes
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -129,7 +129,7 @@ def _built(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[
 
 
 def _best(times: Mapping[str, Sequence[float]]) -> str:
-    """ "deployed", unless the two calls everywhere are more than 2 % faster or the dense model is not slower."""
+    """The deployed model, unless two calls everywhere are more than 2 % faster or the dense model is not slower."""
     best = "deployed" if median_ratio(times, "two-op", "deployed") >= TIE else "two-op"
     return "dense" if median_ratio(times, best, "dense") >= 1 else best
 

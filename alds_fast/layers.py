@@ -40,7 +40,7 @@ class LowRankLayer(nn.Module):
         bias: parameter (out_channels,) or None.
         weight_shape: the dense weight that they replace.
         scheme, groups, rank: the fold, the number of channel slices and the rank of each.
-        backend: "auto", "fused" or "two-op", see :mod:`alds_fast.kernels.dispatch`; :func:`alds_fast.deploy` sets it.
+        backend: "auto", "fused", "fused-first" or "two-op", see :mod:`alds_fast.kernels.dispatch`; deploy sets it.
     """
 
     bias: Tensor | None

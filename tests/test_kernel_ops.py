@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_kernels import DEVICE, by_one, conv_case, linear_case, one_by, random
+from test_kernels import DEVICE, by_one, conv_case, linear_case, one_by, ran, random
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -187,6 +187,14 @@ def test_layers_equal_their_dense_form(scheme, mode):
     layer.backend, x = "fused", random(2, 8, 7, 6)
     torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=1e-4, atol=1e-5)  # without a batch dimension
+
+
+@pytest.mark.parametrize("backend", ["fused", "fused-first"])
+def test_uneven_padding_reaches_the_kernel(backend):
+    """What deploy measured as fused runs fused."""
+    layer = alds.LowRankConv2d(8, 12, (3, 2), 3, scheme=3, padding="same").to(DEVICE)
+    layer.backend, x = backend, random(2, 8, 7, 6)
+    assert ran(lambda: layer(x)).count("alds_fast.lowrank_conv2d.default") == 1
 
 
 def test_layers_that_have_no_kernel_say_so():
