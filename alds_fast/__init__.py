@@ -15,8 +15,9 @@ except ImportError as e:
         "(choose the CPU or CUDA build for your machine)"
     ) from e
 
-from .analysis import Analysis, analyze, compress
+from .analysis import Analysis, analyze
 from .checkpoint import load, save
+from .compression import compress
 from .convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .deploy_table import DeployTable
 from .deployment import deploy

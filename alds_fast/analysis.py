@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from .bounds import CRITERIA
 from .candidates import Candidates, candidates
+from .collector import Moments
 from .costs import dense_reason, params_table, solve_error, solve_heuristic
+from .data_criteria import MAX_DATA_GROUPS, Basis, Errors, layer_errors, resolved_criterion, resolved_norm
 from .discover import Layer, check_weight, count_params, find_layers
-from .errors import ArgumentError
-from .factorize import Choice
 from .folding import SCHEMES
-from .options import Groups, check_groups, check_plan_options, check_schemes
+from .moments import Sensitivity, collect_moments
+from .options import Groups, check_groups, check_importance, check_plan_options, check_schemes
 from .plan import LayerPlan, Plan
+from .planned import planned_row
 from .refine import Outcome, Problem, solve_shares
-from .rows import params_of
 from .spectra import LayerSpectra, candidate_groups, layer_spectra
 from .text import shape_text, table
 
@@ -34,12 +34,17 @@ class Analysis:
         spectra: by layer name, for those that are not.
         params: parameters of the model, shared ones once.
         model: the model itself, which budgets on operations and latency run.
+        moments: by layer name, what the layers called with ``data`` see; empty without.
+        max_groups: most channel slices tried by criteria that use them, None for no limit.
     """
 
     layers: tuple[Layer, ...]
     spectra: dict[str, LayerSpectra]
     params: int
     model: nn.Module = field(repr=False, compare=False)
+    moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
+    max_groups: int | None = None
+    _errors: dict[tuple[str, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
         self,
@@ -49,10 +54,12 @@ class Analysis:
         latency: float | None = None,
         error: float | None = None,
         example_inputs: Any = None,
-        criterion: str = "frobenius",
-        p: float = math.inf,
+        criterion: str | None = None,
+        p: float | None = None,
         method: str = "alds",
         align: int = 1,
+        bias_correction: bool = True,
+        importance: Mapping[str, float] | None = None,
         cache: str | os.PathLike[str] | bool | None = None,
     ) -> Plan:
         """Choose (scheme, groups, rank), or dense, for every layer.
@@ -68,12 +75,18 @@ class Analysis:
             error: largest relative error allowed, >= 0; the fewest parameters within it. Alone.
             example_inputs: what the model is run with for flops= and latency=: a tensor, a tuple or list of
                 positional arguments, or a dict of keyword arguments.
-            criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference"; see
-                :mod:`alds_fast.bounds`.
+            criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference", see
+                :mod:`alds_fast.bounds`; with data "output" (exact error of the layer's output on the data, relative to
+                that output), "output-bound" (an upper bound of it) or, with gradients, "sensitivity" (what that error
+                does to the network's output, to first order), see :mod:`alds_fast.weighted`. None for the best that
+                the analysis allows: "sensitivity", "output", "frobenius".
             p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
                 exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
+                None for 2 with "sensitivity" under one budget, whose squares add up, and inf otherwise.
             method: "alds" (exact) or "alds-heuristic" (the paper's alternating search, for comparison).
             align: ranks are multiples of it.
+            bias_correction: with data, a layer's bias takes up the mean of its error, where it has one of its own.
+            importance: by layer name, factors >= 0 of the errors; 1 for those not named.
             cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
                 ``~/.cache/alds_fast``, False for none.
 
@@ -86,10 +99,13 @@ class Analysis:
             ModelError: the model does not run with the example inputs.
         """
         shares = {"params": params, "flops": flops, "latency": latency}
-        options = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
+        basis = Basis(resolved_criterion(criterion, self.moments), self.moments, bool(bias_correction))
+        p = resolved_norm(p, basis.criterion, shares, method)
+        options = {"criterion": basis.criterion, "p": p, "method": method, "align": align, "cache": cache}
+        options |= {"bias_correction": bias_correction, "importance": importance}
         check_plan_options(shares, error, example_inputs, **options)
         layers = [layer for layer in self.layers if layer.name in self.spectra]
-        choices = [candidates(self.spectra[layer.name], CRITERIA[criterion], align) for layer in layers]
+        choices = self._choices(layers, basis, align, check_importance(importance, self.spectra))
         if error is not None:
             by_params = params_table(choices, self.params, 1.0)
             outcome = Outcome(choices, solve_error(choices, float(error)), [by_params])
@@ -102,11 +118,25 @@ class Analysis:
         picks = zip(outcome.choices, outcome.solution.found, strict=True)
         chosen = {layer.name: (*pick, dense_reason(outcome.tables, i))
                   for i, (layer, pick) in enumerate(zip(layers, picks, strict=True))}  # fmt: skip
-        rows = tuple(_row(layer, chosen.get(layer.name), align) for layer in self.layers)
+        rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         gap, latency_report, spectra = outcome.solution.gap, outcome.latency, self._chosen_spectra(rows)
-        made = criterion, method, float(p), int(align), gap, latency_report
-        return Plan(rows, self.params, budget, *made, spectra)
+        made = basis.criterion, method, float(p), int(align), gap, latency_report
+        return Plan(rows, self.params, budget, *made, basis.used and basis.bias_correction, spectra, basis)
+
+    def _choices(
+        self, layers: Sequence[Layer], basis: Basis, align: int, importance: Mapping[str, float]
+    ) -> list[Candidates]:
+        """Every choice of the layers; their errors are kept for the next plan."""
+        key = basis.criterion, basis.bias_correction
+        if key not in self._errors:
+            self._errors[key] = [layer_errors(self.spectra[layer.name], basis, self.max_groups) for layer in layers]
+        found = []
+        for layer, errors in zip(layers, self._errors[key], strict=True):
+            assert layer.shape is not None
+            weight = importance.get(layer.name, 1.0)
+            found.append(candidates(layer.shape, {k: weight * e for k, e in errors.items()}, align))
+        return found
 
     def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
         return {
@@ -128,26 +158,6 @@ class Analysis:
         return table(headers, rows, left=(0, 1, 5)) + "\n" + total
 
 
-def _row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int) -> LayerPlan:
-    groups = layer.shape.conv_groups if layer.shape else 1
-    row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
-    row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
-    row |= {"params_before": layer.params, "params_after": layer.params, "reason": layer.reason}
-    if pick is None:
-        return LayerPlan(**row)
-    choices, candidate, reason = pick
-    chosen = choices.choice(candidate)
-    if chosen is None:
-        multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
-        none = f"no factorisation{multiples} is smaller"
-        return LayerPlan(**{**row, "reason": reason if choices.curves else none})
-    scheme, groups, rank = chosen
-    assert layer.shape is not None
-    row |= {"scheme": scheme, "groups": groups, "rank": rank, "error": float(choices.errors[candidate])}
-    row["params_after"] += params_of(Choice(layer.name, layer.shape, *chosen)) - layer.shape.numel
-    return LayerPlan(**row)
-
-
 def analyze(
     model: nn.Module,
     *,
@@ -155,6 +165,10 @@ def analyze(
     groups: Groups = "divisors",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    data: Iterable[Any] | None = None,
+    sensitivity: Sensitivity = False,
+    mask: str | None = "attention_mask",
+    moment_order: int = 4096,
 ) -> Analysis:
     """Spectra of every layer under every fold and number of channel slices; the model is not changed.
 
@@ -164,6 +178,13 @@ def analyze(
         schemes: the folds to try, see :mod:`alds_fast.folding`.
         groups: numbers of channel slices to try: "divisors" for all divisors of a layer's channels, or a sequence.
         include, exclude: shell-style patterns of layer names, one or several.
+        data: batches of the model's inputs, each a tensor, a tuple of positional or a mapping of keyword arguments;
+            the moments of the layers' inputs are collected on them, see :func:`alds_fast.moments.collect_moments`.
+        sensitivity: with data, also collect gradients: True for those of the model's first output, or a function of
+            (output, batch) that returns the tensor whose squared error matters, or a loss.
+        mask: name of the keyword argument that is false at padded tokens, which do not count.
+        moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
+            which allows the encode fold with one slice only.
 
     Raises:
         WeightError: a layer has NaN or infinite weights, or none at all (meta device).
@@ -176,7 +197,19 @@ def analyze(
     >>> plan.params <= 0.5 * analysis.params
     True
     """
-    return analyze_with_progress(model, schemes, groups, include, exclude, lambda layers: lambda n: None)
+    spectra = analyze_with_progress(model, schemes, groups, include, exclude, lambda layers: lambda n: None)
+    if data is None:
+        return spectra
+    return with_data(spectra, data, sensitivity, mask, moment_order, MAX_DATA_GROUPS if groups == "divisors" else None)
+
+
+def with_data(
+    analysis: Analysis, data: Iterable[Any], sensitivity: Sensitivity, mask: str | None, order: int, limit: int | None
+) -> Analysis:
+    """The analysis with moments collected on ``data``; no more than ``limit`` slices are tried with them."""
+    layers = [layer for layer in analysis.layers if layer.name in analysis.spectra]
+    found = collect_moments(analysis.model, data, layers, sensitivity=sensitivity, mask=mask, order=order)
+    return dataclasses.replace(analysis, moments=found, max_groups=limit, _errors={})
 
 
 def analyze_with_progress(
@@ -204,38 +237,3 @@ def _without_groups(layer: Layer, groups: Groups) -> Layer:
     return Layer(
         **{**vars(layer), "reason": f"none of groups={groups} divides its {layer.shape.slice_channels} channels"}
     )
-
-
-_ANALYSIS_OPTIONS = {"schemes", "groups", "include", "exclude"}
-_PLAN_OPTIONS = {"criterion", "p", "method", "align", "cache"}
-
-
-def compress(
-    model: nn.Module,
-    *,
-    params: float | None = None,
-    flops: float | None = None,
-    latency: float | None = None,
-    error: float | None = None,
-    example_inputs: Any = None,
-    **options: Any,
-) -> nn.Module:
-    """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
-
-    ``options`` are those of :func:`analyze` (schemes, groups, include, exclude) and of :meth:`Analysis.plan`
-    (criterion, p, method, align, cache). Raises what these raise, and ArgumentError for an unknown option.
-
-    >>> import torch
-    >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
-    LowRankLinear(in_features=64, out_features=64, scheme=0, groups=1, rank=15)
-    """
-    unknown = sorted(set(options) - _ANALYSIS_OPTIONS - _PLAN_OPTIONS)
-    if unknown:
-        known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
-        raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
-    planning = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
-    shares = {"params": params, "flops": flops, "latency": latency}
-    check_plan_options(shares, error, example_inputs, **planning)  # before the work
-    analysis = analyze(model, **{k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS})
-    budgets = {**shares, "error": error, "example_inputs": example_inputs}
-    return analysis.plan(**{**budgets, **planning}).apply(model)

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from .allocate import Floats, Front, Ints, pareto_front
-from .bounds import Criterion
-from .folding import params_per_rank
-from .spectra import LayerSpectra
+from .folding import WeightShape, params_per_rank
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Ranks align, 2 align, ... of one (scheme, groups): ``costs`` ascending, ``errors`` non-increasing."""
+    """Ranks align, 2 align, ... of one (scheme, groups): ``costs`` ascending; ``errors`` by rank."""
 
     scheme: int
     groups: int
@@ -73,14 +72,15 @@ class Candidates:
         return c.scheme, c.groups, c.align * (candidate - int(self.starts[curve]) + 1)
 
 
-def candidates(spectra: LayerSpectra, criterion: Criterion, align: int) -> Candidates:
-    """All choices of a layer that are smaller than dense, with ranks that are multiples of ``align``, and dense."""
-    shape = spectra.layer.shape
-    assert shape is not None
+def candidates(shape: WeightShape, by_fold: Mapping[tuple[int, int], Tensor], align: int) -> Candidates:
+    """All choices of a layer that are smaller than dense, with ranks that are multiples of ``align``, and dense.
+
+    ``by_fold[scheme, groups]`` holds the errors of ranks 0, 1, ...
+    """
     curves = []
-    for scheme, groups in spectra.values:
+    for (scheme, groups), values in by_fold.items():
         per_rank = params_per_rank(shape, scheme, groups)
-        errors = spectra.errors(scheme, groups, criterion).numpy()
+        errors = values.numpy()
         ranks = np.arange(align, min(len(errors) - 1, (shape.numel - 1) // per_rank) + 1, align, dtype=np.int64)
         if len(ranks):
             curves.append(Curve(scheme, groups, align, ranks * per_rank, errors[ranks]))

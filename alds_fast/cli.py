@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import time
@@ -26,13 +25,12 @@ from safetensors.torch import load_model
 from torch import nn
 
 from .analysis import Analysis, analyze_with_progress
-from .bounds import CRITERIA
 from .checkpoint import save
 from .container import read_header
 from .discover import Layer
 from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError, ModelError
 from .folding import SCHEMES
-from .options import METHODS, check_schemes
+from .options import ALL_CRITERIA, METHODS, check_schemes
 from .plan import Plan
 from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
@@ -186,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
     compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
     compress.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
-    compress.add_argument("--criterion", choices=list(CRITERIA), default="frobenius")
-    compress.add_argument("--p", type=float, default=math.inf, help="norm over the layers, 1..inf (default inf)")
+    compress.add_argument("--criterion", choices=ALL_CRITERIA, default=None)
+    compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default inf)")
     compress.add_argument("--method", choices=METHODS, default="alds")
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")

@@ -25,7 +25,8 @@ class Layer:
     """A module with a weight of two or more dimensions, under its first name in the model.
 
     ``shape`` is None unless it is a Linear or Conv1d/2d/3d; ``reason`` says in words why it is left out, None if it
-    is not; ``params`` counts its own parameters (weight and bias).
+    is not; ``params`` counts its own parameters (weight and bias); ``own_bias`` is true for a bias that it shares with
+    no other module.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Layer:
     params: int
     reason: str | None
     module: nn.Module = field(repr=False, compare=False)
+    own_bias: bool = False
 
 
 def count_params(model: nn.Module) -> int:
@@ -152,7 +154,9 @@ def find_layers(
         shape = weight_shape(module) if ready else None
         sizes = tuple(weight.shape) if ready else ()
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
-        layers.append(Layer(name, type(module).__name__, sizes, shape, params, reason(name, module, weight), module))
+        own = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
+        why = reason(name, module, weight)
+        layers.append(Layer(name, type(module).__name__, sizes, shape, params, why, module, own))
     return layers
 
 

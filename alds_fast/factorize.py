@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from .folding import WeightShape, factors_to_weights
 from .layers import LowRankLayer
 from .replace import low_rank_like, replace_layers
 from .spectra import FoldRoom, batches, place
+from .weighted import Weighting
+from .weighted_factors import factors as weighted_factors
 
 
 class Choice(NamedTuple):
@@ -32,14 +35,16 @@ class Choice(NamedTuple):
 class FactorReport:
     """How one layer's factors were computed.
 
-    ``method``: "randomized" (certificate met), "exact" (chosen, a sketch would cost more) or "exact-fallback" (some
-    slice's sketch did not meet its certificate); ``iterations``: most power iterations over the slices; ``error``:
-    ||W - W_hat||_F / ||W||_F before rounding to the weight's type.
+    ``method``: "randomized" (certificate met), "exact" (chosen, a sketch would cost more), "exact-fallback" (some
+    slice's sketch did not meet its certificate) or "weighted" (by the data's moments); ``iterations``: most power
+    iterations over the slices; ``error``: ||W - W_hat||_F / ||W||_F before rounding to the weight's type;
+    ``data_error``: the relative error reached on the data, NaN without.
     """
 
     method: str
     iterations: int
     error: float
+    data_error: float = math.nan
 
 
 def _resolve(model: nn.Module, choices: Sequence[Choice]) -> list[Layer]:
@@ -87,15 +92,14 @@ def _report(factors: linalg.Factors) -> FactorReport:
     return FactorReport(method, max(0, int(factors.iterations.max())), error)
 
 
-def _low_rank_layer(layer: Layer, choice: Choice, factors: linalg.Factors) -> LowRankLayer:
+def _low_rank_layer(layer: Layer, choice: Choice, left: Tensor, right: Tensor) -> LowRankLayer:
+    """The layer with factors left (conv_groups, groups, rows, rank) and right (conv_groups, groups, rank, columns)."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
-    split = (choice.shape.conv_groups, choice.groups)
-    left, right = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
     encoder, decoder = factors_to_weights(left, right, choice.shape, choice.scheme)
     new = low_rank_like(layer.module, choice.scheme, choice.groups, choice.rank)
-    new.encoder = nn.Parameter(encoder.to(weight.dtype), weight.requires_grad)
-    new.decoder = nn.Parameter(decoder.to(weight.dtype), weight.requires_grad)
+    new.encoder = nn.Parameter(encoder.to(weight), weight.requires_grad)
+    new.decoder = nn.Parameter(decoder.to(weight), weight.requires_grad)
     return new
 
 
@@ -105,22 +109,47 @@ def factorize(
     spectra: Mapping[str, Tensor] | None = None,
     *,
     exact: bool = False,
+    weighted: Callable[[Layer], Weighting | None] = lambda layer: None,
 ) -> tuple[nn.Module, dict[str, FactorReport]]:
     """A new model with the chosen layers replaced by low-rank ones, and how their factors were computed.
 
     ``spectra[name]``, if given, holds the singular values (conv_groups, groups, r) of the layer's chosen slices; they
     serve as the certificate's optimum where their norms are those of the weight's slices, and are computed otherwise.
-    ``exact`` asks for exact decompositions only. ``model`` is not changed. Raises LayerNotFoundError, PlanError or
-    WeightError where a choice does not fit the model.
+    ``exact`` asks for exact decompositions only. A layer for which ``weighted`` returns a weighting gets the factors
+    that are best for it, and a bias that takes up the mean of the error. ``model`` is not changed. Raises
+    LayerNotFoundError, PlanError or WeightError where a choice does not fit the model.
     """
     work = list(zip(choices, _resolve(model, choices), strict=True))
     for _, layer in work:
         check_weight(layer)
     new: dict[str, LowRankLayer] = {}
-    reports, room = {}, FoldRoom()
-    for batch in batches(work, lambda w: w[0].shape.numel, lambda w: place(w[1])):
+    reports: dict[str, FactorReport] = {}
+    shifts: dict[str, Tensor] = {}
+    room, plain = FoldRoom(), []
+    for choice, layer in work:
+        weights = weighted(layer)
+        if weights is None:
+            plain.append((choice, layer))
+            continue
+        best = weighted_factors(weights, choice.scheme, choice.groups, choice.rank)
+        new[choice.name] = _low_rank_layer(layer, choice, best.left, best.right)
+        shifts[choice.name] = best.shift
+        reports[choice.name] = FactorReport("weighted", 0, best.frobenius, best.error)
+    for batch in batches(plain, lambda w: w[0].shape.numel, lambda w: place(w[1])):
         matrices = room.matrices([(layer, choice.scheme) for choice, layer in batch])
         for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra or {}, exact), strict=True):
-            new[choice.name] = _low_rank_layer(layer, choice, factors)
+            split = (choice.shape.conv_groups, choice.groups)
+            pair = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
+            new[choice.name] = _low_rank_layer(layer, choice, *pair)
             reports[choice.name] = _report(factors)
-    return replace_layers(model, new), reports
+    small = replace_layers(model, new)
+    _shift_biases(new, shifts)
+    return small, reports
+
+
+@torch.no_grad()
+def _shift_biases(new: Mapping[str, LowRankLayer], shifts: Mapping[str, Tensor]) -> None:
+    for name, shift in shifts.items():
+        bias = new[name].bias
+        if bias is not None and bool(shift.any()):
+            bias.copy_(bias.double().cpu() + shift)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 
 from .bounds import CRITERIA
-from .errors import ArgumentError, BudgetError
+from .errors import ArgumentError, BudgetError, LayerNotFoundError
 from .folding import SCHEMES
 
 METHODS = ("alds", "alds-heuristic")
+DATA_CRITERIA = ("output", "output-bound", "sensitivity")
+ALL_CRITERIA = (*CRITERIA, *DATA_CRITERIA)
 MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
 SHARES = {
     "params": "parameters kept",
@@ -38,6 +40,17 @@ def check_groups(groups: Groups) -> Groups:
     if not valid:
         raise ArgumentError(f"groups={groups!r}: expected 'divisors' or a non-empty sequence of integers >= 1")
     return groups
+
+
+def check_importance(importance: Mapping[str, float] | None, names: Collection[str]) -> Mapping[str, float]:
+    """The factors of the layers' errors; LayerNotFoundError for a name that is none of ``names``, ArgumentError."""
+    importance = {} if importance is None else importance
+    for name, value in importance.items():
+        if name not in names:
+            raise LayerNotFoundError(f"importance= names {name!r}, which is no layer that can be factorised")
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise ArgumentError(f"importance[{name!r}]={value!r} is outside [0, inf)")
+    return importance
 
 
 def _is_number(value: object) -> bool:
@@ -79,21 +92,29 @@ def check_plan_options(
     error: object,
     example_inputs: object,
     *,
-    criterion: object = "frobenius",
-    p: object = math.inf,
+    criterion: object = None,
+    p: object = None,
     method: object = "alds",
     align: object = 1,
+    bias_correction: object = True,
+    importance: object = None,
     cache: object = None,
 ) -> None:
     """BudgetError or ArgumentError unless these are valid arguments of :meth:`alds_fast.Analysis.plan`.
 
-    ``shares`` are those of params=, flops= and latency=, None where not given.
+    ``shares`` are those of params=, flops= and latency=, None where not given. (The names in importance= are checked
+    where the layers are known.)
     """
+    criterion, p = ALL_CRITERIA[0] if criterion is None else criterion, math.inf if p is None else p
     given = _check_budgets(shares, error, example_inputs)
     if not _is_number(p) or not p >= 1:  # type: ignore[operator]
         raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
-    if not isinstance(criterion, str) or criterion not in CRITERIA:
-        raise ArgumentError(f"criterion={criterion!r} is not one of {', '.join(CRITERIA)}")
+    if not isinstance(criterion, str) or criterion not in ALL_CRITERIA:
+        raise ArgumentError(f"criterion={criterion!r} is not one of {', '.join(ALL_CRITERIA)}")
+    if not isinstance(bias_correction, bool):
+        raise ArgumentError(f"bias_correction={bias_correction!r} is not True or False")
+    if importance is not None and not isinstance(importance, Mapping):
+        raise ArgumentError(f"importance is a {type(importance).__name__}: expected numbers >= 0 by layer name")
     if not isinstance(method, str) or method not in METHODS:
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if not isinstance(align, Integral) or isinstance(align, bool) or align < 1:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from .discover import count_params
+from .collector import Moments
+from .data_criteria import Basis
+from .discover import count_params, label
 from .errors import AldsError, ModelError, PlanError
 from .factorize import factorize
 from .rows import Latency, LayerPlan, checked, number, read_latency, read_row, real
@@ -31,6 +34,7 @@ class Plan:
         gap: certified relative distance of the p-norm of the errors from its optimum; 0 for p = inf under one budget,
             which is solved exactly, NaN for a plan edited by hand.
         latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
+        bias_correction: with data, biases take up the means of the errors.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -42,7 +46,9 @@ class Plan:
     align: int
     gap: float
     latency: Latency | None = None
+    bias_correction: bool = False
     spectra: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    basis: Basis | None = field(default=None, repr=False, compare=False)
 
     @property
     def params(self) -> int:
@@ -60,8 +66,11 @@ class Plan:
         errors = [row.error for row in self.layers]
         return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module, *, moments: Mapping[str, Moments] | None = None) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
+
+        ``moments`` are those of an analysis with data (``analysis.moments``), for a plan by a criterion that uses them
+        and that was read from JSON.
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
@@ -76,10 +85,22 @@ class Plan:
         choices = [row.choice for row in self.layers]
         chosen = [c for c in choices if c is not None]
         exact = self.criterion != "frobenius" or self.budget.startswith("error")  # errors that must hold
-        small, reports = factorize(model, chosen, self.spectra, exact=exact)
+        small, reports = factorize(model, chosen, self.spectra, exact=exact, weighted=self._basis(moments).weighting)
         object.__setattr__(small, "alds_plan", self)
         object.__setattr__(small, "alds_factors", reports)
         return small
+
+    def _basis(self, moments: Mapping[str, Moments] | None) -> Basis:
+        """What the factors are fitted to; PlanError where that needs moments and there are none."""
+        basis = self.basis if self.basis is not None else Basis(self.criterion, {}, self.bias_correction)
+        basis = basis if moments is None else Basis(self.criterion, moments, self.bias_correction)
+        missing = [row.name for row in self.layers if row.choice and basis.lacks(row.name)]
+        if missing:
+            raise PlanError(
+                f"layer {label(missing[0])}: criterion {self.criterion!r} needs moments, which plans in JSON do not "
+                f"hold; pass plan.apply(model, moments=analysis.moments) of analyze(model, data=...)"
+            )
+        return basis
 
     def __str__(self) -> str:
         headers = ["layer", "kind", "shape", "scheme", "groups", "rank", "error", "params", "after", "reason"]
@@ -105,7 +126,11 @@ class Plan:
             {**vars(row), "error": number(row.error), "error_is_of": [row.scheme, row.groups, row.rank]}
             for row in self.layers
         ]
-        head |= {"params_before": self.params_before, "latency": vars(self.latency) if self.latency else None}
+        head |= {
+            "bias_correction": self.bias_correction,
+            "params_before": self.params_before,
+            "latency": vars(self.latency) if self.latency else None,
+        }
         return json.dumps({**head, "layers": rows}, indent=1)
 
     @classmethod
@@ -129,7 +154,10 @@ class Plan:
             p, gap = (real(data, "plan", n) for n in ("p", "gap"))
             gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
             latency = None if _edited(data["layers"]) else read_latency(data.get("latency"))
-            return cls(layers, before, budget, criterion, method, p, align, gap, latency)
+            correction = data.get("bias_correction", False)
+            if not isinstance(correction, bool):
+                raise PlanError(f"plan: bias_correction={correction!r} is not true or false")
+            return cls(layers, before, budget, criterion, method, p, align, gap, latency, correction)
         except AldsError:
             raise
         except KeyError as e:

@@ -145,7 +145,7 @@ def test_bad_analysis_options_are_refused(options, message):
 
 
 def test_compress_refuses_an_unknown_option():
-    with pytest.raises(ArgumentError, match="unknown option 'rank'; options are align, cache, criterion"):
+    with pytest.raises(ArgumentError, match="unknown option 'rank'; options are align, bias_correction, cache"):
         alds.compress(small_net(), params=0.5, rank=3)
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast import latency
-from alds_fast.bounds import CRITERIA
 from alds_fast.candidates import candidates
+from alds_fast.data_criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.latency import call_text, interpolated, random_low_rank
 from alds_fast.layers import LowRankLayer
@@ -86,7 +86,8 @@ def test_the_cost_table_holds_the_times(timer, tmp_path):
     model = net()
     analysis, timings = alds.analyze(model, groups=(1, 2)), Timings(CPU, tmp_path)
     layers = [layer for layer in analysis.layers if layer.name in analysis.spectra]
-    choices = [candidates(analysis.spectra[layer.name], CRITERIA["frobenius"], 1) for layer in layers]
+    basis = Basis("frobenius")
+    choices = [candidates(layer.shape, layer_errors(analysis.spectra[layer.name], basis, None), 1) for layer in layers]
     calls = layer_inputs(model, images(), [layer.name for layer in layers])
     table = latency.LayerTimes(model, images(), layers, choices, calls, timings, CPU).table(0.5)
     assert table.fixed == pytest.approx(timer.fixed * 1e6, abs=10) and table.limit == int(0.5 * table.total)

@@ -25,8 +25,11 @@ def _keywords(function):
 
 
 def test_signatures():
-    assert _keywords(alds.analyze) == {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
-    planning = {"criterion": "frobenius", "p": float("inf"), "method": "alds", "align": 1, "cache": None}
+    seeing = {"data": None, "sensitivity": False, "mask": "attention_mask", "moment_order": 4096}
+    folds = {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
+    assert _keywords(alds.analyze) == {**folds, **seeing}
+    planning = {"criterion": None, "p": None, "method": "alds", "align": 1, "cache": None}
+    planning |= {"bias_correction": True, "importance": None}
     budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
     assert _keywords(alds.compress) == budgets
@@ -34,7 +37,7 @@ def test_signatures():
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
     assert _keywords(kernels.lowrank_linear) == common
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
-    assert list(inspect.signature(alds.Plan.apply).parameters) == ["self", "model"]
+    assert list(inspect.signature(alds.Plan.apply).parameters) == ["self", "model", "moments"]
 
 
 def test_plan_attributes():

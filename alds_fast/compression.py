@@ -1,0 +1,46 @@
+"""From a model to its compressed copy in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .analysis import analyze
+from .errors import ArgumentError
+from .options import check_plan_options
+
+_ANALYSIS_OPTIONS = {"schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order"}
+_PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
+
+
+def compress(
+    model: nn.Module,
+    *,
+    params: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    error: float | None = None,
+    example_inputs: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
+
+    ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
+    moment_order) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align, bias_correction, importance,
+    cache). Raises what these raise, and ArgumentError for an unknown option.
+
+    >>> import torch
+    >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
+    LowRankLinear(in_features=64, out_features=64, scheme=0, groups=1, rank=15)
+    """
+    unknown = sorted(set(options) - _ANALYSIS_OPTIONS - _PLAN_OPTIONS)
+    if unknown:
+        known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
+        raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
+    planning = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
+    shares = {"params": params, "flops": flops, "latency": latency}
+    check_plan_options(shares, error, example_inputs, **planning)  # before the work
+    analysis = analyze(model, **{k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS})
+    budgets = {**shares, "error": error, "example_inputs": example_inputs}
+    return analysis.plan(**{**budgets, **planning}).apply(model)

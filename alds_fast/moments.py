@@ -1,0 +1,109 @@
+"""Second moments of the layers' inputs, and of the gradients at their outputs, streamed over batches of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .collector import Collector, Moments
+from .discover import Layer
+from .errors import ArgumentError, ModelError
+from .measure import call_model, inference, preserved
+
+Sensitivity = bool | Callable[[Any, Any], Tensor]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient; the flags are put back at the end."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _first_floating(output: Any) -> Tensor | None:
+    """The first floating-point tensor of a model's output, whatever containers it is in."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return next((t for v in values if (t := _first_floating(v)) is not None), None)
+
+
+def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torch.Generator) -> float:
+    """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
+    z = sensitivity(output, batch) if callable(sensitivity) else _first_floating(output)
+    if not isinstance(z, Tensor) or not z.requires_grad:
+        raise ModelError(
+            "sensitivity= needs a floating-point output that depends on the layers with gradients allowed; pass "
+            "sensitivity=lambda output, batch: the tensor that matters"
+        )
+    if z.dim() == 0:
+        z.backward()
+        return 1.0
+    signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
+    (z * signs).sum().backward()
+    return float(z.detach().double().square().sum())
+
+
+def _mask_of(batch: Any, mask: str | None) -> Tensor | None:
+    found = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
+    return found.bool() if isinstance(found, Tensor) else None
+
+
+def collect_moments(
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Sequence[Layer],
+    *,
+    sensitivity: Sensitivity = False,
+    mask: str | None = "attention_mask",
+    order: int = 4096,
+) -> dict[str, Moments]:
+    """Moments of the layers over all batches of ``data``, by name; layers that are never called are left out.
+
+    The model runs once per batch in evaluation mode; it is left as it was. Of a convolution's patches, which overlap,
+    so many are drawn at random that their product costs as much as the layer itself. Memory beside the result: one
+    product of the largest order in the type of the data, and the rows of one call.
+
+    Args:
+        data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
+        sensitivity: also collect gradients: True for those of the model's first output, or a function of (output,
+            batch) that returns the tensor whose squared error matters, or a loss (0-dimensional).
+        mask: name of a keyword argument that is false at padded tokens (samples, tokens), which are not counted.
+        order: layers with more columns than this get the moment of their output instead.
+
+    Raises:
+        ArgumentError: no batches, or a batch that is nothing that can be passed on.
+        ModelError: the model raised an exception, or a layer sees NaN.
+    """
+    collector, generator = Collector(layers, order, bool(sensitivity)), torch.Generator().manual_seed(0)
+    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
+        raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
+    count = 0
+    with collector.hooked(), preserved(model), inference(model), _frozen(model):
+        for count, batch in enumerate(data, 1):
+            collector.keep = _mask_of(batch, mask)
+            try:
+                with torch.set_grad_enabled(bool(sensitivity)):
+                    output = call_model(model, batch)
+                    if sensitivity:
+                        collector.energy += _backward(output, batch, sensitivity, generator)
+            except (ArgumentError, ModelError):
+                raise
+            except Exception as e:
+                raise ModelError(
+                    f"batch {count} of data= did not run through the model ({type(e).__name__}: {e}); a batch is what "
+                    f"model(...) takes, without labels"
+                ) from e
+    if not count:
+        raise ArgumentError("data= has no batches; an iterator can be used once only")
+    return collector.moments()

@@ -1,0 +1,78 @@
+"""What a layer multiplies its weight with: rows of its input (tokens, or im2col patches), and rows of its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def batched(module: nn.Module, x: Tensor) -> Tensor:
+    """The input or output of a convolution with its batch dimension, which may have been left out."""
+    if isinstance(module, nn.Linear):
+        return x
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
+
+
+def _windows(module: Any, x: Tensor) -> Tensor:
+    """View (samples, *positions, channels, *kernel) of a convolution's padded input."""
+    pad, axes = module._reversed_padding_repeated_twice, len(module.kernel_size)
+    if any(pad):
+        x = F.pad(x, pad, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+    for axis in range(axes):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+    return x.movedim(1, 1 + axes)
+
+
+def patches(
+    module: nn.Module, x: Tensor, keep: Tensor | None = None, share: float = 1.0, seed: int = 0
+) -> tuple[Tensor, int]:
+    """Rows (rows, conv_groups, columns of the encode fold) that the layer's weight is multiplied with.
+
+    Args:
+        module: an ``nn.Linear`` or ``nn.Conv1d/2d/3d``.
+        x: its input.
+        keep: for a Linear, a mask of the input's leading dimensions; rows where it is False are left out.
+        share: of the rows to return, in (0, 1], drawn at random from ``seed``, at least one.
+
+    Returns:
+        The rows, and how many there were to draw from.
+
+    >>> patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]]))[0][:, 0]
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+    if isinstance(module, nn.Linear):
+        rows = x[keep] if keep is not None else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        return rows[_drawn(len(rows), share, seed, x.device)].unsqueeze(1), len(rows)
+    windows: Any = _windows(module, batched(module, x))
+    sizes = windows.shape[: windows.dim() - len(module.kernel_size) - 1]  # type: ignore[arg-type]
+    drawn = _drawn(sizes.numel(), share, seed, x.device)
+    at = drawn if isinstance(drawn, Tensor) else torch.arange(sizes.numel(), device=x.device)
+    rows = windows[torch.unravel_index(at, tuple(sizes))]
+    return rows.reshape(len(rows), module.groups, -1), sizes.numel()
+
+
+def outputs(
+    module: nn.Module, y: Tensor, keep: Tensor | None = None, share: float = 1.0, seed: int = 0
+) -> tuple[Tensor, int]:
+    """Rows (rows, conv_groups, filters of a group) of the layer's output or of a gradient at it, as :func:`patches`."""
+    if isinstance(module, nn.Linear):
+        return patches(module, y, keep, share, seed)
+    channels_last = batched(module, y).movedim(1, -1)
+    drawn = _drawn(channels_last.shape[:-1].numel(), share, seed, y.device)
+    rows = channels_last.flatten(0, -2)
+    return rows[drawn].unflatten(1, (module.groups, -1)), len(rows)
+
+
+def _drawn(rows: int, share: float, seed: int, device: torch.device) -> Tensor | slice:
+    """Which rows to take, all of them for a share of 1."""
+    count = max(1, round(share * rows)) if rows else 0
+    if count >= rows:
+        return slice(None)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(rows, (count,), generator=generator).to(device)
