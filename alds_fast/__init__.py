@@ -24,6 +24,7 @@ from .deployment import deploy
 from .errors import AldsError
 from .layers import LowRankLinear
 from .plan import LayerPlan, Plan
+from .retraining import Retrained, retrain
 
 __all__ = [
     "AldsError",
@@ -35,10 +36,12 @@ __all__ = [
     "LowRankConv3d",
     "LowRankLinear",
     "Plan",
+    "Retrained",
     "analyze",
     "compress",
     "deploy",
     "load",
+    "retrain",
     "save",
 ]
 __version__ = "0.1.0"

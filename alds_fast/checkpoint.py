@@ -27,7 +27,7 @@ from .replace import low_rank_like, replace_layers
 from .tied import overlaps
 
 
-def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state's tensors without repeats, and for every repeated name the name that is kept."""
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -57,7 +57,8 @@ def _refuse_merged(model: nn.Module) -> None:
             )
 
 
-def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
+def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :func:`rebuild` needs of every low-rank layer, by name; of JSON's types."""
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLayer))
     return {
         n: {"shape": list(m.weight_shape.weight), "conv_groups": m.weight_shape.conv_groups, "kind": type(m).__name__,
@@ -77,14 +78,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
     target = target_file(path)
     _refuse_merged(model)
-    structure, plan = _structure(model), getattr(model, "alds_plan", None)
-    if not structure and not isinstance(plan, Plan):
+    layers, plan = structure(model), getattr(model, "alds_plan", None)
+    if not layers and not isinstance(plan, Plan):
         raise ModelError("the model has no low-rank layer and no plan: it was not made by compress() or Plan.apply()")
-    tensors, aliases = _unique_tensors(model)
+    tensors, aliases = unique_tensors(model)
     orders = {n: order for n, t in tensors.items() if (order := memory_order(t)) is not None}
     stored = owned({n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()})
     metadata = {
-        "format": FORMAT, "version": str(VERSION), "layers": json.dumps(structure), "aliases": json.dumps(aliases),
+        "format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers), "aliases": json.dumps(aliases),
         "orders": json.dumps(orders), "crc32": json.dumps({n: crc32(t) for n, t in stored.items()}),
         "plan": plan.to_json() if isinstance(plan, Plan) else "",
     }  # fmt: skip
@@ -97,7 +98,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileWriteError(f"{str(target)!r} could not be written ({e}); what stood there before is unchanged") from e
 
 
-def _rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
+def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """A copy of the dense model with empty low-rank layers where the file has them."""
     found = {layer.name: layer for layer in find_layers(model)}
     new = {}
@@ -115,7 +116,7 @@ def _rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     return replace_layers(model, new)
 
 
-def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put the tensors in the model's parameters and buffers, keeping which of these are one and the same."""
     expected = model.state_dict(keep_vars=True)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -181,8 +182,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
         raise ModelError(f"model: the function that builds it failed: {e}") from e
     if not isinstance(dense, nn.Module):
         raise ModelError("model: pass the dense torch.nn.Module or a function without arguments that returns it")
-    small = _rebuild(dense, header["layers"])
-    _assign(small, read_tensors(path, header))
+    small = rebuild(dense, header["layers"])
+    assign(small, read_tensors(path, header))
     left = [n for n, t in [*small.named_parameters(), *small.named_buffers()] if t.is_meta]
     if left:
         raise ModelError(f"{left[0]!r} is on the meta device and not in the file; build the model on a real device")

@@ -43,3 +43,7 @@ class MissingFileError(AldsError, FileNotFoundError):
 
 class BackendError(AldsError, RuntimeError):
     """A kernel that was asked for by name cannot run on these arguments or on this machine."""
+
+
+class TrainingError(AldsError, RuntimeError):
+    """Training cannot go on: the loss is not finite."""

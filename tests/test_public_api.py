@@ -12,6 +12,7 @@ from alds_fast import errors, kernels
 
 NAMES = {
     *("AldsError", "Analysis", "DeployTable", "LayerPlan", "Plan", "analyze", "compress", "deploy", "load", "save"),
+    *("Retrained", "retrain"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }
 
@@ -34,6 +35,11 @@ def test_signatures():
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
     assert _keywords(alds.compress) == budgets
     assert _keywords(alds.deploy) == {"backend": None, "table": None, "rounds": 7, "report": False}
+    recipe = dict.fromkeys(("loader", "loss", "train_step", "optimizer", "scheduler", "train"))
+    distillation = {"distill": 0.0, "temperature": 2.0, "distill_loss": None}
+    required = dict.fromkeys(("keep", "epochs"), inspect.Parameter.empty)
+    retraining = {"cycles": 1, "epochs_retrain": None, "compress": None, "checkpoint": None, "log": None}
+    assert _keywords(alds.retrain) == {**required, **retraining, **recipe, **distillation}
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
     assert _keywords(kernels.lowrank_linear) == common
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
