@@ -43,3 +43,12 @@ class MissingFileError(AldsError, FileNotFoundError):
 
 class BackendError(AldsError, RuntimeError):
     """A kernel that was asked for by name cannot run on these arguments or on this machine."""
+
+
+class EvaluationError(AldsError, RuntimeError):
+    """Cells of an evaluation failed, or one of its processes ended.
+
+    ``evaluation`` holds the whole table, the failed cells with their messages; None where a process ended.
+    """
+
+    evaluation: object = None
