@@ -22,14 +22,18 @@ from .convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .deploy_table import DeployTable
 from .deployment import deploy
 from .errors import AldsError
+from .evaluation import evaluate
 from .layers import LowRankLinear
 from .plan import LayerPlan, Plan
+from .results import Evaluation
 from .retraining import Retrained, retrain
+from .version import __version__ as __version__
 
 __all__ = [
     "AldsError",
     "Analysis",
     "DeployTable",
+    "Evaluation",
     "LayerPlan",
     "LowRankConv1d",
     "LowRankConv2d",
@@ -40,8 +44,8 @@ __all__ = [
     "analyze",
     "compress",
     "deploy",
+    "evaluate",
     "load",
     "retrain",
     "save",
 ]
-__version__ = "0.1.0"

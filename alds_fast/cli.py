@@ -1,85 +1,40 @@
-"""Command line: ``alds-fast analyze | compress | show``. Exit codes: 0 done, 1 refused or failed, 2 wrong usage."""
+"""Command line: ``alds-fast analyze | compress | eval | show``.
+
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
 import json
 import os
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import nn
 
 from .analysis import Analysis, analyze_with_progress
 from .checkpoint import save
+from .cli_eval import add_eval
 from .container import read_header
 from .discover import Layer
-from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError, ModelError
+from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError
 from .folding import SCHEMES
 from .options import ALL_CRITERIA, METHODS, check_schemes
 from .plan import Plan
 from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
+from .targets import ModelTarget
 
 BUDGETS = ("params", "flops", "latency", "error")
-
-
-def _module(name: str) -> ModuleType:
-    """A module by dotted name or by the path of a .py file."""
-    if not name.endswith(".py"):
-        sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(name)
-    if not Path(name).is_file():
-        raise MissingFileError(f"{name!r} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(name).resolve().parent))
-    sys.modules[spec.name] = module  # dataclasses and pickle look it up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _build(target: str) -> nn.Module:
-    """Call ``package.module:function`` or ``file.py:function``; it must return a module."""
-    place, _, function = target.rpartition(":")
-    if not place or not function:
-        raise ArgumentError(f"{target!r}: expected package.module:function or file.py:function that returns the model")
-    try:
-        model = getattr(_module(place), function)()
-    except AldsError:
-        raise
-    except (Exception, SystemExit) as e:
-        traceback.print_exc()
-        raise ModelError(f"{target!r} could not be called: {type(e).__name__}: {e}") from e
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{target!r} returned a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _load_weights(model: nn.Module, path: str) -> None:
-    if not Path(path).is_file():
-        raise MissingFileError(f"--weights {path!r} does not exist")
-    try:
-        load_model(model, path)
-    except SafetensorError as e:
-        raise FileFormatError(f"--weights {path!r} is not a whole safetensors file ({e})") from e
-    except RuntimeError as e:
-        raise ModelError(f"--weights {path!r} does not fit the model: {e}") from e
 
 
 @contextlib.contextmanager
@@ -97,9 +52,7 @@ def _progress(schemes: Sequence[int]) -> Iterator[Callable[[Sequence[Layer]], Ca
 
 
 def _analyze(args: argparse.Namespace) -> tuple[nn.Module, Analysis]:
-    model = _build(args.target)
-    if args.weights:
-        _load_weights(model, args.weights)
+    model = ModelTarget(args.target, args.weights)()
     with _progress(check_schemes(args.schemes)) as start:
         analysis = analyze_with_progress(model, args.schemes, args.groups, args.include, args.exclude, start)
     return model, analysis
@@ -190,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
     compress.set_defaults(run=_run_compress)
+    add_eval(commands, [model, output], _integers)
     show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
     show.add_argument("file", help="a model written by save, or a plan in JSON")
     show.set_defaults(run=_run_show)
@@ -209,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AldsError as e:
         print(f"alds-fast: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("alds-fast: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

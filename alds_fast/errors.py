@@ -47,3 +47,12 @@ class BackendError(AldsError, RuntimeError):
 
 class TrainingError(AldsError, RuntimeError):
     """Training cannot go on: the loss is not finite."""
+
+
+class EvaluationError(AldsError, RuntimeError):
+    """Cells of an evaluation failed, or one of its processes ended.
+
+    ``evaluation`` holds the whole table, the failed cells with their messages; None where a process ended.
+    """
+
+    evaluation: object = None

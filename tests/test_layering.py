@@ -7,7 +7,7 @@ import alds_fast
 
 PACKAGE = Path(alds_fast.__file__).parent
 ORDER = (
-    *("errors", "text", "tied", "folding", "native", "linalg_torch", "linalg", "bounds"),
+    *("version", "errors", "text", "tied", "folding", "native", "linalg_torch", "linalg", "bounds"),
     *("kernels.reference", "kernels.checks", "kernels.tiles", "kernels.rows", "kernels.linear", "kernels.conv2d"),
     *("kernels.ops", "kernels.choose", "kernels.dispatch", "kernels.__init__", "layers", "convolution"),
     *(
@@ -55,6 +55,15 @@ ORDER = (
         "pipeline",
         "retraining",
         "report",
+        "cells",
+        "runner",
+        "pool",
+        "records",
+        "quality_plot",
+        "results",
+        "evaluation",
+        "targets",
+        "cli_eval",
         "cli",
         "__init__",
         "__main__",

@@ -11,8 +11,8 @@ import alds_fast as alds
 from alds_fast import errors, kernels
 
 NAMES = {
-    *("AldsError", "Analysis", "DeployTable", "LayerPlan", "Plan", "analyze", "compress", "deploy", "load", "save"),
-    *("Retrained", "retrain"),
+    *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
+    *("analyze", "compress", "deploy", "evaluate", "load", "retrain", "save"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }
 
@@ -40,6 +40,10 @@ def test_signatures():
     required = dict.fromkeys(("keep", "epochs"), inspect.Parameter.empty)
     retraining = {"cycles": 1, "epochs_retrain": None, "compress": None, "checkpoint": None, "log": None}
     assert _keywords(alds.retrain) == {**required, **retraining, **recipe, **distillation}
+    evaluating = dict.fromkeys(("variants", "example_inputs", "data", "after", "out", "progress"))
+    evaluating |= {"budgets": (0.5, 0.3), "budget": "params", "seeds": (0,), "workers": 1}
+    evaluating |= {"methods": ("alds",), "criteria": ("frobenius",), "ps": (float("inf"),)}
+    assert _keywords(alds.evaluate) == evaluating
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
     assert _keywords(kernels.lowrank_linear) == common
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
@@ -51,6 +55,13 @@ def test_plan_attributes():
         assert name in alds.Plan.__dataclass_fields__ or isinstance(getattr(alds.Plan, name), property)
     for name in ("name", "scheme", "groups", "rank", "error", "params_before", "params_after", "reason"):
         assert name in alds.LayerPlan.__dataclass_fields__
+
+
+def test_evaluation_attributes():
+    for name in ("rows", "budget", "variants", "shares", "final"):
+        assert name in alds.Evaluation.__dataclass_fields__ or isinstance(getattr(alds.Evaluation, name), property)
+    for name in ("summary", "best", "largest_reduction", "to_csv", "to_json", "to_markdown", "plot", "save", "read"):
+        assert callable(getattr(alds.Evaluation, name))
 
 
 def test_every_public_name_is_documented():
