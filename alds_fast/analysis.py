@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .bounds import CRITERIA
 from .candidates import Candidates, candidates
-from .costs import dense_reason, params_table, solve_error, solve_heuristic
+from .costs import dense_reason, params_table, solve_error
 from .discover import Layer, check_weight, count_params, find_layers
 from .errors import ArgumentError
 from .factorize import Choice
@@ -72,7 +72,9 @@ class Analysis:
                 :mod:`alds_fast.bounds`.
             p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
                 exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
-            method: "alds" (exact) or "alds-heuristic" (the paper's alternating search, for comparison).
+            method: "alds" (exact) or, for comparison, "alds-heuristic" (the paper's alternating search), "svd",
+                "svd-energy", "svd-nuclear", "l-rank", "pca", "sum" or "uniform", see :mod:`alds_fast.baselines`: under
+                one budget, of params= or flops=. Their ``Plan.gap`` is that of the largest error.
             align: ranks are multiples of it.
             cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
                 ``~/.cache/alds_fast``, False for none.
@@ -93,20 +95,17 @@ class Analysis:
         if error is not None:
             by_params = params_table(choices, self.params, 1.0)
             outcome = Outcome(choices, solve_error(choices, float(error)), [by_params])
-        elif method == "alds-heuristic":
-            by_params = params_table(choices, self.params, float(params or 0.0))
-            outcome = Outcome(choices, solve_heuristic(choices, by_params), [by_params])
         else:
-            problem = Problem(self.model, self.params, layers, choices)
+            spectra = [self.spectra[layer.name] for layer in layers]
+            problem = Problem(self.model, self.params, layers, choices, spectra, method)
             outcome = solve_shares(problem, shares, example_inputs, p, cache)
         picks = zip(outcome.choices, outcome.solution.found, strict=True)
         chosen = {layer.name: (*pick, dense_reason(outcome.tables, i))
                   for i, (layer, pick) in enumerate(zip(layers, picks, strict=True))}  # fmt: skip
         rows = tuple(_row(layer, chosen.get(layer.name), align) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
-        gap, latency_report, spectra = outcome.solution.gap, outcome.latency, self._chosen_spectra(rows)
-        made = criterion, method, float(p), int(align), gap, latency_report
-        return Plan(rows, self.params, budget, *made, spectra)
+        made = criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
+        return Plan(rows, self.params, budget, *made, self._chosen_spectra(rows))
 
     def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
         return {

@@ -22,7 +22,8 @@ ORDER = (
         "budgets",
         "candidates",
     ),
-    *("baselines", "costs", "factorize", "rows", "timings", "latency", "refine", "plan", "analysis", "container"),
+    *("heuristic", "pca", "baselines"),
+    *("costs", "factorize", "rows", "timings", "latency", "refine", "plan", "analysis", "container"),
     *(
         "variants",
         "merged",
