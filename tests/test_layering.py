@@ -22,7 +22,7 @@ ORDER = (
         "budgets",
         "candidates",
     ),
-    *("heuristic", "pca", "baselines"),
+    *("heuristic", "pca", "baselines", "pruning"),
     *("costs", "factorize", "rows", "timings", "latency", "refine", "plan", "analysis", "container"),
     *(
         "variants",
