@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .candidates import Candidates, candidates
 from .collector import Moments
-from .costs import dense_reason, params_table, solve_error, solve_heuristic
-from .data_criteria import MAX_DATA_GROUPS, Basis, Errors, layer_errors, resolved_criterion, resolved_norm
+from .costs import dense_reason, params_table, solve_error
+from .data_criteria import MAX_DATA_GROUPS, Basis, Errors, layer_errors, resolved_criterion, resolved_norm, with_outputs
 from .discover import Layer, check_weight, count_params, find_layers
 from .folding import SCHEMES
 from .moments import Sensitivity, collect_moments
@@ -83,7 +83,9 @@ class Analysis:
             p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
                 exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
                 None for 2 with "sensitivity" under one budget, whose squares add up, and inf otherwise.
-            method: "alds" (exact) or "alds-heuristic" (the paper's alternating search, for comparison).
+            method: "alds" (exact) or, for comparison, "alds-heuristic" (the paper's alternating search), "svd",
+                "svd-energy", "svd-nuclear", "l-rank", "pca", "sum" or "uniform", see :mod:`alds_fast.baselines`: under
+                one budget, of params= or flops=. Their ``Plan.gap`` is that of the largest error.
             align: ranks are multiples of it.
             bias_correction: with data, a layer's bias takes up the mean of its error, where it has one of its own.
             importance: by layer name, factors >= 0 of the errors; 1 for those not named.
@@ -99,7 +101,7 @@ class Analysis:
             ModelError: the model does not run with the example inputs.
         """
         shares = {"params": params, "flops": flops, "latency": latency}
-        basis = Basis(resolved_criterion(criterion, self.moments), self.moments, bool(bias_correction))
+        basis = Basis(resolved_criterion(criterion, self.moments, method), self.moments, bool(bias_correction))
         p = resolved_norm(p, basis.criterion, shares, method)
         options = {"criterion": basis.criterion, "p": p, "method": method, "align": align, "cache": cache}
         options |= {"bias_correction": bias_correction, "importance": importance}
@@ -109,20 +111,18 @@ class Analysis:
         if error is not None:
             by_params = params_table(choices, self.params, 1.0)
             outcome = Outcome(choices, solve_error(choices, float(error)), [by_params])
-        elif method == "alds-heuristic":
-            by_params = params_table(choices, self.params, float(params or 0.0))
-            outcome = Outcome(choices, solve_heuristic(choices, by_params), [by_params])
         else:
-            problem = Problem(self.model, self.params, layers, choices)
+            spectra = [with_outputs(self.spectra[layer.name], basis, method) for layer in layers]
+            problem = Problem(self.model, self.params, layers, choices, spectra, method)
             outcome = solve_shares(problem, shares, example_inputs, p, cache)
         picks = zip(outcome.choices, outcome.solution.found, strict=True)
         chosen = {layer.name: (*pick, dense_reason(outcome.tables, i))
                   for i, (layer, pick) in enumerate(zip(layers, picks, strict=True))}  # fmt: skip
         rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
-        gap, latency_report, spectra = outcome.solution.gap, outcome.latency, self._chosen_spectra(rows)
-        made = basis.criterion, method, float(p), int(align), gap, latency_report
-        return Plan(rows, self.params, budget, *made, basis.used and basis.bias_correction, spectra, basis)
+        made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
+        corrected = basis.used and basis.bias_correction
+        return Plan(rows, self.params, budget, *made, corrected, self._chosen_spectra(rows), basis)
 
     def _choices(
         self, layers: Sequence[Layer], basis: Basis, align: int, importance: Mapping[str, float]

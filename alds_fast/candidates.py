@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -58,6 +58,14 @@ class Candidates:
         """Only the curves of at most ``limit`` slices, or of the fewest there are."""
         limit = max(limit, min((c.groups for c in self.curves), default=0))
         return Candidates(tuple(c for c in self.curves if c.groups <= limit), self.dense_cost)
+
+    def restricted(self, costs: Ints, only: tuple[int, int] | None = None) -> tuple[Candidates, Ints]:
+        """The choices at other costs, all or those of one (scheme, groups) and dense, with their numbers here."""
+        spans = list(zip(self.curves, self.starts, self.starts[1:], strict=False))
+        spans = [span for span in spans if only in (None, (span[0].scheme, span[0].groups))]
+        curves = tuple(replace(curve, costs=costs[begin:end]) for curve, begin, end in spans)
+        numbers = np.concatenate([*(np.arange(begin, end) for _, begin, end in spans), [len(costs) - 1]])
+        return Candidates(curves, int(costs[-1])), numbers.astype(np.int64)
 
     def costed(self, by_curve: Mapping[tuple[int, int], Ints], dense_cost: int) -> Ints:
         """Costs of all candidates of another kind: those of the ranks of every (scheme, groups), and of dense."""

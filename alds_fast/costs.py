@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .allocate import Front, Ints, allocate, gap, pareto_front, threshold
-from .baselines import alds_heuristic
+from .baselines import BASELINES, ONE_SLICE
 from .budgets import least_budget, least_largest
 from .candidates import Candidates
-from .discover import Layer
+from .discover import Layer, label
 from .errors import ArgumentError, BudgetError
 from .flops import dense_flops, flops_per_rank
 from .measure import InputSpec
+from .spectra import LayerSpectra
 
 Calls = Mapping[str, Mapping[InputSpec, int]]
 
@@ -54,13 +55,13 @@ class CostTable:
         """The cost in its unit, without it."""
         return f"{cost:,}" if self.scale == 1 else f"{cost / self.scale:,.4g}"
 
-    def budget(self) -> int:
-        """What the layers may cost together; BudgetError if even the cheapest candidates cost more."""
+    def budget(self, how: str = "") -> int:
+        """What the layers may cost together; BudgetError if even the cheapest candidates (chosen ``how``) cost more."""
         if self.least > self.limit:
             raise BudgetError(
-                f"{self.name}={self.share:g} cannot be met: the smallest reachable is {self.share_text(self.least)}, "
-                f"{self.amount(self.least)} of {self.amount(self.total)} {self.unit}; {self.amount(self.fixed)} of "
-                f"them are not in weights that can be factorised"
+                f"{self.name}={self.share:g} cannot be met{how}: the smallest reachable is "
+                f"{self.share_text(self.least)}, {self.amount(self.least)} of {self.amount(self.total)} {self.unit}; "
+                f"{self.amount(self.fixed)} of them are not in weights that can be factorised"
             )
         return self.limit - self.fixed
 
@@ -149,10 +150,26 @@ def solve(choices: Sequence[Candidates], tables: Sequence[CostTable], p: float =
     return Solution(found, gap(fronts, result.picks, result.bound, p))
 
 
-def solve_heuristic(choices: Sequence[Candidates], table: CostTable) -> Solution:
-    """The paper's alternating search, with its distance from the exact optimum."""
+def solve_baseline(
+    method: str, choices: Sequence[Candidates], table: CostTable, spectra: Sequence[LayerSpectra]
+) -> Solution:
+    """One of :data:`alds_fast.baselines.BASELINES` under one budget; its largest error's distance from the optimum.
+
+    Raises BudgetError, naming the smallest share that the method reaches, and ArgumentError if a layer was analysed
+    without the fold that it uses.
+    """
+    only = (0, 1) if method in ONE_SLICE else None
+    for spectrum in spectra if only else ():
+        if only not in spectrum.values:
+            raise ArgumentError(
+                f"method={method!r} uses scheme 0 with one slice, which was not analysed for layer "
+                f"{label(spectrum.layer.name)}; analyze with 0 in schemes= and 1 in groups="
+            )
+    parts = [c.restricted(costs, only) for c, costs in zip(choices, table.costs, strict=True)]
+    own = replace(table, costs=tuple(part.costs for part, _ in parts))
+    picks = BASELINES[method]([part for part, _ in parts], spectra, own.budget(f" by method={method!r}"))
+    found = tuple(int(numbers[i]) for (_, numbers), i in zip(parts, picks, strict=True))
     bound = allocate(_fronts(choices, table), table.budget()).bound
-    found = tuple(alds_heuristic(choices, table.budget()))
     return Solution(found, _relative(largest_error(choices, found), bound))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
+from .baselines import ONE_SLICE
 from .bounds import CRITERIA
 from .collector import Moments
 from .discover import Layer
@@ -20,9 +22,17 @@ MAX_DATA_GROUPS = 8  # channel slices tried with data where groups= is "divisors
 Errors = dict[tuple[int, int], Tensor]
 
 
-def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments]) -> str:
-    """The criterion asked for, or the best that the moments allow; ArgumentError where it needs others."""
+def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], method: str = "alds") -> str:
+    """The criterion asked for, or the best that moments and method allow; ArgumentError where it needs others."""
     gradients = any(m.gradient is not None for m in moments.values())
+    if method == "pca":
+        if criterion not in (None, "output"):
+            raise ArgumentError(f"method='pca' is made for criterion='output', not {criterion!r}; leave criterion out")
+        if not moments:
+            raise ArgumentError("method='pca' needs data: analyze(model, data=batches)")
+        return "output"
+    if criterion is None and method in ONE_SLICE:
+        return "frobenius"
     if criterion is None:
         return "sensitivity" if gradients else "output" if moments else "frobenius"
     if criterion == "sensitivity" and not gradients:
@@ -91,3 +101,12 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None) ->
     keys = [k for k in keys if weights.second is not None or k == (0, 1)]
     rule = certificate if basis.criterion == "output-bound" else errors
     return {key: rule(weights, *key) for key in keys}
+
+
+def with_outputs(spectra: LayerSpectra, basis: Basis, method: str) -> LayerSpectra:
+    """The spectra with the eigenvalues of the output's covariance, where the method is "pca", which goes by these."""
+    if method != "pca":
+        return spectra
+    weights = None if basis.lacks(spectra.layer.name) else basis.weighting(spectra.layer)
+    values = torch.zeros(1, dtype=torch.float64) if weights is None else torch.linalg.eigvalsh(weights.output).sum(0)
+    return replace(spectra, output=values.flip(0).clamp_min(0))

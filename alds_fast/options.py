@@ -11,7 +11,7 @@ from .bounds import CRITERIA
 from .errors import ArgumentError, BudgetError, LayerNotFoundError
 from .folding import SCHEMES
 
-METHODS = ("alds", "alds-heuristic")
+METHODS = ("alds", "alds-heuristic", "svd", "svd-energy", "svd-nuclear", "l-rank", "sum", "uniform", "pca")
 DATA_CRITERIA = ("output", "output-bound", "sensitivity")
 ALL_CRITERIA = (*CRITERIA, *DATA_CRITERIA)
 MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
@@ -124,7 +124,7 @@ def check_plan_options(
             f"p={p!r} applies to one budget of params=, flops= or latency= with method='alds' only; leave it at "
             f"math.inf"
         )
-    if method != "alds" and given != ["params"]:
-        raise ArgumentError(f"method={method!r} needs params= alone; method='alds' solves the others")
+    if method != "alds" and given not in (["params"], ["flops"]):
+        raise ArgumentError(f"method={method!r} needs params= or flops=, one alone; method='alds' solves the others")
     if not (cache is None or cache is False or (isinstance(cache, str | os.PathLike) and str(cache))):
         raise ArgumentError(f"cache={cache!r}: expected a folder, None for the default one or False for none")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .analysis import compress as compress_once
 from .checkpoint import assign, rebuild, structure
+from .compression import compress as compress_once
 from .discover import count_params
 from .errors import ArgumentError, ModelError
 from .layers import LowRankLayer

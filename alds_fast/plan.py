@@ -31,8 +31,8 @@ class Plan:
         params_before: parameters of the dense model, shared ones once.
         budget, criterion, method, p, align: how it was made; ``budget`` as "params=0.5", "params=0.5, flops=0.5" or
             "error=0.3".
-        gap: certified relative distance of the p-norm of the errors from its optimum; 0 for p = inf under one budget,
-            which is solved exactly, NaN for a plan edited by hand.
+        gap: certified relative distance of the p-norm of the errors from its optimum; 0 for method "alds" with p = inf
+            under one budget, which is solved exactly, NaN for a plan edited by hand.
         latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
         bias_correction: with data, biases take up the means of the errors.
     """

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .candidates import Candidates
-from .costs import CostTable, Solution, flops_table, largest_error, params_table, relaxed, solve
+from .costs import CostTable, Solution, flops_table, largest_error, params_table, relaxed, solve, solve_baseline
 from .discover import Layer
 from .errors import BudgetError
 from .flops import counted_inputs
 from .latency import LayerTimes, end_to_end
 from .options import MAX_LATENCY_GROUPS
 from .rows import Latency
+from .spectra import LayerSpectra
 from .timings import Timings, device_name
 
 MAX_REFINEMENTS = 4
@@ -32,6 +33,15 @@ class Problem:
     params: int
     layers: Sequence[Layer]
     choices: Sequence[Candidates]
+    spectra: Sequence[LayerSpectra] = ()
+    method: str = "alds"
+
+    def solve(self, tables: Sequence[CostTable], p: float) -> Solution:
+        """By the method: "alds" under any budgets, a baseline under one."""
+        if self.method == "alds":
+            return solve(self.choices, tables, p)
+        (table,) = tables
+        return solve_baseline(self.method, self.choices, table, self.spectra)
 
 
 @dataclass(frozen=True)
@@ -59,17 +69,17 @@ def solve_shares(
     params, flops, latency = (shares[name] for name in ("params", "flops", "latency"))
     if latency is not None:
         few = [c.few_groups(MAX_LATENCY_GROUPS) for c in problem.choices]
-        problem = Problem(problem.model, problem.params, problem.layers, few)
+        problem = replace(problem, choices=few)
     tables, layers, choices = [], problem.layers, problem.choices
     if params is not None:
         tables.append(params_table(choices, problem.params, float(params)))
     if flops is None and latency is None:
-        return Outcome(choices, solve(choices, tables, p), tables)
+        return Outcome(choices, problem.solve(tables, p), tables)
     calls, operations = counted_inputs(problem.model, example_inputs, [layer.name for layer in layers])
     if flops is not None:
         tables.append(flops_table(layers, choices, calls, operations, float(flops)))
     if latency is None:
-        return Outcome(choices, solve(choices, tables, p), tables)
+        return Outcome(choices, problem.solve(tables, p), tables)
     device = _device(problem.model)
     times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
     return _refined(problem, tables, times, float(latency), example_inputs, p, device)
@@ -109,7 +119,7 @@ def _refined(
         table = relaxed(table, table.limit)
     for attempt in range(MAX_REFINEMENTS + 1):
         try:
-            solution = solve(problem.choices, [*tables, table], p)
+            solution = problem.solve([*tables, table], p)
         except BudgetError:
             if not outcomes:
                 raise

@@ -20,12 +20,14 @@ class LayerSpectra:
     """Singular values of one layer.
 
     ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the
-    largest singular value of the whole folded weight.
+    largest singular value of the whole folded weight; ``output``, where it was asked for, the eigenvalues of the
+    covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups.
     """
 
     layer: Layer
     values: dict[tuple[int, int], Tensor]
     top: dict[int, float]
+    output: Tensor | None = None
 
     def errors(self, scheme: int, groups: int, criterion: Criterion) -> Tensor:
         """Relative error for every rank 0..r, (r + 1,) float64."""
