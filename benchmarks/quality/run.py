@@ -1,0 +1,61 @@
+"""The evaluation: every network of the suite by every variant, before retraining.
+
+``python benchmarks/quality/run.py`` fetches and trains what is missing, goes on where an earlier run stopped, and
+writes one folder per network to ``--out``; ``summary.py`` makes the tables of benchmarks/results/quality from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from networks import NETWORKS
+from variants import variants
+
+import alds_fast as alds
+
+BUDGETS = (0.5, 0.3, 0.15)
+
+
+def run(name: str, out: Path, budgets: tuple[float, ...], seeds: tuple[int, ...], workers: int) -> alds.Evaluation:
+    """One network; shares are those of what may be compressed."""
+    network = NETWORKS[name]
+    shares = [network.share(network.build(0), keep) for keep in budgets]
+    return alds.evaluate(
+        network.build, network.quality, budgets=shares, seeds=seeds, example_inputs=network.example_inputs,
+        variants=variants(network.include, network.example_inputs), data=network.calibration,
+        out=out / name, workers=workers,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(NETWORKS), help="names of networks")
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--seeds", type=int, nargs="*", help="default: the network's three")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("quality_results"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.workers == 1:
+        torch.set_num_threads(1)
+    for name in args.only:
+        reason = NETWORKS[name].missing()
+        if reason is not None:
+            print(f"{name}: left out, {reason}", flush=True)
+            continue
+        try:
+            table = run(name, args.out, tuple(args.budgets), tuple(args.seeds or NETWORKS[name].seeds), args.workers)
+        except alds.AldsError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        print(f"\n## {name}\n\n{table}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The ways to compress a network that the suite compares: ours by several criteria and norms, and the baselines."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from alds_fast.pruning import filter_threshold
+
+
+class FilterThreshold:
+    """Magnitude filter thresholding, as a variant (model, share, seed) -> model."""
+
+    def __init__(self, example_inputs: Any, scope: str) -> None:
+        self.example_inputs, self.scope = example_inputs, scope
+        self.name = f"filter_threshold {scope}"
+
+    def __call__(self, model: nn.Module, share: float, seed: int) -> nn.Module:
+        return filter_threshold(model, params=share, example_inputs=self.example_inputs, scope=self.scope)
+
+
+def variants(include: str | None, example_inputs: Any) -> dict[str, Any]:
+    """By name; without data first, then those that are given calibration data."""
+    common = {"include": include} if include else {}
+    seeing = {**common, "data": True, "sensitivity": True}
+    found: dict[str, Any] = {}
+    for criterion in ("frobenius", "operator"):
+        for p in (math.inf, 8.0, 4.0, 2.0, 1.0):
+            found[f"{criterion} p={p:g}"] = {**common, "criterion": criterion, "p": p}
+    found["frobenius p=inf encode"] = {**common, "p": math.inf, "schemes": (0,)}
+    found["frobenius p=inf one slice"] = {**common, "p": math.inf, "groups": (1,)}
+    for method in ("svd", "svd-energy", "svd-nuclear", "l-rank", "uniform", "alds-heuristic"):
+        found[method] = {**common, "method": method}
+    found["alds-heuristic reference"] = {**common, "method": "alds-heuristic", "criterion": "reference"}
+    if isinstance(example_inputs, torch.Tensor) and include is None:
+        for scope in ("global", "uniform"):
+            found[f"filters {scope}"] = FilterThreshold(example_inputs, scope)
+    for criterion in ("output", "sensitivity"):
+        for p in (math.inf, 8.0, 4.0, 2.0, 1.0):
+            found[f"{criterion} p={p:g}"] = {**seeing, "criterion": criterion, "p": p}
+    found["output p=inf no bias correction"] = {**seeing, "criterion": "output", "p": math.inf,
+                                                "bias_correction": False}  # fmt: skip
+    found["pca"] = {**seeing, "method": "pca"}
+    return found
