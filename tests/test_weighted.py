@@ -1,0 +1,165 @@
+"""Errors and factors weighted by data: against brute force, direct minimisation in float64, and the certificate."""
+
+import pytest
+import torch
+from torch import nn
+
+from alds_fast.discover import find_layers
+from alds_fast.folding import distinct_schemes, divisors, max_rank, unfold
+from alds_fast.linalg_torch import spectra_ref
+from alds_fast.moments import collect_moments
+from alds_fast.weighted import certificate, errors, folded, slice_bases, tap_blocks, weighting
+from alds_fast.weighted_factors import factors
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 9), (50, 3, 12)),
+    "strided": (lambda: nn.Conv2d(6, 8, 3, padding=1, stride=2), (5, 6, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(6, 8, (3, 2), padding="same", groups=2, padding_mode="circular"), (5, 6, 9, 9)),
+    "dilated": (lambda: nn.Conv1d(4, 10, 5, dilation=2, bias=False), (5, 4, 19)),
+}
+
+
+def case(name, count=2, gradient=True, dead=False, order=4096):
+    """A layer in a small network, float64, and its moments on data."""
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    model = nn.Sequential(build(), nn.GELU(), nn.Flatten(), nn.LazyLinear(3)).double()
+    data = [torch.randn(shape).double() * (1 + i) + 0.3 for i in range(count)]
+    if dead:
+        for x in data:
+            x[..., :2] = 0 if name == "linear" else x[..., :2]
+            x[:, 1] = 0 if name != "linear" else x[:, 1]
+    model(data[0])
+    layer = find_layers(model)[0]
+    return layer, collect_moments(model, data, [layer], sensitivity=gradient, order=order)["0"]
+
+
+def every_fold(layer):
+    for scheme in distinct_schemes((0, 1, 2, 3), layer.shape.kernel):
+        for groups in divisors(layer.shape.slice_channels):
+            yield scheme, groups
+
+
+def true_error(w, scheme, groups, rank):
+    """tr(H E C E^T H) of slices each cut to its own top eigenvectors, with E written out."""
+    bases = slice_bases(w, scheme, groups, tap_blocks(w, scheme))
+    left = bases.left[..., :rank]
+    cut = (left @ (left.mT @ bases.slices)).transpose(1, 2).flatten(2)
+    whole = w.weight if w.root is None else w.root @ w.weight
+    lost = whole - unfold(cut, w.shape, scheme).reshape(w.weight.shape)
+    return float((lost @ w.second * lost).sum().clamp_min(0) / w.scale) ** 0.5
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+@pytest.mark.parametrize(("centred", "sensitive"), [(False, False), (True, False), (True, True)])
+def test_errors_are_those_of_the_truncated_weight(name, centred, sensitive):
+    layer, moments = case(name)
+    w = weighting(layer.shape, layer.module.weight, moments, centred, sensitive)
+    for scheme, groups in every_fold(layer):
+        found = errors(w, scheme, groups)
+        assert len(found) == max_rank(layer.shape, scheme, groups) + 1 and found[-1] == 0
+        for rank in range(len(found) - 1):
+            assert abs(float(found[rank]) - true_error(w, scheme, groups, rank)) < 1e-7 * float(1 + found[0])
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_certificate_holds_and_is_tight_for_one_slice(name):
+    layer, moments = case(name)
+    w = weighting(layer.shape, layer.module.weight, moments, False, False)
+    for scheme, groups in every_fold(layer):
+        exact, bound = errors(w, scheme, groups), certificate(w, scheme, groups)
+        assert bool((bound >= exact * (1 - 1e-9)).all())
+        if scheme == 0 and groups == 1:
+            torch.testing.assert_close(bound, exact, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+@pytest.mark.parametrize("order", [4096, 1])
+def test_factors_reach_the_error_and_full_rank_is_exact(name, order):
+    layer, moments = case(name, order=order)
+    weight = layer.module.weight.detach()
+    dense = weight.reshape(layer.shape.conv_groups, -1, weight[0].numel())
+    for sensitive in (False, True):
+        w = weighting(layer.shape, layer.module.weight, moments, layer.own_bias, sensitive)
+        for scheme, groups in every_fold(layer) if order > 1 else [(0, 1)]:
+            stated = errors(w, scheme, groups)
+            for rank in range(1, len(stated)):
+                found = factors(w, scheme, groups, rank)
+                assert found.error <= float(stated[rank]) + 1e-6
+            product = (found.left @ found.right).transpose(1, 2).flatten(2)
+            whole = unfold(product, layer.shape, scheme).reshape(dense.shape)
+            torch.testing.assert_close(whole, dense, rtol=1e-5, atol=1e-5)
+            assert float(found.shift.abs().max()) < 1e-5
+
+
+def minimised(w, rank, steps=400):
+    """Least ||(W - A B) C^(1/2)||^2 found by alternating least squares from a random start, in float64."""
+    values, vectors = torch.linalg.eigh(w.second[0])
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    target, b = w.weight[0] @ root, torch.randn(rank, w.second.shape[-1], dtype=torch.float64)
+    for _ in range(steps):
+        seen = b @ root
+        a = torch.linalg.lstsq(seen.mT, target.mT, driver="gelsd").solution.mT
+        b = torch.linalg.lstsq(a, w.weight[0], driver="gelsd").solution
+    return float((target - a @ b @ root).square().sum() / w.scale) ** 0.5
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_output_mode_is_the_direct_minimum(rank, centred):
+    layer, moments = case("linear")
+    w = weighting(layer.shape, layer.module.weight, moments, centred, False)
+    stated, found = float(errors(w, 0, 1)[rank]), factors(w, 0, 1, rank)
+    assert found.error == pytest.approx(stated, rel=1e-9)
+    assert minimised(w, rank) == pytest.approx(stated, rel=1e-4)
+
+
+def test_one_slice_is_pca_of_the_output():
+    """Eigenvalues of the covariance of y, computed from the outputs themselves."""
+    layer, moments = case("linear", count=1)
+    torch.manual_seed(0)
+    model = nn.Sequential(LAYERS["linear"][0](), nn.GELU(), nn.Flatten(), nn.LazyLinear(3)).double()
+    x = torch.randn(LAYERS["linear"][1]).double() + 0.3
+    y = x.flatten(0, 1) @ model[0].weight.mT
+    values = torch.linalg.eigvalsh(torch.cov(y.mT, correction=0)).flip(0)
+    w = weighting(layer.shape, layer.module.weight, moments, True, False)
+    tails = torch.stack([values[j:].sum() for j in range(10)]) / float(y.square().sum(1).mean())
+    torch.testing.assert_close(errors(w, 0, 1).square(), tails, rtol=1e-7, atol=1e-12)
+
+
+def test_white_data_gives_the_frobenius_error():
+    layer, moments = case("linear")
+    white = moments.__class__(1, torch.eye(12).double()[None], torch.zeros(1, 12).double())
+    w = weighting(layer.shape, layer.module.weight, white, False, False)
+    values = spectra_ref(folded(w, w.weight, 0), [1])[0].flatten()
+    tails = torch.stack([values[j:].square().sum() for j in range(10)]) / values.square().sum()
+    torch.testing.assert_close(errors(w, 0, 1), tails.sqrt(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_few_samples_and_dead_channels(name):
+    """A singular moment: the error on the data is nothing once the rank covers it, and nothing breaks down."""
+    layer, moments = case(name, count=1, dead=True)
+    few = moments.__class__(1, moments.mean.unsqueeze(-1) * moments.mean.unsqueeze(-2), moments.mean)
+    for seen in (moments, few):
+        w = weighting(layer.shape, layer.module.weight, seen, False, False)
+        for scheme, groups in every_fold(layer):
+            stated = errors(w, scheme, groups)
+            assert bool(stated.isfinite().all())
+            rank = min(2, len(stated) - 1)
+            found = factors(w, scheme, groups, rank)
+            assert found.error <= float(stated[rank]) + 1e-6 and bool(found.left.isfinite().all())
+    assert float(errors(w, 0, 1)[1]) < 1e-6
+
+
+def test_sensitive_errors_predict_the_change_of_a_linear_network():
+    """For y = V W x the error tr(G E C E^T), G = V^T V / E||y||^2, is exactly that of the network's output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 5, bias=False)).double()
+    x, layer = torch.randn(40, 8).double(), find_layers(model)[0]
+    moments = collect_moments(model, [x] * 200, [layer], sensitivity=True)["0"]
+    w = weighting(layer.shape, layer.module.weight, moments, False, True)
+    found = factors(w, 0, 1, 3)
+    small = (found.left @ found.right)[0, 0]
+    y, cut = x @ model[0].weight.T @ model[1].weight.T, x @ small.T @ model[1].weight.T
+    assert found.error == pytest.approx(float((y - cut).norm() / y.norm()), rel=0.1)
