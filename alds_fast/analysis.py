@@ -82,7 +82,8 @@ class Analysis:
                 the analysis allows: "sensitivity", "output", "frobenius".
             p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
                 exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
-                None for 2 with "sensitivity" under one budget, whose squares add up, and inf otherwise.
+                None for 2 with "sensitivity", whose squares add up, 4 with other criteria, which is what measured
+                best, and inf with several budgets or error=.
             method: "alds" (exact) or, for comparison, "alds-heuristic" (the paper's alternating search), "svd",
                 "svd-energy", "svd-nuclear", "l-rank", "pca", "sum" or "uniform", see :mod:`alds_fast.baselines`: under
                 one budget, of params= or flops=. Their ``Plan.gap`` is that of the largest error.
@@ -168,7 +169,7 @@ def analyze(
     data: Iterable[Any] | None = None,
     sensitivity: Sensitivity = False,
     mask: str | None = "attention_mask",
-    moment_order: int = 4096,
+    moment_order: int = 8192,
 ) -> Analysis:
     """Spectra of every layer under every fold and number of channel slices; the model is not changed.
 
@@ -200,13 +201,19 @@ def analyze(
     spectra = analyze_with_progress(model, schemes, groups, include, exclude, lambda layers: lambda n: None)
     if data is None:
         return spectra
-    return with_data(spectra, data, sensitivity, mask, moment_order, MAX_DATA_GROUPS if groups == "divisors" else None)
+    return with_data(spectra, data, sensitivity, mask, moment_order, groups)
 
 
 def with_data(
-    analysis: Analysis, data: Iterable[Any], sensitivity: Sensitivity, mask: str | None, order: int, limit: int | None
+    analysis: Analysis,
+    data: Iterable[Any],
+    sensitivity: Sensitivity,
+    mask: str | None = "attention_mask",
+    order: int = 8192,
+    groups: Groups = "divisors",
 ) -> Analysis:
-    """The analysis with moments collected on ``data``; no more than ``limit`` slices are tried with them."""
+    """The analysis, made with these ``groups``, with moments collected on ``data``; arguments as of analyze."""
+    limit = MAX_DATA_GROUPS if groups == "divisors" else None
     layers = [layer for layer in analysis.layers if layer.name in analysis.spectra]
     found = collect_moments(analysis.model, data, layers, sensitivity=sensitivity, mask=mask, order=order)
     return dataclasses.replace(analysis, moments=found, max_groups=limit, _errors={})

@@ -154,8 +154,8 @@ def read_variant(name: str, options: Mapping[str, Any] | Build, kind: str, examp
 
 def product(
     methods: Sequence[str],
-    criteria: Sequence[str],
-    ps: Sequence[float],
+    criteria: Sequence[str | None],
+    ps: Sequence[float | None],
     kind: str = "params",
     example_inputs: Any = None,
     **options: Any,
@@ -177,7 +177,8 @@ def product(
         check_plan_options(shares, None, example_inputs, criterion=criterion, p=p)
     found, refused = {}, []
     for method, criterion, p in itertools.product(methods, criteria, ps):
-        words = [method, *([criterion] if len(criteria) > 1 else []), *([f"p={p:g}"] if len(ps) > 1 else [])]
+        norm = "p" if p is None else f"p={p:g}"
+        words = [method, *([str(criterion)] if len(criteria) > 1 else []), *([norm] if len(ps) > 1 else [])]
         try:
             check_plan_options(shares, None, example_inputs, method=method, criterion=criterion, p=p)
         except ArgumentError as e:

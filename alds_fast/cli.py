@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from .analysis import Analysis, analyze_with_progress
+from .analysis import Analysis, analyze_with_progress, with_data
 from .checkpoint import save
 from .cli_eval import add_eval
 from .container import read_header
@@ -32,7 +32,7 @@ from .options import ALL_CRITERIA, METHODS, check_schemes
 from .plan import Plan
 from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
-from .targets import ModelTarget
+from .targets import ModelTarget, Target
 
 BUDGETS = ("params", "flops", "latency", "error")
 
@@ -70,8 +70,14 @@ def _run_compress(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     if (args.flops is not None or args.latency is not None) and args.input is None:
         raise ArgumentError("--flops and --latency need --input, the shape of an input, for example 1,3,224,224")
+    if args.sensitivity and not args.data:
+        raise ArgumentError("--sensitivity needs --data, a function that returns batches")
+    batches = Target(args.data).function() if args.data else None
     begin = time.perf_counter()
     model, analysis = _analyze(args)
+    if batches is not None:
+        with Console(stderr=True).status("moments of the layers' inputs"):
+            analysis = with_data(analysis, batches, args.sensitivity, groups=args.groups)
     budget = {name: getattr(args, name) for name in BUDGETS}
     example = None if args.input is None else torch.randn(args.input)
     plan = analysis.plan(
@@ -137,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
     compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
     compress.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
+    compress.add_argument("--data", metavar="TARGET", help="function that returns batches of the model's inputs")
+    compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
     compress.add_argument("--criterion", choices=ALL_CRITERIA, default=None)
-    compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default inf)")
+    compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
     compress.add_argument("--method", choices=METHODS, default="alds")
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from .bounds import CRITERIA
 from .cells import product
 from .errors import ArgumentError, EvaluationError
 from .evaluation import evaluate
 from .folding import SCHEMES
-from .options import METHODS
+from .options import ALL_CRITERIA, METHODS
 from .targets import ModelTarget, SeededTarget, Target
 
 
@@ -33,10 +32,11 @@ def add_eval(commands: Any, parents: list[argparse.ArgumentParser], integers: Ca
     budgets.add_argument("--params", type=_list(float), metavar="SHARES", help="of the parameters: 0.5,0.3")
     budgets.add_argument("--flops", type=_list(float), metavar="SHARES", help="of the FLOPs; needs --input")
     parser.add_argument("--methods", type=_list(str), default=["alds"], help=f"out of {','.join(METHODS)}")
-    parser.add_argument("--criteria", type=_list(str), default=["frobenius"], help=f"out of {','.join(CRITERIA)}")
-    parser.add_argument("--p", type=_list(float), default=[float("inf")], help="norms over the layers, 1..inf: 4,inf")
+    parser.add_argument("--criteria", type=_list(str), default=[None], help=f"out of {','.join(ALL_CRITERIA)}")
+    parser.add_argument("--p", type=_list(float), default=[None], help="norms over the layers, 1..inf: 4,inf")
     parser.add_argument("--seeds", type=integers, default=(0,), help="0,1,2; for functions with a parameter seed")
     parser.add_argument("--data", metavar="TARGET", help="function that returns batches for the analysis")
+    parser.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
     parser.add_argument("--after", metavar="TARGET", help="function model -> model, retraining for example")
     parser.add_argument("--input", type=integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
     parser.add_argument("--out", metavar="FOLDER", help="results; the same command goes on from there")
@@ -49,12 +49,14 @@ def _variants(args: argparse.Namespace, kind: str, example: Any) -> dict[str, di
     usual = {"schemes": SCHEMES, "groups": "divisors", "include": None, "exclude": None}
     options = {name: value for name, value in given.items() if value != usual[name]}
     if args.data:
-        options["data"] = True
+        options |= {"data": True, "sensitivity": args.sensitivity}
     return product(args.methods, args.criteria, args.p, kind, example, **options)
 
 
 def run_eval(args: argparse.Namespace) -> None:
     """Run the evaluation and print its table; what is finished is kept if it fails or is interrupted."""
+    if args.sensitivity and not args.data:
+        raise ArgumentError("--sensitivity needs --data, a function that returns batches")
     if args.flops and args.input is None:
         raise ArgumentError("--flops needs --input, the shape of an input, for example 1,3,224,224")
     kind = "flops" if args.flops else "params"

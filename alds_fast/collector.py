@@ -15,6 +15,8 @@ from .discover import Layer, label
 from .errors import ModelError
 from .patches import outputs, patches
 
+LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -135,8 +137,7 @@ class Collector:
         if seen() is x and known == key:  # q, k and v read one tensor
             self.leaders[layer.name].add(self.last_name)
         else:
-            share = min(1.0, _filters(layer) / _columns(layer)) if layer.kind != "Linear" else 1.0
-            found, rows = patches(layer.module, x.detach(), self._mask(layer, x), share, self.seed)
+            found, rows = patches(layer.module, x.detach(), self._mask(layer, x), _share(layer), self.seed)
             product = _product(found)
             self.seed += 1
             self.last, self.last_name = (weakref.ref(x), key, product, rows), layer.name
@@ -199,6 +200,11 @@ def _columns(layer: Layer) -> int:
 def _filters(layer: Layer) -> int:
     assert layer.shape is not None
     return layer.shape.out_channels // layer.shape.conv_groups
+
+
+def _share(layer: Layer) -> float:
+    """Which part of a convolution's patches is drawn: their product then costs what the layer does, or the least."""
+    return 1.0 if layer.kind == "Linear" else min(1.0, max(LEAST_SHARE, _filters(layer) / _columns(layer)))
 
 
 def _geometry(layer: Layer) -> tuple[Any, ...]:

@@ -26,11 +26,9 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
     """The criterion asked for, or the best that moments and method allow; ArgumentError where it needs others."""
     gradients = any(m.gradient is not None for m in moments.values())
     if method == "pca":
-        if criterion not in (None, "output"):
-            raise ArgumentError(f"method='pca' is made for criterion='output', not {criterion!r}; leave criterion out")
         if not moments:
             raise ArgumentError("method='pca' needs data: analyze(model, data=batches)")
-        return "output"
+        return "output" if criterion is None else criterion
     if criterion is None and method in ONE_SLICE:
         return "frobenius"
     if criterion is None:
@@ -43,11 +41,16 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
 
 
 def resolved_norm(p: float | None, criterion: str, shares: Mapping[str, float | None], method: str) -> float:
-    """p if given, else 2 for "sensitivity" under one budget, whose squares add up, and infinity otherwise."""
+    """p if given; else infinity with several budgets, error= or a baseline, 2 for "sensitivity", 4 otherwise.
+
+    (Squares of sensitivities add up to that of the network's output. The others are errors of layers in themselves:
+    docs/choices.md has what was measured.)
+    """
     if p is not None:
         return p
-    one = sum(share is not None for share in shares.values()) == 1
-    return 2.0 if criterion == "sensitivity" and one and method == "alds" else math.inf
+    if method != "alds" or sum(share is not None for share in shares.values()) != 1:
+        return math.inf
+    return 2.0 if criterion == "sensitivity" else 4.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +30,8 @@ def evaluate(
     budget: str = "params",
     variants: Mapping[str, Mapping[str, Any] | Build] | None = None,
     methods: Sequence[str] = ("alds",),
-    criteria: Sequence[str] = ("frobenius",),
-    ps: Sequence[float] = (math.inf,),
+    criteria: Sequence[str | None] = (None,),
+    ps: Sequence[float | None] = (None,),
     seeds: Sequence[int] = (0,),
     example_inputs: Any = None,
     data: Callable[[int], Any] | None = None,
@@ -52,7 +51,7 @@ def evaluate(
         variants: by name, options of :func:`alds_fast.analyze` and :meth:`alds_fast.Analysis.plan`, with
             ``"data": True`` for a variant that is given ``data(seed)`` in the analysis; or a function (copy of the
             dense model, share, seed) -> smaller model, which sees to the budget itself.
-        methods, criteria, ps: in the place of ``variants``, all their combinations.
+        methods, criteria, ps: in the place of ``variants``, all their combinations; None is plan()'s default.
         seeds: integers; torch's random numbers start from the seed in every cell.
         example_inputs: what the model is run with to count operations, as for ``plan(flops=)``.
         data: a function of the seed that returns the batches for the analysis.
@@ -88,7 +87,7 @@ def evaluate(
     shares = [float(share) for share in sorted(budgets, reverse=True)]
     if variants is None:
         variants = product(methods, criteria, ps, budget, example_inputs)
-    elif (tuple(methods), tuple(criteria), tuple(ps)) != (("alds",), ("frobenius",), (math.inf,)):
+    elif (tuple(methods), tuple(criteria), tuple(ps)) != (("alds",), (None,), (None,)):
         raise ArgumentError("give variants=, or methods=, criteria= and ps=, not both")
     if not isinstance(variants, Mapping) or not variants:
         raise ArgumentError(f"variants={variants!r}: expected a dict of names to options or functions, with an entry")

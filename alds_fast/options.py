@@ -105,6 +105,8 @@ def check_plan_options(
     ``shares`` are those of params=, flops= and latency=, None where not given. (The names in importance= are checked
     where the layers are known.)
     """
+    if method == "pca" and criterion not in (None, "output"):
+        raise ArgumentError(f"method='pca' is made for criterion='output', not {criterion!r}; leave criterion out")
     criterion, p = ALL_CRITERIA[0] if criterion is None else criterion, math.inf if p is None else p
     given = _check_budgets(shares, error, example_inputs)
     if not _is_number(p) or not p >= 1:  # type: ignore[operator]

@@ -39,7 +39,7 @@ def test_output_errors_are_those_of_the_layers_outputs():
     net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 25)).double()
     x = torch.randn(200, 20).double()
     plan = alds.analyze(net, data=x.split(50)).plan(params=0.5, bias_correction=False)
-    assert plan.criterion == "output" and not plan.bias_correction and math.isinf(plan.p)
+    assert plan.criterion == "output" and not plan.bias_correction
     small, reduced = plan.apply(net), [row for row in plan.layers if row.rank]
     assert len(reduced) >= 2
     for row in reduced:
@@ -73,8 +73,10 @@ def test_defaults_follow_what_was_collected(net, analysis):
     assert analysis.plan(params=0.5, method="svd").criterion == "frobenius"
     assert analysis.plan(params=0.5, method="pca").criterion == "output"
     seen = alds.analyze(net, data=[images(8)]).plan(params=0.5)
-    assert (seen.criterion, seen.p) == ("output", math.inf)
-    assert alds.analyze(net).plan(params=0.5).criterion == "frobenius"
+    assert (seen.criterion, seen.p) == ("output", 4.0)
+    plain = alds.analyze(net)
+    assert (plain.plan(params=0.5).criterion, plain.plan(params=0.5).p) == ("frobenius", 4.0)
+    assert math.isinf(plain.plan(error=0.5).p) and math.isinf(plain.plan(params=0.5, method="svd").p)
 
 
 @pytest.mark.parametrize("criterion", ["output", "output-bound", "sensitivity"])
@@ -159,6 +161,8 @@ def test_pca_by_hand():
     small = plan.apply(net)
     kept = small[0].dense_weight()
     torch.testing.assert_close(kept, torch.diag(torch.tensor([1.0, 0, 0, 0]).double()), atol=1e-12, rtol=0)
+    with pytest.raises(ArgumentError, match="is made for criterion='output', not 'operator'"):
+        analysis.plan(params=0.5, method="pca", criterion="operator")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,6 @@ def test_pca_by_hand():
         ({"criterion": "sensitivity"}, ArgumentError, "needs gradients"),
         ({"criterion": "entropy"}, ArgumentError, "criterion='entropy' is not one of frobenius, .*sensitivity"),
         ({"method": "pca"}, ArgumentError, "method='pca' needs data"),
-        ({"method": "pca", "criterion": "operator"}, ArgumentError, "is made for criterion='output'"),
         ({"bias_correction": 1}, ArgumentError, "bias_correction=1 is not True or False"),
         ({"importance": [1]}, ArgumentError, "importance is a list"),
         ({"importance": {"8": -1}}, ArgumentError, r"importance\['8'\]=-1 is outside"),

@@ -48,7 +48,10 @@ def test_two_budgets_hold_at_once(analysis, shares):
     small = plan.apply(model)
     assert count(small) == plan.params <= shares[0] * count(model)
     assert flops(small, x) <= shares[1] * flops(model, x)
-    alone = [analysis.plan(params=shares[0]), analysis.plan(flops=shares[1], example_inputs=x)]
+    alone = [
+        analysis.plan(params=shares[0], p=math.inf),
+        analysis.plan(flops=shares[1], example_inputs=x, p=math.inf),
+    ]
     bound = max(a.error for a in alone)
     assert bound <= plan.error * (1 + 1e-12) and plan.budget == f"params={shares[0]:g}, flops={shares[1]:g}"
     assert plan.error / (1 + plan.gap) <= plan.error and plan.gap < 0.2
