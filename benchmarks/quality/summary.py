@@ -1,0 +1,111 @@
+"""Tables of the evaluation over all networks, from the folders that run.py wrote.
+
+``python benchmarks/quality/summary.py RESULTS`` writes benchmarks/results/quality: ``quality.csv`` with every cell,
+``quality.md`` with the mean over the seeds (and the spread, largest minus smallest, where it exceeds half a point),
+and the picture of every network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+
+KEPT = "variant", "share", "seed", "status", "params", "flops", "error", "quality", "quality_after", "seconds_analyze"
+KEPT += "seconds_plan", "seconds_apply"
+OURS = "sensitivity p=2", "frobenius p=4"
+OTHERS = "svd", "svd-energy", "svd-nuclear", "l-rank", "uniform", "alds-heuristic reference", "filters global"
+OTHERS += "filters uniform", "pca"
+Cells = dict[tuple[str, str, int], list[float]]  # network, variant, rank of the share: qualities
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """Finished cells of a network, in the order in which they were run."""
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row.get("status") in ("done", "cannot be met")]
+
+
+def collected(results: Path) -> tuple[list[dict], Cells, dict[str, float]]:
+    """All rows, qualities by cell, and the dense networks' mean qualities."""
+    rows, cells, dense = [], {}, {}
+    for folder in sorted(path.parent for path in results.glob("*/results.jsonl")):
+        own = rows_of(folder)
+        shares = sorted({row["share"] for row in own if row["variant"] != "dense"}, reverse=True)
+        dense[folder.name] = statistics.mean(row["quality"] for row in own if row["variant"] == "dense")
+        for row in own:
+            rows.append({"network": folder.name, **{key: row.get(key) for key in KEPT}})
+            if row["quality"] is not None and row["variant"] != "dense":
+                key = folder.name, row["variant"], shares.index(row["share"])
+                cells.setdefault(key, []).append(row["quality"])
+    return rows, cells, dense
+
+
+def cell_text(values: list[float] | None, best: float) -> str:
+    if not values:
+        return "-"
+    mean, spread = statistics.mean(values), max(values) - min(values)
+    text = f"{mean:.3f}" + (f" ±{spread:.3f}" if spread > 0.005 else "")
+    return f"**{text}**" if mean >= best - 0.002 else text
+
+
+def table(cells: Cells, networks: list[str], level: int) -> str:
+    """One line per variant; in bold what is within .002 of the best of the network."""
+    variants = list(dict.fromkeys(variant for _, variant, _ in cells))
+    mean = {(n, v): statistics.mean(cells[n, v, level]) for n in networks for v in variants if (n, v, level) in cells}
+    best = {n: max((q for (network, _), q in mean.items() if network == n), default=0.0) for n in networks}
+    lines = ["| variant | " + " | ".join(networks) + " |", "|---|" + "---|" * len(networks)]
+    for v in variants:
+        texts = [cell_text(cells.get((n, v, level)), best[n]) for n in networks]
+        lines.append(f"| {v} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def drops(cells: Cells, dense: dict[str, float], level: int) -> str:
+    """Of ours and of the others, the drop in quality: median and largest over the networks."""
+    lines = ["| variant | median drop | largest drop | networks |", "|---|---|---|---|"]
+    for v in (*OURS, *OTHERS):
+        lost = [dense[n] - statistics.mean(q) for (n, variant, at), q in cells.items() if variant == v and at == level]
+        if lost:
+            lines.append(f"| {v} | {statistics.median(lost):.4f} | {max(lost):.4f} | {len(lost)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder that run.py wrote")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "quality")
+    parser.add_argument("--commit", help="that made the results; the present one by default")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows, cells, dense = collected(args.results)
+    with open(args.out / "quality.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["network", *KEPT], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for picture in args.results.glob("*/quality_params.png"):
+        shutil.copy(picture, args.out / f"{picture.parent.name}.png")
+    describe = ["git", "rev-parse", "--short", "HEAD"]
+    commit = args.commit or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, Python"
+    parts = [f"# Quality without retraining\n\n{hardware} {platform.python_version()}, commit {commit}; "
+             f"`python benchmarks/quality/run.py`. Means over the seeds, ± largest minus smallest where above .005; "
+             f"bold: within .002 of the network's best."]  # fmt: skip
+    parts.append("Dense: " + ", ".join(f"{name} {quality:.4f}" for name, quality in dense.items()) + ".")
+    for level in sorted({at for _, _, at in cells}):
+        shares = {row["share"] for row in rows if row["variant"] != "dense"}
+        keep = sorted(shares, reverse=True)[level] if len(shares) <= 4 else level
+        parts.append(f"## params = {keep:g}\n\n{table(cells, list(dense), level)}\n\n{drops(cells, dense, level)}")
+    (args.out / "quality.md").write_text("\n\n".join(parts) + "\n")
+    print(f"wrote {args.out}: {len(rows)} cells of {len(dense)} networks")
+
+
+if __name__ == "__main__":
+    main()
