@@ -26,7 +26,8 @@ class Network:
     are those of the calibration sample. ``quality`` is a share or a correlation in [0, 1] on held-out data, higher is
     better. ``calibration(seed)`` gives batches (a tensor, or a dict of keyword arguments) that quality never sees.
     ``recipe`` (optimizer, epochs, loss, learning rates) and ``train_loader`` are for retraining, None without labels.
-    ``sensitivity`` says what of the output matters, as for analyze. ``include`` are the names of the layers that may be compressed, None for all; ``needs`` gets what must be there.
+    ``sensitivity`` says what of the output matters, as for analyze. ``include`` are the names of the layers that may
+    be compressed, None for all; ``needs`` gets what must be there.
     """
 
     name: str
