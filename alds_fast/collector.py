@@ -16,6 +16,8 @@ from .errors import ModelError
 from .patches import outputs, patches
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
+ENOUGH_ROWS = 512  # a call
+BLOCKS = 4  # of a symmetric product's columns, of which one triangle is computed
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class _Product:
-    """Sums over rows: of x x^T (groups, n, n), and of x (groups, n) in float64; and how many rows there were."""
+    """Sums over rows: of x x^T (groups, n, n), its upper triangle only, and of x (groups, n) in float64; and how many
+    rows there were."""
 
     second: Tensor
     mean: Tensor
@@ -63,8 +66,13 @@ def _product(rows: Tensor) -> _Product:
     """Products in float64 for float64 rows (rows, groups, n), in float32 otherwise."""
     x = rows.detach().transpose(0, 1)
     x = x if x.dtype == torch.float64 else x.float()
+    width = x.shape[-1]
+    second, step = x.new_zeros(len(x), width, width), -(-width // (BLOCKS if width >= 64 else 1))
     with _exact_products():
-        return _Product(x.mT @ x, x.sum(1, dtype=torch.float64), len(rows))
+        for start in range(0, width, step):
+            block = slice(start, start + step)
+            second[:, block, start:] = x[:, :, block].mT @ x[:, :, start:]
+    return _Product(second, x.sum(1, dtype=torch.float64), len(rows))
 
 
 class _Sum:
@@ -87,8 +95,9 @@ class _Sum:
     def over(self, count: float) -> tuple[Tensor, Tensor]:
         """The sums over ``count``, on the CPU; the sums are given up."""
         assert self.second is not None and self.mean is not None
-        second, mean = self.second.div_(count), self.mean / count
+        second, mean = self.second.div_(count).triu_(), self.mean / count
         self.second = self.mean = None
+        second += second.triu(1).mT
         return second.cpu(), mean.cpu()
 
 
@@ -137,7 +146,8 @@ class Collector:
         if seen() is x and known == key:  # q, k and v read one tensor
             self.leaders[layer.name].add(self.last_name)
         else:
-            found, rows = patches(layer.module, x.detach(), self._mask(layer, x), _share(layer), self.seed)
+            wanted = _wanted(layer, _columns(layer), _filters(layer))
+            found, rows = patches(layer.module, x.detach(), self._mask(layer, x), wanted, self.seed)
             product = _product(found)
             self.seed += 1
             self.last, self.last_name = (weakref.ref(x), key, product, rows), layer.name
@@ -164,8 +174,8 @@ class Collector:
         self.sums[layer.name].add(_product(found - shift), rows)
 
     def _add_gradient(self, layer: Layer, g: Tensor) -> None:
-        share = min(1.0, _columns(layer) / _filters(layer)) if layer.kind != "Linear" else 1.0
-        found, rows = outputs(layer.module, g.detach(), self._mask(layer, g), share, self.seed)
+        wanted = _wanted(layer, _filters(layer), _columns(layer))
+        found, rows = outputs(layer.module, g.detach(), self._mask(layer, g), wanted, self.seed)
         self.seed += 1
         self.gradient_sums[layer.name].add(_product(found), rows)
 
@@ -202,9 +212,15 @@ def _filters(layer: Layer) -> int:
     return layer.shape.out_channels // layer.shape.conv_groups
 
 
-def _share(layer: Layer) -> float:
-    """Which part of a convolution's patches is drawn: their product then costs what the layer does, or the least."""
-    return 1.0 if layer.kind == "Linear" else min(1.0, max(LEAST_SHARE, _filters(layer) / _columns(layer)))
+def _wanted(layer: Layer, width: int, other: int) -> Callable[[int], int]:
+    """How many of a call's rows of ``width`` entries are drawn, the layer's own cost per row being width * other.
+
+    All tokens. Of a convolution's patches, which overlap, so many that their product costs what the layer itself does,
+    the least share at least, but no more than the width, or 512.
+    """
+    if layer.kind == "Linear":
+        return lambda rows: rows
+    return lambda rows: min(rows, round(rows * max(LEAST_SHARE, other / width)), max(width, ENOUGH_ROWS))
 
 
 def _geometry(layer: Layer) -> tuple[Any, ...]:

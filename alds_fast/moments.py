@@ -71,8 +71,9 @@ def collect_moments(
     """Moments of the layers over all batches of ``data``, by name; layers that are never called are left out.
 
     The model runs once per batch in evaluation mode; it is left as it was. Of a convolution's patches, which overlap,
-    so many are drawn at random that their product costs as much as the layer itself, one in 64 at least. Memory
-    beside the result: one product of the largest order in the type of the data, and the rows of one call.
+    so many are drawn at random that their product costs as much as the layer itself, one in 64 at least, no more than
+    their width, or 512, per call. Memory beside the result: one product of the largest order in the type of
+    the data, and the rows of one call.
 
     Args:
         data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.

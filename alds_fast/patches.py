@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Wanted = Callable[[int], int]
+
+
+def every(rows: int) -> int:
+    """All of them."""
+    return rows
 
 
 def batched(module: nn.Module, x: Tensor) -> Tensor:
@@ -29,7 +37,7 @@ def _windows(module: Any, x: Tensor) -> Tensor:
 
 
 def patches(
-    module: nn.Module, x: Tensor, keep: Tensor | None = None, share: float = 1.0, seed: int = 0
+    module: nn.Module, x: Tensor, keep: Tensor | None = None, wanted: Wanted = every, seed: int = 0
 ) -> tuple[Tensor, int]:
     """Rows (rows, conv_groups, columns of the encode fold) that the layer's weight is multiplied with.
 
@@ -37,7 +45,7 @@ def patches(
         module: an ``nn.Linear`` or ``nn.Conv1d/2d/3d``.
         x: its input.
         keep: for a Linear, a mask of the input's leading dimensions; rows where it is False are left out.
-        share: of the rows to return, in (0, 1], drawn at random from ``seed``, at least one.
+        wanted: how many of that many rows to return, drawn at random from ``seed``; at least one is.
 
     Returns:
         The rows, and how many there were to draw from.
@@ -48,30 +56,30 @@ def patches(
     """
     if isinstance(module, nn.Linear):
         rows = x[keep] if keep is not None else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-        return rows[_drawn(len(rows), share, seed, x.device)].unsqueeze(1), len(rows)
+        return rows[_drawn(len(rows), wanted, seed, x.device)].unsqueeze(1), len(rows)
     windows: Any = _windows(module, batched(module, x))
     sizes = windows.shape[: windows.dim() - len(module.kernel_size) - 1]  # type: ignore[arg-type]
-    drawn = _drawn(sizes.numel(), share, seed, x.device)
+    drawn = _drawn(sizes.numel(), wanted, seed, x.device)
     at = drawn if isinstance(drawn, Tensor) else torch.arange(sizes.numel(), device=x.device)
     rows = windows[torch.unravel_index(at, tuple(sizes))]
     return rows.reshape(len(rows), module.groups, -1), sizes.numel()
 
 
 def outputs(
-    module: nn.Module, y: Tensor, keep: Tensor | None = None, share: float = 1.0, seed: int = 0
+    module: nn.Module, y: Tensor, keep: Tensor | None = None, wanted: Wanted = every, seed: int = 0
 ) -> tuple[Tensor, int]:
     """Rows (rows, conv_groups, filters of a group) of the layer's output or of a gradient at it, as :func:`patches`."""
     if isinstance(module, nn.Linear):
-        return patches(module, y, keep, share, seed)
+        return patches(module, y, keep, wanted, seed)
     channels_last = batched(module, y).movedim(1, -1)
-    drawn = _drawn(channels_last.shape[:-1].numel(), share, seed, y.device)
+    drawn = _drawn(channels_last.shape[:-1].numel(), wanted, seed, y.device)
     rows = channels_last.flatten(0, -2)
     return rows[drawn].unflatten(1, (module.groups, -1)), len(rows)
 
 
-def _drawn(rows: int, share: float, seed: int, device: torch.device) -> Tensor | slice:
-    """Which rows to take, all of them for a share of 1."""
-    count = max(1, round(share * rows)) if rows else 0
+def _drawn(rows: int, wanted: Wanted, seed: int, device: torch.device) -> Tensor | slice:
+    """Which rows to take."""
+    count = max(1, wanted(rows)) if rows else 0
     if count >= rows:
         return slice(None)
     generator = torch.Generator().manual_seed(seed)

@@ -45,11 +45,11 @@ def test_linear_rows_are_the_tokens_kept():
 
 def test_a_share_of_the_patches_is_drawn_from_all_of_them():
     module, x = nn.Conv1d(1, 1, 1), torch.arange(1000.0).view(1, 1, -1)
-    rows, count = patches(module, x, share=0.25, seed=3)
+    rows, count = patches(module, x, wanted=lambda n: n // 4, seed=3)
     assert count == 1000 and len(rows) == 250
     assert 350 < float(rows.mean()) < 650 and len(rows.unique()) > 200
-    assert not torch.equal(rows, patches(module, x, share=0.25, seed=4)[0])
-    assert len(patches(module, x, share=1e-9)[0]) == 1
+    assert not torch.equal(rows, patches(module, x, wanted=lambda n: n // 4, seed=4)[0])
+    assert len(patches(module, x, wanted=lambda n: 0)[0]) == 1
 
 
 def test_moments_are_those_of_all_tokens_in_float64():
