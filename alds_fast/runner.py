@@ -132,6 +132,7 @@ class Runner:
             budget["example_inputs"] = self.task.example_inputs
         plan = clock("plan", lambda: analysis.plan(**budget, **variant.planning))
         record["error"] = None if math.isnan(plan.error) else plan.error
+        record |= {"criterion": plan.criterion, "p": plan.p}  # what None stood for
         small: nn.Module = clock("apply", lambda: plan.apply(dense))
         return small
 

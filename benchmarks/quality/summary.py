@@ -12,12 +12,13 @@ import csv
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 from pathlib import Path
 
 import torch
+
+import alds_fast as alds
 
 KEPT = "variant", "share", "seed", "status", "params", "flops", "error", "quality", "quality_after", "seconds_analyze"
 KEPT += "seconds_plan", "seconds_apply"
@@ -68,6 +69,18 @@ def table(cells: Cells, networks: list[str], level: int) -> str:
     return "\n".join(lines)
 
 
+def by_shares(rows: list[dict]) -> dict[tuple[float, ...], list[str]]:
+    """Networks by the shares that they were compressed to: not all of a network may be what is compressed."""
+    found: dict[str, set[float]] = {}
+    for row in rows:
+        if row["variant"] != "dense":
+            found.setdefault(row["network"], set()).add(row["share"])
+    grouped: dict[tuple[float, ...], list[str]] = {}
+    for network, shares in found.items():
+        grouped.setdefault(tuple(sorted(shares, reverse=True)), []).append(network)
+    return grouped
+
+
 def drops(cells: Cells, dense: dict[str, float], level: int) -> str:
     """Of ours and of the others, the drop in quality: median and largest over the networks."""
     lines = ["| variant | median drop | largest drop | networks |", "|---|---|---|---|"]
@@ -90,8 +103,10 @@ def main() -> None:
         writer = csv.DictWriter(file, ["network", *KEPT], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for picture in args.results.glob("*/quality_params.png"):
-        shutil.copy(picture, args.out / f"{picture.parent.name}.png")
+    for folder in sorted(path.parent for path in args.results.glob("*/results.jsonl")):
+        every = alds.Evaluation.read(folder)
+        drawn = [row for row in every.rows if row["variant"] in (*OURS, *OTHERS, "dense")]
+        alds.Evaluation(drawn, every.budget).plot(args.out / f"{folder.name}.png")
     describe = ["git", "rev-parse", "--short", "HEAD"]
     commit = args.commit or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, Python"
@@ -99,10 +114,10 @@ def main() -> None:
              f"`python benchmarks/quality/run.py`. Means over the seeds, ± largest minus smallest where above .005; "
              f"bold: within .002 of the network's best."]  # fmt: skip
     parts.append("Dense: " + ", ".join(f"{name} {quality:.4f}" for name, quality in dense.items()) + ".")
-    for level in sorted({at for _, _, at in cells}):
-        shares = {row["share"] for row in rows if row["variant"] != "dense"}
-        keep = sorted(shares, reverse=True)[level] if len(shares) <= 4 else level
-        parts.append(f"## params = {keep:g}\n\n{table(cells, list(dense), level)}\n\n{drops(cells, dense, level)}")
+    for shares, networks in by_shares(rows).items():
+        own = {key: values for key, values in cells.items() if key[0] in networks}
+        for level, share in enumerate(shares):
+            parts.append(f"## params = {share:.4g}\n\n{table(own, networks, level)}\n\n{drops(own, dense, level)}")
     (args.out / "quality.md").write_text("\n\n".join(parts) + "\n")
     print(f"wrote {args.out}: {len(rows)} cells of {len(dense)} networks")
 
