@@ -84,6 +84,7 @@ class _Sum:
         self.mean: Tensor | None = None
 
     def add(self, product: _Product, rows: int) -> None:
+        """Add a product of some of a call's ``rows``, scaled up to all of them."""
         if self.second is None or self.mean is None:
             self.second = torch.zeros_like(product.second, dtype=torch.float64)
             self.mean = torch.zeros_like(product.mean)
@@ -117,6 +118,7 @@ class Collector:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
+        """With the hooks on the layers."""
         handles = []
         for layer in self.layers:
             if layer.name not in self.by_output:

@@ -115,6 +115,7 @@ class Bases(NamedTuple):
 
 
 def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -> Bases:
+    """Every slice's directions by what they carry in the data; ``blocks`` from :func:`tap_blocks`, None without C."""
     weight = w.weight if w.root is None else w.root @ w.weight
     slices = folded(w, weight, scheme).unflatten(2, (groups, -1)).transpose(1, 2)
     rows, cols = slices.shape[-2:]
