@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 import torch
 
@@ -45,6 +47,22 @@ def _work(cell: Cell, look: bool) -> Outcome:
     return cell, record, mark, None if failure is None else RuntimeError(f"{type(failure).__name__}: {failure}")
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end; only the main thread gets it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
+
+
 def parallel(task: Task, jobs: Sequence[Job], workers: int) -> Generator[Outcome, None, None]:
     """The same in several processes, in the order in which they are finished; closing it ends them.
 
@@ -61,7 +79,9 @@ def parallel(task: Task, jobs: Sequence[Job], workers: int) -> Generator[Outcome
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (pickled,))
     try:
-        for future in as_completed([pool.submit(_work, *job) for job in jobs]):
+        with _uninterrupted():  # a process started in that moment would be lost sight of
+            futures = [pool.submit(_work, *job) for job in jobs]
+        for future in as_completed(futures):
             yield future.result()
         pool.shutdown()
     except BrokenProcessPool as e:
