@@ -28,12 +28,16 @@ class Recipe:
     epochs: int
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
 
-    def schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR:
-        """Learning rate of each of ``steps`` batches: up in a line for a tenth of them, down by a cosine to zero."""
-        return LambdaLR(optimizer, partial(_rate, steps=steps))
+    def schedule(self, optimizer: Optimizer, steps: int, start: int = 0) -> LambdaLR:
+        """Learning rate of each of ``steps`` batches: up in a line for a tenth of them, down by a cosine to zero.
+
+        It begins with the rate of batch ``start``.
+        """
+        return LambdaLR(optimizer, partial(_rate, steps=steps, start=start))
 
 
-def _rate(step: int, steps: int) -> float:
+def _rate(step: int, steps: int, start: int) -> float:
+    step += start
     rise = max(1, round(WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise
@@ -51,16 +55,23 @@ def adam(model: nn.Module, lr: float, decay: float = 0.0) -> Optimizer:
 
 
 def fit(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, log: Callable[[dict[str, object]], None]
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    log: Callable[[dict[str, object]], None],
+    start: int = 0,
 ) -> None:
-    """Train in place on one thread; ``log`` gets epoch, learning rate, mean loss, accuracy and seconds."""
+    """Train in place on one thread; ``log`` gets epoch, learning rate, mean loss, accuracy and seconds.
+
+    With ``start`` > 0 only the epochs after that many, with their learning rates and a fresh optimizer.
+    """
     optimizer = recipe.optimizer(model)
-    schedule = recipe.schedule(optimizer, recipe.epochs * len(loader))
+    schedule = recipe.schedule(optimizer, recipe.epochs * len(loader), start * len(loader))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model.train()
     try:
-        for epoch in range(1, recipe.epochs + 1):
+        for epoch in range(start + 1, recipe.epochs + 1):
             log({"epoch": epoch, **_epoch(model, loader, recipe.loss, optimizer, schedule)})
     finally:
         torch.set_num_threads(threads)
