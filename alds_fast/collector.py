@@ -31,7 +31,8 @@ class Moments:
         mean: E[x], (conv_groups, n), or, beside ``output``, E[y], (conv_groups, filters of a group).
         output: E[y y^T], (conv_groups, filters of a group, the same), or None.
         gradient: sum over all rows of g g^T over the sum of the squares of the network's output, g the gradient at y
-            of that output's product with random signs; shaped as ``output``; None if not asked for.
+            of that output's product with random signs; shaped as ``output``; zero where that output does not depend
+            on the layer, None if not asked for.
     """
 
     rows: int
@@ -190,6 +191,9 @@ class Collector:
                 continue
             if self.gradients and self.gradient_sums[layer.name].rows:
                 gradient, _ = self.gradient_sums[layer.name].over(self.energy)
+            elif self.gradients:  # what matters does not depend on this layer
+                assert layer.shape is not None
+                gradient = torch.zeros(layer.shape.conv_groups, *2 * [_filters(layer)], dtype=torch.float64)
             rows, (second, mean) = own.rows, own.over(own.rows)
             for other in self.leaders[layer.name] & found.keys():
                 shared = found[other].second

@@ -106,6 +106,12 @@ def tap_blocks(w: Weighting, scheme: int) -> Tensor:
     return w.second.reshape(g0, c, *kernel, c, *kernel).permute(order).reshape(g0, taps, cols, taps, cols)
 
 
+def _slice_moments(blocks: Tensor, groups: int) -> Tensor:
+    """S_g, (g0, k, cols / k, cols / k)."""
+    whole = torch.diagonal(blocks, dim1=1, dim2=3).sum(-1)  # (g0, cols, cols)
+    return whole.unflatten(1, (groups, -1)).unflatten(3, (groups, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
 class Bases(NamedTuple):
     """Of every slice, H W_g (g0, k, rows, cols / k), U_g (g0, k, rows, r), and eigenvalues (g0, k, r), descending."""
 
@@ -123,8 +129,7 @@ def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -
         gram = w.output if w.root is None else w.root @ w.output @ w.root
         values, left = torch.linalg.eigh(gram.unsqueeze(1))
         return Bases(slices, left.flip(-1), values.flip(-1).clamp_min(0))
-    own = torch.diagonal(blocks, dim1=1, dim2=3).sum(-1)  # (g0, cols, cols)
-    own = own.unflatten(1, (groups, -1)).unflatten(3, (groups, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    own = _slice_moments(blocks, groups)
     if rows <= cols:
         values, left = torch.linalg.eigh(slices @ own @ slices.mT)
         return Bases(slices, left.flip(-1), values.flip(-1).clamp_min(0))
@@ -155,6 +160,17 @@ def _pairs(bases: Bases, blocks: Tensor) -> Tensor:
     return total
 
 
+def _tails(values: Tensor) -> Tensor:
+    """Sums of (g0, k, r) over all slices and from every rank on, (r,)."""
+    return values.sum((0, 1)).flip(0).cumsum(0).flip(0)
+
+
+def _relative(w: Weighting, squares: Tensor) -> Tensor:
+    """Relative errors of ranks 0..r from the squares for 0..r - 1."""
+    relative = squares / w.scale if w.scale > 0 else torch.zeros_like(squares)
+    return torch.cat([relative.sqrt(), squares.new_zeros(1)])
+
+
 def errors(w: Weighting, scheme: int, groups: int) -> Tensor:
     """Relative error of every rank 0..r, (r + 1,) float64; that of the full rank is 0.
 
@@ -163,14 +179,12 @@ def errors(w: Weighting, scheme: int, groups: int) -> Tensor:
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases = slice_bases(w, scheme, groups, blocks)
     if groups == 1 and (blocks is None or blocks.shape[1] == 1):
-        squares = bases.values.sum((0, 1))
-        tails = squares.flip(0).cumsum(0).flip(0)
+        tails = _tails(bases.values)
     else:
         assert blocks is not None
         pairs = _pairs(bases, blocks).flip(0, 1).cumsum(0).cumsum(1)
         tails = pairs.diagonal().flip(0).clamp_min(0)
-    relative = tails / w.scale if w.scale > 0 else torch.zeros_like(tails)
-    return torch.cat([relative.sqrt(), tails.new_zeros(1)])
+    return _relative(w, tails)
 
 
 def certificate(w: Weighting, scheme: int, groups: int) -> Tensor:
@@ -184,9 +198,7 @@ def certificate(w: Weighting, scheme: int, groups: int) -> Tensor:
         return errors(w, scheme, groups)
     blocks = tap_blocks(w, scheme)
     g0, taps, cols = blocks.shape[:3]
-    own = torch.diagonal(blocks, dim1=1, dim2=3).sum(-1)
-    own = own.unflatten(1, (groups, -1)).unflatten(3, (groups, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    energy, vectors = torch.linalg.eigh(own)
+    energy, vectors = torch.linalg.eigh(_slice_moments(blocks, groups))
     sure = energy > EIGEN_NOISE * energy.amax((1, 2), keepdim=True)
     root = torch.where(sure, energy.clamp_min(1e-300).rsqrt(), 0.0)
     inverse = (vectors * root.unsqueeze(-2)) @ vectors.mT  # (g0, k, c, c), the pseudo-inverse of D_g^1/2
@@ -194,7 +206,4 @@ def certificate(w: Weighting, scheme: int, groups: int) -> Tensor:
     half = (inverse.unsqueeze(1) @ split).reshape(g0, taps * cols, taps, groups, -1).permute(0, 2, 3, 4, 1)
     whole = (inverse.unsqueeze(1) @ half).reshape(g0, taps * cols, taps * cols)
     mu = torch.linalg.eigvalsh(whole)[..., -1].clamp_min(1.0)
-    squares = (slice_bases(w, scheme, groups, blocks).values * mu[:, None, None]).sum((0, 1))
-    tails = squares.flip(0).cumsum(0).flip(0)
-    relative = tails / w.scale if w.scale > 0 else torch.zeros_like(tails)
-    return torch.cat([relative.sqrt(), tails.new_zeros(1)])
+    return _relative(w, _tails(slice_bases(w, scheme, groups, blocks).values * mu[:, None, None]))

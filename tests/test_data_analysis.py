@@ -134,6 +134,31 @@ def test_a_layer_that_data_never_reach_stays_dense():
     assert reasons == {"used": None, "idle": "it is not called with data="}
 
 
+class TwoHeads(nn.Module):
+    """What is returned first does not depend on the second head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        hidden = self.body(x).relu()
+        return self.first(hidden), self.second(hidden)
+
+
+def test_a_layer_that_what_matters_does_not_depend_on_is_free():
+    torch.manual_seed(0)
+    net, x = TwoHeads(), torch.randn(64, 24)
+    analysis = alds.analyze(net, data=[x], sensitivity=True)
+    assert not analysis.moments["second"].gradient.any()
+    plan = analysis.plan(params=0.7)
+    rows = {row.name: row for row in plan.layers}
+    assert (rows["second"].rank, rows["second"].error) == (1, 0.0) and rows["first"].error > 0
+    assert all(y.isfinite().all() for y in plan.apply(net)(x))
+    both = alds.analyze(net, data=[x], sensitivity=lambda output, batch: torch.cat(output, 1))
+    assert {row.name: row for row in both.plan(params=0.7).layers}["second"].rank != 1
+
+
 def test_no_more_than_eight_slices_unless_asked_for():
     net, x = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()), torch.randn(4, 16, 6, 6)
     found = alds.analyze(net, data=[x]).plan(params=0.5)
