@@ -35,13 +35,20 @@ class Variant:
     analysis: dict[str, Any] = field(default_factory=dict)
     planning: dict[str, Any] = field(default_factory=dict)
     data: bool = False
+    refit: bool = False
     build: Build | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the analysis or the refit are given data."""
+        return self.data or self.refit
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that tells this variant from another, JSON-ready."""
         options = {k: _plain(v) for k, v in {**self.analysis, **self.planning}.items()}
         made = None if self.build is None else callable_name(self.build)
+        options |= {"refit": True} if self.refit else {}
         return {"name": self.name, "options": options, "data": self.data, "build": made}
 
 
@@ -77,7 +84,7 @@ class Task:
         known: dict[str, Any] = {"variant": DENSE, "share": cell.share, "seed": cell.seed}
         if cell.variant != DENSE:
             variant = self.variants[cell.variant]
-            data = callable_name(self.data) if variant.data and self.data is not None else None
+            data = callable_name(self.data) if variant.needs_data and self.data is not None else None
             known |= {"variant": variant.identity, "data": data}
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -140,16 +147,19 @@ def read_variant(name: str, options: Mapping[str, Any] | Build, kind: str, examp
         return Variant(name, build=options)
     analysis = _defaults(analyze, ())
     planning = _defaults(Analysis.plan, (*SHARES, "error", "example_inputs"))
-    known = analysis | planning
+    known = {**analysis, **planning, "refit": False}
     if unknown := sorted(str(option) for option in options if option not in known):
         raise ArgumentError(f"variants[{name!r}]: unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    data = options.get("data", False)
-    if not isinstance(data, bool):
-        raise ArgumentError(f"variants[{name!r}]: data={data!r}: True to be given what evaluate(data=) returns")
+    switches = {option: options.get(option, False) for option in ("data", "refit")}
+    for option, value in switches.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(
+                f"variants[{name!r}]: {option}={value!r}: True to be given what evaluate(data=) returns"
+            )
     chosen = {k: options.get(k, default) for k, default in planning.items()}
     check_plan_options({kind: 0.5}, None, example_inputs, **chosen)
     analysing = {k: options.get(k, default) for k, default in analysis.items() if k != "data"}
-    return Variant(name, analysing, chosen, data)
+    return Variant(name, analysing, chosen, **switches)
 
 
 def product(

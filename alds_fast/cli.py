@@ -23,13 +23,14 @@ from torch import nn
 
 from .analysis import Analysis, analyze_with_progress, with_data
 from .checkpoint import save
-from .cli_eval import add_eval
+from .cli_eval import add_eval, check_data_flags
 from .container import read_header
 from .discover import Layer
 from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError
 from .folding import SCHEMES
 from .options import ALL_CRITERIA, METHODS, check_schemes
 from .plan import Plan
+from .refit import check_batches
 from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
 from .targets import ModelTarget, Target
@@ -70,9 +71,10 @@ def _run_compress(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     if (args.flops is not None or args.latency is not None) and args.input is None:
         raise ArgumentError("--flops and --latency need --input, the shape of an input, for example 1,3,224,224")
-    if args.sensitivity and not args.data:
-        raise ArgumentError("--sensitivity needs --data, a function that returns batches")
+    check_data_flags(args)
     batches = Target(args.data).function() if args.data else None
+    if args.refit:
+        check_batches(batches)
     begin = time.perf_counter()
     model, analysis = _analyze(args)
     if batches is not None:
@@ -84,7 +86,7 @@ def _run_compress(args: argparse.Namespace) -> None:
         **budget, example_inputs=example, criterion=args.criterion, p=args.p, method=args.method, align=args.align
     )
     with Console(stderr=True).status("factors"):  # shown on a terminal only
-        small = plan.apply(model)
+        small = plan.apply(model, refit=batches if args.refit else None)
     save(small, args.output)
     if args.plot:
         plot_plan(analysis, plan, args.plot)
@@ -145,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
     compress.add_argument("--data", metavar="TARGET", help="function that returns batches of the model's inputs")
     compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
+    compress.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
     compress.add_argument("--criterion", choices=ALL_CRITERIA, default=None)
     compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
     compress.add_argument("--method", choices=METHODS, default="alds")

@@ -37,6 +37,7 @@ def add_eval(commands: Any, parents: list[argparse.ArgumentParser], integers: Ca
     parser.add_argument("--seeds", type=integers, default=(0,), help="0,1,2; for functions with a parameter seed")
     parser.add_argument("--data", metavar="TARGET", help="function that returns batches for the analysis")
     parser.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
+    parser.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
     parser.add_argument("--after", metavar="TARGET", help="function model -> model, retraining for example")
     parser.add_argument("--input", type=integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
     parser.add_argument("--out", metavar="FOLDER", help="results; the same command goes on from there")
@@ -44,19 +45,25 @@ def add_eval(commands: Any, parents: list[argparse.ArgumentParser], integers: Ca
     parser.set_defaults(run=run_eval)
 
 
+def check_data_flags(args: argparse.Namespace) -> None:
+    """ArgumentError for a flag that needs --data without it."""
+    for flag in ("sensitivity", "refit"):
+        if getattr(args, flag) and not args.data:
+            raise ArgumentError(f"--{flag} needs --data, a function that returns batches")
+
+
 def _variants(args: argparse.Namespace, kind: str, example: Any) -> dict[str, dict[str, Any]]:
     given = {"schemes": tuple(args.schemes), "groups": args.groups, "include": args.include, "exclude": args.exclude}
     usual = {"schemes": SCHEMES, "groups": "divisors", "include": None, "exclude": None}
     options = {name: value for name, value in given.items() if value != usual[name]}
     if args.data:
-        options |= {"data": True, "sensitivity": args.sensitivity}
+        options |= {"data": True, "sensitivity": args.sensitivity, "refit": args.refit}
     return product(args.methods, args.criteria, args.p, kind, example, **options)
 
 
 def run_eval(args: argparse.Namespace) -> None:
     """Run the evaluation and print its table; what is finished is kept if it fails or is interrupted."""
-    if args.sensitivity and not args.data:
-        raise ArgumentError("--sensitivity needs --data, a function that returns batches")
+    check_data_flags(args)
     if args.flops and args.input is None:
         raise ArgumentError("--flops needs --input, the shape of an input, for example 1,3,224,224")
     kind = "flops" if args.flops else "params"

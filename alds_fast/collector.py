@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .discover import Layer, label
 from .errors import ModelError
-from .patches import outputs, patches
+from .patches import Wanted, masked, outputs, patches
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
@@ -53,7 +53,7 @@ class _Product:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
     """No tf32 or bfloat16 inside float32 products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -69,7 +69,7 @@ def _product(rows: Tensor) -> _Product:
     x = x if x.dtype == torch.float64 else x.float()
     width = x.shape[-1]
     second, step = x.new_zeros(len(x), width, width), -(-width // (BLOCKS if width >= 64 else 1))
-    with _exact_products():
+    with exact_products():
         for start in range(0, width, step):
             block = slice(start, start + step)
             second[:, block, start:] = x[:, :, block].mT @ x[:, :, start:]
@@ -111,7 +111,7 @@ class Collector:
         self.keep: Tensor | None = None
         self.sums: dict[str, _Sum] = {layer.name: _Sum() for layer in layers}
         self.gradient_sums: dict[str, _Sum] = {layer.name: _Sum() for layer in layers if gradients}
-        self.by_output = {layer.name for layer in layers if _columns(layer) > order}
+        self.by_output = {layer.name for layer in layers if columns_of(layer) > order}
         self.energy, self.seed = 0.0, 0
         self.last: tuple[Any, ...] = (lambda: None, None, None, 0)
         self.leaders: dict[str, set[str]] = {layer.name: set() for layer in layers}
@@ -132,11 +132,6 @@ class Collector:
             for handle in handles:
                 handle.remove()
 
-    def _mask(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """The batch's mask, where it belongs to the leading dimensions of a Linear's input or output."""
-        fits = self.keep is not None and layer.kind == "Linear" and x.shape[:-1] == self.keep.shape
-        return self.keep if fits else None
-
     def _on_input(self, layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._add_input(layer, args[0] if args else kwargs["input"])
@@ -149,8 +144,8 @@ class Collector:
         if seen() is x and known == key:  # q, k and v read one tensor
             self.leaders[layer.name].add(self.last_name)
         else:
-            wanted = _wanted(layer, _columns(layer), _filters(layer))
-            found, rows = patches(layer.module, x.detach(), self._mask(layer, x), wanted, self.seed)
+            keep = masked(layer.module, x, self.keep)
+            found, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer), self.seed)
             product = _product(found)
             self.seed += 1
             self.last, self.last_name = (weakref.ref(x), key, product, rows), layer.name
@@ -171,14 +166,14 @@ class Collector:
         return hook
 
     def _add_output(self, layer: Layer, y: Tensor) -> None:
-        found, rows = outputs(layer.module, y, self._mask(layer, y))
+        found, rows = outputs(layer.module, y, masked(layer.module, y, self.keep))
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(found.shape[1:])
         self.sums[layer.name].add(_product(found - shift), rows)
 
     def _add_gradient(self, layer: Layer, g: Tensor) -> None:
-        wanted = _wanted(layer, _filters(layer), _columns(layer))
-        found, rows = outputs(layer.module, g.detach(), self._mask(layer, g), wanted, self.seed)
+        wanted = _wanted(layer, filters_of(layer), columns_of(layer))
+        found, rows = outputs(layer.module, g.detach(), masked(layer.module, g, self.keep), wanted, self.seed)
         self.seed += 1
         self.gradient_sums[layer.name].add(_product(found), rows)
 
@@ -193,7 +188,7 @@ class Collector:
                 gradient, _ = self.gradient_sums[layer.name].over(self.energy)
             elif self.gradients:  # what matters does not depend on this layer
                 assert layer.shape is not None
-                gradient = torch.zeros(layer.shape.conv_groups, *2 * [_filters(layer)], dtype=torch.float64)
+                gradient = torch.zeros(layer.shape.conv_groups, *2 * [filters_of(layer)], dtype=torch.float64)
             rows, (second, mean) = own.rows, own.over(own.rows)
             for other in self.leaders[layer.name] & found.keys():
                 shared = found[other].second
@@ -207,18 +202,19 @@ class Collector:
         return found
 
 
-def _columns(layer: Layer) -> int:
+def columns_of(layer: Layer) -> int:
     """Columns of the encode fold."""
     assert layer.shape is not None
     return layer.shape.numel // layer.shape.out_channels
 
 
-def _filters(layer: Layer) -> int:
+def filters_of(layer: Layer) -> int:
+    """Filters of one of a convolution's groups."""
     assert layer.shape is not None
     return layer.shape.out_channels // layer.shape.conv_groups
 
 
-def _wanted(layer: Layer, width: int, other: int) -> Callable[[int], int]:
+def _wanted(layer: Layer, width: int, other: int) -> Wanted:
     """How many of a call's rows of ``width`` entries are drawn, the layer's own cost per row being width * other.
 
     All tokens. Of a convolution's patches, which overlap, so many that their product costs what the layer itself does,
@@ -229,11 +225,16 @@ def _wanted(layer: Layer, width: int, other: int) -> Callable[[int], int]:
     return lambda rows: min(rows, round(rows * max(LEAST_SHARE, other / width)), max(width, ENOUGH_ROWS))
 
 
+def rows_wanted(layer: Layer) -> Wanted:
+    """How many rows of a call's input are drawn."""
+    return _wanted(layer, columns_of(layer), filters_of(layer))
+
+
 def _geometry(layer: Layer) -> tuple[Any, ...]:
     """Layers that agree in it make the same rows of the same input."""
     names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "groups")
     own = tuple(getattr(layer.module, name, None) for name in names)
-    return layer.kind, own, _filters(layer) if layer.kind != "Linear" else 0
+    return layer.kind, own, filters_of(layer) if layer.kind != "Linear" else 0
 
 
 def _check(layer: Layer, second: Tensor, gradient: Tensor | None) -> None:

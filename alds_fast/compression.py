@@ -9,6 +9,7 @@ from torch import nn
 from .analysis import analyze
 from .errors import ArgumentError
 from .options import check_plan_options
+from .refit import check_batches
 
 _ANALYSIS_OPTIONS = {"schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order"}
 _PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
@@ -22,13 +23,15 @@ def compress(
     latency: float | None = None,
     error: float | None = None,
     example_inputs: Any = None,
+    refit: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
     moment_order) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align, bias_correction, importance,
-    cache). Raises what these raise, and ArgumentError for an unknown option.
+    cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`. Raises what these raise, and ArgumentError
+    for an unknown option.
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
@@ -39,8 +42,13 @@ def compress(
         known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
         raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
     planning = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
+    if refit:
+        check_batches(options.get("data"))
     shares = {"params": params, "flops": flops, "latency": latency}
     check_plan_options(shares, error, example_inputs, **planning)  # before the work
     analysis = analyze(model, **{k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS})
     budgets = {**shares, "error": error, "example_inputs": example_inputs}
-    return analysis.plan(**{**budgets, **planning}).apply(model)
+    plan = analysis.plan(**{**budgets, **planning})
+    if not refit:
+        return plan.apply(model)
+    return plan.apply(model, refit=options["data"], mask=options.get("mask", "attention_mask"))

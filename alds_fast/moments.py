@@ -54,9 +54,24 @@ def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torc
     return float(z.detach().double().square().sum())
 
 
-def _mask_of(batch: Any, mask: str | None) -> Tensor | None:
+def mask_of(batch: Any, mask: str | None) -> Tensor | None:
+    """The keyword argument that is false at padding, if the batch has it."""
     found = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
     return found.bool() if isinstance(found, Tensor) else None
+
+
+@contextmanager
+def explained(number: int, name: str) -> Iterator[None]:
+    """What a model raises on a batch, by its number from 1, becomes a ModelError."""
+    try:
+        yield
+    except (ArgumentError, ModelError):
+        raise
+    except Exception as e:
+        raise ModelError(
+            f"batch {number} of {name} did not run through the model ({type(e).__name__}: {e}); a batch is what "
+            f"model(...) takes, without labels"
+        ) from e
 
 
 def collect_moments(
@@ -92,19 +107,11 @@ def collect_moments(
     count = 0
     with collector.hooked(), preserved(model), inference(model), _frozen(model):
         for count, batch in enumerate(data, 1):
-            collector.keep = _mask_of(batch, mask)
-            try:
-                with torch.set_grad_enabled(bool(sensitivity)):
-                    output = call_model(model, batch)
-                    if sensitivity:
-                        collector.energy += _backward(output, batch, sensitivity, generator)
-            except (ArgumentError, ModelError):
-                raise
-            except Exception as e:
-                raise ModelError(
-                    f"batch {count} of data= did not run through the model ({type(e).__name__}: {e}); a batch is what "
-                    f"model(...) takes, without labels"
-                ) from e
+            collector.keep = mask_of(batch, mask)
+            with explained(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
+                output = call_model(model, batch)
+                if sensitivity:
+                    collector.energy += _backward(output, batch, sensitivity, generator)
     if not count:
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     return collector.moments()

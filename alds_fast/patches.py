@@ -25,6 +25,12 @@ def batched(module: nn.Module, x: Tensor) -> Tensor:
     return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
 
 
+def masked(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | None:
+    """The batch's mask, where it belongs to the leading dimensions of a Linear's input or output."""
+    fits = keep is not None and isinstance(module, nn.Linear) and x.shape[:-1] == keep.shape
+    return keep if fits else None
+
+
 def _windows(module: Any, x: Tensor) -> Tensor:
     """View (samples, *positions, channels, *kernel) of a convolution's padded input."""
     pad, axes = module._reversed_padding_repeated_twice, len(module.kernel_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .collector import Moments
 from .data_criteria import Basis
-from .discover import count_params, label
+from .discover import count_params, find_layers, label
 from .errors import AldsError, ModelError, PlanError
-from .factorize import factorize
+from .factorize import FactorReport, factorize
+from .refit import check_batches
+from .refit import refit as refit_layers
 from .rows import Latency, LayerPlan, checked, number, read_latency, read_row, real
 from .text import shape_text, table
 
@@ -66,11 +68,24 @@ class Plan:
         errors = [row.error for row in self.layers]
         return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
-    def apply(self, model: nn.Module, *, moments: Mapping[str, Moments] | None = None) -> nn.Module:
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        moments: Mapping[str, Moments] | None = None,
+        refit: Iterable[Any] | None = None,
+        mask: str | None = "attention_mask",
+    ) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
 
-        ``moments`` are those of an analysis with data (``analysis.moments``), for a plan by a criterion that uses them
-        and that was read from JSON.
+        Args:
+            model: the one that was analysed, or one with the same layers.
+            moments: those of an analysis with data (``analysis.moments``), for a plan by a criterion that uses them
+                and that was read from JSON.
+            refit: a list of batches as for analyze(data=), whatever the criterion: layer after layer, factors and bias
+                are fitted to the dense network's outputs on what reaches the layer in the compressed one, and the
+                statistics of BatchNorms move along, see :mod:`alds_fast.refit`. One pass of both networks per layer.
+            mask: as for analyze.
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
@@ -82,13 +97,31 @@ class Plan:
             raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
         if count_params(model) != self.params_before:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
+        if refit is not None:
+            check_batches(refit)
         choices = [row.choice for row in self.layers]
         chosen = [c for c in choices if c is not None]
         exact = self.criterion != "frobenius" or self.budget.startswith("error")  # errors that must hold
         small, reports = factorize(model, chosen, self.spectra, exact=exact, weighted=self._basis(moments).weighting)
+        if refit is not None:
+            reports |= self._refitted(small, model, refit, mask, moments)
         object.__setattr__(small, "alds_plan", self)
         object.__setattr__(small, "alds_factors", reports)
         return small
+
+    def _refitted(
+        self, small: nn.Module, model: nn.Module, data: Iterable[Any], mask: str | None,
+        moments: Mapping[str, Moments] | None,
+    ) -> dict[str, FactorReport]:  # fmt: skip
+        basis = self._basis(moments)
+        gradients = {
+            name: m.gradient for name, m in basis.moments.items()
+            if self.criterion == "sensitivity" and m.gradient is not None
+        }  # fmt: skip
+        names = [row.name for row in self.layers if row.choice]
+        layers = [layer for layer in find_layers(model) if layer.name in names]
+        correct = self.bias_correction or not basis.used
+        return refit_layers(small, model, layers, data, gradients=gradients, bias_correction=correct, mask=mask)
 
     def _basis(self, moments: Mapping[str, Moments] | None) -> Basis:
         """What the factors are fitted to; PlanError where that needs moments and there are none."""

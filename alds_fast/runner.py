@@ -133,8 +133,15 @@ class Runner:
         plan = clock("plan", lambda: analysis.plan(**budget, **variant.planning))
         record["error"] = None if math.isnan(plan.error) else plan.error
         record |= {"criterion": plan.criterion, "p": plan.p}  # what None stood for
-        small: nn.Module = clock("apply", lambda: plan.apply(dense))
+        fitted = {"refit": self._batches(cell.seed), "mask": variant.analysis["mask"]} if variant.refit else {}
+        small: nn.Module = clock("apply", lambda: plan.apply(dense, **fitted))
         return small
+
+    def _batches(self, seed: int) -> Any:
+        """The data of a seed, in a list if they can be used once only."""
+        assert self.task.data is not None
+        found = self.task.data(seed)
+        return list(found) if isinstance(found, Iterator) else found
 
     def _analysis(self, variant: Variant, dense: nn.Module, seed: int) -> tuple[Analysis, float]:
         """The analysis with the variant's options, and the seconds it took; made once for all cells of a seed."""
@@ -142,8 +149,7 @@ class Runner:
         if key not in self.analyses:
             options = dict(variant.analysis)
             if variant.data:
-                assert self.task.data is not None
-                options["data"] = self.task.data(seed)
+                options["data"] = self._batches(seed)
             begin = time.perf_counter()
             found = analyze(dense, **options)
             self.analyses[key] = found, time.perf_counter() - begin

@@ -129,7 +129,7 @@ def test_models_data_and_retraining_get_the_seed(monkeypatch):
     for row in table.rows:
         assert row["quality_after"] == row["quality"] + 128 / PARAMS
         assert row["drop_after"] == 1.0 - row["quality_after"] and row["seconds_after"] > 0
-    with pytest.raises(ArgumentError, match=r"variants\['with'\] has data=True: give data="):
+    with pytest.raises(ArgumentError, match=r"variants\['with'\] has data=True or refit=True: give data="):
         alds.evaluate(net, kept, variants=variants)
 
 

@@ -1,0 +1,231 @@
+"""Factors fitted anew to what reaches each layer in the compressed network, layer after layer as they are run.
+
+A layer of the dense network gives y = W x. In the compressed network it gets x' instead of x. With C = E[x' x'^T] and
+B = E[y x'^T], the weight that is best before truncation is W' = W + (B - W C)(C + a I)^-1, and
+
+    E||y - V x'||^2 = tr((W' - V) C (W' - V)^T) + what no V changes        (a = 0)
+
+so that truncating W' under C (:mod:`alds_fast.weighted`) makes up for the errors of the layers before: the asymmetric
+reconstruction of Zhang, Zou, He, Sun (TPAMI 2016), here for all folds and slices. The ridge a is 1e-3 of the mean
+eigenvalue of C and pulls towards W where the data say little.
+
+At last the running statistics of BatchNorms move too (:mod:`alds_fast.norms`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .collector import Moments, columns_of, exact_products, rows_wanted
+from .discover import Layer
+from .errors import ArgumentError, ModelError
+from .factorize import FactorReport
+from .folding import factors_to_weights
+from .layers import LowRankLayer
+from .measure import call_model, inference, preserved
+from .moments import explained, mask_of
+from .norms import move_statistics
+from .patches import masked, outputs, patches
+from .weighted import weighting
+from .weighted_factors import WeightedFactors, factors
+
+RIDGE = 1e-3  # of the mean eigenvalue of the moment
+ORDER = 8192  # columns of a layer, at most
+
+
+class _Reached(BaseException):
+    """Ends a forward pass; no Exception, which a model may catch."""
+
+
+class _Sums:
+    """Float64 sums over rows: of x' x'^T, of y x'^T, of x', of y and of |y|^2; each call counts by all its rows."""
+
+    def __init__(self) -> None:
+        self.rows = 0.0
+        self.parts: list[Tensor] = []
+
+    def add(self, y: Tensor, x: Tensor, rows: int) -> None:
+        """Add rows of a call, y (n, conv_groups, filters) and x (n, conv_groups, columns), drawn from ``rows``."""
+        exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+        y, x = (t.detach().to(exact).transpose(0, 1) for t in (y, x))
+        with exact_products():
+            parts = [x.mT @ x, y.mT @ x, x.sum(1), y.sum(1), y.square().sum()]
+        if not self.parts:
+            self.parts = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+        for total, part in zip(self.parts, parts, strict=True):
+            total.add_(part, alpha=rows / x.shape[1])
+        self.rows += rows
+
+    def means(self) -> list[Tensor]:
+        """On the CPU."""
+        return [part.cpu() / self.rows for part in self.parts]
+
+
+def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str) -> None:
+    """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
+    left = calls
+
+    def counted(hook: Callable[..., None]) -> Callable[..., None]:
+        def count(*args: Any) -> None:
+            nonlocal left
+            hook(*args)
+            left -= 1
+            if left == 0:
+                raise _Reached
+
+        return count
+
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            register = getattr(model.get_submodule(name), f"register_{kind}")
+            stack.callback(register(counted(hook), with_kwargs=True).remove)
+        with suppress(_Reached):
+            call_model(model, batch)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["input"]
+    return found
+
+
+def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
+    """Layers in the order of their first calls, with the number of their calls; those that read one tensor together."""
+    order: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: order.append((name, _first(args, kwargs)))
+
+    _pass(model, batch, {name: hook(name) for name in names}, 0, "forward_pre_hook")
+    calls = dict.fromkeys((name for name, _ in order), 0)
+    stages: list[dict[str, int]] = []
+    before: Tensor | None = None
+    for name, x in order:
+        if not calls[name] and x is before:
+            stages[-1][name] = 0
+        elif not calls[name]:
+            stages.append({name: 0})
+        calls[name], before = calls[name] + 1, x
+    return [{name: calls[name] for name in stage} for stage in stages]
+
+
+class _Batch:
+    """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
+
+    def __init__(self, layer: Layer, sums: _Sums, keep: Tensor | None, seed: int) -> None:
+        self.layer, self.sums, self.keep, self.seed = layer, sums, keep, seed
+        self.outputs: list[Tensor] = []
+
+    def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        """After a call of the dense layer."""
+        found, _ = outputs(module, y, masked(module, y, self.keep), rows_wanted(self.layer), self.seed)
+        bias: Any = module.bias
+        self.outputs.append(found if bias is None else found - bias.view(found.shape[1:]))
+
+    def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
+        x, dense = _first(args, kwargs), self.layer.module
+        found, rows = patches(dense, x, masked(dense, x, self.keep), rows_wanted(self.layer), self.seed)
+        if self.outputs:
+            self.sums.add(self.outputs.pop(0), found, rows)
+
+
+def _collected(
+    stage: Mapping[str, int], layers: Mapping[str, Layer], model: nn.Module, small: nn.Module, data: Iterable[Any],
+    mask: str | None,
+) -> dict[str, _Sums]:  # fmt: skip
+    """Sums of a stage's layers over all batches."""
+    sums, calls = {name: _Sums() for name in stage}, sum(stage.values())
+    for number, batch in enumerate(data, 1):
+        keep = mask_of(batch, mask)
+        hooks = {name: _Batch(layers[name], sums[name], keep, number) for name in stage}
+        with explained(number, "refit="):
+            _pass(model, batch, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
+            _pass(small, batch, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
+    return sums
+
+
+def _fit(layer: Layer, low: LowRankLayer, sums: _Sums, gradient: Tensor | None, centred: bool) -> FactorReport:
+    """New factors and bias of a low-rank layer, in place."""
+    second, cross, mean, mean_y, energy = sums.means()
+    dense: Any = layer.module
+    weight = dense.weight.detach().double().cpu().reshape(*cross.shape)
+    outer = mean.unsqueeze(-1) * mean.unsqueeze(-2) if centred else torch.zeros(())
+    spread, shared = second - outer, cross - mean_y.unsqueeze(-1) * mean.unsqueeze(-2) if centred else cross
+    ridge = RIDGE * spread.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    ridged = spread + torch.where(ridge > 0, ridge, 1.0) * torch.eye(spread.shape[-1], dtype=torch.float64)
+    best = weight + torch.linalg.solve(ridged, (shared - weight @ spread).mT).mT
+    assert layer.shape is not None
+    seen = Moments(round(sums.rows), second, mean, None, gradient)
+    weights = weighting(layer.shape, best, seen, centred, gradient is not None)
+    found = factors(weights, low.scheme, low.groups, low.rank)
+    _assign(low, found)
+    if centred:
+        moved = found.shift + (mean_y - (best @ mean.unsqueeze(-1)).squeeze(-1)).flatten()
+        assert low.bias is not None
+        low.bias.copy_(dense.bias.detach().double().cpu() + moved)
+    cut = low.dense_weight().detach().double().cpu().reshape(*cross.shape)
+    lost = float(energy) - float((2 * shared * cut - cut @ spread * cut).sum())
+    lost -= float(mean_y.square().sum()) if centred else 0.0
+    relative = math.sqrt(max(0.0, lost) / float(energy)) if float(energy) > 0 else 0.0
+    norm = float(weight.norm())
+    return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, relative)
+
+
+def _assign(low: LowRankLayer, found: WeightedFactors) -> None:
+    encoder, decoder = factors_to_weights(found.left, found.right, low.weight_shape, low.scheme)
+    low.encoder.copy_(encoder)
+    low.decoder.copy_(decoder)
+
+
+def check_batches(data: Any) -> None:
+    """ArgumentError unless the batches can be gone through again and again, and there is one."""
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
+        raise ArgumentError(f"refit= is a {type(data).__name__}: expected batches, for example [x]")
+    if iter(data) is data:
+        raise ArgumentError("refit= is an iterator, which can be used once only; give a list of the batches")
+
+
+def refit(
+    small: nn.Module,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any],
+    *,
+    gradients: Mapping[str, Tensor],
+    bias_correction: bool,
+    mask: str | None,
+) -> dict[str, FactorReport]:
+    """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
+
+    Every layer takes a pass of both networks over all batches, up to that layer; layers that read one tensor share it.
+    Layers with more than 8192 columns, and those that the first batch does not reach, are left as they are.
+    ``gradients`` are the second moments that weight a layer's outputs, where there are some. Raises ArgumentError for
+    data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
+    """
+    low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
+    known = {layer.name: layer for layer in layers if layer.name in low and columns_of(layer) <= ORDER}
+    reports: dict[str, FactorReport] = {}
+    first = next(iter(data), None)
+    if first is None:
+        raise ArgumentError("refit= has no batches")
+    with ExitStack() as stack:
+        for net in (model, small):
+            stack.enter_context(inference(net))
+            stack.enter_context(preserved(net))
+        with explained(1, "refit="):
+            stages = _stages(model, first, list(known))
+        for stage in stages:
+            for name, sums in _collected(stage, known, model, small, data, mask).items():
+                if sums.rows and not all(bool(part.isfinite().all()) for part in sums.parts):
+                    raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
+                if sums.rows:
+                    centred = bias_correction and known[name].own_bias and low[name].bias is not None
+                    reports[name] = _fit(known[name], low[name], sums, gradients.get(name), centred)
+    move_statistics(model, small, data)
+    return reports
