@@ -29,8 +29,8 @@ import alds_fast as alds
 GRID = (0.5, 0.3, 0.2, 0.13, 0.08, 0.05, 0.03)
 DROP = 0.005  # half a point, as in the paper
 PART = 0.25  # of the epochs of the training
-CHOSEN = "sensitivity p=2", "frobenius p=4", "svd", "svd-energy", "l-rank", "pca", "alds-heuristic reference"
-CHOSEN += ("filters global",)
+CHOSEN = "sensitivity p=2 refit", "sensitivity p=2", "frobenius p=4", "svd", "svd-energy", "l-rank", "pca"
+CHOSEN += "alds-heuristic reference", "filters global"
 
 
 @dataclass(frozen=True)

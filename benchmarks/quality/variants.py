@@ -10,6 +10,8 @@ from torch import nn
 
 from alds_fast.pruning import filter_threshold
 
+REFITTED = "sensitivity p=2", "output p=4", "output p=2", "frobenius p=4", "svd-energy", "l-rank", "pca"
+
 
 class FilterThreshold:
     """Magnitude filter thresholding, as a variant (model, share, seed) -> model."""
@@ -47,4 +49,6 @@ def variants(include: str | None, example_inputs: Any, sensitivity: Any = True) 
     found["output p=inf no bias correction"] = {**seeing, "criterion": "output", "p": math.inf,
                                                 "bias_correction": False}  # fmt: skip
     found["pca"] = {**seeing, "method": "pca"}
+    for name in REFITTED:
+        found[f"{name} refit"] = {**found[name], "refit": True}
     return found

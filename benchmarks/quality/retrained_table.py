@@ -1,0 +1,104 @@
+"""Tables of the evaluation after retraining, from the folders that retrained.py wrote.
+
+``python benchmarks/quality/retrained_table.py RESULTS`` writes benchmarks/results/quality/retrained.csv, every cell,
+and retrained.md: by network and variant the largest reduction of the grid that loses half a point at most, the mean
+over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+from retrained import CHOSEN, DROP, GRID, PART
+from summary import KEPT, rows_of
+
+Reductions = dict[tuple[str, str], dict[int, float]]  # network, variant: by seed
+
+
+def reductions(results: Path) -> tuple[list[dict], Reductions]:
+    """All cells, and 1 - the smallest share that kept the quality, 0 where none did."""
+    rows, found = [], {}
+    for folder in sorted(path.parent for path in results.glob("*/results.jsonl")):
+        own = rows_of(folder)
+        dense = {row["seed"]: row["quality"] for row in own if row["variant"] == "dense"}
+        for row in own:
+            rows.append({"network": folder.name, **{key: row.get(key) for key in KEPT}})
+            if row["variant"] == "dense":
+                continue
+            by_seed = found.setdefault((folder.name, row["variant"]), {})
+            by_seed.setdefault(row["seed"], 0.0)
+            after = row["quality_after"]
+            if after is not None and dense[row["seed"]] - after <= DROP + 1e-9:
+                by_seed[row["seed"]] = max(by_seed[row["seed"]], 1 - row["share"])
+    return rows, found
+
+
+def table(found: Reductions, seeds: dict[str, list[int]]) -> str:
+    """Percent saved, one line per variant; in bold the largest of the network."""
+    networks = list(dict.fromkeys(network for network, _ in found))
+    variants = [v for v in CHOSEN if any(v == variant for _, variant in found)]
+    mean = {key: statistics.mean(by_seed.values()) for key, by_seed in found.items()}
+    best = {n: max(m for (network, _), m in mean.items() if network == n) for n in networks}
+    lines = ["| variant | " + " | ".join(f"{n} ({len(seeds[n])})" for n in networks) + " |"]
+    lines.append("|---|" + "---|" * len(networks))
+    for v in variants:
+        texts = [f"{100 * mean[n, v]:.0f}" if (n, v) in mean else "-" for n in networks]
+        texts = [f"**{t}**" if mean.get((n, v)) == best[n] else t for n, t in zip(networks, texts, strict=True)]
+        lines.append(f"| {v} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def complete(rows: list[dict], found: Reductions) -> tuple[Reductions, dict[str, list[int]]]:
+    """Only the seeds of a network for which every variant's search is over, and which these are."""
+    left: Reductions = {}
+    seeds: dict[str, list[int]] = {}
+    shares: dict[tuple[str, str, int], set[float]] = {}
+    for row in rows:
+        shares.setdefault((row["network"], row["variant"], row["seed"]), set()).add(row["share"])
+    for network in dict.fromkeys(network for network, _ in found):
+        variants = [v for n, v in found if n == network]
+        every = set.intersection(*(set(found[network, v]) for v in variants))
+        steps = (len(GRID)).bit_length()  # of a bisection with 2^k - 1 shares
+        seeds[network] = sorted(s for s in every if all(len(shares[network, v, s]) >= steps for v in variants))
+        for v in variants:
+            if seeds[network]:
+                left[network, v] = {s: found[network, v][s] for s in seeds[network]}
+    return left, seeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder that retrained.py wrote")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "quality")
+    parser.add_argument("--commit", help="that made the results; the present one by default")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows, found = reductions(args.results)
+    with open(args.out / "retrained.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["network", *KEPT], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    ended, seeds = complete(rows, found)
+    describe = ["git", "rev-parse", "--short", "HEAD"]
+    commit = args.commit or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, Python"
+    text = (
+        f"# The largest reduction after retraining\n\n{hardware} {platform.python_version()}, commit {commit}; `python "
+        f"benchmarks/quality/retrained.py`. Percent of the parameters saved at a loss of {100 * DROP:g} points at most "
+        f"(the measure of the ALDS paper), after retraining over the last {100 * PART:g} % of the epochs. Out of the "
+        f"shares {', '.join(f'{share:g}' for share in GRID)}, found by bisection; 0: none of them. Means over the "
+        f"seeds, whose number is in brackets; bold: the network's best.\n\n{table(ended, seeds)}\n"
+    )
+    (args.out / "retrained.md").write_text(text)
+    print(f"wrote {args.out}: {len(rows)} cells")
+
+
+if __name__ == "__main__":
+    main()
