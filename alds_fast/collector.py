@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .patches import Wanted, masked, outputs, patches
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
 BLOCKS = 4  # of a symmetric product's columns, of which one triangle is computed
+MIRRORED = 256  # columns at once
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class _Product:
-    """Sums over rows: of x x^T (groups, n, n), its upper triangle only, and of x (groups, n) in float64; and how many
-    rows there were."""
+    """Of some rows x: the upper triangle of the sum of x x^T (groups, n, n) as strips from the diagonal on, each with
+    its rows, the sum of x (groups, n) in float64, and how many rows there were."""
 
-    second: Tensor
+    strips: Iterable[tuple[slice, Tensor]]
     mean: Tensor
     used: int
 
@@ -63,17 +64,20 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _strips(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    width = x.shape[-1]
+    step = -(-width // (BLOCKS if width >= 64 else 1))
+    for start in range(0, width, step):
+        with exact_products():
+            strip = x[:, :, start : start + step].mT @ x[:, :, start:]
+        yield slice(start, start + step), strip
+
+
 def _product(rows: Tensor) -> _Product:
-    """Products in float64 for float64 rows (rows, groups, n), in float32 otherwise."""
+    """Products in float64 for float64 rows (rows, groups, n), in float32 otherwise, made as they are added."""
     x = rows.detach().transpose(0, 1)
     x = x if x.dtype == torch.float64 else x.float()
-    width = x.shape[-1]
-    second, step = x.new_zeros(len(x), width, width), -(-width // (BLOCKS if width >= 64 else 1))
-    with exact_products():
-        for start in range(0, width, step):
-            block = slice(start, start + step)
-            second[:, block, start:] = x[:, :, block].mT @ x[:, :, start:]
-    return _Product(second, x.sum(1, dtype=torch.float64), len(rows))
+    return _Product(_strips(x), x.sum(1, dtype=torch.float64), len(rows))
 
 
 class _Sum:
@@ -87,19 +91,24 @@ class _Sum:
     def add(self, product: _Product, rows: int) -> None:
         """Add a product of some of a call's ``rows``, scaled up to all of them."""
         if self.second is None or self.mean is None:
-            self.second = torch.zeros_like(product.second, dtype=torch.float64)
             self.mean = torch.zeros_like(product.mean)
+            self.second = self.mean.new_zeros(*self.mean.shape, self.mean.shape[-1])
         scale = rows / product.used if product.used else 0.0
-        self.second.add_(product.second, alpha=scale)
+        for block, strip in product.strips:
+            self.second[:, block, block.start :].add_(strip, alpha=scale)
         self.mean.add_(product.mean, alpha=scale)
         self.rows += rows
 
     def over(self, count: float) -> tuple[Tensor, Tensor]:
         """The sums over ``count``, on the CPU; the sums are given up."""
         assert self.second is not None and self.mean is not None
-        second, mean = self.second.div_(count).triu_(), self.mean / count
+        second, mean = self.second.div_(count), self.mean / count
         self.second = self.mean = None
-        second += second.triu(1).mT
+        for start in range(0, second.shape[-1], MIRRORED):
+            block, rest = slice(start, start + MIRRORED), slice(start + MIRRORED, None)
+            square = second[:, block, block].triu()
+            second[:, block, block] = square + square.triu(1).mT
+            second[:, rest, block] = second[:, block, rest].mT
         return second.cpu(), mean.cpu()
 
 
@@ -141,14 +150,16 @@ class Collector:
     def _add_input(self, layer: Layer, x: Tensor) -> None:
         key = (*_geometry(layer), None if x.is_inference() else x._version)
         seen, known, product, rows = self.last
-        if seen() is x and known == key:  # q, k and v read one tensor
+        if layer.kind == "Linear" and seen() is x and known == key:  # q, k and v read one tensor
             self.leaders[layer.name].add(self.last_name)
         else:
             keep = masked(layer.module, x, self.keep)
             found, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer), self.seed)
             product = _product(found)
+            if layer.kind == "Linear":  # convolutions rarely share an input, and their strips may be large
+                product = replace(product, strips=list(product.strips))
+                self.last, self.last_name = (weakref.ref(x), key, product, rows), layer.name
             self.seed += 1
-            self.last, self.last_name = (weakref.ref(x), key, product, rows), layer.name
             self.leaders[layer.name].add(layer.name)
         self.sums[layer.name].add(product, rows)
 
@@ -239,7 +250,7 @@ def _geometry(layer: Layer) -> tuple[Any, ...]:
 
 def _check(layer: Layer, second: Tensor, gradient: Tensor | None) -> None:
     for name, value in (("input", second), ("gradient", gradient)):
-        if value is not None and not bool(value.isfinite().all()):
+        if value is not None and not bool(value.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares
             raise ModelError(
                 f"layer {label(layer.name)}: its {name} has NaN or infinite values on this data; mend the data, or "
                 f"leave the layer out with exclude={[layer.name]!r}"
