@@ -84,9 +84,9 @@ def outputs(
 
 
 def _drawn(rows: int, wanted: Wanted, seed: int, device: torch.device) -> Tensor | slice:
-    """Which rows to take."""
+    """Which rows to take, in their order."""
     count = max(1, wanted(rows)) if rows else 0
     if count >= rows:
         return slice(None)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(rows, (count,), generator=generator).to(device)
+    return torch.randint(rows, (count,), generator=generator).sort().values.to(device)

@@ -6,8 +6,8 @@ B = E[y x'^T], the weight that is best before truncation is W' = W + (B - W C)(C
     E||y - V x'||^2 = tr((W' - V) C (W' - V)^T) + what no V changes        (a = 0)
 
 so that truncating W' under C (:mod:`alds_fast.weighted`) makes up for the errors of the layers before: the asymmetric
-reconstruction of Zhang, Zou, He, Sun (TPAMI 2016), here for all folds and slices. The ridge a is 1e-3 of the mean
-eigenvalue of C and pulls towards W where the data say little.
+reconstruction of Zhang, Zou, He, Sun (TPAMI 2016), here for all folds and slices. The ridge a pulls towards W where the
+data say little; :mod:`alds_fast.reaching` chooses it by cross-validation.
 
 At last the running statistics of BatchNorms move too (:mod:`alds_fast.norms`).
 """
@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .collector import Moments, columns_of, exact_products, rows_wanted
+from .collector import Moments, columns_of, rows_wanted
 from .discover import Layer
 from .errors import ArgumentError, ModelError
 from .factorize import FactorReport
@@ -32,39 +31,15 @@ from .measure import call_model, inference, preserved
 from .moments import explained, mask_of
 from .norms import move_statistics
 from .patches import masked, outputs, patches
+from .reaching import Sums, best_weight
 from .weighted import weighting
-from .weighted_factors import WeightedFactors, factors
+from .weighted_factors import factors
 
-RIDGE = 1e-3  # of the mean eigenvalue of the moment
 ORDER = 8192  # columns of a layer, at most
 
 
 class _Reached(BaseException):
     """Ends a forward pass; no Exception, which a model may catch."""
-
-
-class _Sums:
-    """Float64 sums over rows: of x' x'^T, of y x'^T, of x', of y and of |y|^2; each call counts by all its rows."""
-
-    def __init__(self) -> None:
-        self.rows = 0.0
-        self.parts: list[Tensor] = []
-
-    def add(self, y: Tensor, x: Tensor, rows: int) -> None:
-        """Add rows of a call, y (n, conv_groups, filters) and x (n, conv_groups, columns), drawn from ``rows``."""
-        exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-        y, x = (t.detach().to(exact).transpose(0, 1) for t in (y, x))
-        with exact_products():
-            parts = [x.mT @ x, y.mT @ x, x.sum(1), y.sum(1), y.square().sum()]
-        if not self.parts:
-            self.parts = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-        for total, part in zip(self.parts, parts, strict=True):
-            total.add_(part, alpha=rows / x.shape[1])
-        self.rows += rows
-
-    def means(self) -> list[Tensor]:
-        """On the CPU."""
-        return [part.cpu() / self.rows for part in self.parts]
 
 
 def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str) -> None:
@@ -117,7 +92,7 @@ def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str
 class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
-    def __init__(self, layer: Layer, sums: _Sums, keep: Tensor | None, seed: int) -> None:
+    def __init__(self, layer: Layer, sums: Sums, keep: Tensor | None, seed: int) -> None:
         self.layer, self.sums, self.keep, self.seed = layer, sums, keep, seed
         self.outputs: list[Tensor] = []
 
@@ -138,9 +113,9 @@ class _Batch:
 def _collected(
     stage: Mapping[str, int], layers: Mapping[str, Layer], model: nn.Module, small: nn.Module, data: Iterable[Any],
     mask: str | None,
-) -> dict[str, _Sums]:  # fmt: skip
+) -> dict[str, Sums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
-    sums, calls = {name: _Sums() for name in stage}, sum(stage.values())
+    sums, calls = {name: Sums() for name in stage}, sum(stage.values())
     for number, batch in enumerate(data, 1):
         keep = mask_of(batch, mask)
         hooks = {name: _Batch(layers[name], sums[name], keep, number) for name in stage}
@@ -150,37 +125,27 @@ def _collected(
     return sums
 
 
-def _fit(layer: Layer, low: LowRankLayer, sums: _Sums, gradient: Tensor | None, centred: bool) -> FactorReport:
+def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Tensor | None, centred: bool) -> FactorReport:
     """New factors and bias of a low-rank layer, in place."""
-    second, cross, mean, mean_y, energy = sums.means()
     dense: Any = layer.module
-    weight = dense.weight.detach().double().cpu().reshape(*cross.shape)
-    outer = mean.unsqueeze(-1) * mean.unsqueeze(-2) if centred else torch.zeros(())
-    spread, shared = second - outer, cross - mean_y.unsqueeze(-1) * mean.unsqueeze(-2) if centred else cross
-    ridge = RIDGE * spread.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    ridged = spread + torch.where(ridge > 0, ridge, 1.0) * torch.eye(spread.shape[-1], dtype=torch.float64)
-    best = weight + torch.linalg.solve(ridged, (shared - weight @ spread).mT).mT
+    seen = sums.means()
+    weight = dense.weight.detach().double().cpu().reshape(*seen.cross.shape)
+    best = best_weight(weight, sums, centred)
     assert layer.shape is not None
-    seen = Moments(round(sums.rows), second, mean, None, gradient)
-    weights = weighting(layer.shape, best, seen, centred, gradient is not None)
-    found = factors(weights, low.scheme, low.groups, low.rank)
-    _assign(low, found)
-    if centred:
-        moved = found.shift + (mean_y - (best @ mean.unsqueeze(-1)).squeeze(-1)).flatten()
-        assert low.bias is not None
-        low.bias.copy_(dense.bias.detach().double().cpu() + moved)
-    cut = low.dense_weight().detach().double().cpu().reshape(*cross.shape)
-    lost = float(energy) - float((2 * shared * cut - cut @ spread * cut).sum())
-    lost -= float(mean_y.square().sum()) if centred else 0.0
-    relative = math.sqrt(max(0.0, lost) / float(energy)) if float(energy) > 0 else 0.0
-    norm = float(weight.norm())
-    return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, relative)
-
-
-def _assign(low: LowRankLayer, found: WeightedFactors) -> None:
+    moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient)
+    found = factors(
+        weighting(layer.shape, best, moments, centred, gradient is not None), low.scheme, low.groups, low.rank
+    )
     encoder, decoder = factors_to_weights(found.left, found.right, low.weight_shape, low.scheme)
     low.encoder.copy_(encoder)
     low.decoder.copy_(decoder)
+    if centred:
+        moved = found.shift + (seen.mean_y - (best @ seen.mean.unsqueeze(-1)).squeeze(-1)).flatten()
+        assert low.bias is not None
+        low.bias.copy_(dense.bias.detach().double().cpu() + moved)
+    cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())
+    lost = math.sqrt(max(0.0, seen.lost(cut, centred)) / seen.energy) if seen.energy > 0 else 0.0
+    return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
 
 
 def check_batches(data: Any) -> None:
@@ -222,7 +187,7 @@ def refit(
             stages = _stages(model, first, list(known))
         for stage in stages:
             for name, sums in _collected(stage, known, model, small, data, mask).items():
-                if sums.rows and not all(bool(part.isfinite().all()) for part in sums.parts):
+                if sums.rows and not sums.finite():
                     raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
                 if sums.rows:
                     centred = bias_correction and known[name].own_bias and low[name].bias is not None

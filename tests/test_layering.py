@@ -32,6 +32,7 @@ ORDER = (
         "costs",
         "factorize",
         "norms",
+        "reaching",
         "refit",
         "rows",
         "timings",

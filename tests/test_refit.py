@@ -9,7 +9,7 @@ from helpers import images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import refit
+from alds_fast import reaching, refit
 from alds_fast.errors import ArgumentError, ModelError
 from alds_fast.norms import move_statistics
 
@@ -27,19 +27,21 @@ def linear_chain(*widths):
 
 def test_second_layer_reaches_the_minimum_written_out(monkeypatch):
     """min over V of rank r of E||y - y0 - V (x' - x'0)||^2 = E||y - y0||^2 - the r largest eigenvalues of B C^+ B^T."""
-    monkeypatch.setattr(refit, "RIDGE", 0.0)
-    net, x = linear_chain(20, 18, 16), torch.randn(300, 20).double()
+    monkeypatch.setattr(reaching, "RIDGES", (0.0,))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 18), nn.Tanh(), nn.Linear(18, 16)).double()
+    x = torch.randn(300, 20).double()
     plan = alds.analyze(net, groups=(1,)).plan(params=0.5)
     small = plan.apply(net, refit=[x[:100], x[100:]])
     with torch.no_grad():
-        reached, y = small[0](x), net(x)
+        reached, y = small[1](small[0](x)), net(x)
         reached, y = reached - reached.mean(0), y - y.mean(0)
         cross = y.T @ reached / len(x)
         energies = torch.linalg.eigvalsh(cross @ torch.linalg.pinv(reached.T @ reached / len(x)) @ cross.T).flip(0)
         least = y.square().sum() / len(x) - energies[: plan.layers[1].rank].sum()
         got = (net(x) - small(x)).square().sum() / len(x)
     assert torch.allclose(got, least, rtol=1e-9)
-    report, plain = small.alds_factors["1"], (net(x) - net[1].bias).detach()
+    report, plain = small.alds_factors["2"], (net(x) - net[2].bias).detach()
     assert report.method == "refitted"
     assert report.data_error == pytest.approx(float((got * len(x) / plain.square().sum()).sqrt()), rel=1e-6)
     assert outputs_apart(net, small, x) < 0.9 * outputs_apart(net, plan.apply(net), x)
