@@ -33,7 +33,7 @@ def test_signatures():
     planning |= {"bias_correction": True, "importance": None}
     budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
-    assert _keywords(alds.compress) == budgets
+    assert _keywords(alds.compress) == {**budgets, "refit": False}
     assert _keywords(alds.deploy) == {"backend": None, "table": None, "rounds": 7, "report": False}
     recipe = dict.fromkeys(("loader", "loss", "train_step", "optimizer", "scheduler", "train"))
     distillation = {"distill": 0.0, "temperature": 2.0, "distill_loss": None}
@@ -47,7 +47,7 @@ def test_signatures():
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
     assert _keywords(kernels.lowrank_linear) == common
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
-    assert list(inspect.signature(alds.Plan.apply).parameters) == ["self", "model", "moments"]
+    assert _keywords(alds.Plan.apply) == {"moments": None, "refit": None, "mask": "attention_mask"}
 
 
 def test_plan_attributes():

@@ -189,9 +189,10 @@ def test_interrupted_training_starts_anew(empty_cache):
 
 def test_the_learning_rate_rises_and_falls():
     """20 steps: two up, then a cosine; at step 11 it is halfway."""
-    rates = [training._rate(step, 20) for step in range(20)]
+    rates = [training._rate(step, 20, 0) for step in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[11] == pytest.approx(0.5)
     assert rates[2:] == sorted(rates[2:], reverse=True) and 0 < rates[-1] < 0.01
+    assert [training._rate(step, 20, 15) for step in range(5)] == rates[15:]
 
 
 def test_batches_cover_the_data_in_a_new_order():
