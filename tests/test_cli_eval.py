@@ -59,7 +59,10 @@ def folder(tmp_path, monkeypatch):
 def _start(*args):
     command = [sys.executable, "-m", "alds_fast", "eval", *args]
     environment = {**os.environ, "PYTHONPATH": str(Path(alds_fast.__file__).parent.parent)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
 
 
 def test_end_to_end_with_workers(folder):
