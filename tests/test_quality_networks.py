@@ -177,6 +177,20 @@ def test_training_is_kept_and_the_same_for_a_seed(empty_cache, monkeypatch):
         assert torch.equal(again.state_dict()[key], value) and torch.equal(anew.state_dict()[key], value)
 
 
+def test_targets_may_be_probabilities(empty_cache):
+    """As CREPE's: the loss of one-hot rows is that of their labels, and so are the weights after it."""
+    blobs, models = _blobs(0), []
+    rows = tasks.Batches(blobs.inputs, torch.nn.functional.one_hot(blobs.targets, 10).float(), 32, 0)
+    recipe = training.Recipe(networks.NETWORKS["lenet300"].optimizer, 2)
+    for loader in (_blobs(0), rows):
+        torch.manual_seed(0)
+        models.append(architectures.lenet300())
+        said = []
+        training.fit(models[-1], loader, recipe, said.append)
+        assert said[-1]["accuracy"] > 0.5
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
+
+
 def test_interrupted_training_starts_anew(empty_cache):
     def fail(model):
         raise KeyboardInterrupt

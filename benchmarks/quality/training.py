@@ -89,7 +89,8 @@ def _epoch(model, loader, loss, optimizer, schedule) -> dict[str, object]:
         optimizer.step()
         schedule.step()
         total, seen = total + value.item() * len(inputs), seen + len(inputs)
-        right += int((logits.argmax(1) == targets).sum())
+        labels = targets if targets.ndim == 1 else targets.argmax(1)  # classes, or how likely each is
+        right += int((logits.argmax(1) == labels).sum())
     seconds = time.perf_counter() - begin
     return {"lr": rate, "loss": total / seen, "accuracy": right / seen, "seconds": round(seconds, 1)}
 
