@@ -22,7 +22,7 @@ import alds_fast as alds
 
 KEPT = "variant", "share", "seed", "status", "params", "flops", "error", "quality", "quality_after", "seconds_analyze"
 KEPT += "seconds_plan", "seconds_apply"
-OURS = "sensitivity p=2", "frobenius p=4"
+OURS = "sensitivity p=2 refit", "frobenius p=4 refit", "sensitivity p=2", "frobenius p=4"
 OTHERS = "svd", "svd-energy", "svd-nuclear", "l-rank", "uniform", "alds-heuristic reference", "filters global"
 OTHERS += "filters uniform", "pca"
 Cells = dict[tuple[str, str, int], list[float]]  # network, variant, rank of the share: qualities
