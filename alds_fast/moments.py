@@ -98,12 +98,16 @@ def collect_moments(
         order: layers with more columns than this get the moment of their output instead.
 
     Raises:
-        ArgumentError: no batches, or a batch that is nothing that can be passed on.
+        ArgumentError: no batches, a batch that is nothing that can be passed on, or ``sensitivity`` in inference mode.
         ModelError: the model raised an exception, or a layer sees NaN.
     """
     collector, generator = Collector(layers, order, bool(sensitivity)), torch.Generator().manual_seed(0)
     if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
         raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
+    if sensitivity and torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
+        )
     count = 0
     with collector.hooked(), preserved(model), inference(model), _frozen(model):
         for count, batch in enumerate(data, 1):

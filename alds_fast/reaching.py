@@ -58,6 +58,8 @@ class Sums:
 
     def add(self, y: Tensor, x: Tensor, rows: int) -> None:
         """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, in the order of the samples."""
+        if not len(x):
+            return  # nothing but padding
         exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
         middle = (len(x) + 1) // 2
         for half, part in enumerate((slice(0, middle), slice(middle, None))):

@@ -191,6 +191,11 @@ def test_refusals(data, error, message):
         alds.analyze(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), data=data)
 
 
+def test_sensitivity_is_refused_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(ArgumentError, match="inference_mode.. forbids: call it outside"):
+        alds.analyze(nn.Sequential(nn.Linear(3, 4)), data=[torch.zeros(1, 3)], sensitivity=True)
+
+
 def test_sensitivity_needs_an_output_with_a_gradient():
     class Detached(nn.Module):
         def __init__(self):

@@ -151,6 +151,16 @@ def test_padding_does_not_count():
     assert not torch.allclose(blind.twice.decoder, clean.twice.decoder, atol=1e-2)
 
 
+def test_batches_of_nothing_but_padding():
+    """One such batch changes nothing; where there is no other, the layers stay as they are."""
+    torch.manual_seed(0)
+    net, mask = Heads(), torch.ones(6, 10)
+    batch, padding = ({"x": torch.randn(6, 10, 16), "attention_mask": kept} for kept in (mask, 0 * mask))
+    plan = alds.analyze(net).plan(params=0.6)
+    for data, expected in (([batch, padding], plan.apply(net, refit=[batch])), ([padding], plan.apply(net))):
+        torch.testing.assert_close(plan.apply(net, refit=data).state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 def test_dead_and_few_samples():
     net = small_net()
     plan = alds.analyze(net).plan(params=0.5)
