@@ -122,8 +122,7 @@ class Analysis:
         rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
-        corrected = basis.used and basis.bias_correction
-        return Plan(rows, self.params, budget, *made, corrected, self._chosen_spectra(rows), basis)
+        return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
 
     def _choices(
         self, layers: Sequence[Layer], basis: Basis, align: int, importance: Mapping[str, float]

@@ -167,7 +167,7 @@ class Collector:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
             if layer.name in self.by_output:
                 self._add_output(layer, y.detach())
-            if not self.gradients:
+            if not self.gradients or not torch.is_grad_enabled():  # or it runs where no gradient can matter
                 return None
             if not y.requires_grad:  # nothing before it does: the gradient starts here
                 y = y.detach().requires_grad_().clone()

@@ -42,6 +42,10 @@ def compress(
         known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
         raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
     planning = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
+    if not isinstance(refit, bool):
+        raise ArgumentError(
+            f"refit is a {type(refit).__name__}: True or False; other batches than data= go to Plan.apply(refit=)"
+        )
     if refit:
         check_batches(options.get("data"))
     shares = {"params": params, "flops": flops, "latency": latency}

@@ -79,8 +79,9 @@ class Basis:
         return self.criterion in DATA_CRITERIA
 
     def lacks(self, name: str) -> bool:
-        """Whether the criterion needs moments of this layer and there are none."""
-        return self.used and name not in self.moments
+        """Whether the criterion needs moments of this layer, or of its gradients, and there are none."""
+        found = self.moments.get(name)
+        return self.used and (found is None or (self.criterion == "sensitivity" and found.gradient is None))
 
     def reason(self, layer: Layer) -> str | None:
         """Why a layer has no error by this criterion."""

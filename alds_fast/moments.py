@@ -20,7 +20,7 @@ Sensitivity = bool | Callable[[Any, Any], Tensor]
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient; the flags are put back at the end."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
     try:
         for p, _ in flags:
             p.requires_grad_(False)

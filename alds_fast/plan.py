@@ -36,7 +36,7 @@ class Plan:
         gap: certified relative distance of the p-norm of the errors from its optimum; 0 for method "alds" with p = inf
             under one budget, which is solved exactly, NaN for a plan edited by hand.
         latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
-        bias_correction: with data, biases take up the means of the errors.
+        bias_correction: where factors are fitted to data, biases take up the means of the errors.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -120,12 +120,15 @@ class Plan:
         }  # fmt: skip
         names = [row.name for row in self.layers if row.choice]
         layers = [layer for layer in find_layers(model) if layer.name in names]
-        correct = self.bias_correction or not basis.used
-        return refit_layers(small, model, layers, data, gradients=gradients, bias_correction=correct, mask=mask)
+        return refit_layers(
+            small, model, layers, data, gradients=gradients, bias_correction=self.bias_correction, mask=mask
+        )
 
     def _basis(self, moments: Mapping[str, Moments] | None) -> Basis:
         """What the factors are fitted to; PlanError where that needs moments and there are none."""
         basis = self.basis if self.basis is not None else Basis(self.criterion, {}, self.bias_correction)
+        if moments is not None and not isinstance(moments, Mapping):
+            raise PlanError(f"moments is a {type(moments).__name__}; pass analysis.moments, a mapping by layer name")
         basis = basis if moments is None else Basis(self.criterion, moments, self.bias_correction)
         missing = [row.name for row in self.layers if row.choice and basis.lacks(row.name)]
         if missing:

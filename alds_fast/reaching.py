@@ -50,6 +50,7 @@ class Sums:
     def __init__(self) -> None:
         self.halves: tuple[list[Tensor], list[Tensor]] = [], []
         self.counts = [0.0, 0.0]
+        self.paired = True  # every row of y has had its row of x'
 
     @property
     def rows(self) -> float:

@@ -71,21 +71,25 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
     """Layers in the order of their first calls, with the number of their calls; those that read one tensor together."""
-    order: list[tuple[str, Tensor]] = []
+    order: list[tuple[str, Tensor, int]] = []  # with the version: an input changed in place is another one
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: order.append((name, _first(args, kwargs)))
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _first(args, kwargs)
+            order.append((name, x, 0 if x.is_inference() else x._version))
+
+        return note
 
     _pass(model, batch, {name: hook(name) for name in names}, 0, "forward_pre_hook")
-    calls = dict.fromkeys((name for name, _ in order), 0)
+    calls = dict.fromkeys((name for name, *_ in order), 0)
     stages: list[dict[str, int]] = []
-    before: Tensor | None = None
-    for name, x in order:
-        if not calls[name] and x is before:
+    before: tuple[Tensor | None, int] = None, 0
+    for name, x, version in order:
+        if not calls[name] and x is before[0] and version == before[1]:
             stages[-1][name] = 0
         elif not calls[name]:
             stages.append({name: 0})
-        calls[name], before = calls[name] + 1, x
+        calls[name], before = calls[name] + 1, (x, version)
     return [{name: calls[name] for name in stage} for stage in stages]
 
 
@@ -107,7 +111,10 @@ class _Batch:
         x, dense = _first(args, kwargs), self.layer.module
         found, rows = patches(dense, x, masked(dense, x, self.keep), rows_wanted(self.layer), self.seed)
         if self.outputs:
-            self.sums.add(self.outputs.pop(0), found, rows)
+            y = self.outputs.pop(0)
+            self.sums.paired &= len(y) == len(found)
+            if self.sums.paired:
+                self.sums.add(y, found, rows)
 
 
 def _collected(
@@ -169,7 +176,8 @@ def refit(
     """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
 
     Every layer takes a pass of both networks over all batches, up to that layer; layers that read one tensor share it.
-    Layers with more than 8192 columns, and those that the first batch does not reach, are left as they are.
+    Layers with more than 8192 columns, those that the first batch does not reach, and those that get other rows in the
+    compressed network than in the dense one (experts, say) are left as they are, as their reports say.
     ``gradients`` are the second moments that weight a layer's outputs, where there are some. Raises ArgumentError for
     data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
@@ -189,7 +197,7 @@ def refit(
             for name, sums in _collected(stage, known, model, small, data, mask).items():
                 if sums.rows and not sums.finite():
                     raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
-                if sums.rows:
+                if sums.rows and sums.paired:
                     centred = bias_correction and known[name].own_bias and low[name].bias is not None
                     reports[name] = _fit(known[name], low[name], sums, gradients.get(name), centred)
     move_statistics(model, small, data)

@@ -191,6 +191,21 @@ def test_refusals(data, error, message):
         alds.analyze(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), data=data)
 
 
+def test_layers_under_no_grad_get_no_gradient():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                h = self.a(x)
+            return self.b(h)
+
+    found = alds.analyze(Frozen(), data=[torch.randn(8, 3)], sensitivity=True).moments
+    assert not found["a"].gradient.any() and found["b"].gradient.any()
+
+
 def test_sensitivity_is_refused_in_inference_mode():
     with torch.inference_mode(), pytest.raises(ArgumentError, match="inference_mode.. forbids: call it outside"):
         alds.analyze(nn.Sequential(nn.Linear(3, 4)), data=[torch.zeros(1, 3)], sensitivity=True)

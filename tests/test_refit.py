@@ -10,7 +10,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast import reaching, refit
-from alds_fast.errors import ArgumentError, ModelError
+from alds_fast.errors import ArgumentError, ModelError, PlanError
 from alds_fast.norms import move_statistics
 
 
@@ -151,6 +151,99 @@ def test_padding_does_not_count():
     assert not torch.allclose(blind.twice.decoder, clean.twice.decoder, atol=1e-2)
 
 
+def _normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16)).eval()
+
+
+def test_a_batch_of_one_sample_has_no_variance():
+    """It counts for the factors; the statistics move as without it."""
+    net, x = _normed(), torch.randn(64, 16)
+    small = alds.analyze(net).plan(params=0.6).apply(net, refit=[x[:63], x[63:]])
+    moved = alds.analyze(net).plan(params=0.6).apply(net)
+    moved[0].load_state_dict(small[0].state_dict())
+    move_statistics(net, moved, [x[:63]])
+    torch.testing.assert_close(moved[1].running_var, small[1].running_var, rtol=0, atol=0)
+    assert not torch.equal(small[1].running_var, net[1].running_var)
+
+
+def test_nan_before_a_batchnorm_is_refused():
+    net, x = _normed(), torch.randn(64, 16)
+    x[0, 0] = torch.nan
+    plan = alds.analyze(net, exclude=["0", "3"]).plan(params=1.0)
+    with pytest.raises(ModelError, match="BatchNorm '1' sees NaN"):
+        plan.apply(net, refit=[x])
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_models_and_calls_in_inference_mode(outside):
+    """Inference tensors have no version and cannot be saved and put back; nothing of the user's may change."""
+    x = torch.randn(64, 16)
+    plan = alds.analyze(_normed()).plan(params=0.6)
+    expected = plan.apply(_normed(), refit=[x])
+    with torch.inference_mode():
+        net = _normed()
+        small = plan.apply(net, refit=[x]) if not outside else None
+    small = plan.apply(net, refit=[x]) if outside else small
+    torch.testing.assert_close(net.state_dict(), _normed().state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(small.state_dict(), expected.state_dict())
+    assert len(alds.analyze(net, data=[x]).layers) == 2
+
+
+def test_batchnorms_without_a_count_of_batches():
+    """As old checkpoints have them."""
+    net = _normed()
+    net[1].num_batches_tracked = None
+    small = alds.analyze(net).plan(params=0.6).apply(net, refit=[torch.randn(64, 16)])
+    assert not torch.equal(small[1].running_mean, net[1].running_mean)
+
+
+class _Experts(nn.Module):
+    """Every token goes to one of two experts, by what the first layer says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.experts = nn.Linear(16, 16), nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x):
+        h = self.first(x)
+        out, to = torch.zeros_like(h), (h[:, 0] > 0).long()
+        for i, expert in enumerate(self.experts):
+            out[to == i] = expert(h[to == i])
+        return out
+
+
+def test_experts_that_get_other_rows_are_left_alone():
+    torch.manual_seed(0)
+    net = _Experts()
+    small = alds.analyze(net).plan(params=0.5).apply(net, refit=[torch.randn(256, 16)])
+    methods = {name: report.method for name, report in small.alds_factors.items()}
+    assert methods.pop("first") == "refitted" and "refitted" not in methods.values()
+
+
+def test_an_input_changed_in_place_is_another_stage():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            x = x.clone()
+            for layer in self.layers:
+                x += layer(x).relu()
+            return x
+
+    assert refit._stages(Residual(), torch.randn(4, 16), [f"layers.{i}" for i in range(3)]) == [
+        {f"layers.{i}": 1} for i in range(3)
+    ]
+
+
+def test_bias_correction_can_be_left_off():
+    net, x = _normed(), torch.randn(64, 16)
+    small = alds.analyze(net).plan(params=0.6, bias_correction=False).apply(net, refit=[x])
+    assert torch.equal(small[0].bias, net[0].bias) and torch.equal(small[3].bias, net[3].bias)
+
+
 def test_batches_of_nothing_but_padding():
     """One such batch changes nothing; where there is no other, the layers stay as they are."""
     torch.manual_seed(0)
@@ -222,3 +315,17 @@ def test_compress_and_evaluate_take_it():
         alds.evaluate(net, quality, variants={"free": {"refit": True}})
     with pytest.raises(ArgumentError, match="refit=1"):
         alds.evaluate(net, quality, variants={"free": {"refit": 1}}, data=lambda seed: data)
+
+
+def test_compress_takes_only_true_or_false():
+    with pytest.raises(ArgumentError, match=r"refit is a Tensor: True or False.*Plan.apply\(refit=\)"):
+        alds.compress(_normed(), params=0.6, refit=torch.randn(64, 16))
+
+
+def test_moments_that_do_not_fit_the_criterion():
+    net, x = _normed(), torch.randn(64, 16)
+    plan = alds.analyze(net, data=[x], sensitivity=True).plan(params=0.6)
+    with pytest.raises(PlanError, match="moments is a Analysis; pass analysis.moments"):
+        plan.apply(net, moments=alds.analyze(net, data=[x]))
+    with pytest.raises(PlanError, match="layer '0': criterion 'sensitivity' needs moments"):
+        plan.apply(net, moments=alds.analyze(net, data=[x]).moments)
