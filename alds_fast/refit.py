@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .collector import Moments, columns_of, rows_wanted
@@ -104,7 +105,7 @@ class _Batch:
         """After a call of the dense layer."""
         found, _ = outputs(module, y, masked(module, y, self.keep), rows_wanted(self.layer), self.seed)
         bias: Any = module.bias
-        self.outputs.append(found if bias is None else found - bias.view(found.shape[1:]))
+        self.outputs.append(found.clone() if bias is None else found - bias.view(found.shape[1:]))
 
     def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
@@ -159,7 +160,9 @@ def check_batches(data: Any) -> None:
     """ArgumentError unless the batches can be gone through again and again, and there is one."""
     if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
         raise ArgumentError(f"refit= is a {type(data).__name__}: expected batches, for example [x]")
-    if iter(data) is data:
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+        once = iter(data) is data
+    if once:
         raise ArgumentError("refit= is an iterator, which can be used once only; give a list of the batches")
 
 
@@ -184,13 +187,13 @@ def refit(
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
     known = {layer.name: layer for layer in layers if layer.name in low and columns_of(layer) <= ORDER}
     reports: dict[str, FactorReport] = {}
-    first = next(iter(data), None)
-    if first is None:
-        raise ArgumentError("refit= has no batches")
     with ExitStack() as stack:
         for net in (model, small):
             stack.enter_context(inference(net))
             stack.enter_context(preserved(net))
+        first = next(iter(data), _Reached)
+        if first is _Reached:
+            raise ArgumentError("refit= has no batches")
         with explained(1, "refit="):
             stages = _stages(model, first, list(known))
         for stage in stages:

@@ -238,6 +238,32 @@ def test_an_input_changed_in_place_is_another_stage():
     ]
 
 
+def test_outputs_changed_in_place_are_fitted_as_the_layer_gave_them():
+    class Scaled(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.q, self.k = (nn.Linear(16, 16, bias=False) for _ in range(2))
+            self.in_place = in_place
+
+        def forward(self, x):
+            q = self.q(x)
+            q = q.mul_(0.2) if self.in_place else q * 0.2
+            return q + self.k(x)
+
+    nets, x = [Scaled(False), Scaled(True)], torch.randn(64, 16)
+    nets[1].load_state_dict(nets[0].state_dict())
+    plan = alds.analyze(nets[0]).plan(params=0.6)
+    plain, in_place = (plan.apply(net, refit=[x]).state_dict() for net in nets)
+    torch.testing.assert_close(in_place, plain, rtol=0, atol=0)
+
+
+def test_a_loader_leaves_the_random_state():
+    net, x = _normed(), torch.utils.data.DataLoader(torch.randn(64, 16), 16, shuffle=True)
+    before = torch.random.get_rng_state()
+    alds.analyze(net).plan(params=0.6).apply(net, refit=x)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_bias_correction_can_be_left_off():
     net, x = _normed(), torch.randn(64, 16)
     small = alds.analyze(net).plan(params=0.6, bias_correction=False).apply(net, refit=[x])
