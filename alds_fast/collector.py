@@ -125,6 +125,7 @@ class Collector:
         self.last: tuple[Any, ...] = (lambda: None, None, None, 0)
         self.leaders: dict[str, set[str]] = {layer.name: set() for layer in layers}
         self.last_name = ""
+        self.back = False  # in a backward pass, where checkpointed layers are called again: inputs do not count
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -143,7 +144,8 @@ class Collector:
 
     def _on_input(self, layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._add_input(layer, args[0] if args else kwargs["input"])
+            if not self.back:
+                self._add_input(layer, args[0] if args else kwargs["input"])
 
         return hook
 
@@ -165,7 +167,7 @@ class Collector:
 
     def _on_output(self, layer: Layer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-            if layer.name in self.by_output:
+            if layer.name in self.by_output and not self.back:
                 self._add_output(layer, y.detach())
             if not self.gradients or not torch.is_grad_enabled():  # or it runs where no gradient can matter
                 return None

@@ -19,21 +19,21 @@ from .input_spec import InputSpec
 MAX_CALLS = 100_000  # in one sample
 
 
-def _check_example(example_inputs: Any) -> None:
+def _check_example(example_inputs: Any, name: str) -> None:
     named = isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs)
     if not named and not isinstance(example_inputs, Tensor | tuple | list):
         raise ArgumentError(
-            f"example_inputs is a {type(example_inputs).__name__}: expected a tensor, a tuple or list of positional "
-            f"arguments, or a dict of keyword arguments"
+            f"{name} is a {type(example_inputs).__name__}: expected a tensor, a tuple or list of positional arguments, "
+            f"or a dict of keyword arguments"
         )
 
 
-def call_model(model: nn.Module, example_inputs: Any) -> Any:
+def call_model(model: nn.Module, example_inputs: Any, name: str = "example_inputs") -> Any:
     """``model(x)`` for a tensor, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping of names.
 
-    ArgumentError for anything else. Run it inside :func:`inference`.
+    ArgumentError, which calls the inputs ``name``, for anything else. Run it inside :func:`inference`.
     """
-    _check_example(example_inputs)
+    _check_example(example_inputs, name)
     if isinstance(example_inputs, Tensor):
         return model(example_inputs)
     return model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*example_inputs)
@@ -72,6 +72,20 @@ def preserved(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(old)
 
 
+@contextmanager
+def padded(*models: nn.Module) -> Iterator[None]:
+    """Transformer encoders work on padded tensors, not on nested ones, whose rows are other tokens to each layer."""
+    encoders = [m for model in models for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    flags = [(m, m.use_nested_tensor) for m in encoders]
+    try:
+        for encoder, _ in flags:
+            encoder.use_nested_tensor = False
+        yield
+    finally:
+        for encoder, flag in flags:
+            encoder.use_nested_tensor = flag
+
+
 def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
 
@@ -89,7 +103,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
-    _check_example(example_inputs)
+    _check_example(example_inputs, "example_inputs")
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, dict[InputSpec, int]] = {name: {} for name in names}
     for name in found:

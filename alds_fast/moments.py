@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .collector import Collector, Moments
 from .discover import Layer
 from .errors import ArgumentError, ModelError
-from .measure import call_model, inference, preserved
+from .measure import call_model, inference, padded, preserved
 
 Sensitivity = bool | Callable[[Any, Any], Tensor]
 
@@ -52,6 +53,12 @@ def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torc
     signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
     (z * signs).sum().backward()
     return float(z.detach().double().square().sum())
+
+
+def _detached(batch: Any) -> Any:
+    """The batch without tensors that ask for a gradient, which would be left in their ``grad``."""
+    asking = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(batch))
+    return tree_map_only(Tensor, Tensor.detach, batch) if asking else batch
 
 
 def mask_of(batch: Any, mask: str | None) -> Tensor | None:
@@ -109,13 +116,15 @@ def collect_moments(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
         )
     count = 0
-    with collector.hooked(), preserved(model), inference(model), _frozen(model):
+    with collector.hooked(), preserved(model), inference(model), padded(model), _frozen(model):
         for count, batch in enumerate(data, 1):
             collector.keep = mask_of(batch, mask)
             with explained(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
-                output = call_model(model, batch)
+                output = call_model(model, _detached(batch), f"batch {count} of data=")
                 if sensitivity:
+                    collector.back = True
                     collector.energy += _backward(output, batch, sensitivity, generator)
+                    collector.back = False
     if not count:
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     return collector.moments()

@@ -28,9 +28,9 @@ from .errors import ArgumentError, ModelError
 from .factorize import FactorReport
 from .folding import factors_to_weights
 from .layers import LowRankLayer
-from .measure import call_model, inference, preserved
+from .measure import call_model, inference, padded, preserved
 from .moments import explained, mask_of
-from .norms import move_statistics
+from .norms import again, move_statistics
 from .patches import masked, outputs, patches
 from .reaching import Sums, best_weight
 from .weighted import weighting
@@ -62,7 +62,7 @@ def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]]
             register = getattr(model.get_submodule(name), f"register_{kind}")
             stack.callback(register(counted(hook), with_kwargs=True).remove)
         with suppress(_Reached):
-            call_model(model, batch)
+            call_model(model, batch, "a batch of refit=")
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -124,7 +124,7 @@ def _collected(
 ) -> dict[str, Sums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
     sums, calls = {name: Sums() for name in stage}, sum(stage.values())
-    for number, batch in enumerate(data, 1):
+    for number, batch in again(data):
         keep = mask_of(batch, mask)
         hooks = {name: _Batch(layers[name], sums[name], keep, number) for name in stage}
         with explained(number, "refit="):
@@ -188,6 +188,7 @@ def refit(
     known = {layer.name: layer for layer in layers if layer.name in low and columns_of(layer) <= ORDER}
     reports: dict[str, FactorReport] = {}
     with ExitStack() as stack:
+        stack.enter_context(padded(model, small))
         for net in (model, small):
             stack.enter_context(inference(net))
             stack.enter_context(preserved(net))
@@ -203,5 +204,6 @@ def refit(
                 if sums.rows and sums.paired:
                     centred = bias_correction and known[name].own_bias and low[name].bias is not None
                     reports[name] = _fit(known[name], low[name], sums, gradients.get(name), centred)
-    move_statistics(model, small, data)
+    with padded(model, small):
+        move_statistics(model, small, data)
     return reports

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import alds_fast as alds
 from alds_fast.discover import find_layers
@@ -149,6 +150,33 @@ def test_sensitivity_of_the_tensor_that_a_function_returns():
     assert seen[0] is x
     assert float(found["2"].gradient[0, 1, 1]) == 0.0 and float(found["2"].gradient[0, 0, 0]) > 0
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_count_once(reentrant):
+    class Model(nn.Module):
+        def __init__(self, saving):
+            super().__init__()
+            self.first, self.second, self.saving = nn.Linear(3, 4), nn.Linear(4, 2), saving
+
+        def forward(self, x):
+            h = self.first(x)
+            return checkpoint(self.second, h, use_reentrant=reentrant) if self.saving else self.second(h)
+
+    saving, x = Model(True), torch.randn(9, 3)
+    plain = Model(False)
+    plain.load_state_dict(saving.state_dict())
+    found, wanted = (collect_moments(m, [x], layers_of(m), sensitivity=True) for m in (saving, plain))
+    for name in ("first", "second"):
+        assert found[name].rows == 9
+        torch.testing.assert_close(found[name].second, wanted[name].second)
+        torch.testing.assert_close(found[name].gradient, wanted[name].gradient)
+
+
+def test_no_gradients_are_left_on_the_data():
+    model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(9, 3, requires_grad=True)
+    collect_moments(model, [(x,)], layers_of(model), sensitivity=True)
+    assert x.grad is None and x.requires_grad
 
 
 def test_a_layer_above_the_limit_gets_the_moment_of_its_output():

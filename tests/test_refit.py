@@ -306,6 +306,27 @@ def test_a_model_that_swallows_exceptions_is_stopped_all_the_same():
     assert {r.method for r in small.alds_factors.values()} == {"refitted"}
 
 
+class Once:
+    """Looks like a list of batches, and can be gone through once."""
+
+    def __init__(self, data):
+        self.data = iter(data)
+
+    def __iter__(self):
+        yield from self.data
+
+
+def test_an_encoder_with_padded_tokens():
+    """In torch's own encoder, whose nested tensors leave padded tokens out."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    net = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    batch = {"src": torch.randn(3, 5, 8), "src_key_padding_mask": padding}
+    small = alds.analyze(net, data=[batch]).plan(params=0.8).apply(net, refit=[batch])
+    assert {r.method for r in small.alds_factors.values()} == {"refitted"}
+    assert net.use_nested_tensor and small(**batch).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
@@ -313,6 +334,8 @@ def test_a_model_that_swallows_exceptions_is_stopped_all_the_same():
         (images(), ArgumentError, "refit= is a Tensor"),
         ([], ArgumentError, "no batches"),
         (3, ArgumentError, "refit= is a int"),
+        ([3], ArgumentError, "batch of refit= is a int"),
+        (Once(images(4, seed) for seed in range(4)), ArgumentError, "and then none"),
         ([torch.full((2, 3, 12, 12), torch.nan)], ModelError, "NaN"),
         ([torch.randn(2, 5, 12, 12)], ModelError, "batch"),
     ],
