@@ -15,6 +15,7 @@ from .collector import Moments
 from .discover import Layer
 from .errors import ArgumentError
 from .options import DATA_CRITERIA
+from .replace import oriented_weight
 from .spectra import LayerSpectra
 from .weighted import Weighting, certificate, errors, weighting
 
@@ -68,8 +69,8 @@ class Basis:
         """How this layer's errors are weighted; None for a criterion without data."""
         if not self.used:
             return None
-        weight, shape = layer.module.weight, layer.shape
-        assert shape is not None and isinstance(weight, Tensor)
+        weight, shape = oriented_weight(layer.module), layer.shape
+        assert shape is not None
         centred = self.bias_correction and layer.own_bias
         return weighting(shape, weight, self.moments[layer.name], centred, self.criterion == "sensitivity")
 

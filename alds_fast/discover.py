@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from .errors import ArgumentError, LayerNotFoundError, ModelError, WeightError
 from .folding import WeightShape
-from .replace import LOW_RANK, weight_shape
+from .replace import LOW_RANK, is_transposed, oriented_weight, weight_shape
 from .tied import tied_names
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,7 +24,7 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Layer:
     """A module with a weight of two or more dimensions, under its first name in the model.
 
-    ``shape`` is None unless it is a Linear or Conv1d/2d/3d; ``reason`` says in words why it is left out, None if it
+    ``shape`` is None unless it is a Linear (transformers' Conv1D too) or Conv1d/2d/3d; ``reason`` says in words why it is left out, None if it
     is not; ``params`` counts its own parameters (weight and bias); ``own_bias`` is true for a bias that it shares with
     no other module.
     """
@@ -51,7 +51,7 @@ def label(name: str) -> str:
 
 def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | None:
     """Why this module cannot be replaced whatever its values are."""
-    if not isinstance(module, tuple(LOW_RANK)):
+    if not isinstance(module, tuple(LOW_RANK)) and not is_transposed(module):
         return f"{type(module).__name__} is not decomposed (Linear, Conv1d, Conv2d and Conv3d are)"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight directly"
@@ -59,7 +59,7 @@ def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
         return "its weight is parametrized; remove the parametrization first"
     if isinstance(module.weight, UninitializedParameter):
         return "its weight is not initialised yet; run one forward pass first"
-    if type(module) not in LOW_RANK:
+    if type(module) not in LOW_RANK and not is_transposed(module):
         return f"{type(module).__name__} is a subclass with a forward of its own"
     if "forward" in vars(module):
         return "it has a forward of its own set on the instance"
@@ -72,8 +72,8 @@ def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
     if module.weight.layout != torch.strided:
         return f"its weight is not dense but {module.weight.layout}"
     shape = weight_shape(module)
-    if shape is not None and tuple(module.weight.shape) != shape.weight:
-        return f"its weight has shape {tuple(module.weight.shape)}, not the {shape.weight} of its settings"
+    if shape is not None and tuple(oriented_weight(module).shape) != shape.weight:
+        return f"its weight has shape {tuple(oriented_weight(module).shape)}, not the {shape.weight} of its settings"
     if module.weight.numel() == 0:
         return "its weight is empty"
     return None
@@ -152,7 +152,7 @@ def find_layers(
     for name, module, weight in found:
         ready = not isinstance(weight, UninitializedParameter)
         shape = weight_shape(module) if ready else None
-        sizes = tuple(weight.shape) if ready else ()
+        sizes = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape) if ready else ()
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
         own = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
         why = reason(name, module, weight)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .replace import is_linear
+
 Wanted = Callable[[int], int]
 
 
@@ -19,7 +21,7 @@ def every(rows: int) -> int:
 
 def batched(module: nn.Module, x: Tensor) -> Tensor:
     """The input or output of a convolution with its batch dimension, which may have been left out."""
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return x
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
@@ -27,7 +29,7 @@ def batched(module: nn.Module, x: Tensor) -> Tensor:
 
 def masked(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | None:
     """The batch's mask, where it belongs to the leading dimensions of a Linear's input or output."""
-    fits = keep is not None and isinstance(module, nn.Linear) and x.shape[:-1] == keep.shape
+    fits = keep is not None and is_linear(module) and x.shape[:-1] == keep.shape
     return keep if fits else None
 
 
@@ -48,7 +50,7 @@ def patches(
     """Rows (rows, conv_groups, columns of the encode fold) that the layer's weight is multiplied with.
 
     Args:
-        module: an ``nn.Linear`` or ``nn.Conv1d/2d/3d``.
+        module: a Linear or ``nn.Conv1d/2d/3d``.
         x: its input.
         keep: for a Linear, a mask of the input's leading dimensions; rows where it is False are left out.
         wanted: how many of that many rows to return, drawn at random from ``seed``; at least one is.
@@ -60,7 +62,7 @@ def patches(
     tensor([[1., 2.],
             [2., 3.]])
     """
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         rows = x[keep] if keep is not None else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
         return rows[_drawn(len(rows), wanted, seed, x.device)].unsqueeze(1), len(rows)
     windows: Any = _windows(module, batched(module, x))
@@ -75,7 +77,7 @@ def outputs(
     module: nn.Module, y: Tensor, keep: Tensor | None = None, wanted: Wanted = every, seed: int = 0
 ) -> tuple[Tensor, int]:
     """Rows (rows, conv_groups, filters of a group) of the layer's output or of a gradient at it, as :func:`patches`."""
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return patches(module, y, keep, wanted, seed)
     channels_last = batched(module, y).movedim(1, -1)
     drawn = _drawn(channels_last.shape[:-1].numel(), wanted, seed, y.device)

@@ -33,6 +33,7 @@ from .moments import explained, mask_of
 from .norms import again, move_statistics
 from .patches import masked, outputs, patches
 from .reaching import Sums, best_weight
+from .replace import oriented_weight
 from .weighted import weighting
 from .weighted_factors import factors
 
@@ -137,7 +138,7 @@ def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Tensor | None, c
     """New factors and bias of a low-rank layer, in place."""
     dense: Any = layer.module
     seen = sums.means()
-    weight = dense.weight.detach().double().cpu().reshape(*seen.cross.shape)
+    weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
     best = best_weight(weight, sums, centred)
     assert layer.shape is not None
     moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient)

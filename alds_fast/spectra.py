@@ -13,6 +13,7 @@ from .bounds import Criterion
 from .discover import Layer
 from .folding import distinct_schemes, divisors, matrix_shape, permuted
 from .options import Groups
+from .replace import oriented_weight
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ def batches(problems: Sequence, size: Callable, key: Callable) -> Iterator[list]
 
 
 def _weight(layer: Layer) -> Tensor:
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return oriented_weight(layer.module)
 
 
 def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
