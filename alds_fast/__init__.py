@@ -21,8 +21,10 @@ from .compression import compress
 from .convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .deploy_table import DeployTable
 from .deployment import deploy
+from .directory import CompressedCheckpoint, compress_checkpoint
 from .errors import AldsError
 from .evaluation import evaluate
+from .huggingface import from_pretrained
 from .layers import LowRankLinear
 from .plan import LayerPlan, Plan
 from .results import Evaluation
@@ -32,6 +34,7 @@ from .version import __version__ as __version__
 __all__ = [
     "AldsError",
     "Analysis",
+    "CompressedCheckpoint",
     "DeployTable",
     "Evaluation",
     "LayerPlan",
@@ -43,8 +46,10 @@ __all__ = [
     "Retrained",
     "analyze",
     "compress",
+    "compress_checkpoint",
     "deploy",
     "evaluate",
+    "from_pretrained",
     "load",
     "retrain",
     "save",

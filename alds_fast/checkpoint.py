@@ -20,6 +20,7 @@ from .errors import (
     ModelError,
     PlanError,
 )
+from .huggingface import keep_when_saved
 from .layers import LowRankLayer
 from .merged import MergedLinears
 from .plan import Plan
@@ -187,6 +188,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     left = [n for n, t in [*small.named_parameters(), *small.named_buffers()] if t.is_meta]
     if left:
         raise ModelError(f"{left[0]!r} is on the meta device and not in the file; build the model on a real device")
+    keep_when_saved(small)
     if header["plan"] is not None:
         object.__setattr__(small, "alds_plan", header["plan"])
     return small

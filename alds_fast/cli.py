@@ -23,6 +23,7 @@ from torch import nn
 
 from .analysis import Analysis, analyze_with_progress, with_data
 from .checkpoint import save
+from .cli_directory import compress_directory
 from .cli_eval import add_eval, check_data_flags
 from .container import read_header
 from .discover import Layer
@@ -35,6 +36,10 @@ from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
 from .targets import ModelTarget, Target
 
+TARGET_HELP = (
+    "package.module:function or file.py:function that returns the model; for compress also a checkpoint directory: "
+    "config.json and safetensors files"
+)
 BUDGETS = ("params", "flops", "latency", "error")
 
 
@@ -55,7 +60,9 @@ def _progress(schemes: Sequence[int]) -> Iterator[Callable[[Sequence[Layer]], Ca
 def _analyze(args: argparse.Namespace) -> tuple[nn.Module, Analysis]:
     model = ModelTarget(args.target, args.weights)()
     with _progress(check_schemes(args.schemes)) as start:
-        analysis = analyze_with_progress(model, args.schemes, args.groups, args.include, args.exclude, start)
+        analysis = analyze_with_progress(
+            model, args.schemes, args.groups or "divisors", args.include, args.exclude, start
+        )
     return model, analysis
 
 
@@ -65,6 +72,13 @@ def _run_analyze(args: argparse.Namespace) -> None:
 
 
 def _run_compress(args: argparse.Namespace) -> None:
+    if Path(args.target).is_dir():
+        compress_directory(args, first=os.environ.get("RANK", "0") == "0")
+        return
+    if args.device != "cpu":
+        raise ArgumentError(
+            "--device goes with a checkpoint directory; a model is worked on where its function puts it"
+        )
     if not Path(args.output).absolute().parent.is_dir():
         raise MissingFileError(f"--output: the directory of {args.output!r} does not exist")
     if args.plot:
@@ -79,7 +93,7 @@ def _run_compress(args: argparse.Namespace) -> None:
     model, analysis = _analyze(args)
     if batches is not None:
         with Console(stderr=True).status("moments of the layers' inputs"):
-            analysis = with_data(analysis, batches, args.sensitivity, groups=args.groups)
+            analysis = with_data(analysis, batches, args.sensitivity, groups=args.groups or "divisors")
     budget = {name: getattr(args, name) for name in BUDGETS}
     example = None if args.input is None else torch.randn(args.input)
     plan = analysis.plan(
@@ -128,10 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("alds-fast", description="Low-rank compression of PyTorch models.")
     commands = parser.add_subparsers(dest="command", required=True)
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("target", help="package.module:function or file.py:function that returns the model")
+    model.add_argument("target", help=TARGET_HELP)
     model.add_argument("--weights", metavar="FILE", help="safetensors file with the model's state dict")
     model.add_argument("--schemes", type=_integers, default=SCHEMES, help="folds to try, for example 0,3")
-    model.add_argument("--groups", type=_groups, default="divisors", help="channel slices to try: divisors, or 1,2,4")
+    model.add_argument(
+        "--groups",
+        type=_groups,
+        help="channel slices to try: divisors (default), or 1,2,4; "
+        "for a checkpoint directory divisors up to 16 (default)",
+    )
     model.add_argument("--include", action="append", metavar="PATTERN", help="only these layers (may be repeated)")
     model.add_argument("--exclude", action="append", metavar="PATTERN", help="not these layers (may be repeated)")
     output = argparse.ArgumentParser(add_help=False)
@@ -144,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--latency", type=float, help="share of the measured latency, in (0, 1]; needs --input")
     compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
     compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
-    compress.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
+    compress.add_argument(
+        "-o", "--output", required=True, metavar="PATH", help="file, or for a directory new directory, to write"
+    )
     compress.add_argument("--data", metavar="TARGET", help="function that returns batches of the model's inputs")
     compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
     compress.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
@@ -153,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--method", choices=METHODS, default="alds")
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
+    compress.add_argument("--device", default="cpu", help="for a checkpoint directory: cpu or cuda")
+    compress.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of a checkpoint directory")
     compress.set_defaults(run=_run_compress)
     add_eval(commands, [model, output], _integers)
     show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")

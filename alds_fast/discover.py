@@ -24,9 +24,9 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Layer:
     """A module with a weight of two or more dimensions, under its first name in the model.
 
-    ``shape`` is None unless it is a Linear (transformers' Conv1D too) or Conv1d/2d/3d; ``reason`` says in words why it is left out, None if it
-    is not; ``params`` counts its own parameters (weight and bias); ``own_bias`` is true for a bias that it shares with
-    no other module.
+    ``shape`` is None unless it is a Linear (transformers' Conv1D too) or Conv1d/2d/3d; ``reason`` says in words why it
+    is left out, None if it is not; ``params`` counts its own parameters (weight and bias); ``own_bias`` is true for a
+    bias that it shares with no other module.
     """
 
     name: str

@@ -49,6 +49,14 @@ class TrainingError(AldsError, RuntimeError):
     """Training cannot go on: the loss is not finite."""
 
 
+class WorkerError(AldsError, RuntimeError):
+    """Another process of the same job failed, ended, or cannot be reached."""
+
+
+class DependencyError(AldsError, ImportError):
+    """A package that this function needs is not installed, or too old."""
+
+
 class EvaluationError(AldsError, RuntimeError):
     """Cells of an evaluation failed, or one of its processes ended.
 

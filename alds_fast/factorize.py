@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,22 @@ def _low_rank_layer(layer: Layer, choice: Choice, left: Tensor, right: Tensor) -
     return new
 
 
+def plain_layers(
+    work: Sequence[tuple[Choice, Layer]], spectra: Mapping[str, Tensor], exact: bool, limit: int = 0
+) -> Iterator[tuple[Choice, LowRankLayer, FactorReport]]:
+    """The low-rank layer of every choice, without its bias, and how its factors were computed; as for factorize.
+
+    As many are computed together as have no more weights than the largest one, or ``limit``.
+    """
+    room = FoldRoom()
+    for batch in batches(work, lambda w: w[0].shape.numel, lambda w: place(w[1]), limit):
+        matrices = room.matrices([(layer, choice.scheme) for choice, layer in batch])
+        for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra, exact), strict=True):
+            split = (choice.shape.conv_groups, choice.groups)
+            pair = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
+            yield choice, _low_rank_layer(layer, choice, *pair), _report(factors)
+
+
 def factorize(
     model: nn.Module,
     choices: Sequence[Choice],
@@ -126,7 +142,7 @@ def factorize(
     new: dict[str, LowRankLayer] = {}
     reports: dict[str, FactorReport] = {}
     shifts: dict[str, Tensor] = {}
-    room, plain = FoldRoom(), []
+    plain = []
     for choice, layer in work:
         weights = weighted(layer)
         if weights is None:
@@ -136,13 +152,8 @@ def factorize(
         new[choice.name] = _low_rank_layer(layer, choice, best.left, best.right)
         shifts[choice.name] = best.shift
         reports[choice.name] = FactorReport("weighted", 0, best.frobenius, best.error)
-    for batch in batches(plain, lambda w: w[0].shape.numel, lambda w: place(w[1])):
-        matrices = room.matrices([(layer, choice.scheme) for choice, layer in batch])
-        for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra or {}, exact), strict=True):
-            split = (choice.shape.conv_groups, choice.groups)
-            pair = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
-            new[choice.name] = _low_rank_layer(layer, choice, *pair)
-            reports[choice.name] = _report(factors)
+    for choice, low, report in plain_layers(plain, spectra or {}, exact):
+        new[choice.name], reports[choice.name] = low, report
     small = replace_layers(model, new)
     _shift_biases(new, shifts)
     return small, reports

@@ -15,6 +15,7 @@ from .data_criteria import Basis
 from .discover import count_params, find_layers, label
 from .errors import AldsError, ModelError, PlanError
 from .factorize import FactorReport, factorize
+from .huggingface import keep_when_saved
 from .refit import check_batches
 from .refit import refit as refit_layers
 from .rows import Latency, LayerPlan, checked, number, read_latency, read_row, real
@@ -68,6 +69,11 @@ class Plan:
         errors = [row.error for row in self.layers]
         return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
+    @property
+    def exact(self) -> bool:
+        """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
+        return self.criterion != "frobenius" or self.budget.startswith("error")
+
     def apply(
         self,
         model: nn.Module,
@@ -101,10 +107,12 @@ class Plan:
             check_batches(refit)
         choices = [row.choice for row in self.layers]
         chosen = [c for c in choices if c is not None]
-        exact = self.criterion != "frobenius" or self.budget.startswith("error")  # errors that must hold
-        small, reports = factorize(model, chosen, self.spectra, exact=exact, weighted=self._basis(moments).weighting)
+        small, reports = factorize(
+            model, chosen, self.spectra, exact=self.exact, weighted=self._basis(moments).weighting
+        )
         if refit is not None:
             reports |= self._refitted(small, model, refit, mask, moments)
+        keep_when_saved(small)
         object.__setattr__(small, "alds_plan", self)
         object.__setattr__(small, "alds_factors", reports)
         return small

@@ -68,9 +68,9 @@ def _problems(layers: Sequence[Layer], schemes: Sequence[int], groups: Groups) -
     return problems
 
 
-def batches(problems: Sequence, size: Callable, key: Callable) -> Iterator[list]:
-    """Consecutive problems of one key whose sizes add up to no more than the largest single one."""
-    limit = max(map(size, problems), default=0)
+def batches(problems: Sequence, size: Callable, key: Callable, limit: int = 0) -> Iterator[list]:
+    """Consecutive problems of one key whose sizes add up to no more than ``limit`` or the largest single one."""
+    limit = max(limit, *map(size, problems), 0)
     batch: list = []
     for problem in problems:
         if batch and (sum(map(size, batch)) + size(problem) > limit or key(batch[0]) != key(problem)):
@@ -115,17 +115,21 @@ class FoldRoom:
 
 
 def layer_spectra(
-    layers: Sequence[Layer], schemes: Sequence[int], groups: Groups, done: Callable[[int], None] = lambda n: None
+    layers: Sequence[Layer],
+    schemes: Sequence[int],
+    groups: Groups,
+    done: Callable[[int], None] = lambda n: None,
+    limit: int = 0,
 ) -> list[LayerSpectra]:
     """Spectra of the layers, in their order, each with a shape and a finite weight.
 
-    Small layers are computed together, as many as have no more weights than the largest layer, so the extra memory is
-    that of the largest layer: its fold, its Gram matrices (about as many float64 as it has weights) and one
-    eigenproblem a thread. ``done`` is told the number of weights finished after each batch.
+    Small layers are computed together, as many as have no more weights than the largest layer (or ``limit``), so the
+    extra memory is that of the largest layer: its fold, its Gram matrices (about as many float64 as it has weights) and
+    one eigenproblem a thread. ``done`` is told the number of weights finished after each batch.
     """
     results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
     work, room = _problems(layers, schemes, groups), FoldRoom()
-    for batch in batches(work, lambda p: p.size, lambda p: place(p.layer)):
+    for batch in batches(work, lambda p: p.size, lambda p: place(p.layer), limit):
         matrices = room.matrices([(p.layer, p.scheme) for p in batch])
         found = linalg.spectra(matrices, [p.computed for p in batch])
         for problem, values in zip(batch, found, strict=True):

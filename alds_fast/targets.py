@@ -50,7 +50,7 @@ class Target:
         self.name = name
         place, _, function = name.rpartition(":")
         if not place or not function:
-            raise ArgumentError(f"{name!r}: expected package.module:function or file.py:function")
+            raise ArgumentError(f"{name!r}: expected package.module:function or file.py:function, or a directory")
 
     @property
     def function(self) -> Callable[..., Any]:

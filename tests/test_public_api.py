@@ -12,6 +12,7 @@ from alds_fast import errors, kernels
 
 NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
+    *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
     *("analyze", "compress", "deploy", "evaluate", "load", "retrain", "save"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }

@@ -1,0 +1,134 @@
+"""What a job on a checkpoint directory has finished: one small file a layer, each whole or not there.
+
+The journal is the folder ``.alds_fast`` inside the output directory. Killed at any moment and started again with the
+same arguments, a job goes on from what is in it; with other arguments, or for an input that has changed, it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from .errors import ArgumentError, FileFormatError, MissingFileError
+from .shard_file import sync_folder, write_whole, writing
+
+FOLDER, JOB = ".alds_fast", "alds_job.json"
+
+
+def _text(job: Mapping[str, Any]) -> str:
+    return json.dumps(job, indent=1, sort_keys=True) + "\n"
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    return ", ".join(f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys)
+
+
+class Journal:
+    """The journal of the job in an output directory; ``job`` says what it is, in JSON's types."""
+
+    def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
+        self.output, self.job, self.folder = output, job, output / FOLDER
+
+    def check(self) -> bool:
+        """Whether the job is finished. ArgumentError if the directory holds anything but this job's work."""
+        if self.output.exists() and not self.output.is_dir():
+            raise ArgumentError(f"the output {str(self.output)!r} is a file; name a directory")
+        if not self.output.parent.is_dir():
+            raise MissingFileError(f"the directory {str(self.output.parent)!r} does not exist; create it first")
+        finished, begun = self.output / JOB, self.folder / JOB
+        for place in (finished, begun):
+            if place.exists():
+                self._compare(place)
+                return place is finished
+        held = [p.name for p in self.output.iterdir() if p.name != FOLDER] if self.output.exists() else []
+        if held:
+            raise ArgumentError(
+                f"the output directory {str(self.output)!r} is not empty (it holds {sorted(held)[0]!r}); name a new one"
+            )
+        return False
+
+    def _compare(self, place: Path) -> None:
+        try:
+            old = json.loads(place.read_text())
+        except ValueError as e:
+            raise FileFormatError(f"{str(place)!r} is not JSON ({e}); remove {str(self.output)!r}") from e
+        if old != self.job:
+            raise ArgumentError(
+                f"the output directory {str(self.output)!r} holds another job ({_differences(old, self.job)}); name "
+                f"another directory, or remove that one"
+            )
+
+    def begin(self) -> None:
+        """Make the journal, or go on with the one there; in the process that has locked it."""
+        with writing(self.output):
+            for left in [*self.folder.glob("*.partial"), *self.output.glob("*.partial")]:
+                left.unlink()
+        if not (self.folder / JOB).exists():
+            write_whole(self.folder / JOB, [_text(self.job).encode()])
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other job works in this directory meanwhile; ArgumentError if one does already."""
+        with writing(self.output):
+            self.output.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+        with open(self.folder / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise ArgumentError(
+                    f"another process is at work in {str(self.output)!r}; wait for it, or stop it"
+                ) from e
+            yield
+
+    def path(self, kind: str, number: int) -> Path:
+        """File of a ``kind`` of result of layer ``number``."""
+        return self.folder / f"{number:06d}.{kind}.safetensors"
+
+    def has(self, kind: str, number: int) -> bool:
+        """Whether that result is there."""
+        return self.path(kind, number).exists()
+
+    def put(self, kind: str, number: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Keep a result; FileWriteError if it cannot be written."""
+        write_whole(self.path(kind, number), [save(dict(tensors), {"notes": json.dumps(notes)})])
+
+    def get(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A result and its notes; FileFormatError if its file is damaged."""
+        path = self.path(kind, number)
+        try:
+            with safe_open(path, "pt") as file:
+                notes = json.loads((file.metadata() or {})["notes"])
+            return load_file(path), notes
+        except (SafetensorError, KeyError, ValueError, OSError) as e:
+            raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
+
+    def drop(self, kind: str, number: int) -> None:
+        """Forget a result."""
+        self.path(kind, number).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Mark the job as finished and remove the journal."""
+        write_whole(self.output / JOB, [_text(self.job).encode()])
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what is left of the journal of a finished job."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / JOB).unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        sync_folder(self.output)
+        if self.folder.exists():
+            os.rmdir(self.folder)

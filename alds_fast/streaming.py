@@ -1,0 +1,176 @@
+"""Compress a checkpoint directory a few layers at a time, in one process or several, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+
+from .analysis import Analysis
+from .discover import count_params, label
+from .errors import FileFormatError, FileWriteError
+from .factorize import Choice, plain_layers
+from .huggingface import METHOD, VERSION
+from .journal import JOB, Journal
+from .layout import OutputFile, companions, index_of, output_files
+from .plan import Plan
+from .pruned import pruned_spectra
+from .shard_file import Entry, write_shard, write_whole
+from .shards import CONFIG, INDEX, Stored, stored_in
+from .spectra import LayerSpectra
+from .workload import Work, size_of
+
+PLAN, FACTORS = "alds_plan.json", "alds_factors.json"
+
+
+def find_spectra(work: Work) -> None:
+    """The spectra of all layers, in the journal."""
+    ready, settings, journal = work.ready, work.settings, work.journal
+    own = work.shared([i for i in range(len(ready)) if not journal.has("spectra", i)])
+    done, total = 0, sum(size_of(ready[i]) for i in own)
+    for batch in work.batches(own):
+        layers = [ready[i] for i in batch]
+        with work.weights(layers) as sums:
+            found = pruned_spectra(layers, settings.schemes, settings.groups, settings.criterion, settings.align)
+        for number, spectra in zip(batch, found, strict=True):
+            tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
+            journal.put("spectra", number, tensors, {"top": spectra.top, "crc32": sums[spectra.layer.name]})
+        done += sum(map(size_of, layers))
+        work.progress("spectra", done, total)
+    work.world.together()
+
+
+def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
+    """The spectra of a layer out of the journal, and the CRC-32 of the weight that they are of."""
+    tensors, notes = work.journal.get("spectra", number)
+    values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
+    top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
+    return LayerSpectra(work.ready[number], dict(sorted(values.items())), top), int(notes["crc32"])
+
+
+def find_plan(work: Work) -> Plan:
+    """The plan: made by one process, read by all."""
+    path = work.journal.folder / PLAN
+    if work.world.first and not path.exists():
+        found = {layer.name: spectra_of(work, i)[0] for i, layer in enumerate(work.ready)}
+        analysis = Analysis(tuple(work.layers), found, count_params(work.model), work.model)
+        s = work.settings
+        plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
+        write_whole(path, [plan.to_json().encode()])
+    work.world.together()
+    return Plan.from_json(path.read_text())
+
+
+def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
+    """The factors of all layers that are factorised and not in a finished file, in the journal."""
+    journal = work.journal
+    missing = [f for f in files if not (journal.output / f.name).exists()]
+    wanted = [part.layer for file in missing for part in file.parts if part.layer is not None]
+    todo = [i for i in wanted if not (journal.has("report", i) and journal.has("factors", i))]
+    _check_room(work, missing, todo)
+    own = work.shared(todo)
+    done, total = 0, sum(size_of(work.ready[i]) for i in own)
+    for batch in work.batches(own):
+        _factorise(work, plan, {i: choices[i] for i in batch})
+        done += sum(size_of(work.ready[i]) for i in batch)
+        work.progress("factors", done, total)
+    work.world.together()
+
+
+def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) -> None:
+    factors = sum(part.size for file in missing for part in file.parts if part.layer in todo)
+    need, free = sum(file.size for file in missing) + factors, shutil.disk_usage(work.journal.output).free
+    if free < need:
+        raise FileWriteError(
+            f"{str(work.journal.output)!r}: {need / 1e9:.2f} GB are still to be written there, {free / 1e9:.2f} GB are "
+            f"free; what was finished is kept: free some space and run the same command again"
+        )
+
+
+def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
+    layers, known = {i: work.ready[i] for i in choices}, {i: spectra_of(work, i) for i in choices}
+    numbers = {layer.name: i for i, layer in layers.items()}
+    spectra = {s.layer.name: s.values[choices[i].scheme, choices[i].groups] for i, (s, _) in known.items()}
+    with work.weights(layers.values()) as sums:
+        for i, (_, crc) in known.items():
+            if sums[layers[i].name] != crc:
+                raise FileFormatError(
+                    f"layer {label(layers[i].name)}: its weight has changed since it was analysed; remove "
+                    f"{str(work.journal.output)!r} and begin again"
+                )
+        limit = sum(map(size_of, layers.values()))
+        for choice, low, report in plain_layers([(choices[i], layers[i]) for i in choices], spectra, plan.exact, limit):
+            number = numbers[choice.name]
+            tensors = {name: getattr(low, name).detach().cpu() for name in ("encoder", "decoder")}
+            work.journal.put("factors", number, tensors, {})
+            fields = {"method": report.method, "iterations": report.iterations, "error": report.error}
+            work.journal.put("report", number, {}, fields)
+
+
+def write_files(work: Work, files: Sequence[OutputFile]) -> None:
+    """The output's safetensors files, each whole or not there; the factors in them leave the journal."""
+    journal = work.journal
+    left = [file for file in files if not (journal.output / file.name).exists()]
+    work.world.together()
+    own = work.world.share(left, lambda file: float(file.size))
+    for number, file in enumerate(own, 1):
+        _write_file(work, file)
+        work.progress("files", number, len(own))
+    work.world.together()
+
+
+def _write_file(work: Work, file: OutputFile) -> None:
+    journal, parts = work.journal, {entry.name: part for part in file.parts for entry in part.entries}
+
+    def content(entry: Entry) -> Iterator[bytes]:
+        part = parts[entry.name]
+        if part.layer is None:
+            return work.shards.tensors[part.source].chunks()
+        return _factor(journal, part.layer, entry).chunks()
+
+    write_shard(journal.output / file.name, file.entries, content)
+    for part in file.parts:
+        if part.layer is not None:
+            journal.drop("factors", part.layer)
+
+
+def _factor(journal: Journal, layer: int, entry: Entry) -> Stored:
+    """Where a factor lies in the journal."""
+    stored = stored_in(journal.path("factors", layer))[entry.name.rpartition(".")[2]]
+    if (stored.dtype, stored.shape) != (entry.dtype, entry.shape):
+        raise FileFormatError(f"{str(stored.file)!r} is damaged; remove it and run the same command again")
+    return stored
+
+
+def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
+    """Index, config, plan and everything else of the input directory; then the job is finished."""
+    journal = work.journal
+    reports = {choice.name: journal.get("report", i)[1] for i, choice in choices.items()}
+    layers = {choice.name: [choice.scheme, choice.groups, choice.rank] for choice in choices.values()}
+    config = {
+        **work.shards.config,
+        "quantization_config": {"quant_method": METHOD, "version": VERSION, "layers": layers},
+    }
+    texts = {CONFIG: json.dumps(config, indent=2), PLAN: plan.to_json(), FACTORS: json.dumps(reports, indent=1)}
+    if len(files) > 1:
+        texts[INDEX] = json.dumps(index_of(list(files)), indent=2)
+    for path in companions(work.shards.folder, {*texts, JOB}):
+        write_whole(journal.output / path.name, Stored(path, "U8", (), 0, path.stat().st_size).chunks())
+    for name, text in texts.items():
+        write_whole(journal.output / name, [text.encode() + b"\n"])
+    journal.finish()
+
+
+def compress_streamed(work: Work) -> None:
+    """All of it; what is there already is not done again."""
+    find_spectra(work)
+    plan = find_plan(work)
+    numbers = {layer.name: i for i, layer in enumerate(work.ready)}
+    choices = {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
+    stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}
+    files = output_files(work.shards, stored, work.settings.max_shard_bytes)
+    find_factors(work, plan, files, choices)
+    write_files(work, files)
+    if work.world.first:
+        write_rest(work, plan, files, choices)
+    work.world.together()

@@ -1,0 +1,133 @@
+"""A checkpoint directory on its way: its layers, where their weights are, how many are worked on at once."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .discover import Layer, check_weight, find_layers
+from .errors import FileFormatError
+from .journal import Journal
+from .shards import DTYPES, Shards
+from .skeleton import skeleton, stored_names
+from .world import World
+
+BYTES_PER_WEIGHT = 40  # of a layer that is worked on: weight, fold, Gram matrices and eigenproblem in float64
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result."""
+
+    budget: Mapping[str, float]
+    criterion: str
+    p: float | None
+    align: int
+    schemes: tuple[int, ...]
+    groups: tuple[int, ...] | None
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
+    max_shard_bytes: int
+
+
+@dataclass
+class Work:
+    """A checkpoint on its way: its layers, where their weights are stored, and what has been finished."""
+
+    shards: Shards
+    settings: Settings
+    world: World
+    device: torch.device
+    journal: Journal
+    progress: Progress
+    model: nn.Module = field(init=False)
+    layers: list[Layer] = field(init=False)
+    sources: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = skeleton(self.shards)
+        names = stored_names(self.model, list(self.shards.tensors))
+        self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
+                        if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
+        found = find_layers(self.model, self.settings.include, self.settings.exclude)
+        self.layers = [self._checked(layer) for layer in found]
+
+    def _checked(self, layer: Layer) -> Layer:
+        """The layer, left out if its weight cannot be streamed; FileFormatError if its shape is another."""
+        if layer.reason is not None:
+            return layer
+        source = self.sources.get(layer.name)
+        if source is None:
+            return replace(layer, reason="its weight is not stored as a tensor of its own")
+        stored = self.shards.tensors[source]
+        weight: Any = layer.module.weight
+        if stored.shape != tuple(weight.shape):
+            raise FileFormatError(
+                f"{stored.file.name}: {source!r} has shape {stored.shape}, {type(self.model).__name__} with this "
+                f"config.json expects {tuple(weight.shape)}; the checkpoint is of another model"
+            )
+        floating = stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
+        return layer if floating else replace(layer, reason=f"its weight is stored as {stored.dtype}")
+
+    @property
+    def ready(self) -> list[Layer]:
+        """The layers that can be factorised; their numbers in the journal are their places here."""
+        return [layer for layer in self.layers if layer.reason is None]
+
+    @contextmanager
+    def weights(self, layers: Iterable[Layer]) -> Iterator[dict[str, int]]:
+        """The layers with their weights, checked, on the device; their CRC-32 by name."""
+        layers, sums = list(layers), {}
+        empty = [layer.module.weight for layer in layers]
+        try:
+            for layer in layers:
+                tensor = self.shards.tensors[self.sources[layer.name]].tensor()
+                sums[layer.name] = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data)
+                layer.module.weight = nn.Parameter(tensor.to(self.device), requires_grad=False)
+                check_weight(layer)
+            yield sums
+        finally:
+            for layer, weight in zip(layers, empty, strict=True):
+                layer.module.weight = weight
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Layers by number, as many at a time as there are threads and half of the free memory has room for."""
+        ready = self.ready
+        largest = max((size_of(layer) for layer in ready), default=1)
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = max(1, min(torch.get_num_threads(), pages // 2 // (BYTES_PER_WEIGHT * largest))) * largest
+        batch: list[int] = []
+        for number in numbers:
+            if batch and sum(size_of(ready[i]) for i in (*batch, number)) > room:
+                yield batch
+                batch = []
+            batch.append(number)
+        if batch:
+            yield batch
+
+    def shared(self, numbers: list[int]) -> list[int]:
+        """This process's part of the layers; all processes have looked what is left before one begins."""
+        self.world.together()
+        return self.world.share(numbers, lambda i: cost_of(self.ready[i]))
+
+
+def size_of(layer: Layer) -> int:
+    """Weights of a layer."""
+    assert layer.shape is not None
+    return layer.shape.numel
+
+
+def cost_of(layer: Layer) -> float:
+    """What a layer costs, up to a factor: the product with itself and the eigenproblem of its smaller side."""
+    assert layer.shape is not None
+    rows, size = layer.shape.out_channels // layer.shape.conv_groups, layer.shape.numel
+    order = min(rows, size // layer.shape.out_channels)
+    return float(size * order)
