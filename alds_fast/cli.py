@@ -34,6 +34,7 @@ from .plan import Plan
 from .refit import check_batches
 from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
+from .streaming import PLAN
 from .targets import ModelTarget, Target
 
 TARGET_HELP = (
@@ -117,7 +118,7 @@ def _run_compress(args: argparse.Namespace) -> None:
 
 
 def _run_show(args: argparse.Namespace) -> None:
-    path = Path(args.file)
+    path = Path(args.file) / PLAN if Path(args.file).is_dir() else Path(args.file)
     if path.suffix == ".json" and path.is_file():
         try:
             plan: Plan | None = Plan.from_json(path.read_text())
@@ -179,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.set_defaults(run=_run_compress)
     add_eval(commands, [model, output], _integers)
     show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
-    show.add_argument("file", help="a model written by save, or a plan in JSON")
+    show.add_argument("file", help="a model written by save, a compressed directory, or a plan in JSON")
     show.set_defaults(run=_run_show)
     return parser
 

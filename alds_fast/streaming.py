@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .analysis import Analysis
 from .discover import count_params, label
@@ -66,7 +66,7 @@ def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: M
     journal = work.journal
     missing = [f for f in files if not (journal.output / f.name).exists()]
     wanted = [part.layer for file in missing for part in file.parts if part.layer is not None]
-    todo = [i for i in wanted if not (journal.has("report", i) and journal.has("factors", i))]
+    todo = [i for i in wanted if not journal.has("factors", i)]
     _check_room(work, missing, todo)
     own = work.shared(todo)
     done, total = 0, sum(size_of(work.ready[i]) for i in own)
@@ -102,9 +102,10 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
         for choice, low, report in plain_layers([(choices[i], layers[i]) for i in choices], spectra, plan.exact, limit):
             number = numbers[choice.name]
             tensors = {name: getattr(low, name).detach().cpu() for name in ("encoder", "decoder")}
-            work.journal.put("factors", number, tensors, {})
             fields = {"method": report.method, "iterations": report.iterations, "error": report.error}
-            work.journal.put("report", number, {}, fields)
+            if not work.journal.has("report", number):
+                work.journal.put("report", number, {}, fields)
+            work.journal.put("factors", number, tensors, {})
 
 
 def write_files(work: Work, files: Sequence[OutputFile]) -> None:
@@ -154,10 +155,12 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
     texts = {CONFIG: json.dumps(config, indent=2), PLAN: plan.to_json(), FACTORS: json.dumps(reports, indent=1)}
     if len(files) > 1:
         texts[INDEX] = json.dumps(index_of(list(files)), indent=2)
+    content: dict[str, Iterable[bytes]] = {name: [text.encode() + b"\n"] for name, text in texts.items()}
     for path in companions(work.shards.folder, {*texts, JOB}):
-        write_whole(journal.output / path.name, Stored(path, "U8", (), 0, path.stat().st_size).chunks())
-    for name, text in texts.items():
-        write_whole(journal.output / name, [text.encode() + b"\n"])
+        content[path.name] = Stored(path, "U8", (), 0, path.stat().st_size).chunks()
+    for name, pieces in content.items():
+        if not (journal.output / name).exists():
+            write_whole(journal.output / name, pieces)
     journal.finish()
 
 

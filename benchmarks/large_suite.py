@@ -1,0 +1,185 @@
+"""What large models cost: eigenproblems by size, whole checkpoints by size, threads and processes; peak memory.
+
+Writes benchmarks/results/large.json and .md. Checkpoints are Llama-shaped, bfloat16, random with singular values that
+fall, and are removed afterwards; the largest has 3 GB. Peak memory is ru_maxrss of every process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import registry
+import torch
+
+from alds_fast import cli, linalg
+from alds_fast.shard_file import Entry, write_shard
+from alds_fast.shards import INDEX
+
+RESULTS = Path(__file__).parent / "results"
+KEEP = 0.7
+SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+VOCABULARY = 32000
+
+
+def _layer_shapes() -> dict[str, tuple[int, ...]]:
+    h, i = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    kv = h * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
+    sizes = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h)}
+    sizes |= {"self_attn.o_proj": (h, h), "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
+    norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
+    return {f"{name}.weight": shape for name, shape in {**sizes, **norms}.items()}
+
+
+def _values(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    rank = min(shape) // 2
+    left, right = torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
+    decay = torch.arange(1, rank + 1) ** -0.8
+    noise = 0.02 * torch.randn(shape, generator=generator)
+    return (0.02 * ((left * decay) @ right + noise)).to(torch.bfloat16)
+
+
+def make_checkpoint(folder: Path, layers: int) -> int:
+    """A Llama-shaped checkpoint directory, a layer to a file; returns its bytes."""
+    folder.mkdir()
+    config = {**SHAPE, "num_hidden_layers": layers, "vocab_size": VOCABULARY, "model_type": "llama"}
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    table = {"embed_tokens.weight": (VOCABULARY, SHAPE["hidden_size"]), "norm.weight": (SHAPE["hidden_size"],)}
+    files = [{f"model.{n}": s for n, s in table.items()} | {"lm_head.weight": table["embed_tokens.weight"]}]
+    files += [{f"model.layers.{i}.{n}": s for n, s in _layer_shapes().items()} for i in range(layers)]
+    placed, size = {}, 0
+    for number, tensors in enumerate(files):
+        entries = [Entry(n, "BF16", s, 2 * torch.Size(s).numel()) for n, s in tensors.items()]
+        path = folder / f"model-{number:05d}.safetensors"
+
+        def content(entry: Entry) -> Iterator[memoryview]:
+            seed = sum(map(ord, entry.name))
+            yield memoryview(_values(entry.shape, seed).view(-1).view(torch.uint8).numpy()).cast("B")
+
+        write_shard(path, entries, content)
+        placed |= dict.fromkeys(tensors, path.name)
+        size += sum(e.size for e in entries)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": placed}))
+    return size
+
+
+def worker(arguments: list[str]) -> None:
+    """The command line, and on standard error what it took."""
+    begin = time.perf_counter()
+    code = cli.main(arguments)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime
+    found = {"wall_s": time.perf_counter() - begin, "cpu_s": cpu, "peak_mb": used.ru_maxrss / 1e3}
+    print("USED " + json.dumps(found), file=sys.stderr)
+    sys.exit(code)
+
+
+def compress(source: Path, processes: int, threads: int) -> dict[str, float]:
+    """Compress a checkpoint with so many processes of so many threads."""
+    output = source.parent / "out"
+    inner = [__file__, "--worker", "compress", str(source), "-o", str(output), "--params", str(KEEP)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), *inner]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    begin = time.perf_counter()
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    wall = time.perf_counter() - begin
+    used = [json.loads(line.split("USED ")[1]) for line in run.stderr.splitlines() if "USED " in line]
+    shutil.rmtree(output)
+    return {
+        "wall_s": wall,  # with starting Python and importing
+        "work_s": max(u["wall_s"] for u in used),
+        "cpu_s": sum(u["cpu_s"] for u in used),
+        "peak_mb": max(u["peak_mb"] for u in used),
+    }
+
+
+def by_order(orders: list[int]) -> list[dict[str, float]]:
+    """One square matrix, one thread: all singular values, then factors at the rank that keeps 70 % of the weights."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    for n in orders:
+        w = torch.randn(1, n, n, generator=torch.Generator().manual_seed(0))
+        rank = int(KEEP * n / 2)
+        begin = time.perf_counter()
+        values = linalg.spectra([w], [[1]])[0][0]
+        middle = time.perf_counter()
+        linalg.batched_rsvd([w], [1], [rank], [linalg.optimal_errors(values, rank)])
+        end = time.perf_counter()
+        gflop = (1 + 4 / 3) * n**3 / 1e9  # half of the product, and the tridiagonalisation
+        rows.append(
+            {"n": n, "spectra_s": middle - begin, "gflop_s": gflop / (middle - begin), "factors_s": end - middle}
+        )
+    torch.set_num_threads(threads)
+    return rows
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    env = results["environment"]
+    lines = [
+        f"{env['cpu']}, {env['threads']} cores, torch {env['torch']}, commit {env['commit']}, OMP_WAIT_POLICY "
+        f"{env['omp_wait_policy']}; `python benchmarks/large_suite.py`",
+        "",
+        "| one matrix n x n, one thread | singular values, s | GFLOP/s (7/3 n³) | factors, rank 0.35 n, s |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['n']} | {r['spectra_s']:.3f} | {r['gflop_s']:.1f} | {r['factors_s']:.3f} |" for r in results["by_order"]
+    ]
+    lines += [
+        "",
+        f"Llama-shaped checkpoints, bfloat16, {KEEP:.0%} of the parameters kept, slices 1, 2, 4, ... 16:",
+        "",
+        "| layers | GB | processes x threads | wall s | of it work | CPU s | peak MB of a process |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['layers']} | {r['gb']:.2f} | {r['processes']} x {r['threads']} | {r['wall_s']:.1f} | {r['work_s']:.1f} | "
+        f"{r['cpu_s']:.1f} | {r['peak_mb']:.0f} |"
+        for r in results["checkpoints"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    args = parser.parse_args()
+    orders = [256, 512] if args.quick else [256, 512, 1024, 2048, 4096, 8192]
+    cases = [(1, 1, 2)] if args.quick else [(4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 4, 1), (14, 1, 2), (31, 1, 2)]
+    results: dict = {"environment": registry.environment(), "by_order": by_order(orders), "checkpoints": []}
+    made = None
+    with tempfile.TemporaryDirectory() as root:
+        for layers, processes, threads in cases:
+            source = Path(root) / "model"
+            if made != layers:
+                shutil.rmtree(source, ignore_errors=True)
+                size, made = make_checkpoint(source, layers), layers
+            row = {"layers": layers, "gb": size / 1e9, "processes": processes, "threads": threads}
+            results["checkpoints"].append({**row, **compress(source, processes, threads)})
+            print(results["checkpoints"][-1], flush=True)
+    if not args.quick:
+        (RESULTS / "large.json").write_text(json.dumps(results, indent=1) + "\n")
+        (RESULTS / "large.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Run a job again and again, each time in a new process that is killed at another moment, until one gets through.
+
+Usage: killed.py SOURCE OUTPUT. Prints how often it was killed, by how. (The processes are forked after the imports, and
+nothing has been computed before: a thread pool would not survive a fork.)
+"""
+
+import itertools
+import os
+import random
+import signal
+import sys
+from collections import Counter
+
+import transformers
+
+import alds_fast.directory
+from alds_fast import shard_file
+
+HOW = ("before a file gets its name", "after a file got its name", "in the middle of a file", "at a random moment")
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _doomed(how, seed):
+    """Arrange for this process to be killed; it finishes one file at least, if there are any left to write."""
+    replace, count = os.replace, itertools.count(1)
+
+    def dying_replace(a, b):
+        number = next(count)
+        if how == HOW[0] and number == 2:
+            _die()
+        replace(a, b)
+        if how == HOW[1]:
+            _die()
+
+    write_whole = shard_file.write_whole
+    files = itertools.count(1)
+
+    def dying_write(path, pieces):
+        number = next(files)
+
+        def cut():
+            for piece in pieces:
+                yield piece[: len(piece) // 2]
+                if number == 2:
+                    _die()
+                yield piece[len(piece) // 2 :]
+
+        write_whole(path, cut())
+
+    if how in HOW[:2]:
+        os.replace = dying_replace
+    elif how == HOW[2]:
+        for module in (alds_fast.shard_file, alds_fast.journal, alds_fast.streaming):
+            module.write_whole = dying_write
+    else:
+        signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(0.0, 0.1))
+        signal.signal(signal.SIGALRM, lambda *_: _die())
+
+
+def main():
+    source, output = sys.argv[1:]
+    assert transformers.LlamaForCausalLM
+    killed = Counter()
+    for attempt in itertools.count():
+        how = HOW[attempt % len(HOW)]
+        child = os.fork()
+        if child == 0:
+            _doomed(how, attempt)
+            alds_fast.directory.compress_checkpoint(source, output, params=0.7, max_shard_bytes=60_000)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            break
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+        killed[how] += 1
+        assert attempt < 500
+    print(sum(killed.values()), dict(killed))
+
+
+if __name__ == "__main__":
+    main()

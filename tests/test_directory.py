@@ -1,0 +1,345 @@
+"""Checkpoint directories: what comes out is what the model in memory gives, whatever happens on the way."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import alds_fast as alds
+from alds_fast import cli, errors
+from alds_fast.journal import FOLDER, Journal
+from alds_fast.shards import open_shards
+
+OPTIONS = {"params": 0.7, "max_shard_bytes": 60_000}
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A checkpoint directory, and what it gives."""
+    folder = tmp_path_factory.mktemp("llama")
+    checkpoints.make("llama", folder / "dense")
+    alds.compress_checkpoint(folder / "dense", folder / "small", **OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def copied(llama, tmp_path):
+    """A copy of the checkpoint that may be damaged."""
+    shutil.copytree(llama / "dense", tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def tensors(folder):
+    return {k: v for path in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def first_shard(folder):
+    return min(Path(folder).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2", "bert", "vit"])
+def test_same_as_in_memory(kind, dtype, tmp_path):
+    dense = type(checkpoints.make(kind, tmp_path / "dense", dtype)).from_pretrained(tmp_path / "dense", dtype=dtype)
+    before = checkpoints.contents(tmp_path / "dense")
+    result = alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", **OPTIONS)
+    assert checkpoints.contents(tmp_path / "dense") == before
+    assert result.plan.params <= 0.7 * result.plan.params_before and result.plan.gap < 0.05
+    assert set(result.factors) == {row.name for row in result.plan.layers if row.choice} != set()
+    expected = result.plan.apply(dense)
+    small = alds.from_pretrained(tmp_path / "small", dtype=dtype)
+    assert type(small) is type(dense) and not small.training
+    found, wanted = small.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in found)
+    with torch.no_grad():
+        assert torch.equal(small(**checkpoints.inputs(kind)).logits, expected(**checkpoints.inputs(kind)).logits)
+    index = json.loads((tmp_path / "small/model.safetensors.index.json").read_text())
+    stored = tensors(tmp_path / "small")
+    assert index["weight_map"].keys() == stored.keys()
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored.values())
+    assert (tmp_path / "small/tokenizer.json").read_bytes() == before["tokenizer.json"]
+    assert not (tmp_path / "small" / FOLDER).exists()
+
+
+def test_one_file(tmp_path):
+    checkpoints.make("llama", tmp_path / "dense", shards=False)
+    alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", params=0.7)
+    assert [p.name for p in (tmp_path / "small").glob("*.safetensors*")] == ["model.safetensors"]
+    assert isinstance(alds.from_pretrained(tmp_path / "small").model.layers[0].mlp.up_proj, alds.LowRankLinear)
+
+
+def test_options(tmp_path, llama):
+    options = {"error": 0.3, "criterion": "operator", "align": 4, "groups": (1, 2), "exclude": "*.mlp.*"}
+    plan = alds.compress_checkpoint(llama / "dense", tmp_path / "small", **options).plan
+    chosen = [row for row in plan.layers if row.choice]
+    assert chosen and all(row.rank % 4 == 0 and row.groups <= 2 and ".mlp." not in row.name for row in chosen)
+    assert plan.error <= 0.3 and plan.criterion == "operator"
+
+
+def test_threads_change_nothing(tmp_path, llama):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+    finally:
+        torch.set_num_threads(threads)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def test_again_does_nothing(llama):
+    before = {p: p.stat().st_mtime_ns for p in (llama / "small").iterdir()}
+    assert alds.compress_checkpoint(llama / "dense", llama / "small", **OPTIONS).plan.params > 0
+    assert before == {p: p.stat().st_mtime_ns for p in (llama / "small").iterdir()}
+
+
+def test_killed_at_any_moment(tmp_path, llama):
+    command = [sys.executable, HERE / "killed.py", llama / "dense", tmp_path / "small"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[0]) >= 20 and run.stdout.count(":") == 4
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def torchrun(processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "alds_fast", "compress"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_three_processes(tmp_path, llama):
+    run = torchrun(3, llama / "dense", "-o", tmp_path / "small", "--params", 0.7, "--max-shard-gb", 0.00006)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("wrote ") == 1
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def poison(folder, value):
+    """Set the first entry of a layer's weight in its file; returns the layer's name and what was there."""
+    name = "model.layers.1.mlp.up_proj"
+    stored = open_shards(folder).tensors[f"{name}.weight"]
+    with open(stored.file, "r+b") as file:
+        file.seek(stored.start)
+        old = file.read(4)
+        file.seek(stored.start)
+        file.write(value)
+    return name, old
+
+
+def test_a_process_that_fails_ends_all(tmp_path, copied, llama):
+    name, good = poison(copied, b"\x00\x00\xc0\x7f")
+    arguments = (copied, "-o", tmp_path / "small", "--params", 0.7, "--max-shard-gb", 0.00006)
+    run = torchrun(2, *arguments)
+    assert run.returncode != 0 and f"layer '{name}': 1 of" in run.stderr and not list(tmp_path.glob("small/*.json"))
+    poison(copied, good)
+    run = torchrun(2, *arguments)
+    assert run.returncode == 0, run.stderr
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def test_nan_names_the_layer_and_loses_nothing(tmp_path, copied, llama):
+    name, good = poison(copied, b"\x00\x00\xc0\x7f")
+    with pytest.raises(errors.WeightError, match=f"layer '{name}': 1 of 11264 weights"):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    poison(copied, good)
+    alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def test_changed_between_analysis_and_factors(tmp_path, copied, monkeypatch):
+    def change(work):
+        poison(copied, b"\x00\x00\x80\x3f")
+        return plan(work)
+
+    plan = alds.streaming.find_plan
+    monkeypatch.setattr(alds.streaming, "find_plan", change)
+    with pytest.raises(errors.FileFormatError, match=r"layers\.1\.mlp\.up_proj.*changed since it was analysed"):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+
+
+def test_full_disk_loses_nothing(tmp_path, llama):
+    child = os.fork()
+    if child == 0:  # files of more than 30 kB cannot be written here: spectra and small factors can
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        torch.set_num_threads(1)
+        try:
+            alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+        except errors.FileWriteError as e:
+            os._exit(3 if "free some space and run the same command again" in str(e) else 4)
+        os._exit(5)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 3
+    assert list(tmp_path.glob(f"small/{FOLDER}/*.spectra.*")) and not list(tmp_path.glob("small/**/*.partial"))
+    alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def test_too_little_room_is_said_before_the_work(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(errors.FileWriteError, match=r"GB are still to be written there, 0.00 GB are free"):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+
+
+def test_two_jobs_in_one_directory(tmp_path, llama):
+    Journal(tmp_path / "small", {}).output.mkdir()
+    with Journal(tmp_path / "small", {}).locked(), pytest.raises(errors.ArgumentError, match="another process"):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+
+
+def test_other_arguments_are_refused(llama):
+    with pytest.raises(errors.ArgumentError, match=r"another job \(budget=.*0\.7.* then, .*0\.6.* now\)"):
+        alds.compress_checkpoint(llama / "dense", llama / "small", **{**OPTIONS, "params": 0.6})
+
+
+def damage_missing_shard(folder):
+    first_shard(folder).unlink()
+
+
+def damage_truncated(folder):
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_header(folder):
+    path = first_shard(folder)
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+
+
+def damage_index(folder):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"model.norm.weight"', '"model.gone.weight"'))
+
+
+def damage_index_text(folder):
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+def damage_twice(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shutil.copy(first_shard(folder), folder / "more.safetensors")
+    index["weight_map"] |= dict.fromkeys(load_file(first_shard(folder)), "more.safetensors")
+    index["weight_map"]["model.embed_tokens.weight"] = first_shard(folder).name
+    path.write_text(json.dumps(index))
+
+
+def damage_path(folder):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"model-00001', '"../model-00001'))
+
+
+def damage_config(folder):
+    (folder / "config.json").unlink()
+
+
+def damage_shape(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 176', '"intermediate_size": 180'))
+
+
+def damage_quantized(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+
+
+def damage_empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "text"),
+    [
+        (damage_missing_shard, errors.MissingFileError, "the shard .* does not exist; copy it again"),
+        (damage_truncated, errors.FileFormatError, "is not a whole safetensors file"),
+        (damage_header, errors.FileFormatError, "is not a whole safetensors file"),
+        (damage_index, errors.FileFormatError, "lacks the tensor 'model.gone.weight'"),
+        (damage_index_text, errors.FileFormatError, "is not JSON"),
+        (damage_twice, errors.FileFormatError, "is in '.*' and in '.*'"),
+        (damage_path, errors.FileFormatError, "is not the name of a file in that directory"),
+        (damage_config, errors.MissingFileError, "config.json' does not exist"),
+        (damage_shape, errors.FileFormatError, r"has shape \(.*\), LlamaForCausalLM .* expects \(.*\)"),
+        (damage_quantized, errors.ArgumentError, r"quantized or compressed already \(gptq\)"),
+        (damage_empty, errors.MissingFileError, "holds neither model.safetensors nor"),
+    ],
+)
+def test_damaged_checkpoints(copied, tmp_path, damage, error, text):
+    damage(copied)
+    before = checkpoints.contents(copied)
+    with pytest.raises(error, match=text):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    assert checkpoints.contents(copied) == before and not (tmp_path / "small").exists()
+
+
+def test_no_code_of_the_checkpoint_is_run(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"architectures": ["Evil"], "model_type": "evil"}
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: pass\nclass Evil: pass\n")
+    with pytest.raises(errors.ModelError, match="never run"):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    with pytest.raises(errors.ArgumentError, match="never run"):
+        alds.from_pretrained(copied, trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({}, errors.BudgetError, "give one budget"),
+        ({"params": 1.5}, errors.BudgetError, r"outside \(0, 1\]"),
+        ({"params": 0.01}, errors.BudgetError, "the smallest reachable is params="),
+        ({"params": 0.5, "criterion": "output"}, errors.ArgumentError, "needs data"),
+        ({"params": 0.5, "groups": "all"}, errors.ArgumentError, "'divisors' or|'auto'"),
+        ({"params": 0.5, "groups": "divisors"}, errors.ArgumentError, "'auto'"),
+        ({"params": 0.5, "schemes": (7,)}, errors.ArgumentError, "schemes="),
+        ({"params": 0.5, "max_shard_bytes": 0}, errors.ArgumentError, "max_shard_bytes=0"),
+        ({"params": 0.5, "include": "nothing"}, errors.LayerNotFoundError, "matches no layer"),
+        ({"params": 0.5, "device": "tpu"}, errors.ArgumentError, "device='tpu'"),
+    ],
+)
+def test_bad_arguments(llama, tmp_path, options, error, text):
+    with pytest.raises(error, match=text):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", **options)
+
+
+def test_bad_directories(llama, tmp_path):
+    def compress(source, output):
+        alds.compress_checkpoint(source, output, **OPTIONS)
+
+    with pytest.raises(errors.MissingFileError, match="does not exist"):
+        compress(tmp_path / "none", tmp_path / "small")
+    with pytest.raises(errors.MissingFileError, match="create it first"):
+        compress(llama / "dense", tmp_path / "none/small")
+    with pytest.raises(errors.ArgumentError, match="is the checkpoint itself"):
+        compress(llama / "dense", llama / "dense")
+    with pytest.raises(errors.ArgumentError, match="is not empty"):
+        compress(llama / "dense", tmp_path.parent)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.ArgumentError, match="is a file"):
+        compress(llama / "dense", tmp_path / "file")
+
+
+def test_command_line(llama, tmp_path, capsys):
+    arguments = ["compress", str(llama / "dense"), "-o", str(tmp_path / "small"), "--params", "0.7"]
+    assert cli.main([*arguments, "--max-shard-gb", "0.00006", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["budget"] == "params=0.7"
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+    assert cli.main(["show", str(tmp_path / "small")]) == 0
+    assert "parameters 1" in capsys.readouterr().out
+    assert cli.main([*arguments, "--flops", "0.5"]) == 1
+    assert "--flops does not go with a checkpoint directory" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""Compressed transformers models do what transformers models do."""
+
+import copy
+import json
+import sys
+
+import checkpoints
+import pytest
+import torch
+import transformers
+
+import alds_fast as alds
+from alds_fast import errors, huggingface
+from alds_fast.layers import LowRankLayer
+
+KINDS = ["llama", "qwen", "gpt2", "bert", "vit"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Compressed checkpoint directories by kind."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for kind in KINDS:
+        checkpoints.make(kind, root / f"{kind}-dense")
+        alds.compress_checkpoint(root / f"{kind}-dense", root / kind, params=0.7, max_shard_bytes=100_000)
+    return root
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def low_rank(model):
+    return [n for n, m in model.named_modules() if isinstance(m, LowRankLayer)]
+
+
+def logits(model, kind):
+    with torch.no_grad():
+        return model(**checkpoints.inputs(kind)).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_again_it_stays_small(kind, small, tmp_path):
+    model = alds.from_pretrained(small / kind)
+    assert low_rank(model) and size(model) < 0.71 * size(checkpoints.dense(kind))
+    model.save_pretrained(tmp_path / "again")
+    again = alds.from_pretrained(tmp_path / "again")
+    assert size(again) == size(model) and torch.equal(logits(again, kind), logits(model, kind))
+    auto = type(model).from_pretrained(tmp_path / "again")  # transformers' own, now that it knows the format
+    assert size(auto) == size(model) and torch.equal(logits(auto, kind), logits(model, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_in_memory_it_stays_small_too(kind, tmp_path):
+    dense = checkpoints.dense(kind)
+    model = alds.compress(dense, params=0.7)
+    model.save_pretrained(tmp_path / "saved")
+    again = alds.from_pretrained(tmp_path / "saved")
+    assert low_rank(again) == low_rank(model) != []
+    torch.testing.assert_close(logits(again, kind), logits(model, kind))
+    assert "quantization_config" not in dense.config.to_dict()
+    alds.save(model, tmp_path / "one.safetensors")
+    loaded = alds.load(tmp_path / "one.safetensors", dense)
+    loaded.save_pretrained(tmp_path / "loaded")
+    assert low_rank(alds.from_pretrained(tmp_path / "loaded")) == low_rank(model)
+
+
+def test_part_of_another_model(tmp_path):
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = checkpoints.dense("bert").bert, torch.nn.Linear(64, 5)
+
+    model = alds.compress(Tagger(), params=0.7)
+    model.encoder.save_pretrained(tmp_path / "encoder")
+    assert size(alds.from_pretrained(tmp_path / "encoder")) == size(model.encoder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
+def test_generates(kind, small):
+    model = alds.from_pretrained(small / kind)
+    prompt = torch.tensor([[3, 4, 5]])
+    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=True)
+    plain = model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert tokens.shape[1] > 3 and torch.equal(tokens, plain)
+    beams = model.generate(prompt, max_new_tokens=4, num_beams=3, do_sample=False)
+    assert beams.shape[1] > 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_ties_stay(kind, small, tmp_path):
+    model = alds.from_pretrained(small / kind)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.resize_token_embeddings(100)
+    assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.shape[0] == 100
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_gradient_checkpointing_and_training(kind, small):
+    model = alds.from_pretrained(small / kind)
+    batch = checkpoints.inputs(kind)
+    labels = {"labels": batch["input_ids"] if kind != "bert" else torch.tensor([0, 1])}
+    gradients = []
+    for checkpointing in (False, True):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model.zero_grad()
+        model(**batch, **labels).loss.backward()
+        names = [f"{n}.{f}" for n in low_rank(model) for f in ("encoder", "decoder")]
+        gradients.append({n: model.get_parameter(n).grad.clone() for n in names})
+    assert all(g.abs().sum() > 0 for g in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_types(kind, small):
+    model = alds.from_pretrained(small / kind, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for convert in (lambda m: m.to(torch.float16), lambda m: m.half(), lambda m: m.float(), lambda m: m.double()):
+        other = convert(copy.deepcopy(model))
+        assert len({p.dtype for p in other.parameters()}) == 1
+    assert torch.isfinite(logits(model.float(), kind)).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_device_maps(kind, small, tmp_path):
+    model = alds.from_pretrained(small / kind)
+    names = {"llama": ("model", "layers", "lm_head"), "gpt2": ("transformer", "h", "lm_head")}[kind]
+    rest = [n for n, _ in getattr(model, names[0]).named_children() if n != names[1]]
+    split = {f"{names[0]}.{n}": "cpu" for n in rest} | {names[2]: "cpu"}
+    split |= {f"{names[0]}.{names[1]}.0": "cpu", f"{names[0]}.{names[1]}.1": "disk"}
+    for device_map, folder in (("auto", None), ({"": "cpu"}, None), (split, tmp_path / "offload")):
+        other = alds.from_pretrained(small / kind, device_map=device_map, offload_folder=folder)
+        assert low_rank(other) == low_rank(model)
+        torch.testing.assert_close(logits(other, kind), logits(model, kind))
+
+
+def test_other_classes_read_it(small, tmp_path):
+    head = alds.from_pretrained(small / "llama")
+    base = alds.from_pretrained(small / "llama", transformers.AutoModel)
+    assert type(base).__name__ == "LlamaModel" and low_rank(base) == [n.removeprefix("model.") for n in low_rank(head)]
+    base.save_pretrained(tmp_path / "base")
+    again = alds.from_pretrained(tmp_path / "base", transformers.AutoModelForCausalLM)
+    assert low_rank(again) == low_rank(head) and torch.equal(logits(again, "llama"), logits(head, "llama"))
+    assert alds.from_pretrained(small / "bert", transformers.AutoModel).encoder.layer[0].intermediate is not None
+
+
+def test_trainer_and_peft_are_not_told_it_is_quantized(small):
+    model = alds.from_pretrained(small / "llama")
+    assert not model.is_quantized and model.hf_quantizer.is_trainable
+
+
+def test_compiles_and_exports(small):
+    model = alds.from_pretrained(small / "bert")
+    batch = checkpoints.inputs("bert")
+    exported = torch.export.export(model, (), batch, strict=False)
+    torch.testing.assert_close(exported.module()(**batch).logits, logits(model, "bert"))
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_refusals(small, tmp_path):
+    with pytest.raises(errors.ArgumentError, match="was not compressed by alds_fast"):
+        alds.from_pretrained(small / "bert-dense")
+    with pytest.raises(errors.MissingFileError):
+        alds.from_pretrained(tmp_path / "none")
+    with pytest.raises(errors.ArgumentError, match=r"quantized or compressed already \(alds_fast\)"):
+        alds.compress_checkpoint(small / "bert", tmp_path / "twice", params=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"version": 99}, errors.FileFormatError, "newer than 1"),
+        ({"layers": {"nothing": [0, 1, 4]}}, errors.PlanError, "'nothing' is not a layer of"),
+        ({"layers": {"bert.embeddings.word_embeddings": [0, 1, 4]}}, errors.PlanError, "cannot be replaced"),
+        ({"layers": {"bert.pooler.dense": [0, 1, 4000]}}, errors.ArgumentError, "rank=4000"),
+        ({"layers": {"classifier": [0, 1, 1]}}, errors.FileFormatError, "lacks 'classifier.decoder'"),
+    ],
+)
+def test_damaged_config(small, tmp_path, change, error, text):
+    model = alds.from_pretrained(small / "bert")
+    model.save_pretrained(tmp_path / "changed")
+    config = config_of(tmp_path / "changed")
+    settings = config["quantization_config"]
+    layers = {**settings["layers"], **change.get("layers", {})}
+    config["quantization_config"] = {**settings, **change, "layers": layers}
+    (tmp_path / "changed/config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=text):
+        alds.from_pretrained(tmp_path / "changed")
+
+
+def test_without_transformers(small, monkeypatch):
+    monkeypatch.setattr(huggingface, "transformers_format", huggingface.transformers_format.__wrapped__)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(errors.DependencyError, match=r"pip install 'alds_fast\[transformers\]'"):
+        alds.from_pretrained(small / "bert")
