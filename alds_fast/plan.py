@@ -123,7 +123,7 @@ class Plan:
     ) -> dict[str, FactorReport]:  # fmt: skip
         basis = self._basis(moments)
         gradients = {
-            name: m.gradient for name, m in basis.moments.items()
+            name: (m.gradient, m.gradient_noise) for name, m in basis.moments.items()
             if self.criterion == "sensitivity" and m.gradient is not None
         }  # fmt: skip
         names = [row.name for row in self.layers if row.choice]

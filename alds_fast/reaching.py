@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .collector import exact_products
+from .sums import exact_products
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the mean eigenvalue of C; infinity leaves W as it is
 
@@ -50,6 +50,7 @@ class Sums:
     def __init__(self) -> None:
         self.halves: tuple[list[Tensor], list[Tensor]] = [], []
         self.counts = [0.0, 0.0]
+        self.drawn = 0
         self.paired = True  # every row of y has had its row of x'
 
     @property
@@ -61,6 +62,7 @@ class Sums:
         """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, in the order of the samples."""
         if not len(x):
             return  # nothing but padding
+        self.drawn += len(x)
         exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
         middle = (len(x) + 1) // 2
         for half, part in enumerate((slice(0, middle), slice(middle, None))):
@@ -80,6 +82,13 @@ class Sums:
     def finite(self) -> bool:
         """Whether no NaN or infinite value was seen."""
         return all(bool(part.isfinite().all()) for half in self.halves for part in half)
+
+    def noise(self) -> float:
+        """Expected squared distance of the covariance of x' from the true one, by that of the two halves."""
+        if not all(self.counts):
+            return float("inf")
+        first, second = (self.means(half).spread(True)[0] for half in (0, 1))
+        return float((first - second).square().sum()) * self.counts[0] * self.counts[1] / self.rows**2
 
     def means(self, *halves: int) -> Means:
         """Of some halves, by default both."""

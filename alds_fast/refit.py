@@ -31,7 +31,7 @@ from .layers import LowRankLayer
 from .measure import call_model, inference, padded, preserved
 from .moments import explained, mask_of
 from .norms import again, move_statistics
-from .patches import masked, outputs, patches
+from .patches import Wanted, masked, outputs, patches
 from .reaching import Sums, best_weight
 from .replace import oriented_weight
 from .weighted import weighting
@@ -95,25 +95,31 @@ def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str
     return [{name: calls[name] for name in stage} for stage in stages]
 
 
+Gradient = tuple[Tensor | None, float]  # second moment and its noise
+
+
 class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
     def __init__(self, layer: Layer, sums: Sums, keep: Tensor | None, seed: int) -> None:
         self.layer, self.sums, self.keep, self.seed = layer, sums, keep, seed
-        self.outputs: list[Tensor] = []
+        self.outputs: list[tuple[Tensor, Wanted]] = []
+        self.drawn = sums.drawn
 
     def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         """After a call of the dense layer."""
-        found, _ = outputs(module, y, masked(module, y, self.keep), rows_wanted(self.layer), self.seed)
+        wanted = rows_wanted(self.layer, self.drawn)
+        found, _ = outputs(module, y, masked(module, y, self.keep), wanted, self.seed)
         bias: Any = module.bias
-        self.outputs.append(found.clone() if bias is None else found - bias.view(found.shape[1:]))
+        self.outputs.append((found.clone() if bias is None else found - bias.view(found.shape[1:]), wanted))
+        self.drawn += len(found)
 
     def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
         x, dense = _first(args, kwargs), self.layer.module
-        found, rows = patches(dense, x, masked(dense, x, self.keep), rows_wanted(self.layer), self.seed)
         if self.outputs:
-            y = self.outputs.pop(0)
+            y, wanted = self.outputs.pop(0)
+            found, rows = patches(dense, x, masked(dense, x, self.keep), wanted, self.seed)
             self.sums.paired &= len(y) == len(found)
             if self.sums.paired:
                 self.sums.add(y, found, rows)
@@ -134,16 +140,16 @@ def _collected(
     return sums
 
 
-def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Tensor | None, centred: bool) -> FactorReport:
+def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Gradient, centred: bool) -> FactorReport:
     """New factors and bias of a low-rank layer, in place."""
     dense: Any = layer.module
     seen = sums.means()
     weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
     best = best_weight(weight, sums, centred)
     assert layer.shape is not None
-    moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient)
+    moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient[0], sums.noise(), gradient[1])
     found = factors(
-        weighting(layer.shape, best, moments, centred, gradient is not None), low.scheme, low.groups, low.rank
+        weighting(layer.shape, best, moments, centred, moments.gradient is not None), low.scheme, low.groups, low.rank
     )
     encoder, decoder = factors_to_weights(found.left, found.right, low.weight_shape, low.scheme)
     low.encoder.copy_(encoder)
@@ -173,7 +179,7 @@ def refit(
     layers: Sequence[Layer],
     data: Iterable[Any],
     *,
-    gradients: Mapping[str, Tensor],
+    gradients: Mapping[str, tuple[Tensor, float]],
     bias_correction: bool,
     mask: str | None,
 ) -> dict[str, FactorReport]:
@@ -182,8 +188,8 @@ def refit(
     Every layer takes a pass of both networks over all batches, up to that layer; layers that read one tensor share it.
     Layers with more than 8192 columns, those that the first batch does not reach, and those that get other rows in the
     compressed network than in the dense one (experts, say) are left as they are, as their reports say.
-    ``gradients`` are the second moments that weight a layer's outputs, where there are some. Raises ArgumentError for
-    data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
+    ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some. Raises
+    ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
     known = {layer.name: layer for layer in layers if layer.name in low and columns_of(layer) <= ORDER}
@@ -204,7 +210,7 @@ def refit(
                     raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
                 if sums.rows and sums.paired:
                     centred = bias_correction and known[name].own_bias and low[name].bias is not None
-                    reports[name] = _fit(known[name], low[name], sums, gradients.get(name), centred)
+                    reports[name] = _fit(known[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)
     with padded(model, small):
         move_statistics(model, small, data)
     return reports

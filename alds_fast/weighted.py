@@ -7,9 +7,9 @@ its outputs (the identity, or that of the gradients' second moment). The error t
 
 For slice g of fold s, whose columns see the moment S_g = sum over the decoder's taps of C's blocks, the columns of U_g
 are the eigenvectors of H W_g S_g W_g^T H by falling eigenvalue t_{g,l}, and W_hat_g = H^-1 U_g U_g^T H W_g with the
-first ``rank`` of them: no Cholesky factor and no inverse of a moment. The error of every rank comes from the true C,
-taps and slices that are correlated with one another included; it equals sum_{l>j} t_l where there is one slice and the
-decoder has no taps. PCA of the output (Zhang, Zou, He, Sun, TPAMI 2016) is the case H = 1 with one slice.
+first ``rank`` of them: no Cholesky factor and no inverse of an input's moment. The error of every rank comes from the
+true C, taps and slices that are correlated with one another included; it equals sum_{l>j} t_l where there is one slice
+and the decoder has no taps. PCA of the output (Zhang, Zou, He, Sun, TPAMI 2016) is the case H = 1 with one slice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Weighting:
 
     ``output`` is W C W^T, which serves where C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C
     is known, and ``centred`` says whether means were taken out of the moments (where a bias takes them up). ``scale``
-    divides squared errors.
+    divides squared errors. ``shrinkage`` is the share of noise in C, see :meth:`fitting`.
     """
 
     shape: WeightShape
@@ -46,6 +46,37 @@ class Weighting:
     root: Tensor | None
     inverse: Tensor | None
     scale: float
+    shrinkage: float = 0.0
+
+    @property
+    def fitting(self) -> Tensor:
+        """The moment for what is fitted with an inverse: the covariance shrunk towards a multiple of the identity.
+
+        With few samples an inverse makes the most of directions in which they hardly spread, by accident. Errors are
+        those by C itself.
+        """
+        assert self.second is not None and self.mean_input is not None
+        mean = torch.zeros_like(self.second[..., :1, :]) if self.centred else self.mean_input.unsqueeze(-2)
+        product = mean.mT * mean
+        return shrunk(self.second - product, self.shrinkage) + product
+
+
+def shrinkage_of(covariance: Tensor, noise: float) -> float:
+    """The share of a multiple of the identity that brings a noisy covariance nearest to the true one, in [0, 1].
+
+    ``noise`` is the expected squared Frobenius distance of the two: noise / ||C - mu 1||^2, mu the mean eigenvalue.
+    Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
+    Multivariate Analysis 88 (2004).
+    """
+    spread = float((covariance - shrunk(covariance, 1.0)).square().sum())
+    return min(1.0, noise / spread) if spread > 0 else float(noise > 0)
+
+
+def shrunk(covariance: Tensor, share: float) -> Tensor:
+    """(1 - share) C + share mu 1, of (..., n, n)."""
+    size = covariance.shape[-1]
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return (1.0 - share) * covariance + share * mean * torch.eye(size, dtype=covariance.dtype)
 
 
 def _roots(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,15 +108,17 @@ def weighting(shape: WeightShape, weight: Tensor, moments: Moments, centred: boo
         mean = (w @ moments.mean.unsqueeze(-1)).squeeze(-1)
         output = w @ second @ w.mT
     energy = float(output.diagonal(dim1=-2, dim2=-1).sum())
+    share = 0.0 if second is None else shrinkage_of(second - _outer(moments.mean), moments.noise)
     if centred:
         second = None if second is None else second - _outer(moments.mean)
         output = output - _outer(mean)
     if not sensitive:
-        return Weighting(shape, w, second, output, mean, mean_input, centred, None, None, energy)
+        return Weighting(shape, w, second, output, mean, mean_input, centred, None, None, energy, share)
     assert moments.gradient is not None
-    root, inverse = _roots(moments.gradient)
+    root, inverse = _roots(shrunk(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise)))
     seen = float(moments.gradient.diagonal(dim1=-2, dim2=-1).sum()) > 0
-    return Weighting(shape, w, second, output, mean, mean_input, centred, root, inverse, 1.0 if seen else math.inf)
+    scale = 1.0 if seen else math.inf
+    return Weighting(shape, w, second, output, mean, mean_input, centred, root, inverse, scale, share)
 
 
 def folded(w: Weighting, matrix: Tensor, scheme: int) -> Tensor:
@@ -93,9 +126,10 @@ def folded(w: Weighting, matrix: Tensor, scheme: int) -> Tensor:
     return permuted(matrix.reshape(w.shape.weight), w.shape, scheme).reshape(matrix_shape(w.shape, scheme))
 
 
-def tap_blocks(w: Weighting, scheme: int) -> Tensor:
-    """The moment by the decoder's taps: (g0, taps, cols, taps, cols)."""
-    assert w.second is not None
+def tap_blocks(w: Weighting, scheme: int, second: Tensor | None = None) -> Tensor:
+    """The moment (or another one) by the decoder's taps: (g0, taps, cols, taps, cols)."""
+    second = w.second if second is None else second
+    assert second is not None
     kernel, g0, c = w.shape.kernel, w.shape.conv_groups, w.shape.slice_channels
     dec = decoder_axes(scheme, kernel)
     enc = [a for a in range(len(kernel)) if a not in dec]
@@ -103,7 +137,7 @@ def tap_blocks(w: Weighting, scheme: int) -> Tensor:
     order = [0, *half, *(axis + 1 + len(kernel) for axis in half)]
     taps = math.prod(kernel[a] for a in dec)
     cols = w.shape.numel // w.shape.out_channels // taps
-    return w.second.reshape(g0, c, *kernel, c, *kernel).permute(order).reshape(g0, taps, cols, taps, cols)
+    return second.reshape(g0, c, *kernel, c, *kernel).permute(order).reshape(g0, taps, cols, taps, cols)
 
 
 def _slice_moments(blocks: Tensor, groups: int) -> Tensor:

@@ -49,8 +49,12 @@ def _on_filters(matrix: Tensor | None, left: Tensor) -> Tensor:
     return torch.einsum("gij,gkjtr->gkitr", matrix, split).flatten(2, 3)
 
 
-def _refitted(w: Weighting, scheme: int, blocks: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The decoder that is best for these encoders on the true moment: left + (W - W_hat) C Z^T (Z C Z^T)^+."""
+def _refitted(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
+    """The decoder that is best for these encoders on the whole moment: left + (W - W_hat) C Z^T (Z C Z^T)^+.
+
+    C is the one for fitting, without the noise of few samples.
+    """
+    blocks = tap_blocks(w, scheme, w.fitting)
     k, rank = left.shape[1], left.shape[3]
     taps = blocks.shape[1]
     parts = blocks.unflatten(4, (k, -1))  # (g0, taps, cols, taps, k, c)
@@ -76,20 +80,21 @@ def factors(w: Weighting, scheme: int, groups: int, rank: int) -> WeightedFactor
     """The best factors of that rank for a layer's weighting.
 
     Slices truncated each by its own moment; then, with several slices or taps, the decoder is fitted anew to the whole
-    moment, which can only lower the error.
+    moment, unless that raises the error.
     """
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases = slice_bases(w, scheme, groups, blocks)
     left = _completed(bases.slices, bases.left, bases.values, rank)
     right = left.mT @ bases.slices
     left = _on_filters(w.inverse, left)
+    lost, shift = _lost(w, scheme, left, right), torch.zeros_like(w.mean)
+    seen = _energy(w, lost, bases.values, rank)
     if blocks is not None and (groups > 1 or blocks.shape[1] > 1):
-        left = _refitted(w, scheme, blocks, left, right)
+        again = _refitted(w, scheme, left, right)
+        less = _lost(w, scheme, again, right)
+        if (fitted := _energy(w, less, bases.values, rank)) < seen:
+            left, lost, seen = again, less, fitted
     left, right = _balanced(left, right)
-    g0, rows, cols = matrix_shape(w.shape, scheme)
-    product = (left @ right).transpose(1, 2).reshape(g0, rows, cols)
-    lost = w.weight - unfold(product, w.shape, scheme).reshape(w.weight.shape)
-    shift, seen = torch.zeros_like(w.mean), _energy(w, lost, bases.values, rank)
     if w.centred and blocks is not None:
         assert w.mean_input is not None
         shift = (lost @ w.mean_input.unsqueeze(-1)).squeeze(-1)
@@ -102,6 +107,13 @@ def factors(w: Weighting, scheme: int, groups: int, rank: int) -> WeightedFactor
     error = math.sqrt(max(0.0, seen / w.scale)) if w.scale > 0 else 0.0
     norm = float(w.weight.norm())
     return WeightedFactors(left, right, shift.flatten(), error, float(lost.norm()) / norm if norm > 0 else 0.0)
+
+
+def _lost(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
+    """W - W_hat, (g0, filters, n)."""
+    g0, rows, cols = matrix_shape(w.shape, scheme)
+    product = (left @ right).transpose(1, 2).reshape(g0, rows, cols)
+    return w.weight - unfold(product, w.shape, scheme).reshape(w.weight.shape)
 
 
 def _energy(w: Weighting, lost: Tensor, values: Tensor, rank: int) -> float:

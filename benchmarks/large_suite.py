@@ -149,8 +149,8 @@ def table(results: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['layers']} | {r['gb']:.2f} | {r['processes']} x {r['threads']} | {r['wall_s']:.1f} | {r['work_s']:.1f} | "
-        f"{r['cpu_s']:.1f} | {r['peak_mb']:.0f} |"
+        f"| {r['layers']} | {r['gb']:.2f} | {r['processes']} x {r['threads']} | {r['wall_s']:.1f} "
+        f"| {r['work_s']:.1f} | {r['cpu_s']:.1f} | {r['peak_mb']:.0f} |"
         for r in results["checkpoints"]
     ]
     return "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ ORDER = (
         "shard_file",
         "huggingface",
         "patches",
+        "sums",
         "collector",
         "moments",
         "weighted",
