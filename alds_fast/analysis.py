@@ -182,7 +182,7 @@ def analyze(
             the moments of the layers' inputs are collected on them, see :func:`alds_fast.moments.collect_moments`.
         sensitivity: with data, also collect gradients: True for those of the model's first output, or a function of
             (output, batch) that returns the tensor whose squared error matters, or a loss.
-        mask: name of the keyword argument that is false at padded tokens, which do not count.
+        mask: name of the keyword argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
             which allows the encode fold with one slice only.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
 import json
+import types
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,12 +116,25 @@ def _digest(inputs: Any) -> Any:
 
 
 def callable_name(function: Any) -> str:
-    """Module and qualified name of a function, or its own ``name`` where it has one."""
+    """Module and qualified name of a function and a checksum of its code, or its own ``name`` where it has one."""
     named = getattr(function, "name", None)
     if isinstance(named, str):
         return named
+    if isinstance(function, functools.partial):
+        return f"partial({callable_name(function.func)}, {_plain(function.args)}, {_plain(function.keywords)})"
+    if inspect.isfunction(function):
+        return f"{function.__module__}.{function.__qualname__} {_code_crc(function.__code__):08x}"
     owner = function if hasattr(function, "__qualname__") else type(function)
     return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _code_crc(code: types.CodeType) -> int:
+    """CRC-32 of what a function does, without where it stands in its file."""
+    total = zlib.crc32(code.co_code)
+    for part in (*code.co_names, *code.co_consts):
+        inner = isinstance(part, types.CodeType)
+        total = zlib.crc32((str(_code_crc(part)) if inner else repr(part)).encode(), total)
+    return total
 
 
 def fingerprint(model: nn.Module) -> str:

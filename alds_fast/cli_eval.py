@@ -53,7 +53,12 @@ def check_data_flags(args: argparse.Namespace) -> None:
 
 
 def _variants(args: argparse.Namespace, kind: str, example: Any) -> dict[str, dict[str, Any]]:
-    given = {"schemes": tuple(args.schemes), "groups": args.groups, "include": args.include, "exclude": args.exclude}
+    given = {
+        "schemes": tuple(args.schemes),
+        "groups": args.groups or "divisors",
+        "include": args.include,
+        "exclude": args.exclude,
+    }
     usual = {"schemes": SCHEMES, "groups": "divisors", "include": None, "exclude": None}
     options = {name: value for name, value in given.items() if value != usual[name]}
     if args.data:

@@ -52,7 +52,8 @@ def evaluate(
             ``"data": True`` for a variant that is given ``data(seed)`` in the analysis, ``"refit": True`` for one that
             is fitted to it as by ``Plan.apply(refit=)``; or a function (copy of the
             dense model, share, seed) -> smaller model, which sees to the budget itself.
-        methods, criteria, ps: in the place of ``variants``, all their combinations; None is plan()'s default.
+        methods, criteria, ps: in the place of ``variants``, all their combinations; None is plan()'s default. With
+            ``data`` they are all given it, and gradients where "sensitivity" is among the criteria.
         seeds: integers; torch's random numbers start from the seed in every cell.
         example_inputs: what the model is run with to count operations, as for ``plan(flops=)``.
         data: a function of the seed that returns the batches for the analysis.
@@ -65,8 +66,8 @@ def evaluate(
             and everything passed in must be picklable: functions of modules, no lambdas.
         progress: a progress bar on standard error; None for one where that is a terminal.
 
-    Cells are recognised by variant, options, share and seed. Functions go by their names: give a new folder if one of
-    them, or the data it reads, has changed.
+    Cells are recognised by variant, options, share and seed. Functions go by their names and their own code, not by
+    what they call or read: give a new folder if that has changed.
 
     Returns:
         The cells asked for, by variant, share (the largest first) and seed. A cell whose budget cannot be met has the
@@ -87,7 +88,8 @@ def evaluate(
     check_cells(budgets, budget, seeds, example_inputs)
     shares = [float(share) for share in sorted(budgets, reverse=True)]
     if variants is None:
-        variants = product(methods, criteria, ps, budget, example_inputs)
+        seeing = {} if data is None else {"data": True, "sensitivity": "sensitivity" in criteria}
+        variants = product(methods, criteria, ps, budget, example_inputs, **seeing)
     elif (tuple(methods), tuple(criteria), tuple(ps)) != (("alds",), (None,), (None,)):
         raise ArgumentError("give variants=, or methods=, criteria= and ps=, not both")
     if not isinstance(variants, Mapping) or not variants:

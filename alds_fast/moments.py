@@ -62,9 +62,16 @@ def _detached(batch: Any) -> Any:
 
 
 def mask_of(batch: Any, mask: str | None) -> Tensor | None:
-    """The keyword argument that is false at padding, if the batch has it."""
+    """The keyword argument that is false at padding, if the batch has it; ArgumentError if it is not such a mask."""
     found = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
-    return found.bool() if isinstance(found, Tensor) else None
+    if not isinstance(found, Tensor):
+        return None
+    if found.dim() != 2 or not bool(((found == 0) | (found == 1)).all()):
+        raise ArgumentError(
+            f"{mask}: expected (samples, tokens) of 1 or True at tokens and 0 or False at padding, got shape "
+            f"{tuple(found.shape)}, values from {found.min()} to {found.max()}; with mask=None all tokens count"
+        )
+    return found.bool()
 
 
 @contextmanager
@@ -101,11 +108,13 @@ def collect_moments(
         data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
         sensitivity: also collect gradients: True for those of the model's first output, or a function of (output,
             batch) that returns the tensor whose squared error matters, or a loss (0-dimensional).
-        mask: name of a keyword argument that is false at padded tokens (samples, tokens), which are not counted.
+        mask: name of a keyword argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is
+            not counted in Linear layers.
         order: layers with more columns than this get the moment of their output instead.
 
     Raises:
-        ArgumentError: no batches, a batch that is nothing that can be passed on, or ``sensitivity`` in inference mode.
+        ArgumentError: no batches, a batch that is nothing that can be passed on, no layer that sees any of it, a mask
+            that is none or, but for the default, in no batch, or ``sensitivity`` in inference mode.
         ModelError: the model raised an exception, or a layer sees NaN.
     """
     collector, generator = Collector(layers, order, bool(sensitivity)), torch.Generator().manual_seed(0)
@@ -115,10 +124,11 @@ def collect_moments(
         raise ArgumentError(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
         )
-    count = 0
+    count, masks = 0, 0
     with collector.hooked(), preserved(model), inference(model), padded(model), _frozen(model):
         for count, batch in enumerate(data, 1):
             collector.keep = mask_of(batch, mask)
+            masks += collector.keep is not None
             with explained(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
                 output = call_model(model, _detached(batch), f"batch {count} of data=")
                 if sensitivity:
@@ -127,4 +137,12 @@ def collect_moments(
                     collector.back = False
     if not count:
         raise ArgumentError("data= has no batches; an iterator can be used once only")
-    return collector.moments()
+    if not masks and mask not in (None, "attention_mask"):
+        raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
+    found = collector.moments()
+    if layers and not found:
+        raise ArgumentError(
+            "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "
+            "without calling them"
+        )
+    return found

@@ -28,9 +28,15 @@ def batched(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def masked(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | None:
-    """The batch's mask, where it belongs to the leading dimensions of a Linear's input or output."""
-    fits = keep is not None and is_linear(module) and x.shape[:-1] == keep.shape
-    return keep if fits else None
+    """The batch's mask (samples, tokens) for the leading dimensions of a Linear's input or output, where it fits.
+
+    Those are (samples, tokens), (tokens, samples) or both in one; of as many tokens as samples the first.
+    """
+    if keep is None or not is_linear(module):
+        return None
+    leading = x.shape[:-1]
+    forms = (keep, keep.flatten(), keep.mT)
+    return next((form for form in forms if leading == form.shape), None)
 
 
 def _windows(module: Any, x: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ def pca_ranks(
     detection", IEEE TPAMI 38 (2016), rank selection for the whole model.
 
     Args:
-        eigenvalues: of every layer, of the covariance of its linear output; descending, >= 0, at least one.
+        eigenvalues: of every layer, of the covariance of its linear output (of the second moment where the layer has
+            no bias, which would take up the mean); descending, >= 0, at least one.
         costs_per_rank: what one rank of each layer costs.
         dense_costs: what the layer costs undivided. It counts where the rank would cost as much or more, and the layer
             is then to stay dense.

@@ -211,3 +211,115 @@ def test_refusals(net, options, error, message):
 def test_compress_takes_data(net):
     small = alds.compress(net, params=0.5, data=[images(8)], criterion="output", p=4)
     assert small.alds_plan.p == 4 and small.alds_plan.criterion == "output"
+
+
+def test_pca_goes_by_the_covariance():
+    """A mean of 100 in the first output is no variance: the bias takes it up, and the rank goes to another output."""
+    net = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.eye(3))
+        net.bias.zero_()
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)
+    analysis = alds.analyze(net, data=[signs * torch.tensor([0.1, 2.0, 1.0]) + torch.tensor([100.0, 0.0, 0.0])])
+    plan = analysis.plan(params=0.75, method="pca")
+    assert plan.layers[0].rank == 1
+    small = plan.apply(net)
+    torch.testing.assert_close(small.dense_weight(), torch.diag(torch.tensor([0.0, 1.0, 0.0]).double()))
+    torch.testing.assert_close(small.bias.detach(), torch.tensor([100.0, 0.0, 0.0]).double())
+
+
+class Tokens(nn.Module):
+    """Two layers over tokens in a layout of choice."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layout, self.first = layout, nn.Linear(6, 5)
+
+    def forward(self, x, attention_mask):
+        x = x.flatten(0, 1) if self.layout == "flat" else x.transpose(0, 1) if self.layout == "time first" else x
+        return self.first(x)
+
+
+@pytest.mark.parametrize("layout", ["batch first", "flat", "time first"])
+def test_padding_does_not_count_in_any_layout(layout):
+    x, mask = torch.randn(3, 7, 6), torch.ones(3, 7)
+    mask[0, 4:] = mask[2, 1:] = 0
+    x[mask == 0] = 1e6
+    analysis = alds.analyze(Tokens(layout), data=[{"x": x, "attention_mask": mask}])
+    moments = analysis.moments["first"]
+    rows = x[mask == 1].double()
+    assert moments.rows == len(rows) == 12
+    torch.testing.assert_close(moments.second[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ({"attention_mask": torch.tensor([[0.0, -1e9]])}, {}, r"expected \(samples, tokens\) of 1 or True"),
+        ({"attention_mask": torch.ones(1, 1, 2, 2)}, {}, r"got shape \(1, 1, 2, 2\)"),
+        ({"attention_mask": torch.ones(1, 2)}, {"mask": "padding"}, "mask='padding' is a keyword argument of no batch"),
+        ({"attention_mask": torch.zeros(1, 2)}, {}, "reaches none of the layers"),
+    ],
+)
+def test_masks_that_are_none(batch, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        alds.analyze(Tokens("batch first"), data=[{"x": torch.randn(1, 2, 6), **batch}], **options)
+
+
+def test_data_that_reach_nothing_are_refused():
+    net = nn.Linear(6, 5)
+    with pytest.raises(ArgumentError, match="reaches none of the layers"):
+        alds.compress(net, params=0.5, data=[torch.zeros(0, 6)])
+
+
+def changed(net, small, x):
+    with torch.no_grad():
+        return float((net(x) - small(x)).norm() / net(x).norm())
+
+
+def test_few_patches_do_not_ruin_a_convolution():
+    """6,272 patches of 1,152 entries from one batch: more parameters lose less, on the batch and on others."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1, bias=False))
+    x, fresh = torch.randn(32, 3, 14, 14), torch.randn(8, 3, 14, 14)
+    analysis = alds.analyze(net, data=[x], include="2")
+    plans = [analysis.plan(params=keep) for keep in (0.7, 0.3)]
+    for data in (x, fresh):
+        lost = [changed(net, plan.apply(net), data) for plan in plans]
+        assert lost[0] < 0.25 and lost[0] < lost[1] < 0.45
+    assert changed(net, plans[0].apply(net, refit=[x]), fresh) < 0.3
+
+
+@pytest.mark.parametrize("samples", [16, 64])
+@pytest.mark.parametrize("sensitivity", [False, True])
+@pytest.mark.parametrize("keep", [0.5, 0.15])
+def test_few_samples_do_not_blow_up(samples, sensitivity, keep):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    data, fresh = [torch.randn(samples, 256)], torch.randn(500, 256)
+    analysis = alds.analyze(net, data=data, sensitivity=sensitivity)
+    for options in ({}, {"p": 2.0}, {"criterion": "output", "p": 2.0}):
+        small = analysis.plan(params=keep, **options).apply(net)
+        assert changed(net, small, fresh) < 1.25  # leaving a layer out altogether is 1
+
+
+def test_rows_far_from_zero_keep_their_spread():
+    x = 0.1 * torch.randn(400, 8) + 1000.0
+    second, mean = (m := alds.analyze(nn.Linear(8, 8), data=[x[:100], x[100:]]).moments[""]).second[0], m.mean[0]
+    true = torch.cov(x.double().T, correction=0)
+    torch.testing.assert_close(second - mean.outer(mean), true, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_of_moments_is_their_variance():
+    """Batches of independent rows: the estimate is right on average, however unequal the batches."""
+    torch.manual_seed(0)
+    mix, net = torch.randn(12, 12), nn.Linear(12, 4)
+    true = (mix @ mix.T).double()
+    estimates, distances = [], []
+    for _ in range(60):
+        x = torch.randn(100, 12) @ mix.T
+        found = alds.analyze(net, data=list(x.split([40, 35, 20, 5]))).moments[""]
+        covariance = found.second[0] - found.mean[0].outer(found.mean[0])
+        estimates.append(found.noise)
+        distances.append(float((covariance - true).square().sum()))
+    assert 0.8 < sum(estimates) / sum(distances) < 1.25

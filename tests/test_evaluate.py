@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -219,7 +220,7 @@ def test_results_of_another_setting_are_refused(tmp_path):
     with pytest.raises(ArgumentError, match="was evaluated with budget='params', not 'flops'"):
         alds.evaluate(net(), kept, out=tmp_path, budget="flops", example_inputs=inputs)
     with pytest.raises(
-        ArgumentError, match=r"was evaluated with quality='test_evaluate.kept', not 'test_evaluate.net'"
+        ArgumentError, match=r"was evaluated with quality='test_evaluate.kept \w+', not 'test_evaluate.net \w+'"
     ):
         alds.evaluate(net(), net, out=tmp_path)
     with pytest.raises(ArgumentError, match="was evaluated with after=None"):
@@ -233,6 +234,27 @@ def test_results_of_another_setting_are_refused(tmp_path):
             alds.Evaluation.read(tmp_path)
     with pytest.raises(MissingFileError, match=r"holds no results.jsonl"):
         alds.Evaluation.read(tmp_path / "none")
+
+
+def test_functions_are_told_apart_by_what_they_do(tmp_path):
+    def scaled(model, factor):
+        return factor * kept(model)
+
+    names = {
+        cells.callable_name(f)
+        for f in (partial(scaled, factor=1), partial(scaled, factor=7), partial(kept), lambda m: 1.0, lambda m: 2.0)
+    }
+    assert len(names) == 5 and cells.callable_name(partial(scaled, factor=7)) in names
+    alds.evaluate(net(), partial(scaled, factor=1), out=tmp_path)
+    with pytest.raises(ArgumentError, match="was evaluated with quality='partial"):
+        alds.evaluate(net(), partial(scaled, factor=7), out=tmp_path)
+
+
+def test_combinations_are_given_the_data():
+    options = {"budgets": [0.5], "data": lambda seed: [torch.randn(64, 32)]}
+    table = alds.evaluate(net(), kept, criteria=["output", "sensitivity"], **options)
+    assert [row["criterion"] for row in table.rows] == [None, "output", "sensitivity"]
+    assert alds.evaluate(net(), kept, methods=["pca"], **options).rows[1]["status"] == "done"
 
 
 def test_a_model_that_changes_from_call_to_call_is_noticed(tmp_path):
@@ -273,8 +295,9 @@ def test_failed_cells_are_recorded_and_raised(tmp_path):
     assert _rows(alds.Evaluation.read(tmp_path)) == _rows(e.value.evaluation)
     text = (tmp_path / "table.md").read_text()
     assert "1 cannot be met |" in text and "1 failed |" in text
+    name = cells.callable_name(quality)
     quality = Counted()
-    quality.name = "test_evaluate.test_failed_cells_are_recorded_and_raised.<locals>.quality"
+    quality.name = name
     with pytest.raises(EvaluationError):  # what failed is tried again, what cannot be met is not
         alds.evaluate(net(), quality, budgets=[0.5, 0.01], variants=variants, out=tmp_path)
     assert quality.calls == 1

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast import allocate
+from alds_fast import allocate, heuristic
 from alds_fast.candidates import Candidates, Curve
 from alds_fast.errors import BudgetError
 from alds_fast.heuristic import alds_heuristic
@@ -48,3 +48,39 @@ def test_candidates_know_their_choice():
     layer = Candidates(curves, 64)
     assert [layer.choice(i) for i in range(4)] == [(0, 1, 8), (0, 1, 16), (3, 2, 8), None]
     assert layer.front().index.tolist() == [0, 2, 1, 3]
+
+
+def test_alds_heuristic_by_hand():
+    """Two layers of dense cost 100, budget 80, each with two curves; every start comes to the same end.
+
+    Step 1 gives both layers their least common error at the curves they have, step 2 moves each to the curve with the
+    least error at its cost: curve 1 of layer 0 (at cost 40: .3 against .5), curve 0 of layer 1 (.2 against .6).
+    """
+    costs = np.array([20, 40, 60])
+    good, bad = np.array([0.5, 0.3, 0.1]), np.array([0.7, 0.5, 0.4])
+    better, worse = np.array([0.4, 0.2, 0.1]), np.array([0.8, 0.6, 0.5])
+    layers = [
+        Candidates((Curve(0, 1, 1, costs, bad), Curve(0, 2, 1, costs, good)), 100),
+        Candidates((Curve(0, 1, 1, costs, better), Curve(0, 2, 1, costs, worse)), 100),
+    ]
+    found = alds_heuristic(layers, 80)
+    assert [layer.choice(i) for layer, i in zip(layers, found, strict=True)] == [(0, 2, 2), (0, 1, 2)]
+
+
+def test_alds_heuristic_keeps_the_best_start():
+    """Starts that end at different errors: the least one counts."""
+    different = 0
+    for seed in range(40):
+        rng, layers = np.random.default_rng(seed), []
+        for _ in range(3):
+            curves = [
+                Curve(0, k, 1, slope * np.arange(1, 8), np.sort(rng.uniform(size=7))[::-1].copy())
+                for k, slope in ((1, 5), (2, 7), (4, 9))
+            ]
+            layers.append(Candidates(tuple(curves), 70))
+        ends = [heuristic._search(layers, 90, np.random.default_rng(start)) for start in range(heuristic.SEEDS)]
+        errors = [end[1] for end in ends if end is not None]
+        found = alds_heuristic(layers, 90)
+        assert max(float(la.errors[i]) for la, i in zip(layers, found, strict=True)) == min(errors)
+        different += max(errors) > min(errors)
+    assert different >= 10
