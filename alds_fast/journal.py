@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ArgumentError, FileFormatError, MissingFileError
-from .shard_file import sync_folder, write_whole, writing
+from .shard_file import Entry, sync_folder, write_shard, write_whole, writing
+from .shards import CODES
 
 FOLDER, JOB = ".alds_fast", "alds_job.json"
 
@@ -103,7 +105,15 @@ class Journal:
 
     def put(self, kind: str, number: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Keep a result; FileWriteError if it cannot be written."""
-        write_whole(self.path(kind, number), [save(dict(tensors), {"notes": json.dumps(notes)})])
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        entries = [
+            Entry(name, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for name, t in whole.items()
+        ]
+
+        def content(entry: Entry) -> list[memoryview]:
+            return [whole[entry.name].view(-1).view(torch.uint8).numpy().data]
+
+        write_shard(self.path(kind, number), entries, content, {"notes": json.dumps(notes)})
 
     def get(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A result and its notes; FileFormatError if its file is damaged."""

@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,9 @@ class Entry:
         return math.prod(self.shape)
 
 
-def header(entries: Sequence[Entry]) -> bytes:
+def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """The header of a safetensors file with these tensors one after the other, its length in front."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for entry in entries:
         offsets = [begin, begin + entry.size]
@@ -85,11 +85,16 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         sync_folder(path.parent)
 
 
-def write_shard(path: Path, entries: Sequence[Entry], content: Callable[[Entry], Iterable[bytes | memoryview]]) -> None:
+def write_shard(
+    path: Path,
+    entries: Sequence[Entry],
+    content: Callable[[Entry], Iterable[bytes | memoryview]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file of these tensors, whose bytes ``content`` gives; FileWriteError if that fails."""
 
     def pieces() -> Iterator[bytes | memoryview]:
-        yield header(entries)
+        yield header(entries, metadata or {})
         for entry in entries:
             size = 0
             for piece in content(entry):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,11 +100,16 @@ class Work:
                 layer.module.weight = weight
 
     def batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Layers by number, as many at a time as there are threads and half of the free memory has room for."""
+        """Layers by number, several at a time.
+
+        Their weights are no more than those of the largest layer, or of as many of median size as there are threads,
+        if half of the free memory has room for those. (What comes out does not depend on it.)
+        """
         ready = self.ready
-        largest = max((size_of(layer) for layer in ready), default=1)
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = max(1, min(torch.get_num_threads(), pages // 2 // (BYTES_PER_WEIGHT * largest))) * largest
+        sizes = [size_of(layer) for layer in ready] or [1]
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        several = torch.get_num_threads() * int(statistics.median(sizes))
+        room = max(max(sizes), min(several, free // 2 // BYTES_PER_WEIGHT))
         batch: list[int] = []
         for number in numbers:
             if batch and sum(size_of(ready[i]) for i in (*batch, number)) > room:

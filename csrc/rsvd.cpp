@@ -148,33 +148,43 @@ bool sketched(double* gram, Workspace& w, int64_t order, int64_t rank, int64_t w
 }
 
 // Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half precision.
+// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor.
 template <typename T>
 void write_factors(const Slice& slice, int64_t rank, Workspace& w, T* left, T* right) {
   const MatrixBatch& m = *slice.matrix;
   const bool wide = m.rows <= slice.width;
   const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
   const T* base = static_cast<const T*>(m.data) + slice.item * m.rows * m.cols + slice.first;
-  // projected = W^T U (width x rank) or W V (rows x rank), a chunk of its rows at a time
-  double* projected = grow(w.image, other * rank);
   const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
   double* dense = grow(w.scratch, order * step);  // a chunk of W, row-major as W is
+  double *projected = grow(w.image, step * rank), *squares = grow(w.values, rank);
+  std::fill(squares, squares + rank, 0.0);
+  T* out = wide ? right : left;
+  const int64_t row = wide ? 1 : rank, column = wide ? other : 1;  // strides of the factor's entries
   for (int64_t start = 0; start < other; start += step) {
     const int64_t count = std::min(step, other - start), rows = wide ? order : count, cols = wide ? count : order;
     const T* chunk = base + (wide ? start : start * m.cols);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = chunk[i * m.cols + j];
-    product(wide ? 'N' : 'T', 'N', count, rank, order, dense, cols, w.factor.data(), order, projected + start, other);
+    product(wide ? 'N' : 'T', 'N', count, rank, order, dense, cols, w.factor.data(), order, projected, count);
+    for (int64_t j = 0; j < rank; ++j)
+      for (int64_t i = 0; i < count; ++i) {
+        const double value = projected[j * count + i];
+        squares[j] += value * value;
+        out[(start + i) * row + j * column] = static_cast<T>(value);
+      }
   }
-  for (int64_t j = 0; j < rank; ++j) {
-    double norm = 0.0;
-    for (int64_t i = 0; i < other; ++i) norm += projected[j * other + i] * projected[j * other + i];
-    const double scale = norm > 0.0 ? std::pow(norm, 0.25) : 1.0;  // sqrt(s_j)
-    const double* column = w.factor.data() + j * order;
-    for (int64_t i = 0; i < m.rows; ++i)
-      left[i * rank + j] = static_cast<T>(wide ? column[i] * scale : projected[j * other + i] / scale);
-    for (int64_t i = 0; i < slice.width; ++i)
-      right[j * slice.width + i] = static_cast<T>(wide ? projected[j * other + i] / scale : column[i] * scale);
-  }
+  for (int64_t j = 0; j < rank; ++j) squares[j] = squares[j] > 0.0 ? std::pow(squares[j], 0.25) : 1.0;  // sqrt(s_j)
+  for (int64_t i = 0; i < other; ++i)
+    for (int64_t j = 0; j < rank; ++j) {
+      T& value = out[wide ? j * other + i : i * rank + j];
+      value = static_cast<T>(value / squares[j]);
+    }
+  for (int64_t j = 0; j < rank; ++j)
+    for (int64_t i = 0; i < order; ++i) {
+      const T value = static_cast<T>(w.factor[j * order + i] * squares[j]);
+      (wide ? left[i * rank + j] : right[j * order + i]) = value;
+    }
 }
 
 void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspace& w) {
