@@ -9,6 +9,8 @@ over the size of the largest of them (Linux).
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import platform
 import statistics
 import subprocess
@@ -82,9 +84,13 @@ def _sizes(moments: dict[str, Moments]) -> list[float]:
 
 
 def memory(model: nn.Module, batches: list, layers: list) -> tuple[float, float]:
-    """MB beside the moments at the peak, and MB of the largest moment."""
-    with inference(model):
-        call_model(model, batches[0])
+    """MB beside the moments at the peak, and MB of the largest moment.
+
+    What has been freed before goes back to the system first: it would be used again without the process growing.
+    """
+    collect_moments(model, batches[:1], layers)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     kept: list[dict[str, Moments]] = []
     peak = peak_mb(lambda: kept.append(collect_moments(model, batches, layers)))
     sizes = _sizes(kept[0])
