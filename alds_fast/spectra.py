@@ -92,7 +92,7 @@ def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
 
 
 class FoldRoom:
-    """One piece of memory that batch after batch is folded into.
+    """One piece of memory that batch after batch is folded into; weights that are as they must be are not copied.
 
     (Fresh copies of tens of megabytes, freed between small results that stay, leave the heap full of holes.)
     """
@@ -103,15 +103,18 @@ class FoldRoom:
     def matrices(self, folds: Sequence[tuple[Layer, int]]) -> list[Tensor]:
         """Folded weights of (layer, scheme) pairs of one place, each (conv_groups, rows, cols), until the next call."""
         sources = [permuted(_weight(layer), layer.shape, scheme) for layer, scheme in folds if layer.shape]
-        sizes, (device, dtype) = [s.numel() for s in sources], place(folds[0][0])
+        device, dtype = place(folds[0][0])
+        sizes = [0 if s.dtype == dtype and s.is_contiguous() else s.numel() for s in sources]
         if (self._room.device, self._room.dtype) != (device, dtype) or self._room.numel() < sum(sizes):
             self._room = torch.empty(0)  # give the old one back first
             self._room = torch.empty(sum(sizes), dtype=dtype, device=device)
         rooms = self._room[: sum(sizes)].split(sizes)
         for source, room in zip(sources, rooms, strict=True):
-            room.view(source.shape).copy_(source)
+            if len(room):
+                room.view(source.shape).copy_(source)
         shapes = [matrix_shape(layer.shape, scheme) for layer, scheme in folds if layer.shape]
-        return [room.view(shape) for room, shape in zip(rooms, shapes, strict=True)]
+        places = [room if len(room) else source for room, source in zip(rooms, sources, strict=True)]
+        return [place.view(shape) for place, shape in zip(places, shapes, strict=True)]
 
 
 def layer_spectra(

@@ -16,7 +16,7 @@ from .layout import OutputFile, companions, index_of, output_files
 from .plan import Plan
 from .pruned import pruned_spectra
 from .shard_file import Entry, write_shard, write_whole
-from .shards import CONFIG, INDEX, Stored, stored_in
+from .shards import CONFIG, DTYPES, INDEX, Stored, stored_in
 from .spectra import LayerSpectra
 from .workload import Work, size_of
 
@@ -101,7 +101,8 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
         limit = sum(map(size_of, layers.values()))
         for choice, low, report in plain_layers([(choices[i], layers[i]) for i in choices], spectra, plan.exact, limit):
             number = numbers[choice.name]
-            tensors = {name: getattr(low, name).detach().cpu() for name in ("encoder", "decoder")}
+            dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
+            tensors = {name: getattr(low, name).detach().to("cpu", dtype) for name in ("encoder", "decoder")}
             fields = {"method": report.method, "iterations": report.iterations, "error": report.error}
             if not work.journal.has("report", number):
                 work.journal.put("report", number, {}, fields)

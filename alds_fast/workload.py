@@ -85,14 +85,16 @@ class Work:
 
     @contextmanager
     def weights(self, layers: Iterable[Layer]) -> Iterator[dict[str, int]]:
-        """The layers with their weights, checked, on the device; their CRC-32 by name."""
+        """The layers with their weights, checked, on the device, half types as float32; their CRC-32 by name."""
         layers, sums = list(layers), {}
         empty = [layer.module.weight for layer in layers]
         try:
             for layer in layers:
                 tensor = self.shards.tensors[self.sources[layer.name]].tensor()
                 sums[layer.name] = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data)
-                layer.module.weight = nn.Parameter(tensor.to(self.device), requires_grad=False)
+                whole = tensor.dtype in (torch.float32, torch.float64)
+                tensor = tensor.to(self.device, None if whole else torch.float32)
+                layer.module.weight = nn.Parameter(tensor, requires_grad=False)
                 check_weight(layer)
             yield sums
         finally:
