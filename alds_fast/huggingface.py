@@ -20,6 +20,7 @@ from torch import nn
 from .discover import find_layers, label
 from .errors import ArgumentError, DependencyError, FileFormatError, ModelError, PlanError
 from .layers import LowRankLayer
+from .merged import MergedLinears
 from .replace import low_rank_like
 from .shards import open_shards
 
@@ -75,6 +76,13 @@ def transformers_format() -> _Format:
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
             return dtype
 
+        def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+            """What is saved, before it is: the low-rank layers that are there now."""
+            if any(isinstance(module, MergedLinears) for module in model.modules()):
+                raise ModelError("layers merged by deploy cannot be saved; save the model that was given to deploy")
+            model.config.quantization_config = AldsFastConfig(choices_in(model))
+            return None, {}
+
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
 
@@ -89,6 +97,12 @@ def transformers_format() -> _Format:
     register_quantization_config(METHOD)(AldsFastConfig)
     register_quantizer(METHOD)(AldsFastLoader)
     return _Format(transformers, AldsFastConfig, AldsFastLoader)
+
+
+def choices_in(model: nn.Module) -> dict[str, list[int]]:
+    """The low-rank layers of a model: by name [scheme, groups, rank]."""
+    low = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    return {name: [module.scheme, module.groups, module.rank] for name, module in low.items()}
 
 
 def put_in(model: nn.Module, layers: Mapping[str, list[int]]) -> None:
@@ -151,9 +165,7 @@ def keep_when_saved(model: nn.Module) -> None:
         return
     kind = transformers_format()
     for module in _outermost(model, kind.package.PreTrainedModel):
-        low = {n: m for n, m in module.named_modules() if isinstance(m, LowRankLayer)}
-        if low:
-            settings = {n: [m.scheme, m.groups, m.rank] for n, m in low.items()}
+        if settings := choices_in(module):
             module.config.quantization_config = kind.config(settings)
             module.hf_quantizer = kind.loader(module.config.quantization_config, pre_quantized=True)
 

@@ -12,6 +12,7 @@ import transformers
 import alds_fast as alds
 from alds_fast import errors, huggingface
 from alds_fast.layers import LowRankLayer
+from alds_fast.merged import MergedLinears, MergedPart
 
 KINDS = ["llama", "qwen", "gpt2", "bert", "vit"]
 
@@ -63,6 +64,31 @@ def test_compressed_in_memory_it_stays_small_too(kind, tmp_path):
     loaded = alds.load(tmp_path / "one.safetensors", dense)
     loaded.save_pretrained(tmp_path / "loaded")
     assert low_rank(alds.from_pretrained(tmp_path / "loaded")) == low_rank(model)
+
+
+def test_deployed_models_are_saved_as_they_are(tmp_path):
+    small = alds.compress(checkpoints.dense("llama"), params=0.6)
+    before = logits(small, "llama")
+    names = low_rank(small)
+    parent, _, own = names[0].rpartition(".")
+    setattr(small.get_submodule(parent), own, small.get_submodule(names[0]).to_dense())  # as deploy does
+    small.save_pretrained(tmp_path / "mixed")
+    again = alds.from_pretrained(tmp_path / "mixed")
+    assert low_rank(again) == names[1:]
+    torch.testing.assert_close(logits(again, "llama"), before)
+    mlp = small.model.layers[0].mlp
+    merged = MergedLinears([mlp.gate_proj, mlp.up_proj])
+    mlp.gate_proj, mlp.up_proj = MergedPart(merged, 0), MergedPart(merged, 1)
+    torch.testing.assert_close(logits(small, "llama"), before)
+    with pytest.raises(errors.ModelError, match="merged by deploy cannot be saved"):
+        small.save_pretrained(tmp_path / "merged")
+
+
+def test_deploy_takes_them():
+    small = alds.compress(checkpoints.dense("llama"), params=0.6)
+    fast, table = alds.deploy(small, checkpoints.inputs("llama"), report=True)
+    torch.testing.assert_close(logits(fast, "llama"), logits(small, "llama"))
+    assert any("gate_proj + " in str(row) for row in str(table).splitlines())  # gate and up read the same input
 
 
 def test_part_of_another_model(tmp_path):

@@ -20,6 +20,7 @@ ORDER = (
         "spectra",
         "shards",
         "shard_file",
+        "merged",
         "huggingface",
         "patches",
         "sums",
@@ -50,7 +51,6 @@ ORDER = (
     *("container", "pruned", "world", "journal", "layout", "skeleton", "workload", "streaming", "directory"),
     *(
         "variants",
-        "merged",
         "race",
         "deploy_table",
         "deployment",
