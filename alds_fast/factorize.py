@@ -16,7 +16,7 @@ from .errors import LayerNotFoundError, PlanError
 from .folding import WeightShape, factors_to_weights
 from .layers import LowRankLayer
 from .replace import low_rank_like, replace_layers
-from .spectra import FoldRoom, batches, place
+from .spectra import FoldRoom, batches, for_threads, place
 from .weighted import Weighting
 from .weighted_factors import factors as weighted_factors
 
@@ -109,9 +109,9 @@ def plain_layers(
 ) -> Iterator[tuple[Choice, LowRankLayer, FactorReport]]:
     """The low-rank layer of every choice, without its bias, and how its factors were computed; as for factorize.
 
-    As many are computed together as have no more weights than the largest one, or ``limit``.
+    As many are computed together as :func:`alds_fast.spectra.layer_spectra` does.
     """
-    room = FoldRoom()
+    room, limit = FoldRoom(), limit or for_threads([choice.shape.numel for choice, _ in work])
     for batch in batches(work, lambda w: w[0].shape.numel, lambda w: place(w[1]), limit):
         matrices = room.matrices([(layer, choice.scheme) for choice, layer in batch])
         for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra, exact), strict=True):

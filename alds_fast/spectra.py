@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,11 @@ def _problems(layers: Sequence[Layer], schemes: Sequence[int], groups: Groups) -
     return problems
 
 
+def for_threads(sizes: Sequence[int], most: int = 4) -> int:
+    """The sizes of as many median problems as there are threads, ``most`` at most: each thread has one to work on."""
+    return min(torch.get_num_threads(), most) * int(statistics.median(sizes)) if sizes else 0
+
+
 def batches(problems: Sequence, size: Callable, key: Callable, limit: int = 0) -> Iterator[list]:
     """Consecutive problems of one key whose sizes add up to no more than ``limit`` or the largest single one."""
     limit = max(limit, *map(size, problems), 0)
@@ -126,13 +132,16 @@ def layer_spectra(
 ) -> list[LayerSpectra]:
     """Spectra of the layers, in their order, each with a shape and a finite weight.
 
-    Small layers are computed together, as many as have no more weights than the largest layer (or ``limit``), so the
-    extra memory is that of the largest layer: its fold, its Gram matrices (about as many float64 as it has weights) and
-    one eigenproblem a thread. ``done`` is told the number of weights finished after each batch.
+    Layers are computed together, as many as have no more weights than the largest one, than as many of median size as
+    there are threads (four at most), or than ``limit`` if given. The extra memory is theirs: folds, where these are not
+    the weights themselves, Gram matrices (about as many float64 as there are weights) and one eigenproblem a thread.
+    ``done`` is told the number of weights finished after each batch.
     """
     results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
     work, room = _problems(layers, schemes, groups), FoldRoom()
-    for batch in batches(work, lambda p: p.size, lambda p: place(p.layer), limit):
+    for batch in batches(
+        work, lambda p: p.size, lambda p: place(p.layer), limit or for_threads([p.size for p in work])
+    ):
         matrices = room.matrices([(p.layer, p.scheme) for p in batch])
         found = linalg.spectra(matrices, [p.computed for p in batch])
         for problem, values in zip(batch, found, strict=True):

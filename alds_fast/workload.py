@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from .errors import FileFormatError
 from .journal import Journal
 from .shards import DTYPES, Shards
 from .skeleton import skeleton, stored_names
+from .spectra import for_threads
 from .world import World
 
 BYTES_PER_WEIGHT = 40  # of a layer that is worked on: weight, fold, Gram matrices and eigenproblem in float64
@@ -110,8 +110,7 @@ class Work:
         ready = self.ready
         sizes = [size_of(layer) for layer in ready] or [1]
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        several = torch.get_num_threads() * int(statistics.median(sizes))
-        room = max(max(sizes), min(several, free // 2 // BYTES_PER_WEIGHT))
+        room = max(max(sizes), min(for_threads(sizes, most=64), free // 2 // BYTES_PER_WEIGHT))
         batch: list[int] = []
         for number in numbers:
             if batch and sum(size_of(ready[i]) for i in (*batch, number)) > room:

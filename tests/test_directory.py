@@ -340,6 +340,39 @@ def test_command_line(llama, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["plan"]["budget"] == "params=0.7"
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
     assert cli.main(["show", str(tmp_path / "small")]) == 0
-    assert "parameters 1" in capsys.readouterr().out
+    assert "parameters 98,624 -> " in capsys.readouterr().out
     assert cli.main([*arguments, "--flops", "0.5"]) == 1
     assert "--flops does not go with a checkpoint directory" in capsys.readouterr().err
+
+
+HOSTS = """
+set -e
+ip netns add {a}; ip netns add {b}
+trap 'ip netns del {a}; ip netns del {b}' EXIT
+ip link add veth1 netns {a} type veth peer name veth2 netns {b}
+ip -n {a} addr add 10.99.0.1/24 dev veth1; ip -n {b} addr add 10.99.0.2/24 dev veth2
+for host in {a} {b}; do ip -n $host link set lo up; done
+ip -n {a} link set veth1 up; ip -n {b} link set veth2 up
+run() {{
+  ip netns exec $1 env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=$2 TP_SOCKET_IFNAME=$2 {python} -m torch.distributed.run \\
+    --nnodes 2 --node-rank $3 --nproc-per-node 1 --master-addr 10.99.0.1 --master-port 29511 \\
+    -m alds_fast compress {source} --params 0.7 -o {output} --max-shard-gb 0.00006
+}}
+run {b} veth2 1 & run {a} veth1 0
+wait $!
+"""
+
+
+def _can_make_hosts():
+    name = f"alds{os.getpid()}"
+    made = shutil.which("ip") and subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return bool(made) and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _can_make_hosts(), reason="no network namespaces can be made here (needs ip and root)")
+def test_two_hosts(tmp_path, llama):
+    names = {"a": f"alds{os.getpid()}a", "b": f"alds{os.getpid()}b"}
+    script = HOSTS.format(**names, python=sys.executable, source=llama / "dense", output=tmp_path / "small")
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
