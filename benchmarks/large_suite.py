@@ -109,25 +109,53 @@ def compress(source: Path, processes: int, threads: int) -> dict[str, float]:
     }
 
 
-def by_order(orders: list[int]) -> list[dict[str, float]]:
-    """One square matrix, one thread: all singular values, then factors at the rank that keeps 70 % of the weights."""
+def by_shape(shapes: list[tuple[int, int]]) -> list[dict[str, float]]:
+    """One matrix, one thread: all singular values, then factors at the rank that keeps 70 % of the weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
-    for n in orders:
-        w = torch.randn(1, n, n, generator=torch.Generator().manual_seed(0))
-        rank = int(KEEP * n / 2)
+    for f, c in shapes:
+        w = torch.randn(1, f, c, generator=torch.Generator().manual_seed(0))
+        rank = int(KEEP * f * c / (f + c))
         begin = time.perf_counter()
         values = linalg.spectra([w], [[1]])[0][0]
         middle = time.perf_counter()
         linalg.batched_rsvd([w], [1], [rank], [linalg.optimal_errors(values, rank)])
         end = time.perf_counter()
-        gflop = (1 + 4 / 3) * n**3 / 1e9  # half of the product, and the tridiagonalisation
-        rows.append(
-            {"n": n, "spectra_s": middle - begin, "gflop_s": gflop / (middle - begin), "factors_s": end - middle}
-        )
+        n = min(f, c)
+        gflop = (f * c * n + 4 / 3 * n**3) / 1e9  # half of the product, and the tridiagonalisation
+        seconds = {"spectra_s": middle - begin, "factors_s": end - middle}
+        rows.append({"rows": f, "cols": c, "rank": rank, "gflop": gflop, **seconds})
     torch.set_num_threads(threads)
     return rows
+
+
+def _fit(rows: list[dict[str, float]], what: str) -> tuple[float, float]:
+    """Seconds per n^3 and per rows * cols * n, the least squares of relative errors, from n = 1024 on."""
+    used = [r for r in rows if min(r["rows"], r["cols"]) >= 1024]
+    terms = [(min(r["rows"], r["cols"]) ** 3, r["rows"] * r["cols"] * min(r["rows"], r["cols"])) for r in used]
+    scaled = torch.tensor([[x / r[what] for x in t] for t, r in zip(terms, used, strict=True)], dtype=torch.float64)
+    found = torch.linalg.lstsq(scaled, torch.ones(len(used), 1, dtype=torch.float64)).solution.flatten().tolist()
+    return found[0], found[1]
+
+
+def predicted(rows: list[dict[str, float]], shapes: list[tuple[int, int]]) -> float:
+    """CPU-seconds of spectra with 1, 2 and 4 slices and of factors, of layers of these shapes, by what was measured."""
+    spectra, factors = _fit(rows, "spectra_s"), _fit(rows, "factors_s")
+    total = 0.0
+    for f, c in shapes:
+        for k in (1, 2, 4):
+            n = min(f, c // k)
+            total += k * spectra[0] * n**3
+        n = min(f, c)
+        total += spectra[1] * f * c * n + factors[0] * n**3 + factors[1] * f * c * n
+    return total
+
+
+def llama_shapes(hidden: int, inner: int, kv: int, layers: int, vocabulary: int) -> list[tuple[int, int]]:
+    """Shapes of the linear layers of a Llama, the output embedding among them."""
+    own = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (inner, hidden), (inner, hidden)]
+    return [*own, (hidden, inner)] * layers + [(vocabulary, hidden)]
 
 
 def table(results: dict) -> str:
@@ -137,24 +165,28 @@ def table(results: dict) -> str:
         f"{env['cpu']}, {env['threads']} cores, torch {env['torch']}, commit {env['commit']}, OMP_WAIT_POLICY "
         f"{env['omp_wait_policy']}; `python benchmarks/large_suite.py`",
         "",
-        "| one matrix n x n, one thread | singular values, s | GFLOP/s (7/3 n³) | factors, rank 0.35 n, s |",
-        "|---|---|---|---|",
+        "| one matrix, one thread | singular values, s | GFLOP/s | factors, s | at rank |",
+        "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['n']} | {r['spectra_s']:.3f} | {r['gflop_s']:.1f} | {r['factors_s']:.3f} |" for r in results["by_order"]
+        f"| {r['rows']} x {r['cols']} | {r['spectra_s']:.3f} | {r['gflop'] / r['spectra_s']:.1f} "
+        f"| {r['factors_s']:.3f} | {r['rank']} |"
+        for r in results["by_shape"]
     ]
     lines += [
         "",
         f"Llama-shaped checkpoints, bfloat16, {KEEP:.0%} of the parameters kept, slices 1, 2, 4, ... 16:",
         "",
-        "| layers | GB | processes x threads | wall s | of it work | CPU s | peak MB of a process |",
-        "|---|---|---|---|---|---|---|",
+        "| layers | GB | processes x threads | wall s | of it work | CPU s | predicted | peak MB of a process |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['layers']} | {r['gb']:.2f} | {r['processes']} x {r['threads']} | {r['wall_s']:.1f} "
-        f"| {r['work_s']:.1f} | {r['cpu_s']:.1f} | {r['peak_mb']:.0f} |"
+        f"| {r['work_s']:.1f} | {r['cpu_s']:.1f} | {r['predicted_s']:.0f} | {r['peak_mb']:.0f} |"
         for r in results["checkpoints"]
     ]
+    lines += ["", "On paper, with the same rates (predicted CPU-seconds are of spectra and factors alone):", ""]
+    lines += ["| | CPU-hours |", "|---|---|"] + [f"| {n} | {s / 3600:.1f} |" for n, s in results["paper"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -164,9 +196,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
     args = parser.parse_args()
-    orders = [256, 512] if args.quick else [256, 512, 1024, 2048, 4096, 8192]
+    orders = [256, 1024] if args.quick else [256, 512, 1024, 2048, 4096]
+    shapes = [shape for n in orders for shape in ((n, n), (4 * n, n))] + ([] if args.quick else [(8192, 8192)])
     cases = [(1, 1, 2)] if args.quick else [(4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 4, 1), (14, 1, 2), (31, 1, 2)]
-    results: dict = {"environment": registry.environment(), "by_order": by_order(orders), "checkpoints": []}
+    results: dict = {"environment": registry.environment(), "by_shape": by_shape(shapes), "checkpoints": []}
+    results["paper"] = {
+        "Llama 7B": predicted(results["by_shape"], llama_shapes(4096, 11008, 4096, 32, 32000)),
+        "Llama 70B": predicted(results["by_shape"], llama_shapes(8192, 28672, 1024, 80, 32000)),
+    }
     made = None
     with tempfile.TemporaryDirectory() as root:
         for layers, processes, threads in cases:
@@ -175,6 +212,8 @@ def main() -> None:
                 shutil.rmtree(source, ignore_errors=True)
                 size, made = make_checkpoint(source, layers), layers
             row = {"layers": layers, "gb": size / 1e9, "processes": processes, "threads": threads}
+            shapes = llama_shapes(2048, 5632, 256, layers, VOCABULARY)
+            row["predicted_s"] = predicted(results["by_shape"], shapes)
             results["checkpoints"].append({**row, **compress(source, processes, threads)})
             print(results["checkpoints"][-1], flush=True)
     if not args.quick:
