@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import ArgumentError
 from .folding import (
@@ -30,6 +31,50 @@ def _check_structure(shape: WeightShape, scheme: int, groups: int, rank: int) ->
     full = max_rank(shape, scheme, groups)
     if not isinstance(rank, int) or not 1 <= rank <= full:
         raise ArgumentError(f"rank={rank!r} is outside 1..{full} for scheme={scheme}, groups={groups}")
+
+
+class AbsentWeight:
+    """What a low-rank layer has in the place of ``weight``: its shape, type and device, which much code asks for.
+
+    Whatever needs its values raises AttributeError.
+    """
+
+    def __init__(self, owner: str, shape: tuple[int, ...], like: Tensor) -> None:
+        self._owner, self.shape = owner, torch.Size(shape)
+        self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
+        self.ndim, self.is_cuda = len(shape), like.is_cuda
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of a tensor."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """As of a tensor."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """As of a tensor."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """As of a tensor."""
+        return self.dtype.is_floating_point
+
+    def _refuse(self) -> None:
+        raise AttributeError(
+            f"{self._owner} has no dense weight; code that uses .weight needs the layer left out (exclude=) or "
+            f"dense_weight()"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = next(a for a in tree_leaves([args, kwargs]) if isinstance(a, AbsentWeight))
+        return found._refuse()
 
 
 class LowRankLayer(nn.Module):
@@ -78,10 +123,7 @@ class LowRankLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            raise AttributeError(
-                f"{type(self).__name__} has no dense weight; code that reads .weight needs the layer left out "
-                f"(exclude=) or dense_weight()"
-            )
+            return AbsentWeight(type(self).__name__, self.weight_shape.weight, self.encoder)
         return super().__getattr__(name)
 
     def dense_weight(self) -> Tensor:

@@ -167,5 +167,26 @@ def test_what_torch_refuses_for_the_dense_layer_is_refused(options):
 
 
 def test_there_is_no_dense_weight_and_the_message_says_what_to_do():
-    with pytest.raises(AttributeError, match="has no dense weight.*exclude="):
-        _ = alds.LowRankLinear(8, 8, 2).weight
+    layer = alds.LowRankLinear(6, 8, 2, dtype=torch.float64)
+    uses = (
+        lambda w: w.data, lambda w: w.T, lambda w: torch.nn.functional.linear(torch.ones(6).double(), w),
+        lambda w: torch.ones(8, 8).double() @ w, lambda w: w.normal_(), lambda w: torch.cat([layer.encoder, w]),
+    )  # fmt: skip
+    for use in uses:
+        with pytest.raises(AttributeError, match="LowRankLinear has no dense weight.*exclude="):
+            use(layer.weight)
+
+
+def test_what_code_asks_of_a_weight_is_told():
+    layer = alds.LowRankConv2d(6, 8, (3, 1), 2).to(torch.bfloat16)
+    weight = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.bfloat16, torch.device("cpu"), (8, 6, 3, 1))
+    assert (weight.size(), weight.size(2), weight.dim(), weight.ndim, weight.numel()) == ((8, 6, 3, 1), 3, 4, 4, 144)
+    assert weight.requires_grad and weight.is_floating_point() and not weight.is_cuda
+    assert "weight" not in dict(layer.named_parameters()) and not isinstance(weight, torch.Tensor)
+
+    def forward(x):
+        return layer(x.to(layer.weight.dtype))
+
+    x = torch.randn(2, 6, 9, 9)
+    torch.testing.assert_close(torch.compile(forward, backend="eager", fullgraph=True)(x), forward(x))
