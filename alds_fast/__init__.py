@@ -24,9 +24,9 @@ from .deployment import deploy
 from .directory import CompressedCheckpoint, compress_checkpoint
 from .errors import AldsError
 from .evaluation import evaluate
-from .huggingface import from_pretrained
 from .layers import LowRankLinear
 from .plan import LayerPlan, Plan
+from .pretrained import from_pretrained
 from .results import Evaluation
 from .retraining import Retrained, retrain
 from .version import __version__ as __version__

@@ -9,20 +9,19 @@ No code that comes with a checkpoint is ever run.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .discover import find_layers, label
-from .errors import ArgumentError, DependencyError, FileFormatError, ModelError, PlanError
+from .errors import DependencyError, FileFormatError, ModelError, PlanError
 from .layers import LowRankLayer
 from .merged import MergedLinears
+from .renaming import stored_names
 from .replace import low_rank_like
-from .shards import open_shards
 
 METHOD, VERSION = "alds_fast", 1
 _INSTALL = "pip install 'alds_fast[transformers]'"
@@ -45,11 +44,14 @@ def transformers_format() -> _Format:
         raise DependencyError(f"this needs transformers 5 or newer ({e}): {_INSTALL}") from e
 
     class AldsFastConfig(QuantizationConfigMixin):
-        """``layers``: by module name [scheme, groups, rank]."""
+        """``layers``: by module name, or by that of the stored weight, scheme, groups, rank and the weight's shape."""
 
-        def __init__(self, layers: Mapping[str, list[int]], version: int = VERSION, **kwargs: Any) -> None:
+        def __init__(self, layers: Any = None, version: Any = VERSION, **kwargs: Any) -> None:
             self.quant_method = METHOD
-            self.version, self.layers = version, {name: list(choice) for name, choice in layers.items()}
+            self.version, self.layers = version, checked_layers(layers, version)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _new_config, (self.layers,)
 
     class AldsFastLoader(HfQuantizer):
         """Puts the low-rank layers in the place of the dense ones before the weights are read."""
@@ -57,11 +59,6 @@ def transformers_format() -> _Format:
         requires_calibration = True  # nothing is compressed while it is loaded
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            if self.quantization_config.version > VERSION:
-                raise FileFormatError(
-                    f"the checkpoint has format version {self.quantization_config.version}, newer than {VERSION}; "
-                    f"update alds_fast"
-                )
             put_in(model, self.quantization_config.layers)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -71,6 +68,7 @@ def transformers_format() -> _Format:
                 if isinstance(module, transformers.PreTrainedModel):
                     module.config._is_quantized = False
             model.is_quantized = False
+            keep_when_saved(model)
             return model
 
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -83,6 +81,11 @@ def transformers_format() -> _Format:
             model.config.quantization_config = AldsFastConfig(choices_in(model))
             return None, {}
 
+        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+            for name in choices_in(model):
+                put(model, name, model.get_submodule(name).to_dense())
+            return model if dtype is None else model.to(dtype)
+
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
 
@@ -94,65 +97,87 @@ def transformers_format() -> _Format:
         def is_compileable(self) -> bool:
             return True
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _new_loader, (self.quantization_config,)
+
     register_quantization_config(METHOD)(AldsFastConfig)
     register_quantizer(METHOD)(AldsFastLoader)
     return _Format(transformers, AldsFastConfig, AldsFastLoader)
 
 
-def choices_in(model: nn.Module) -> dict[str, list[int]]:
-    """The low-rank layers of a model: by name [scheme, groups, rank]."""
+def _new_config(layers: Any) -> Any:
+    return transformers_format().config(layers)
+
+
+def _new_loader(config: Any) -> Any:
+    return transformers_format().loader(config, pre_quantized=True)
+
+
+def checked_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:
+    """The layers of a config; FileFormatError unless it is one of this library's, of this version or an older one."""
+    if not isinstance(version, int) or version > VERSION:
+        raise FileFormatError(f"the checkpoint has format version {version!r}, newer than {VERSION}; update alds_fast")
+    whole = isinstance(layers, Mapping)
+    for name, fields in layers.items() if whole else ():
+        numbers = isinstance(fields, Mapping) and all(type(fields.get(k)) is int for k in ("scheme", "groups", "rank"))
+        if not numbers or not isinstance(fields.get("shape"), list | tuple):
+            raise FileFormatError(f"config.json: quantization_config: the layer {name!r} is damaged: {fields!r}")
+    if not whole:
+        raise FileFormatError(f"config.json: quantization_config has layers={layers!r}; compress the model again")
+    return {name: {**fields, "shape": list(fields["shape"])} for name, fields in layers.items()}
+
+
+def choices_in(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The low-rank layers of a model by name, as its config holds them."""
     low = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-    return {name: [module.scheme, module.groups, module.rank] for name, module in low.items()}
+    return {n: described(m.scheme, m.groups, m.rank, m.weight_shape.weight) for n, m in low.items()}
 
 
-def put_in(model: nn.Module, layers: Mapping[str, list[int]]) -> None:
-    """Put empty low-rank layers, on the meta device, in a model; by name [scheme, groups, rank].
+def described(scheme: int, groups: int, rank: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """A low-rank layer as a config holds it."""
+    return {"scheme": scheme, "groups": groups, "rank": rank, "shape": list(shape)}
 
-    A base model that is loaded from the checkpoint of one with a head, or the other way round, has other names.
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of another one."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+
+
+def put_in(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put empty low-rank layers, on the meta device, in a transformers model that is about to be loaded.
+
+    The model may be a part of the one that was compressed, or have another head; layers that it does not have, or has
+    in another size, are left out. Raises PlanError if a layer cannot be replaced, or if all are left out though some
+    look like the model's.
     """
     prefix = getattr(model, "base_model_prefix", "")
     found = {layer.name: layer for layer in find_layers(model)}
+    by_target, _ = stored_names(model, [f"{name}.weight" for name in layers])
+    renamed = {stored.removesuffix(".weight"): target.removesuffix(".weight") for target, stored in by_target.items()}
+    left, new = [], {}
     for stored, choice in layers.items():
-        names = [stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"]
+        names = [renamed.get(stored, stored), stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"]
         name = next((n for n in names if n in found), None)
         if name is None:
-            if not isinstance(model, transformers_format().package.PreTrainedModel) or model.base_model is model:
-                continue  # a layer of a head that this base model does not have
-            raise PlanError(f"the checkpoint's layer {label(stored)} is not a layer of {type(model).__name__}")
-        layer = found[name]
+            left.append(stored)
+        elif list(found[name].weight) == list(choice["shape"]):
+            new[name] = stored
+    for name, stored in new.items():
+        layer, weight = found[name], found[name].module.weight
         if layer.reason is not None:
             raise PlanError(f"the checkpoint's layer {label(stored)} cannot be replaced: {layer.reason}")
-        weight: Any = layer.module.weight
-        new = low_rank_like(layer.module, *choice).to(weight.dtype).requires_grad_(weight.requires_grad)
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, new)
-    _leave_to_the_file(model)
-
-
-def _leave_to_the_file(model: nn.Module) -> None:
-    """Keep transformers from initialising dense weights, which are not there, of the modules around low-rank layers.
-
-    (GPT-2's attention does that, say. A module with tensors of its own is left alone: they may need it.)
-    """
-    for module in model.modules():
-        inside = any(isinstance(m, LowRankLayer) for m in module.modules())
-        if inside and not module._parameters and not module._buffers:
-            vars(module)["_is_hf_initialized"] = True
-
-
-def class_of(config: Mapping[str, Any]) -> Any:
-    """The class of transformers that the config names; ModelError if there is none."""
-    names = config.get("architectures") or []
-    package = transformers_format().package
-    for name in names:
-        found = getattr(package, str(name), None)
-        if isinstance(found, type) and issubclass(found, package.PreTrainedModel):
-            return found
-    remote = ", and code that comes with a checkpoint is never run" if "auto_map" in config else ""
-    raise ModelError(
-        f"config.json names the architectures {names}, none of which transformers {package.__version__} has{remote}; "
-        f"update transformers, or add the name of the model's class"
-    )
+        assert isinstance(weight, Tensor)
+        choice = layers[stored]
+        low = low_rank_like(layer.module, choice["scheme"], choice["groups"], choice["rank"])
+        put(model, name, low.to(weight.dtype).requires_grad_(weight.requires_grad))
+    ends = {tuple(name.split(".")[-3:]): name for name in found}
+    alike = next((stored for stored in left if tuple(stored.split(".")[-3:]) in ends), None)
+    if alike is not None and not new:
+        raise PlanError(
+            f"the checkpoint's layer {label(alike)} is not in {type(model).__name__}, whose layer "
+            f"{label(ends[tuple(alike.split('.')[-3:])])} may be meant; load the class that was compressed"
+        )
 
 
 def keep_when_saved(model: nn.Module) -> None:
@@ -164,10 +189,14 @@ def keep_when_saved(model: nn.Module) -> None:
     if "transformers" not in sys.modules or not any(isinstance(m, LowRankLayer) for m in model.modules()):
         return
     kind = transformers_format()
+    for module in model.modules():
+        if isinstance(module, kind.package.PreTrainedModel) and (settings := choices_in(module)):
+            module.hf_quantizer = kind.loader(
+                kind.config(settings), pre_quantized=True
+            )  # describes it when it is saved
     for module in _outermost(model, kind.package.PreTrainedModel):
         if settings := choices_in(module):
             module.config.quantization_config = kind.config(settings)
-            module.hf_quantizer = kind.loader(module.config.quantization_config, pre_quantized=True)
 
 
 def _outermost(model: nn.Module, kind: type) -> Iterator[Any]:
@@ -178,43 +207,5 @@ def _outermost(model: nn.Module, kind: type) -> Iterator[Any]:
             yield from _outermost(child, kind)
 
 
-def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: Any) -> Any:
-    """Load a compressed checkpoint directory as a model of transformers, with its low-rank layers.
-
-    Args:
-        folder: written by ``alds-fast compress``, :func:`alds_fast.compress_checkpoint` or ``save_pretrained`` of a
-            model loaded by this function.
-        cls: the class to load it as, for example ``transformers.AutoModel``; the one that config.json names if None.
-        kwargs: those of transformers' ``from_pretrained``: dtype, device_map, attn_implementation, ...
-
-    Returns:
-        The model, in evaluation mode. It generates, trains, moves and saves as any other; ``save_pretrained`` keeps it
-        compressed. Where the format has been registered once, by this function, transformers' own ``from_pretrained``
-        loads it too.
-
-    Raises:
-        DependencyError: transformers is not installed.
-        MissingFileError, FileFormatError: a file is missing, truncated, corrupt or of a newer version.
-        ArgumentError: the checkpoint was not compressed by this library, or trust_remote_code is asked for.
-        ModelError, PlanError: transformers does not know the model, or the file is of another one.
-    """
-    if kwargs.get("trust_remote_code"):
-        raise ArgumentError("trust_remote_code=True: code that comes with a checkpoint is never run")
-    shards = open_shards(folder)
-    settings = shards.config.get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
-        raise ArgumentError(
-            f"{os.fspath(folder)!r} was not compressed by alds_fast: its config.json says nothing of it; load it with "
-            f"transformers, or compress it first"
-        )
-    model_class = class_of(shards.config) if cls is None else cls
-    transformers_format()
-    wants_info = kwargs.pop("output_loading_info", False)
-    model, info = model_class.from_pretrained(
-        shards.folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **kwargs
-    )
-    low = {name for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-    lost = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] in low)
-    if lost:
-        raise FileFormatError(f"{os.fspath(folder)!r} lacks {lost[0]!r}, which its config.json asks for")
-    return (model, info) if wants_info else model
+if "transformers" in sys.modules:
+    transformers_format()  # so that its own from_pretrained knows compressed checkpoints

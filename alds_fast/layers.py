@@ -39,6 +39,8 @@ class AbsentWeight:
     Whatever needs its values raises AttributeError.
     """
 
+    _is_hf_initialized = True  # transformers' functions that initialise weights pass it by
+
     def __init__(self, owner: str, shape: tuple[int, ...], like: Tensor) -> None:
         self._owner, self.shape = owner, torch.Size(shape)
         self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad

@@ -10,7 +10,7 @@ from .analysis import Analysis
 from .discover import count_params, label
 from .errors import FileFormatError, FileWriteError
 from .factorize import Choice, plain_layers
-from .huggingface import METHOD, VERSION
+from .huggingface import METHOD, VERSION, described
 from .journal import JOB, Journal
 from .layout import OutputFile, companions, index_of, output_files
 from .plan import Plan
@@ -148,7 +148,8 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
     """Index, config, plan and everything else of the input directory; then the job is finished."""
     journal = work.journal
     reports = {choice.name: journal.get("report", i)[1] for i, choice in choices.items()}
-    layers = {choice.name: [choice.scheme, choice.groups, choice.rank] for choice in choices.values()}
+    layers = {work.sources[c.name].removesuffix(".weight"): described(c.scheme, c.groups, c.rank, c.shape.weight)
+              for c in choices.values()}  # fmt: skip
     config = {
         **work.shards.config,
         "quantization_config": {"quant_method": METHOD, "version": VERSION, "layers": layers},

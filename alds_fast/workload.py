@@ -15,8 +15,9 @@ from torch import nn
 from .discover import Layer, check_weight, find_layers
 from .errors import FileFormatError
 from .journal import Journal
+from .renaming import stored_names
 from .shards import DTYPES, Shards
-from .skeleton import skeleton, stored_names
+from .skeleton import skeleton
 from .spectra import for_threads
 from .world import World
 
@@ -55,7 +56,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.model = skeleton(self.shards)
-        names = stored_names(self.model, list(self.shards.tensors))
+        names, assembled = stored_names(self.model, list(self.shards.tensors))
         self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         found = find_layers(self.model, self.settings.include, self.settings.exclude)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import subprocess
 import sys
 
 import checkpoints
@@ -202,14 +204,22 @@ def test_refusals(small, tmp_path):
         alds.compress_checkpoint(small / "bert", tmp_path / "twice", params=0.5)
 
 
+def row(scheme=0, groups=1, rank=4, shape=(64, 64)):
+    return {"scheme": scheme, "groups": groups, "rank": rank, "shape": shape}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
         ({"version": 99}, errors.FileFormatError, "newer than 1"),
-        ({"layers": {"nothing": [0, 1, 4]}}, errors.PlanError, "'nothing' is not a layer of"),
-        ({"layers": {"bert.embeddings.word_embeddings": [0, 1, 4]}}, errors.PlanError, "cannot be replaced"),
-        ({"layers": {"bert.pooler.dense": [0, 1, 4000]}}, errors.ArgumentError, "rank=4000"),
-        ({"layers": {"classifier": [0, 1, 1]}}, errors.FileFormatError, "lacks 'classifier.decoder'"),
+        ({"version": "1"}, errors.FileFormatError, "version '1'"),
+        ({"layers": {"bert.pooler.dense": [0, 1, 4]}}, errors.FileFormatError, "'bert.pooler.dense' is damaged"),
+        ({"layers": {"bert.pooler.dense": row(rank="4")}}, errors.FileFormatError, "'bert.pooler.dense' is damaged"),
+        ({"only": {"x.layer.0.output.dense": row(shape=(64, 128))}}, errors.PlanError, "whose layer .* may be meant"),
+        ({"layers": {"bert.embeddings.word_embeddings": row(shape=(96, 64))}}, errors.PlanError, "cannot be replaced"),
+        ({"layers": {"bert.pooler.dense": row(rank=4000)}}, errors.ArgumentError, "rank=4000"),
+        ({"layers": {"classifier": row(rank=1, shape=(2, 64))}}, errors.FileFormatError, "lacks 'classifier.decoder'"),
+        ({"without": "bert.pooler.dense"}, errors.FileFormatError, "has factors of 'bert.pooler.dense', of which"),
     ],
 )
 def test_damaged_config(small, tmp_path, change, error, text):
@@ -218,10 +228,102 @@ def test_damaged_config(small, tmp_path, change, error, text):
     config = config_of(tmp_path / "changed")
     settings = config["quantization_config"]
     layers = {**settings["layers"], **change.get("layers", {})}
-    config["quantization_config"] = {**settings, **change, "layers": layers}
+    layers.pop(change.get("without"), None)
+    layers = change.get("only", layers)
+    config["quantization_config"] = {**settings, "version": change.get("version", 1), "layers": layers}
     (tmp_path / "changed/config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=text):
         alds.from_pretrained(tmp_path / "changed")
+
+
+def test_layers_whose_weight_is_asked_for_its_type():
+    """ViT asks its patch convolution, T5 its feed-forward layer; both are decomposed at small budgets."""
+    vit = checkpoints.dense("vit")
+    small = alds.compress(vit, params=0.3)
+    assert isinstance(small.vit.embeddings.patch_embeddings.projection, alds.LowRankConv2d)
+    assert torch.isfinite(logits(small, "vit")).all()
+    config = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**config, decoder_start_token_id=0)).eval()
+    small = alds.compress(t5, params=0.5)
+    assert any(name.endswith("wo") for name in low_rank(small))
+    ids = checkpoints.inputs("llama")["input_ids"]
+    with torch.no_grad():
+        assert torch.isfinite(small(input_ids=ids, decoder_input_ids=ids).logits).all()
+
+
+def test_other_heads_and_sizes(small, tmp_path):
+    model = alds.from_pretrained(small / "bert", transformers.AutoModelForTokenClassification)
+    assert type(model).__name__ == "BertForTokenClassification" and "bert.pooler.dense" not in low_rank(model)
+    masked = transformers.BertForMaskedLM(checkpoints.dense("bert").config)
+    alds.compress(masked, params=0.5).save_pretrained(tmp_path / "masked")
+    assert any(name.startswith("cls.") for name in low_rank(alds.from_pretrained(tmp_path / "masked")))
+    other = alds.from_pretrained(tmp_path / "masked", transformers.AutoModelForSequenceClassification)
+    assert low_rank(other) and not any(name.startswith("cls.") for name in low_rank(other))
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**checkpoints._ENCODER, image_size=32,
+                                                                        patch_size=8, num_labels=40))  # fmt: skip
+    alds.compress(vit, params=0.3).save_pretrained(tmp_path / "vit")
+    assert "classifier" in low_rank(alds.from_pretrained(tmp_path / "vit"))
+    for labels in (3, 60):
+        other = alds.from_pretrained(tmp_path / "vit", num_labels=labels, ignore_mismatched_sizes=True)
+        assert type(other.classifier) is torch.nn.Linear and low_rank(other)
+        assert float(other.classifier.weight.abs().max()) < 1 and float(other.classifier.bias.abs().max()) < 1
+
+
+def clip():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    parts = {"text_config": {**sizes, "vocab_size": 50}, "vision_config": {**sizes, "image_size": 32, "patch_size": 16}}
+    return transformers.CLIPModel(transformers.CLIPConfig(**parts, projection_dim=16)).eval()
+
+
+def test_parts_of_composite_models(tmp_path):
+    model = alds.compress(clip(), params=0.5)
+    model.save_pretrained(tmp_path / "clip")
+    for cls, part in ((transformers.CLIPTextModel, "text_model"), (transformers.CLIPVisionModel, "vision_model")):
+        mine, inner = alds.from_pretrained(tmp_path / "clip", cls), getattr(model, part)
+        assert low_rank(mine) == low_rank(inner) != []
+        for name, value in inner.state_dict().items():
+            assert torch.equal(mine.state_dict()[name], value)
+        inner.save_pretrained(tmp_path / part)
+        again = alds.from_pretrained(tmp_path / part, cls)
+        assert low_rank(again) == low_rank(inner) and size(again) == size(inner)
+    whole = alds.from_pretrained(tmp_path / "clip")
+    assert low_rank(whole) == low_rank(model)
+
+
+def test_pickled_and_dequantized(small, tmp_path):
+    model = alds.from_pretrained(small / "llama")
+    again = pickle.loads(pickle.dumps(model))
+    assert low_rank(again) == low_rank(model) and torch.equal(logits(again, "llama"), logits(model, "llama"))
+    assert (
+        pickle.loads(pickle.dumps(model.config)).quantization_config.layers == model.config.quantization_config.layers
+    )
+    before = logits(model, "llama")
+    model.dequantize(torch.float32)
+    assert not low_rank(model)
+    torch.testing.assert_close(logits(model, "llama"), before)
+    model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), "llama"),
+                       logits(model, "llama"))  # fmt: skip
+
+
+def test_keywords_of_transformers(small):
+    options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
+    model, info = alds.from_pretrained(small / "llama", output_loading_info=True, **options)
+    assert not info["unexpected_keys"] and model.config._attn_implementation == "eager"
+    config = transformers.AutoConfig.from_pretrained(small / "llama-dense")
+    assert low_rank(alds.from_pretrained(small / "llama", config=config)) == low_rank(model)
+    assert getattr(config, "quantization_config", None) is None
+    assert len(low_rank(alds.from_pretrained(small / "llama", num_hidden_layers=1))) < len(low_rank(model))
+
+
+def test_transformers_knows_the_format_where_it_was_imported_before(small):
+    code = (
+        "import transformers, alds_fast\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(small / 'llama')!r})\n"
+        "print(sum(isinstance(m, alds_fast.LowRankLinear) for m in model.modules()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(run.stdout) == len(low_rank(alds.from_pretrained(small / "llama")))
 
 
 def test_without_transformers(small, monkeypatch):
