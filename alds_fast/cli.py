@@ -29,12 +29,12 @@ from .container import read_header
 from .discover import Layer
 from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError
 from .folding import SCHEMES
+from .journal import PLAN
 from .options import ALL_CRITERIA, METHODS, check_schemes
 from .plan import Plan
 from .refit import check_batches
 from .report import analysis_dict, check_plot, plot_plan
 from .spectra import total_work
-from .streaming import PLAN
 from .targets import ModelTarget, Target
 
 TARGET_HELP = (
@@ -73,6 +73,11 @@ def _run_analyze(args: argparse.Namespace) -> None:
 
 
 def _run_compress(args: argparse.Namespace) -> None:
+    if ":" not in args.target and not Path(args.target).is_dir():
+        raise MissingFileError(
+            f"{args.target!r}: there is no such checkpoint directory, and a function that returns the model is named "
+            f"package.module:function or file.py:function"
+        )
     if Path(args.target).is_dir():
         compress_directory(args, first=os.environ.get("RANK", "0") == "0")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
             f"--{other[0]} does not go with a checkpoint directory, which is never loaded as a whole; name a function "
             f"that returns the model instead"
         )
+    if not 0 < args.max_shard_gb < math.inf:
+        raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
     options = {name: getattr(args, name) for name in ("params", "error", "p", "align", "schemes", "include", "exclude")}
     options |= {"criterion": args.criterion or "frobenius", "groups": args.groups or "auto", "device": args.device}
     with _bars() as progress:

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from .bounds import CRITERIA
-from .errors import ArgumentError
+from .data_criteria import resolved_norm
+from .discover import patterns
+from .errors import ArgumentError, FileFormatError
 from .factorize import FactorReport
 from .folding import SCHEMES
-from .journal import Journal
+from .inputs import check_unchanged
+from .journal import JOB, PLAN, Journal
+from .layout import companions
 from .options import check_groups, check_plan_options, check_schemes
 from .plan import Plan
-from .shards import open_shards
-from .streaming import FACTORS, PLAN, compress_streamed
+from .shards import CONFIG, Stored, open_shards
+from .streaming import FACTORS, compress_streamed
 from .version import __version__
 from .workload import Progress, Settings, Work
 from .world import joined, own_device
@@ -33,10 +37,6 @@ class CompressedCheckpoint:
     factors: dict[str, FactorReport]
 
 
-def _patterns(value: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    return None if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
 def _settings(
     params: float | None, error: float | None, criterion: str, p: float | None, align: int, schemes: Sequence[int],
     groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int,
@@ -49,14 +49,13 @@ def _settings(
             f"{', '.join(CRITERIA)}, or load the model and use analyze(data=)"
         )
     named = None if isinstance(groups, str) and groups == "auto" else check_groups(groups)
-    if named is not None and isinstance(named, str):
-        raise ArgumentError(f"groups={groups!r}: expected 'auto' (divisors up to 16) or a sequence of integers >= 1")
-    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
     budget = {name: float(v) for name, v in (("params", params), ("error", error)) if v is not None}
     return Settings(
-        budget, criterion, p, int(align), check_schemes(schemes), tuple(map(int, named)) if named else None,
-        _patterns(include), _patterns(exclude), max_shard_bytes,
+        budget, criterion, float(resolved_norm(p, criterion, {"params": params}, "alds")), int(align),
+        check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
+        patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes,
     )  # fmt: skip
 
 
@@ -86,7 +85,7 @@ def compress_checkpoint(
             (tokenizer, ...). Load it with :func:`alds_fast.from_pretrained`.
         params, error, criterion, p, align: as for :meth:`alds_fast.Analysis.plan`, criteria without data.
         schemes, include, exclude: as for :func:`alds_fast.analyze`.
-        groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16.
+        groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16, "divisors" for all.
         max_shard_bytes: most bytes of a file, unless one tensor alone is larger.
         device: where it is computed, "cpu" or "cuda" (the GPU of LOCAL_RANK).
         progress: told (what, done, total) as the work goes on, in each process.
@@ -105,11 +104,16 @@ def compress_checkpoint(
         WorkerError: another process of the job failed.
     """
     settings = _settings(params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes)
+    for name, value in (("source", source), ("output", output)):
+        if not isinstance(value, str | os.PathLike):
+            raise ArgumentError(f"{name} is a {type(value).__name__}: expected the name of a directory")
     place, source, output = own_device(device), Path(source), Path(output)
     if source.resolve() == output.resolve():
         raise ArgumentError(f"the output {str(output)!r} is the checkpoint itself; name another directory")
     shards = open_shards(source)
-    job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint}
+    others = {name: Stored(path, "U8", (), 0, path.stat().st_size).crc32()
+              for name, path in companions(source, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
+    job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
     journal = Journal(output, json.loads(json.dumps({**job, **asdict(settings)})))
     with joined() as world, ExitStack() as stack:
         finished = journal.check()
@@ -121,8 +125,12 @@ def compress_checkpoint(
         if work is not None:
             compress_streamed(work)
         elif world.first:
+            check_unchanged(shards, journal)
             journal.clean()
         world.together()
-    reports = json.loads((output / FACTORS).read_text())
-    found = {name: FactorReport(**fields) for name, fields in reports.items()}
-    return CompressedCheckpoint(output, Plan.from_json((output / PLAN).read_text()), found)
+    try:
+        reports = json.loads((output / FACTORS).read_text())
+        found = {name: FactorReport(**fields) for name, fields in reports.items()}
+        return CompressedCheckpoint(output, Plan.from_json((output / PLAN).read_text()), found)
+    except (OSError, ValueError, TypeError) as e:
+        raise FileFormatError(f"{str(output)!r} is damaged ({e}); remove it and begin again") from e

@@ -79,17 +79,12 @@ def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
     return None
 
 
-def _patterns(value: str | Iterable[str] | None, argument: str) -> list[str]:
-    found = (
-        []
-        if value is None
-        else [value]
-        if isinstance(value, str)
-        else list(value)
-        if isinstance(value, Iterable)
-        else 0
-    )
-    if not isinstance(found, list) or not all(isinstance(p, str) for p in found):
+def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...] | None:
+    """Name patterns as a tuple, None for none given; ArgumentError for anything else."""
+    if value is None:
+        return None
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (0,)
+    if not all(isinstance(p, str) for p in found):
         raise ArgumentError(f"{argument}={value!r}: expected a name pattern or several")
     return found
 
@@ -123,7 +118,7 @@ def find_layers(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
-    wanted, unwanted = _patterns(include, "include"), _patterns(exclude, "exclude")
+    wanted, unwanted = patterns(include, "include") or (), patterns(exclude, "exclude") or ()
     parents = {id(child): module for module in model.modules() for child in module.children()}
     found = [
         (n, m, w)

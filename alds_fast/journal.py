@@ -25,7 +25,9 @@ from .errors import ArgumentError, FileFormatError, MissingFileError
 from .shard_file import Entry, sync_folder, write_shard, write_whole, writing
 from .shards import CODES
 
-FOLDER, JOB = ".alds_fast", "alds_job.json"
+FOLDER, JOB, PLAN = ".alds_fast", "alds_job.json", "alds_plan.json"
+LATER = {"budget", "p", "include", "exclude", "max_shard_bytes"}  # matter from the plan on
+DONE = {"files", "tensors"}  # in the file of a finished job: the output's sizes and the input's checksums
 
 
 def _text(job: Mapping[str, Any]) -> str:
@@ -50,10 +52,14 @@ class Journal:
         if not self.output.parent.is_dir():
             raise MissingFileError(f"the directory {str(self.output.parent)!r} does not exist; create it first")
         finished, begun = self.output / JOB, self.folder / JOB
-        for place in (finished, begun):
-            if place.exists():
-                self._compare(place)
-                return place is finished
+        if finished.exists():
+            self._compare(finished, set())
+            return True
+        if begun.exists():
+            self._compare(begun, set() if (self.folder / PLAN).exists() else LATER)
+            return False
+        if any(self.folder.glob("*.safetensors")):
+            raise ArgumentError(f"the journal in {str(self.output)!r} has lost its {JOB}; remove that directory")
         held = [p.name for p in self.output.iterdir() if p.name != FOLDER] if self.output.exists() else []
         if held:
             raise ArgumentError(
@@ -61,12 +67,25 @@ class Journal:
             )
         return False
 
-    def _compare(self, place: Path) -> None:
+    def _read(self, place: Path) -> dict[str, Any]:
         try:
-            old = json.loads(place.read_text())
-        except ValueError as e:
-            raise FileFormatError(f"{str(place)!r} is not JSON ({e}); remove {str(self.output)!r}") from e
-        if old != self.job:
+            found: dict[str, Any] = json.loads(place.read_text())
+            return dict(found)
+        except (ValueError, TypeError) as e:
+            raise FileFormatError(f"{str(place)!r} is damaged ({e}); remove {str(self.output)!r}") from e
+
+    def finished(self) -> dict[str, int]:
+        """CRC-32 of the input's tensors when the job was finished; FileFormatError if a file of the output is gone."""
+        record = self._read(self.output / JOB)
+        for name, size in record.get("files", {}).items():
+            path = self.output / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise FileFormatError(f"{str(path)!r} is gone or damaged; remove {str(self.output)!r} and begin again")
+        return dict(record.get("tensors", {}))
+
+    def _compare(self, place: Path, free: set[str]) -> None:
+        old = {k: v for k, v in self._read(place).items() if k not in DONE}
+        if {k: v for k, v in old.items() if k not in free} != {k: v for k, v in self.job.items() if k not in free}:
             raise ArgumentError(
                 f"the output directory {str(self.output)!r} holds another job ({_differences(old, self.job)}); name "
                 f"another directory, or remove that one"
@@ -77,7 +96,7 @@ class Journal:
         with writing(self.output):
             for left in [*self.folder.glob("*.partial"), *self.output.glob("*.partial")]:
                 left.unlink()
-        if not (self.folder / JOB).exists():
+        if not (self.folder / JOB).exists() or self._read(self.folder / JOB) != self.job:
             write_whole(self.folder / JOB, [_text(self.job).encode()])
 
     @contextmanager
@@ -129,9 +148,10 @@ class Journal:
         """Forget a result."""
         self.path(kind, number).unlink(missing_ok=True)
 
-    def finish(self) -> None:
-        """Mark the job as finished and remove the journal."""
-        write_whole(self.output / JOB, [_text(self.job).encode()])
+    def finish(self, tensors: Mapping[str, int]) -> None:
+        """Mark the job as finished and remove the journal; ``tensors`` holds the CRC-32 of the input's."""
+        files = {p.name: p.stat().st_size for p in self.output.iterdir() if p.is_file() and p.name != JOB}
+        write_whole(self.output / JOB, [_text({**self.job, "files": files, "tensors": dict(tensors)}).encode()])
         self.clean()
 
     def clean(self) -> None:

@@ -82,7 +82,11 @@ def index_of(files: list[OutputFile]) -> dict[str, object]:
     return {"metadata": {"total_size": sum(file.size for file in files)}, "weight_map": placed}
 
 
-def companions(folder: Path, taken: set[str]) -> list[Path]:
-    """The files of a checkpoint directory beside weights, index and config: tokenizer, generation config, licence."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return [p for p in files if not p.name.endswith(_WEIGHTS) and p.name not in {INDEX, *taken}]
+def companions(folder: Path, taken: set[str]) -> dict[str, Path]:
+    """What a checkpoint directory holds beside the model, by relative name: tokenizer, licence, other modules' folders.
+
+    Hidden files are left out, as are weights in other formats beside the model's.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    seen = {n: p for n, p in files.items() if not any(part.startswith(".") for part in n.split("/"))}
+    return {n: p for n, p in seen.items() if "/" in n or not (n.endswith(_WEIGHTS) or n in {INDEX, *taken})}

@@ -61,19 +61,20 @@ def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, c
 def pruned_spectra(
     layers: Sequence[Layer],
     schemes: Sequence[int],
-    groups: Sequence[int] | None,
+    groups: Sequence[int] | str | None,
     criterion: str,
     align: int = 1,
     done: Callable[[int], None] = lambda n: None,
 ) -> list[LayerSpectra]:
-    """Spectra of layers under the folds and slice counts (None: :func:`auto_groups`) that can be on the Pareto front.
+    """Spectra of layers under the folds and slice counts that can be on the Pareto front.
 
-    Budgets on parameters, and on the error, have the same solutions as with the spectra of all of them, by every
-    criterion but "reference", for which nothing is left out. All layers are worked on together; ``done`` as for
+    ``groups``: "divisors" for all divisors of a layer's channels, None for :func:`auto_groups`, or a sequence. Budgets
+    on parameters, and on the error, have the same solutions as with the spectra of all of them, by every criterion but
+    "reference", for which nothing is left out. All layers are worked on together; ``done`` as for
     :func:`alds_fast.spectra.layer_spectra`.
     """
     shapes = {layer.name: layer.shape for layer in layers if layer.shape}
-    wanted = {n: candidate_groups(s.slice_channels, tuple(groups)) if groups else auto_groups(s.slice_channels)
+    wanted = {n: candidate_groups(s.slice_channels, groups) if groups else auto_groups(s.slice_channels)
               for n, s in shapes.items()}  # fmt: skip
     named = sorted({k for ks in wanted.values() for k in ks})
     first = tuple(k for k in named if k <= FIRST or criterion == "reference") or tuple(named)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,10 @@ class Stored:
         if not room:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
         return torch.frombuffer(room, dtype=DTYPES[self.dtype]).view(self.shape)
+
+    def crc32(self) -> int:
+        """CRC-32 of its bytes."""
+        return functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), self.chunks(), 0)
 
     def chunks(self) -> Iterator[bytes]:
         """Its bytes, a piece at a time."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import AldsError, ArgumentError, ModelError
+from .discover import find_layers
+from .errors import AldsError, ArgumentError, FileFormatError, ModelError
 from .huggingface import transformers_format
 from .pretrained import class_of
 from .shards import Shards
@@ -41,3 +43,37 @@ def skeleton(shards: Shards) -> nn.Module:
     except Exception as e:
         raise ModelError(f"{cls.__name__} cannot be built from its config: {type(e).__name__}: {e}") from e
     return model
+
+
+def check_stored(model: nn.Module, shards: Shards, names: Mapping[str, str], assembled: set[str]) -> None:
+    """FileFormatError unless every Linear or convolution of the model has a weight, and all have the model's shapes.
+
+    ``names`` and ``assembled`` are those of :func:`alds_fast.renaming.stored_names`.
+    """
+    expected = model.state_dict(keep_vars=True)
+    for target, source in names.items():
+        stored = shards.tensors[source]
+        if stored.shape != tuple(expected[target].shape):
+            raise FileFormatError(
+                f"{stored.file.name}: {source!r} has shape {stored.shape}, {type(model).__name__} with this "
+                f"config.json expects {tuple(expected[target].shape)}; the checkpoint is of another model"
+            )
+    present = {id(expected[target]) for target in {*names, *assembled} if target in expected}
+    for layer in find_layers(model):
+        weight = layer.module._parameters.get("weight")
+        if layer.shape is not None and weight is not None and id(weight) not in present:
+            raise FileFormatError(
+                f"{str(shards.folder)!r} lacks {f'{layer.name}.weight'!r}, which {type(model).__name__} has"
+            )
+
+
+def untie(model: nn.Module, shards: Shards, names: Mapping[str, str]) -> None:
+    """Take tensors that the model ties, but that are stored with different values, apart, as transformers does."""
+    seen: dict[int, str] = {}
+    for target, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if target not in names:
+            continue
+        first = seen.setdefault(id(parameter), target)
+        if first != target and shards.tensors[names[first]].crc32() != shards.tensors[names[target]].crc32():
+            parent, _, own = target.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Parameter(parameter.detach().clone(), False))

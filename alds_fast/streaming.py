@@ -7,26 +7,28 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .analysis import Analysis
+from .container import crc32
 from .discover import count_params, label
-from .errors import FileFormatError, FileWriteError
+from .errors import FileFormatError, FileWriteError, PlanError
 from .factorize import Choice, plain_layers
 from .huggingface import METHOD, VERSION, described
-from .journal import JOB, Journal
+from .inputs import read_record, recorded, verified
+from .journal import JOB, PLAN, Journal
 from .layout import OutputFile, companions, index_of, output_files
 from .plan import Plan
 from .pruned import pruned_spectra
-from .shard_file import Entry, write_shard, write_whole
+from .shard_file import Entry, header, write_shard, write_whole, writing
 from .shards import CONFIG, DTYPES, INDEX, Stored, stored_in
 from .spectra import LayerSpectra
 from .workload import Work, size_of
 
-PLAN, FACTORS = "alds_plan.json", "alds_factors.json"
+FACTORS = "alds_factors.json"
 
 
 def find_spectra(work: Work) -> None:
     """The spectra of all layers, in the journal."""
     ready, settings, journal = work.ready, work.settings, work.journal
-    own = work.shared([i for i in range(len(ready)) if not journal.has("spectra", i)])
+    own = work.shared([i for i in ready if not journal.has("spectra", i)])
     done, total = 0, sum(size_of(ready[i]) for i in own)
     for batch in work.batches(own):
         layers = [ready[i] for i in batch]
@@ -52,21 +54,24 @@ def find_plan(work: Work) -> Plan:
     """The plan: made by one process, read by all."""
     path = work.journal.folder / PLAN
     if work.world.first and not path.exists():
-        found = {layer.name: spectra_of(work, i)[0] for i, layer in enumerate(work.ready)}
+        found = {layer.name: spectra_of(work, i)[0] for i, layer in work.ready.items()}
         analysis = Analysis(tuple(work.layers), found, count_params(work.model), work.model)
         s = work.settings
         plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
         write_whole(path, [plan.to_json().encode()])
     work.world.together()
-    return Plan.from_json(path.read_text())
+    try:
+        return Plan.from_json(path.read_text())
+    except (PlanError, ValueError) as e:
+        raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
 
 def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
     """The factors of all layers that are factorised and not in a finished file, in the journal."""
     journal = work.journal
-    missing = [f for f in files if not (journal.output / f.name).exists()]
+    missing = unwritten(journal, files)
     wanted = [part.layer for file in missing for part in file.parts if part.layer is not None]
-    todo = [i for i in wanted if not journal.has("factors", i)]
+    todo = [i for i in wanted if not (journal.has("factors", i) and journal.has("report", i))]
     _check_room(work, missing, todo)
     own = work.shared(todo)
     done, total = 0, sum(size_of(work.ready[i]) for i in own)
@@ -104,6 +109,7 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
             dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
             tensors = {name: getattr(low, name).detach().to("cpu", dtype) for name in ("encoder", "decoder")}
             fields = {"method": report.method, "iterations": report.iterations, "error": report.error}
+            fields |= {f"crc32.{name}": crc32(tensor) for name, tensor in tensors.items()}
             if not work.journal.has("report", number):
                 work.journal.put("report", number, {}, fields)
             work.journal.put("factors", number, tensors, {})
@@ -112,7 +118,7 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
 def write_files(work: Work, files: Sequence[OutputFile]) -> None:
     """The output's safetensors files, each whole or not there; the factors in them leave the journal."""
     journal = work.journal
-    left = [file for file in files if not (journal.output / file.name).exists()]
+    left = unwritten(journal, files)
     work.world.together()
     own = work.world.share(left, lambda file: float(file.size))
     for number, file in enumerate(own, 1):
@@ -123,12 +129,17 @@ def write_files(work: Work, files: Sequence[OutputFile]) -> None:
 
 def _write_file(work: Work, file: OutputFile) -> None:
     journal, parts = work.journal, {entry.name: part for part in file.parts for entry in part.entries}
+    numbers = {work.sources[layer.name]: i for i, layer in work.ready.items()}
+    passing = read_record(journal)
 
     def content(entry: Entry) -> Iterator[bytes]:
         part = parts[entry.name]
-        if part.layer is None:
-            return work.shards.tensors[part.source].chunks()
-        return _factor(journal, part.layer, entry).chunks()
+        if part.layer is not None:
+            return _factor(journal, part.layer, entry)
+        number = numbers.get(part.source)
+        crc = passing[part.source] if number is None else spectra_of(work, number)[1]
+        changed = f"the tensor {part.source!r} has changed since this job began; remove {str(journal.output)!r}"
+        return verified(work.shards.tensors[part.source].chunks(), crc, changed)
 
     write_shard(journal.output / file.name, file.entries, content)
     for part in file.parts:
@@ -136,18 +147,31 @@ def _write_file(work: Work, file: OutputFile) -> None:
             journal.drop("factors", part.layer)
 
 
-def _factor(journal: Journal, layer: int, entry: Entry) -> Stored:
-    """Where a factor lies in the journal."""
-    stored = stored_in(journal.path("factors", layer))[entry.name.rpartition(".")[2]]
+def _factor(journal: Journal, layer: int, entry: Entry) -> Iterator[bytes]:
+    """A factor's bytes out of the journal."""
+    path, name = journal.path("factors", layer), entry.name.rpartition(".")[2]
+    damaged = f"{str(path)!r} is damaged; remove it and run the same command again"
+    try:
+        stored = stored_in(path)[name]
+    except (FileFormatError, KeyError) as e:
+        raise FileFormatError(damaged) from e
     if (stored.dtype, stored.shape) != (entry.dtype, entry.shape):
-        raise FileFormatError(f"{str(stored.file)!r} is damaged; remove it and run the same command again")
-    return stored
+        raise FileFormatError(damaged)
+    return verified(stored.chunks(), int(journal.get("report", layer)[1][f"crc32.{name}"]), damaged)
+
+
+def unwritten(journal: Journal, files: Sequence[OutputFile]) -> list[OutputFile]:
+    """The output's safetensors files that are not there, or not of their size."""
+    sizes = {f.name: len(header(f.entries, {})) + f.size for f in files}
+    paths = {f.name: journal.output / f.name for f in files}
+    return [f for f in files if not (paths[f.name].is_file() and paths[f.name].stat().st_size == sizes[f.name])]
 
 
 def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
     """Index, config, plan and everything else of the input directory; then the job is finished."""
     journal = work.journal
-    reports = {choice.name: journal.get("report", i)[1] for i, choice in choices.items()}
+    kept = ("method", "iterations", "error")
+    reports = {c.name: {k: journal.get("report", i)[1][k] for k in kept} for i, c in choices.items()}
     layers = {work.sources[c.name].removesuffix(".weight"): described(c.scheme, c.groups, c.rank, c.shape.weight)
               for c in choices.values()}  # fmt: skip
     config = {
@@ -158,19 +182,28 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
     if len(files) > 1:
         texts[INDEX] = json.dumps(index_of(list(files)), indent=2)
     content: dict[str, Iterable[bytes]] = {name: [text.encode() + b"\n"] for name, text in texts.items()}
-    for path in companions(work.shards.folder, {*texts, JOB}):
-        content[path.name] = Stored(path, "U8", (), 0, path.stat().st_size).chunks()
+    for name, path in companions(work.shards.folder, {*texts, JOB}).items():
+        content[name] = Stored(path, "U8", (), 0, path.stat().st_size).chunks()
     for name, pieces in content.items():
         if not (journal.output / name).exists():
+            with writing(journal.output / name):
+                (journal.output / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(journal.output / name, pieces)
-    journal.finish()
+    sums = {work.sources[layer.name]: spectra_of(work, i)[1] for i, layer in work.ready.items()}
+    journal.finish({**read_record(journal), **sums})
 
 
 def compress_streamed(work: Work) -> None:
     """All of it; what is there already is not done again."""
+    numbers = {layer.name: i for i, layer in work.ready.items()}
+    if work.world.first:
+        own = {work.sources[name] for name in numbers}
+        found = [i for i in work.ready if work.journal.has("spectra", i)]
+        known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in found}
+        recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in own], known)
+    work.world.together()
     find_spectra(work)
     plan = find_plan(work)
-    numbers = {layer.name: i for i, layer in enumerate(work.ready)}
     choices = {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
     stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}
     files = output_files(work.shards, stored, work.settings.max_shard_bytes)

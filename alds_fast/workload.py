@@ -7,18 +7,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from .discover import Layer, check_weight, find_layers
-from .errors import FileFormatError
 from .journal import Journal
 from .renaming import stored_names
 from .shards import DTYPES, Shards
-from .skeleton import skeleton
-from .spectra import for_threads
+from .skeleton import check_stored, skeleton, untie
+from .spectra import candidate_groups, for_threads
 from .world import World
 
 BYTES_PER_WEIGHT = 40  # of a layer that is worked on: weight, fold, Gram matrices and eigenproblem in float64
@@ -34,7 +32,7 @@ class Settings:
     p: float | None
     align: int
     schemes: tuple[int, ...]
-    groups: tuple[int, ...] | None
+    groups: tuple[int, ...] | str | None
     include: tuple[str, ...] | None
     exclude: tuple[str, ...] | None
     max_shard_bytes: int
@@ -57,6 +55,8 @@ class Work:
     def __post_init__(self) -> None:
         self.model = skeleton(self.shards)
         names, assembled = stored_names(self.model, list(self.shards.tensors))
+        check_stored(self.model, self.shards, names, assembled)
+        untie(self.model, self.shards, names)
         self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         found = find_layers(self.model, self.settings.include, self.settings.exclude)
@@ -69,20 +69,17 @@ class Work:
         source = self.sources.get(layer.name)
         if source is None:
             return replace(layer, reason="its weight is not stored as a tensor of its own")
-        stored = self.shards.tensors[source]
-        weight: Any = layer.module.weight
-        if stored.shape != tuple(weight.shape):
-            raise FileFormatError(
-                f"{stored.file.name}: {source!r} has shape {stored.shape}, {type(self.model).__name__} with this "
-                f"config.json expects {tuple(weight.shape)}; the checkpoint is of another model"
-            )
+        assert layer.shape is not None
+        groups, stored = self.settings.groups, self.shards.tensors[source]
+        if groups is not None and not candidate_groups(layer.shape.slice_channels, groups):
+            return replace(layer, reason=f"none of groups={groups} divides its {layer.shape.slice_channels} channels")
         floating = stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
         return layer if floating else replace(layer, reason=f"its weight is stored as {stored.dtype}")
 
     @property
-    def ready(self) -> list[Layer]:
-        """The layers that can be factorised; their numbers in the journal are their places here."""
-        return [layer for layer in self.layers if layer.reason is None]
+    def ready(self) -> dict[int, Layer]:
+        """The layers that can be factorised, by number: their place among all, by which the journal knows them."""
+        return {i: layer for i, layer in enumerate(self.layers) if layer.reason is None}
 
     @contextmanager
     def weights(self, layers: Iterable[Layer]) -> Iterator[dict[str, int]]:
@@ -109,7 +106,7 @@ class Work:
         if half of the free memory has room for those. (What comes out does not depend on it.)
         """
         ready = self.ready
-        sizes = [size_of(layer) for layer in ready] or [1]
+        sizes = [size_of(layer) for layer in ready.values()] or [1]
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         room = max(max(sizes), min(for_threads(sizes, most=64), free // 2 // BYTES_PER_WEIGHT))
         batch: list[int] = []
@@ -124,7 +121,8 @@ class Work:
     def shared(self, numbers: list[int]) -> list[int]:
         """This process's part of the layers; all processes have looked what is left before one begins."""
         self.world.together()
-        return self.world.share(numbers, lambda i: cost_of(self.ready[i]))
+        ready = self.ready
+        return self.world.share(numbers, lambda i: cost_of(ready[i]))
 
 
 def size_of(layer: Layer) -> int:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import checkpoints
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import alds_fast as alds
 from alds_fast import cli, errors
@@ -203,6 +203,149 @@ def test_other_arguments_are_refused(llama):
         alds.compress_checkpoint(llama / "dense", llama / "small", **{**OPTIONS, "params": 0.6})
 
 
+def stopped(monkeypatch, phase, source, output, **options):
+    """Start a job that is stopped before a phase of it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(alds.streaming, phase, lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            alds.compress_checkpoint(source, output, **{**OPTIONS, **options})
+
+
+def rewrite(folder, change, *names):
+    """Change tensors of a checkpoint in place: all whose names hold one of ``names``."""
+    for path in sorted(folder.glob("*.safetensors")):
+        found = load_file(path)
+        changed = {k: change(v) if any(n in k for n in names) else v for k, v in found.items()}
+        save_file(changed, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("phase", ["find_plan", "find_factors", "write_files", "write_rest", None])
+@pytest.mark.parametrize("names", ["embed_tokens", "up_proj", "norm"])
+def test_an_input_that_has_changed_is_refused(copied, tmp_path, monkeypatch, phase, names):
+    if phase is None:
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    else:
+        stopped(monkeypatch, phase, copied, tmp_path / "small")
+    rewrite(copied, lambda t: 2 * t + 1, names)
+    with pytest.raises(errors.ArgumentError, match=rf"the tensor '.*{names}.*' has changed since this job began"):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+
+
+def test_an_input_that_was_written_again_is_not_changed(copied, tmp_path, monkeypatch, llama):
+    stopped(monkeypatch, "find_factors", copied, tmp_path / "small")
+    rewrite(copied, lambda t: t, "up_proj")
+    alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    for name in ("config.json", "model.safetensors.index.json", "alds_plan.json"):
+        assert (tmp_path / "small" / name).read_bytes() == (llama / "small" / name).read_bytes()
+    (copied / "tokenizer.json").write_text("{}")
+    with pytest.raises(errors.ArgumentError, match="holds another job .others="):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+
+
+def test_spectra_serve_other_budgets(llama, tmp_path, monkeypatch):
+    """What a refused budget or a damaged layer leaves behind is not lost, as the messages say what to change."""
+    with pytest.raises(errors.BudgetError, match="the smallest reachable is params="):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", **{**OPTIONS, "params": 0.01})
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small" / FOLDER).glob("*.spectra.*")}
+    assert before
+    monkeypatch.setattr(alds.streaming, "pruned_spectra", None)  # would fail if it were called
+    alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def test_a_damaged_layer_can_be_left_out(copied, tmp_path):
+    name, _ = poison(copied, b"\x00\x00\xc0\x7f")
+    with pytest.raises(errors.WeightError, match="leave the layer out with exclude="):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    plan = alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS, exclude=[name]).plan
+    assert next(row for row in plan.layers if row.name == name).choice is None
+
+
+def flip(path):
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("phase", "pattern", "damage"),
+    [
+        ("write_files", "*.factors.safetensors", flip),
+        ("write_files", "*.factors.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
+        ("write_files", "*.report.safetensors", lambda p: p.write_bytes(b"")),
+        ("write_files", "*.spectra.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
+        ("find_factors", "alds_plan.json", lambda p: p.write_text("{}")),
+        ("find_factors", "input.json", lambda p: p.write_text("[")),
+    ],
+)
+def test_a_damaged_journal_is_noticed_and_what_to_do_helps(llama, tmp_path, monkeypatch, phase, pattern, damage):
+    stopped(monkeypatch, phase, llama / "dense", tmp_path / "small")
+    path = min((tmp_path / "small" / FOLDER).glob(pattern))
+    damage(path)
+    with pytest.raises(errors.FileFormatError, match=rf"{path.name}' is damaged.*remove") as e:
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+    path.unlink() if "remove it" in str(e.value) else shutil.rmtree(tmp_path / "small")
+    alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+
+
+def test_files_that_are_gone(llama, tmp_path, monkeypatch):
+    stopped(monkeypatch, "write_rest", llama / "dense", tmp_path / "small")
+    first_shard(tmp_path / "small").write_bytes(b"zz")
+    alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)  # written again
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
+    for name in (first_shard(tmp_path / "small").name, "alds_plan.json"):
+        kept = (tmp_path / "small" / name).read_bytes()
+        (tmp_path / "small" / name).unlink()
+        with pytest.raises(errors.FileFormatError, match=f"{name}' is gone or damaged"):
+            alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
+        (tmp_path / "small" / name).write_bytes(kept)
+    (tmp_path / "lost").mkdir()
+    stopped(monkeypatch, "find_plan", llama / "dense", tmp_path / "lost")
+    (tmp_path / "lost" / FOLDER / "alds_job.json").unlink()
+    with pytest.raises(errors.ArgumentError, match="has lost its alds_job.json"):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "lost", **OPTIONS)
+
+
+def test_other_files_go_along(copied, tmp_path):
+    (copied / "1_Pooling").mkdir()
+    (copied / "1_Pooling/config.json").write_text("{}")
+    save_file({"linear.weight": torch.ones(2, 2)}, copied / "1_Pooling/model.safetensors")
+    (copied / "pytorch_model.bin").write_text("another format")
+    (copied / ".hidden").write_text("")
+    alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+    found = checkpoints.contents(tmp_path / "small")
+    assert {n for n in found if "Pooling" in n} == {"1_Pooling/config.json", "1_Pooling/model.safetensors"}
+    assert "pytorch_model.bin" not in found and ".hidden" not in found and "tokenizer.json" in found
+
+
+def test_a_checkpoint_without_a_layer(copied, tmp_path):
+    for path in copied.glob("*.safetensors"):
+        save_file({k: v for k, v in load_file(path).items() if "layers.1.mlp.up_proj" not in k}, path)
+    index = json.loads((copied / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop("model.layers.1.mlp.up_proj.weight")
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(errors.FileFormatError, match=r"lacks 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
+
+
+def test_ties_that_are_stored_apart(tmp_path):
+    """transformers takes them apart, so the budget counts both."""
+    model = checkpoints.make("llama", tmp_path / "dense", shards=False)
+    path = tmp_path / "dense/model.safetensors"
+    save_file({**load_file(path), "lm_head.weight": torch.randn(96, 64)}, path)
+    plan = alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", params=0.7).plan
+    small = alds.from_pretrained(tmp_path / "small")
+    total = sum(p.numel() for p in model.parameters()) + 96 * 64
+    assert plan.params_before == total
+    assert sum(p.numel() for p in small.parameters()) == plan.params <= 0.7 * total
+
+
+def test_groups_that_divide_nothing(llama, tmp_path):
+    with pytest.raises(errors.BudgetError):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", params=0.7, groups=(3,))
+    result = alds.compress_checkpoint(llama / "dense", tmp_path / "all", params=0.7, groups="divisors")
+    assert result.plan.gap < 0.05
+
+
 def damage_missing_shard(folder):
     first_shard(folder).unlink()
 
@@ -305,7 +448,8 @@ def test_no_code_of_the_checkpoint_is_run(copied, tmp_path):
         ({"params": 0.01}, errors.BudgetError, "the smallest reachable is params="),
         ({"params": 0.5, "criterion": "output"}, errors.ArgumentError, "needs data"),
         ({"params": 0.5, "groups": "all"}, errors.ArgumentError, "'divisors' or|'auto'"),
-        ({"params": 0.5, "groups": "divisors"}, errors.ArgumentError, "'auto'"),
+        ({"params": 0.5, "include": 3}, errors.ArgumentError, "include=3"),
+        ({"params": 0.5, "max_shard_bytes": True}, errors.ArgumentError, "max_shard_bytes=True"),
         ({"params": 0.5, "schemes": (7,)}, errors.ArgumentError, "schemes="),
         ({"params": 0.5, "max_shard_bytes": 0}, errors.ArgumentError, "max_shard_bytes=0"),
         ({"params": 0.5, "include": "nothing"}, errors.LayerNotFoundError, "matches no layer"),
@@ -343,6 +487,10 @@ def test_command_line(llama, tmp_path, capsys):
     assert "parameters 98,624 -> " in capsys.readouterr().out
     assert cli.main([*arguments, "--flops", "0.5"]) == 1
     assert "--flops does not go with a checkpoint directory" in capsys.readouterr().err
+    assert cli.main([*arguments, "--max-shard-gb", "nan"]) == 1
+    assert "--max-shard-gb nan is not a positive number" in capsys.readouterr().err
+    assert cli.main(["compress", str(tmp_path / "nothing"), "-o", "x", "--params", "0.5"]) == 1
+    assert "there is no such checkpoint directory" in capsys.readouterr().err
 
 
 HOSTS = """

@@ -50,7 +50,7 @@ ORDER = (
         "analysis",
         "compression",
     ),
-    *("container", "pruned", "world", "journal", "layout", "skeleton", "workload", "streaming", "directory"),
+    *("container", "pruned", "world", "journal", "inputs", "layout", "skeleton", "workload", "streaming", "directory"),
     *(
         "variants",
         "race",
