@@ -2,8 +2,8 @@
 
 On CPU both run in the C++ core (``alds_fast._core``), one LAPACK call per thread and ``torch.get_num_threads()``
 threads; on CUDA they run torch's batched routines (:mod:`alds_fast.linalg_torch`, which also holds the float64
-references). Both work on Gram matrices in float64, so singular values are resolved down to about 1e-8 of the largest
-one, whatever the weight's type.
+references). Spectra are those of Gram matrices in float64, so singular values are resolved down to about 1e-8 of the
+largest one, whatever the weight's type.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ def batched_rsvd(
         ranks: rank of each matrix, in 1..min(rows, cols / groups).
         optima: for each matrix the least possible squared errors of its slices, batch * groups float64 values, from
             :func:`optimal_errors` of its spectrum; computed here if None.
-        exact: no sketches. (The certificate is on the Frobenius norm; the operator norm of a sketch's error may be
-            larger.)
+        exact: no sketches, and float64. (The certificate is on the Frobenius norm; the operator norm of a sketch's
+            error may be larger.)
         seed: of the sketch, non-negative. The CPU result is bit-identical for any number of threads.
 
     Returns:
@@ -214,6 +214,10 @@ def batched_rsvd(
     the exact squared error, is within ``1 + 1e-3`` of the optimum; where that is not met in 24 iterations, or the
     sketch would be so wide that it costs more, the exact eigendecomposition runs and ``iterations`` says so. Source:
     Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011).
+
+    On CPU, slices of float32 are worked on in float32 where the tolerance times the optimum is at least 64 epsilons of
+    ||W||^2, so that the certificate stands far above rounding; float64 takes over if it is not met. ``exact`` is
+    float64.
     """
     if optima is None:
         values = spectra(matrices, [[k] for k in groups])

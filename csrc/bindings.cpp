@@ -55,7 +55,7 @@ std::vector<py::array_t<double>> spectra(const std::vector<py::array>& matrices,
     results.emplace_back(std::vector<int64_t>{m.batch, size});
     problems.push_back({m, groups[i], results.back().mutable_data()});
   }
-  alds::lapack();
+  alds::load_lapack();
   py::gil_scoped_release release;
   alds::spectra(problems, threads);
   return results;
@@ -91,7 +91,7 @@ py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector
     problems.push_back({m, groups[i], rank, optima[i].data(), lefts.back().mutable_data(), rights.back().mutable_data(),
                         norms.back().mutable_data(), errors.back().mutable_data(), iterations.back().mutable_data()});
   }
-  alds::lapack();
+  alds::load_lapack();
   {
     py::gil_scoped_release release;
     alds::batched_rsvd(problems, {seed, oversample, max_iterations, tolerance, exact_fraction}, threads);

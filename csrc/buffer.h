@@ -1,4 +1,4 @@
-// Scratch memory: vectors of doubles on a cache line's boundary, not initialised, large ones in pages of their own that go
+// Scratch memory: vectors on a cache line's boundary, not initialised, large ones in pages of their own that go
 // back to the system at once. (malloc keeps freed blocks of tens of megabytes, in an arena per thread.)
 #pragma once
 #include <cstddef>
@@ -58,10 +58,13 @@ struct PageAllocator {
   bool operator!=(const PageAllocator&) const { return false; }
 };
 
-using Buffer = std::vector<double, PageAllocator<double>>;
+template <typename T>
+using BufferOf = std::vector<T, PageAllocator<T>>;
+using Buffer = BufferOf<double>;
 
-// At least `size` doubles of a buffer; what it held is lost.
-inline double* grow(Buffer& buffer, size_t size) {
+// At least `size` values of a buffer; what it held is lost.
+template <typename T>
+T* grow(BufferOf<T>& buffer, size_t size) {
   if (buffer.size() < size) {
     buffer.clear();
     buffer.shrink_to_fit();

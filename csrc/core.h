@@ -7,18 +7,22 @@
 
 namespace alds {
 
-// Function pointers into the LAPACK/BLAS that scipy ships (Fortran calling convention, 32-bit integers).
+// Function pointers into the LAPACK/BLAS that scipy ships (Fortran calling convention, 32-bit integers), for float and
+// double: names without their first letter.
+template <typename T>
 struct Lapack {
   using Int = int;
-  void (*dgemm)(char*, char*, Int*, Int*, Int*, double*, double*, Int*, double*, Int*, double*, double*, Int*);
-  void (*dsyevd)(char*, char*, Int*, double*, Int*, double*, double*, Int*, Int*, Int*, Int*);
-  void (*dstedc)(char*, Int*, double*, double*, double*, Int*, double*, Int*, Int*, Int*, Int*);
-  void (*dormqr)(char*, char*, Int*, Int*, Int*, double*, Int*, double*, double*, Int*, double*, Int*, Int*);
-  void (*dgeqrf)(Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
-  void (*dorgqr)(Int*, Int*, Int*, double*, Int*, double*, double*, Int*, Int*);
+  void (*gemm)(char*, char*, Int*, Int*, Int*, T*, T*, Int*, T*, Int*, T*, T*, Int*);
+  void (*syevd)(char*, char*, Int*, T*, Int*, T*, T*, Int*, Int*, Int*, Int*);
+  void (*stedc)(char*, Int*, T*, T*, T*, Int*, T*, Int*, Int*, Int*, Int*);
+  void (*ormqr)(char*, char*, Int*, Int*, Int*, T*, Int*, T*, T*, Int*, T*, Int*, Int*);
+  void (*geqrf)(Int*, Int*, T*, Int*, T*, T*, Int*, Int*);
+  void (*orgqr)(Int*, Int*, Int*, T*, Int*, T*, T*, Int*, Int*);
 };
 
-const Lapack& lapack();  // resolved on first use; needs the GIL the first time
+template <typename T>
+const Lapack<T>& lapack();
+void load_lapack();  // resolves them; needs the GIL the first time
 
 // A batch of row-major matrices, batch x rows x cols, in float32 or float64.
 struct MatrixBatch {
@@ -35,19 +39,23 @@ struct Slice {
 };
 
 // Storage of a symmetric matrix for tridiagonalise: column-major on a vector's boundary, whole_blocks(order) columns of
-// leading dimension padded(order), lower triangle. complete_blocks fills in what it needs beside that.
+// leading dimension padded(order), lower triangle. complete_blocks fills in what it needs beside that. T: float or double.
+template <typename T>
 int64_t whole_blocks(int64_t order);
+template <typename T>
 int64_t padded(int64_t order);
-void complete_blocks(double* a, int64_t order);
+template <typename T>
+void complete_blocks(T* a, int64_t order);
 
-// Tridiagonal form of such a matrix (destroyed): diagonal (n), off_diagonal (n - 1), tau (n - 1), the scalar factors of
-// the reflectors, which are left below the first subdiagonal as dsytrd leaves them.
-void tridiagonalise(double* a, int64_t n, double* diagonal, double* off_diagonal, double* tau,
-                    Buffer& scratch);
+// Tridiagonal form of such a matrix (destroyed), entries at most 1: diagonal (n), off_diagonal (n - 1), tau (n - 1), the
+// scalar factors of the reflectors, which are left below the first subdiagonal as dsytrd leaves them.
+template <typename T>
+void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, BufferOf<T>& scratch);
 
-// Gram matrix of a slice on its smaller side: W W^T if rows <= width, else W^T W.
+// Gram matrix of a slice times `scale` on its smaller side: W W^T if rows <= width, else W^T W.
 // Stored as for tridiagonalise, on a vector's boundary, lower triangle; scratch is grown as needed.
-void gram(const Slice& slice, double* g, Buffer& scratch);
+template <typename T>
+void gram(const Slice& slice, double scale, T* g, BufferOf<T>& scratch);
 
 // Eigenvalues, unordered, of up to LANES tridiagonal matrices, one per vector lane: each diagonal[i] (n) becomes them, off_diagonal[i] (n - 1)
 // is only read. Absolute error about machine epsilon times the norm.

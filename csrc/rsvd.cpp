@@ -3,23 +3,35 @@
 // Q spans the sketch; T = Q^T G Q. The sum of T's `rank` largest eigenvalues is the energy that the truncated factors
 // capture, so ||W||_F^2 minus it is their exact squared error (Halko, Martinsson, Tropp 2011, sections 4.3 and 5).
 // Power iterations go on until that is within (1 + tolerance) of the optimum known from the spectrum.
+//
+// Slices of float32 are worked on in float32 where the certificate can tell: where the tolerance is far above what such
+// arithmetic loses. If it is not met after all, float64 does the work again.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core.h"
 
 namespace alds {
 namespace {
 
-constexpr int64_t CHUNK = 1 << 17;  // doubles of W converted at a time: 1 MiB
+constexpr int64_t CHUNK = 1 << 20;  // bytes of W converted at a time
+// Epsilons of ||W||^2 that the tolerance must come to, to work in float32: errors are off by up to 4 (measured).
+constexpr double FLOAT_MARGIN = 64.0;
 
+template <typename T>
 struct Workspace {
-  Buffer gram, basis, image, small, values, work, scratch, factor;
+  BufferOf<T> gram, basis, image, small, values, work, scratch, factor;
   std::vector<int> integers;
+
+  int* integer(size_t size) {
+    if (integers.size() < size) integers.resize(size);
+    return integers.data();
+  }
 };
 
 // Counter-based standard normals: a hash of (seed, slice, index), so the sketch is the same for any number of threads.
@@ -32,19 +44,21 @@ uint64_t mix(uint64_t x) {
 
 double uniform(uint64_t bits) { return (static_cast<double>(bits >> 11) + 0.5) * 0x1.0p-53; }
 
-void gaussian(uint64_t seed, uint64_t slice, double* out, int64_t count) {
+template <typename T>
+void gaussian(uint64_t seed, uint64_t slice, T* out, int64_t count) {
   const uint64_t key = mix(seed ^ mix(slice));
   for (int64_t i = 0; i < count; i += 2) {
     const double radius = std::sqrt(-2.0 * std::log(uniform(mix(key + i))));
     const double angle = 6.283185307179586 * uniform(mix(key + i + 1));
-    out[i] = radius * std::cos(angle);
-    if (i + 1 < count) out[i + 1] = radius * std::sin(angle);
+    out[i] = static_cast<T>(radius * std::cos(angle));
+    if (i + 1 < count) out[i + 1] = static_cast<T>(radius * std::sin(angle));
   }
 }
 
-void product(char ta, char tb, int m, int n, int k, double* a, int lda, double* b, int ldb, double* c, int ldc) {
-  double one = 1.0, zero = 0.0;
-  lapack().dgemm(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &zero, c, &ldc);
+template <typename T>
+void product(char ta, char tb, int m, int n, int k, T* a, int lda, T* b, int ldb, T* c, int ldc) {
+  T one = 1, zero = 0;
+  lapack<T>().gemm(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &zero, c, &ldc);
 }
 
 void check(int info, const char* routine) {
@@ -52,91 +66,86 @@ void check(int info, const char* routine) {
 }
 
 // Orthonormal basis of the columns of a (rows x cols, column-major), in place.
-void orthonormalise(double* a, int rows, int cols, Workspace& w) {
+template <typename T>
+void orthonormalise(T* a, int rows, int cols, Workspace<T>& w) {
   int lwork = 64 * cols, info = 0;
-  double* tau = grow(w.work, cols + lwork);
-  lapack().dgeqrf(&rows, &cols, a, &rows, tau, tau + cols, &lwork, &info);
-  check(info, "dgeqrf");
-  lapack().dorgqr(&rows, &cols, &cols, a, &rows, tau, tau + cols, &lwork, &info);
-  check(info, "dorgqr");
+  T* tau = grow(w.work, cols + lwork);
+  lapack<T>().geqrf(&rows, &cols, a, &rows, tau, tau + cols, &lwork, &info);
+  check(info, "geqrf");
+  lapack<T>().orgqr(&rows, &cols, &cols, a, &rows, tau, tau + cols, &lwork, &info);
+  check(info, "orgqr");
 }
 
 // Eigenvalues ascending into w.values; a (order x order, lower triangle) becomes the eigenvectors.
-void eigen(double* a, int order, Workspace& w) {
+template <typename T>
+void eigen(T* a, int order, Workspace<T>& w) {
   char job = 'V', lower = 'L';
   int lwork = 1 + 6 * order + 2 * order * order, liwork = 3 + 5 * order, info = 0;
-  double* work = grow(w.work, lwork);
-  if (static_cast<int>(w.integers.size()) < liwork) w.integers.resize(liwork);
-  lapack().dsyevd(&job, &lower, &order, a, &order, grow(w.values, order), work, &lwork, w.integers.data(), &liwork,
-                  &info);
-  check(info, "dsyevd");
+  T *values = grow(w.values, order), *work = grow(w.work, lwork);
+  lapack<T>().syevd(&job, &lower, &order, a, &order, values, work, &lwork, w.integer(liwork), &liwork, &info);
+  check(info, "syevd");
 }
 
-double top(const Buffer& ascending, int64_t order, int64_t rank) {
+template <typename T>
+double top(const BufferOf<T>& ascending, int64_t order, int64_t rank) {
   double sum = 0.0;
   for (int64_t i = std::max<int64_t>(0, order - rank); i < order; ++i) sum += ascending[i];
   return sum;
 }
 
-void mirror(double* a, int64_t order, int64_t ld) {  // fill the upper triangle from the lower one
+template <typename T>
+void mirror(T* a, int64_t order, int64_t ld) {  // fill the upper triangle from the lower one
   for (int64_t j = 0; j < order; ++j)
     for (int64_t i = j + 1; i < order; ++i) a[i * ld + j] = a[j * ld + i];
 }
 
 struct Target {
   double total, optimum, tolerance;
+
+  template <typename T>
   bool met(double error, int64_t order) const {
-    const double rounding = order * std::numeric_limits<double>::epsilon() * total;
+    const double rounding = std::is_same_v<T, double> ? order * std::numeric_limits<double>::epsilon() * total : 0.0;
     return error <= (1.0 + tolerance) * optimum + rounding;
   }
+  bool float_can_tell() const { return tolerance * optimum >= FLOAT_MARGIN * std::numeric_limits<float>::epsilon() * total; }
 };
 
-// Top `rank` eigenvectors of the Gram matrix (destroyed) into w.factor (order x rank); returns the squared error. The
-// tridiagonal problem is solved whole, by divide and conquer; only the vectors that are kept are transformed back.
-double exact(double* gram, Workspace& w, int64_t order, int64_t rank, double total) {
-  double* factor = grow(w.factor, order * rank);
-  std::fill(factor, factor + order * rank, 0.0);
-  if (total == 0.0) {
-    for (int64_t j = 0; j < rank; ++j) factor[j * order + j] = 1.0;
-    return 0.0;
-  }
-  const int64_t ld = padded(order);
-  for (int64_t j = 0; j < order; ++j)  // so that no square over- or underflows
-    for (int64_t i = j; i < order; ++i) gram[j * ld + i] /= total;
+// Top `rank` eigenvectors of the Gram matrix (destroyed, entries at most 1) into w.factor (order x rank). The tridiagonal
+// problem is solved whole, by divide and conquer; only the vectors that are kept are transformed back.
+template <typename T>
+void exact(T* gram, Workspace<T>& w, int64_t order, int64_t rank) {
+  T* factor = grow(w.factor, order * rank);
+  const int64_t ld = padded<T>(order);
   complete_blocks(gram, order);
-  double *values = grow(w.values, 3 * order), *off_diagonal = values + order, *tau = off_diagonal + order;
+  T *values = grow(w.values, 3 * order), *off_diagonal = values + order, *tau = off_diagonal + order;
   tridiagonalise(gram, order, values, off_diagonal, tau, w.scratch);
   char vectors = 'I', side = 'L', no = 'N';
   int n = order, k = rank, m = n - 1, lda = ld, lwork = 1 + 4 * n + n * n, liwork = 3 + 5 * n, info = 0;
-  if (static_cast<int>(w.integers.size()) < liwork) w.integers.resize(liwork);
-  double* z = grow(w.basis, order * order);
-  lapack().dstedc(&vectors, &n, values, off_diagonal, z, &n, grow(w.work, lwork), &lwork, w.integers.data(), &liwork, &info);
-  check(info, "dstedc");
+  T *z = grow(w.basis, order * order), *work = grow(w.work, lwork);
+  lapack<T>().stedc(&vectors, &n, values, off_diagonal, z, &n, work, &lwork, w.integer(liwork), &liwork, &info);
+  check(info, "stedc");
   for (int64_t j = 0; j < rank; ++j)  // eigenvalues ascend
     std::copy(z + (order - 1 - j) * order, z + (order - j) * order, factor + j * order);
   lwork = std::max(64 * k, 64 * 65);
-  if (m > 0)
-    lapack().dormqr(&side, &no, &m, &k, &m, gram + 1, &lda, tau, factor + 1, &n, grow(w.work, lwork), &lwork, &info);
-  check(info, "dormqr");
-  return total * std::max(0.0, 1.0 - top(w.values, order, rank));
+  work = grow(w.work, lwork);
+  if (m > 0) lapack<T>().ormqr(&side, &no, &m, &k, &m, gram + 1, &lda, tau, factor + 1, &n, work, &lwork, &info);
+  check(info, "ormqr");
 }
 
-// Randomized subspace iteration into w.factor; false if the certificate was not met.
-bool sketched(double* gram, Workspace& w, int64_t order, int64_t rank, int64_t width, const Target& target, const RsvdOptions& o,
-              uint64_t slice, double& error, int64_t& iterations) {
-  double* basis = grow(w.basis, order * width);
-  double* image = grow(w.image, order * width);
-  double* small = grow(w.small, width * width);
+// Randomized subspace iteration into w.factor, on the Gram matrix over `target.total`; false if the certificate was not met.
+template <typename T>
+bool sketched(T* gram, Workspace<T>& w, int64_t order, int64_t rank, int64_t width, const Target& target,
+              const RsvdOptions& o, uint64_t slice, int64_t& iterations) {
+  T *basis = grow(w.basis, order * width), *image = grow(w.image, order * width), *small = grow(w.small, width * width);
   gaussian(o.seed, slice, image, order * width);
-  product('N', 'N', order, width, order, gram, padded(order), image, order, basis, order);
+  product('N', 'N', order, width, order, gram, padded<T>(order), image, order, basis, order);
   for (iterations = 1; iterations <= o.max_iterations; ++iterations) {
     orthonormalise(basis, order, width, w);
-    product('N', 'N', order, width, order, gram, padded(order), basis, order, image, order);
+    product('N', 'N', order, width, order, gram, padded<T>(order), basis, order, image, order);
     product('T', 'N', width, width, order, basis, order, image, order, small, width);
     eigen(small, width, w);
-    error = std::max(0.0, target.total - top(w.values, width, rank));
-    if (target.met(error, order)) {
-      double* factor = grow(w.factor, order * rank);
+    if (target.met<T>(target.total * std::max(0.0, 1.0 - top(w.values, width, rank)), order)) {
+      T* factor = grow(w.factor, order * rank);
       product('N', 'N', order, rank, width, basis, order, small + (width - rank) * width, width, factor, order);
       return true;
     }
@@ -148,73 +157,115 @@ bool sketched(double* gram, Workspace& w, int64_t order, int64_t rank, int64_t w
 }
 
 // Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half precision.
-// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor.
-template <typename T>
-void write_factors(const Slice& slice, int64_t rank, Workspace& w, T* left, T* right) {
+// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor. Returns the
+// squared norm of the projection. S: the matrix's type, T: the type that is computed in.
+template <typename S, typename T>
+double write_factors(const Slice& slice, int64_t rank, Workspace<T>& w, S* left, S* right) {
   const MatrixBatch& m = *slice.matrix;
   const bool wide = m.rows <= slice.width;
   const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
-  const T* base = static_cast<const T*>(m.data) + slice.item * m.rows * m.cols + slice.first;
-  const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
-  double* dense = grow(w.scratch, order * step);  // a chunk of W, row-major as W is
-  double *projected = grow(w.image, step * rank), *squares = grow(w.values, rank);
-  std::fill(squares, squares + rank, 0.0);
-  T* out = wide ? right : left;
+  const S* base = static_cast<const S*>(m.data) + slice.item * m.rows * m.cols + slice.first;
+  const int64_t step = std::clamp<int64_t>(CHUNK / sizeof(T) / order, 1, other);
+  T* dense = grow(w.scratch, order * step);  // a chunk of W, row-major as W is
+  T* projected = grow(w.image, step * rank);
+  std::vector<double> squares(rank, 0.0);
+  S* out = wide ? right : left;
   const int64_t row = wide ? 1 : rank, column = wide ? other : 1;  // strides of the factor's entries
   for (int64_t start = 0; start < other; start += step) {
     const int64_t count = std::min(step, other - start), rows = wide ? order : count, cols = wide ? count : order;
-    const T* chunk = base + (wide ? start : start * m.cols);
+    const S* chunk = base + (wide ? start : start * m.cols);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = chunk[i * m.cols + j];
+      for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = static_cast<T>(chunk[i * m.cols + j]);
     product(wide ? 'N' : 'T', 'N', count, rank, order, dense, cols, w.factor.data(), order, projected, count);
     for (int64_t j = 0; j < rank; ++j)
       for (int64_t i = 0; i < count; ++i) {
         const double value = projected[j * count + i];
         squares[j] += value * value;
-        out[(start + i) * row + j * column] = static_cast<T>(value);
+        out[(start + i) * row + j * column] = static_cast<S>(value);
       }
   }
-  for (int64_t j = 0; j < rank; ++j) squares[j] = squares[j] > 0.0 ? std::pow(squares[j], 0.25) : 1.0;  // sqrt(s_j)
+  double captured = 0.0;
+  for (double& square : squares) {
+    captured += square;
+    square = square > 0.0 ? std::pow(square, 0.25) : 1.0;  // sqrt(s_j)
+  }
   for (int64_t i = 0; i < other; ++i)
     for (int64_t j = 0; j < rank; ++j) {
-      T& value = out[wide ? j * other + i : i * rank + j];
-      value = static_cast<T>(value / squares[j]);
+      S& value = out[wide ? j * other + i : i * rank + j];
+      value = static_cast<S>(value / squares[j]);
     }
   for (int64_t j = 0; j < rank; ++j)
     for (int64_t i = 0; i < order; ++i) {
-      const T value = static_cast<T>(w.factor[j * order + i] * squares[j]);
+      const S value = static_cast<S>(w.factor[j * order + i] * squares[j]);
       (wide ? left[i * rank + j] : right[j * order + i]) = value;
     }
+  return captured;
 }
 
-void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspace& w) {
+double squared_norm(const Slice& slice) {
+  const MatrixBatch& m = *slice.matrix;
+  const int64_t first = slice.item * m.rows * m.cols + slice.first;
+  double sum = 0.0;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    double row = 0.0;
+#pragma omp simd reduction(+ : row)
+    for (int64_t j = 0; j < slice.width; ++j) {
+      const int64_t k = first + i * m.cols + j;
+      const double value = m.is_double ? static_cast<const double*>(m.data)[k] : static_cast<const float*>(m.data)[k];
+      row += value * value;
+    }
+    sum += row;
+  }
+  return sum;
+}
+
+// Factors of a slice, computed in T; false if that could not meet the certificate.
+template <typename T>
+bool factor_slice(const RsvdProblem& p, const Slice& slice, int64_t index, const RsvdOptions& o, Workspace<T>& w) {
   const MatrixBatch& m = p.matrix;
-  const int64_t slice_width = m.cols / p.groups;
-  const Slice slice{&m, index / p.groups, (index % p.groups) * slice_width, slice_width};
-  const int64_t order = slice.order(), width = std::min(order, p.rank + o.oversample);
-  const int64_t ld = padded(order);
-  double* g = grow(w.gram, ld * whole_blocks(order));
-  gram(slice, g, w.scratch);
-  double& total = p.norm[index];
-  total = 0.0;
-  for (int64_t i = 0; i < order; ++i) total += g[i * ld + i];
-  if (!std::isfinite(total)) throw std::runtime_error("a value is NaN, infinite or too large to square");
-  double& error = p.error[index];
+  const int64_t order = slice.order(), width = std::min(order, p.rank + o.oversample), ld = padded<T>(order);
+  const Target target{p.norm[index], p.optimum[index], o.tolerance};
   int64_t& iterations = p.iterations[index];
   bool done = false;
-  if (width <= o.exact_fraction * order) {
-    mirror(g, order, ld);
-    done = sketched(g, w, order, p.rank, width, {total, p.optimum[index], o.tolerance}, o, index, error, iterations);
-    if (!done) iterations = EXACT_BY_FALLBACK;
-  } else {
+  if (target.total == 0.0) {
+    T* factor = grow(w.factor, order * p.rank);
+    std::fill(factor, factor + order * p.rank, T{});
+    for (int64_t j = 0; j < p.rank; ++j) factor[j * order + j] = 1;
     iterations = EXACT_BY_CHOICE;
+  } else {
+    T* g = grow(w.gram, ld * whole_blocks<T>(order));
+    gram(slice, 1.0 / std::sqrt(target.total), g, w.scratch);  // so that no square over- or underflows
+    if (width <= o.exact_fraction * order) {
+      mirror(g, order, ld);
+      done = sketched(g, w, order, p.rank, width, target, o, index, iterations);
+      if (!done) iterations = EXACT_BY_FALLBACK;
+    } else {
+      iterations = EXACT_BY_CHOICE;
+    }
+    if (!done) exact(g, w, order, p.rank);
   }
-  if (!done) error = exact(g, w, order, p.rank, total);
-  const int64_t left = index * m.rows * p.rank, right = index * p.rank * slice_width;
+  const int64_t left = index * m.rows * p.rank, right = index * p.rank * slice.width;
+  double captured;
   if (m.is_double)
-    write_factors<double>(slice, p.rank, w, static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right);
+    captured = write_factors(slice, p.rank, w, static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right);
   else
-    write_factors<float>(slice, p.rank, w, static_cast<float*>(p.left) + left, static_cast<float*>(p.right) + right);
+    captured = write_factors(slice, p.rank, w, static_cast<float*>(p.left) + left, static_cast<float*>(p.right) + right);
+  p.error[index] = std::max(0.0, target.total - captured);
+  return std::isfinite(captured) && target.met<T>(p.error[index], order);
+}
+
+struct Workspaces {
+  Workspace<float> single;
+  Workspace<double> full;
+};
+
+void factor(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspaces& w) {
+  const int64_t width = p.matrix.cols / p.groups;
+  const Slice slice{&p.matrix, index / p.groups, (index % p.groups) * width, width};
+  const double total = p.norm[index] = squared_norm(slice);
+  if (!std::isfinite(total)) throw std::runtime_error("a value is NaN, infinite or too large to square");
+  const bool single = !p.matrix.is_double && o.exact_fraction > 0.0 && Target{total, p.optimum[index], o.tolerance}.float_can_tell();
+  if (!single || !factor_slice(p, slice, index, o, w.single)) factor_slice(p, slice, index, o, w.full);
 }
 
 }  // namespace
@@ -235,11 +286,11 @@ void batched_rsvd(const std::vector<RsvdProblem>& problems, const RsvdOptions& o
   std::string failure;
 #pragma omp parallel num_threads(threads)
   {
-    Workspace workspace;
+    Workspaces workspaces;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
       try {
-        factor_slice(problems[tasks[t].problem], tasks[t].slice, options, workspace);
+        factor(problems[tasks[t].problem], tasks[t].slice, options, workspaces);
       } catch (const std::exception& e) {
 #pragma omp critical
         failure = e.what();

@@ -58,10 +58,10 @@ void choose_roots(Layer& layer) {
   }
 }
 
-// Gram matrix (lower triangle, leading dimension padded(order)) of slice `g` of `groups`, read off its root.
+// Gram matrix (lower triangle, leading dimension padded<double>(order)) of slice `g` of `groups`, read off its root.
 void gather(const Layer& layer, const Root& root, int64_t item, int64_t groups, int64_t g, double* out) {
   const MatrixBatch& m = layer.problem->matrix;
-  const int64_t order = std::min(m.rows, m.cols / groups), ld = padded(order);
+  const int64_t order = std::min(m.rows, m.cols / groups), ld = padded<double>(order);
   const int64_t root_order = std::min(m.rows, m.cols / root.groups), size = root_order * root_order;
   const double* base = root.grams.data() + item * root.groups * size;
   const int64_t parts = root.wide ? root.groups / groups : 1;
@@ -123,11 +123,11 @@ void products(std::vector<Layer>& layers, int threads) {
     const MatrixBatch& m = layers[t.layer].problem->matrix;
     Root& root = layers[t.layer].roots[t.index];
     const int64_t width = m.cols / root.groups, order = std::min(m.rows, width);
-    double* g = grow(matrix, padded(order) * whole_blocks(order));
+    double* g = grow(matrix, padded<double>(order) * whole_blocks<double>(order));
     double* out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
-    gram({&m, t.item, t.slice * width, width}, g, scratch);
+    gram({&m, t.item, t.slice * width, width}, 1.0, g, scratch);
     for (int64_t j = 0; j < order; ++j)
-      std::copy(g + j * padded(order) + j, g + j * padded(order) + order, out + j * order + j);
+      std::copy(g + j * padded<double>(order) + j, g + j * padded<double>(order) + order, out + j * order + j);
   });
 }
 
@@ -165,8 +165,8 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, Buffer& coupli
   run(tasks, threads, [&](const Task& t, Buffer& matrix, Buffer& scratch) {
     const Layer& layer = layers[t.layer];
     Tridiagonal& target = found[t.number];
-    const int64_t n = target.order, ld = padded(n);
-    double *gram = grow(matrix, ld * whole_blocks(n) + n), *tau = gram + ld * whole_blocks(n);
+    const int64_t n = target.order, ld = padded<double>(n);
+    double *gram = grow(matrix, ld * whole_blocks<double>(n) + n), *tau = gram + ld * whole_blocks<double>(n);
     gather(layer, layer.roots[layer.root_of[t.index]], t.item, layer.problem->groups[t.index], t.slice, gram);
     double largest = 0.0, trace = 0.0;  // the largest entry of a positive semidefinite matrix is on its diagonal
     for (int64_t i = 0; i < n; ++i) {

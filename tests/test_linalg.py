@@ -163,6 +163,47 @@ def test_a_certificate_that_cannot_be_met_falls_back_to_exact_and_says_so(implem
     torch.testing.assert_close(factors.error, batched_rsvd_ref(matrix, 1, 4).error)
 
 
+@pytest.mark.parametrize(
+    ("rows", "groups", "cols"), [(96, 1, 200), (200, 2, 192), (33, 3, 99), (17, 1, 5), (300, 1, 300)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e17])
+def test_float32_slices_meet_their_certificate_in_float32(rows, groups, cols, scale):
+    """Squares of such weights leave the range of float32; the least error is far above its rounding."""
+    matrix = _matrix(2, rows, cols, torch.float32) * scale
+    rank = max(1, min(rows, cols // groups) // 3)
+    optimum = batched_rsvd_ref(matrix, groups, rank).error
+    factors = linalg.batched_rsvd([matrix], [groups], [rank])[0]
+    full = linalg.batched_rsvd([matrix], [groups], [rank], exact=True)[0]
+    assert bool((factors.error <= (1 + linalg.TOLERANCE) * optimum).all())
+    torch.testing.assert_close(factors.error, _slice_errors(matrix, groups, factors), rtol=2e-5, atol=0)
+    torch.testing.assert_close(full.error, optimum, rtol=1e-10, atol=0)
+    assert bool((factors.error / full.error - 1).abs().max() > 1e-10)  # float64 does not differ so much
+
+
+@pytest.mark.parametrize("rank", [4, 60])
+def test_float64_takes_over_where_float32_cannot_meet_the_certificate(rank):
+    matrix = _matrix(1, 120, 150, torch.float32)
+    optimum = batched_rsvd_ref(matrix, 1, rank).error
+    factors = linalg.batched_rsvd([matrix], [1], [rank], [0.99 * optimum])[0]  # nothing reaches it
+    torch.testing.assert_close(factors.error, optimum, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("rank", [40, 90])
+def test_errors_near_the_rounding_of_float32_are_those_of_float64(rank):
+    """Singular values to 1e-3: the squares left over are 1e-4 to 1e-6 of all."""
+    matrix = _decaying(100, 130).float()
+    optimum = batched_rsvd_ref(matrix, 1, rank).error
+    factors = linalg.batched_rsvd([matrix], [1], [rank])[0]
+    torch.testing.assert_close(factors.error, optimum, rtol=1e-9, atol=0)
+
+
+def test_float32_values_whose_products_overflow_are_worked_on_in_float64():
+    matrix = _matrix(1, 40, 4000, torch.float32) * 2e37
+    factors = linalg.batched_rsvd([matrix], [1], [20])[0]
+    assert torch.isfinite(factors.left).all() and torch.isfinite(factors.right).all()
+    torch.testing.assert_close(factors.error, batched_rsvd_ref(matrix, 1, 20).error, rtol=1e-3, atol=0)
+
+
 def test_values_that_are_not_finite_are_refused():
     for bad in (float("nan"), float("inf"), 1e200):
         matrix = torch.eye(4, dtype=torch.float64)[None].clone()
