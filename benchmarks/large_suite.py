@@ -198,7 +198,9 @@ def main() -> None:
     args = parser.parse_args()
     orders = [256, 1024] if args.quick else [256, 512, 1024, 2048, 4096]
     shapes = [shape for n in orders for shape in ((n, n), (4 * n, n))] + ([] if args.quick else [(8192, 8192)])
-    cases = [(1, 1, 2)] if args.quick else [(4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 4, 1), (14, 1, 2), (31, 1, 2)]
+    cases = [(1, 1, 2)] if args.quick else [
+        (4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 4, 1), (14, 1, 1), (14, 1, 2), (14, 2, 1), (31, 1, 2),
+    ]  # fmt: skip
     results: dict = {"environment": registry.environment(), "by_shape": by_shape(shapes), "checkpoints": []}
     results["paper"] = {
         "Llama 7B": predicted(results["by_shape"], llama_shapes(4096, 11008, 4096, 32, 32000)),
