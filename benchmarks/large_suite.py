@@ -1,7 +1,8 @@
 """What large models cost: eigenproblems by size, whole checkpoints by size, threads and processes; peak memory.
 
-Writes benchmarks/results/large.json and .md. Checkpoints are Llama-shaped, bfloat16, random with singular values that
-fall, and are removed afterwards; the largest has 3 GB. Peak memory is the largest resident set of a process (VmHWM).
+Writes benchmarks/results/large.json and .md. Checkpoints are Llama-shaped, bfloat16, random: a low-rank part and
+noise, so that 70 % of the weights leave relative errors of 36 %, as in MiniLM's encoder (37 %). They are removed
+afterwards; the largest has 3 GB. Peak memory is the largest resident set of a process (VmHWM).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _values(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     rank = min(shape) // 2
     left, right = torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
     decay = torch.arange(1, rank + 1) ** -0.8
-    noise = 0.02 * torch.randn(shape, generator=generator)
+    noise = 1.5 * torch.randn(shape, generator=generator)
     return (0.02 * ((left * decay) @ right + noise)).to(torch.bfloat16)
 
 
@@ -199,7 +200,7 @@ def main() -> None:
     orders = [256, 1024] if args.quick else [256, 512, 1024, 2048, 4096]
     shapes = [shape for n in orders for shape in ((n, n), (4 * n, n))] + ([] if args.quick else [(8192, 8192)])
     cases = [(1, 1, 2)] if args.quick else [
-        (4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 4, 1), (14, 1, 1), (14, 1, 2), (14, 2, 1), (31, 1, 2),
+        (4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 4, 1), (14, 1, 1), (14, 2, 1), (31, 1, 2),
     ]  # fmt: skip
     results: dict = {"environment": registry.environment(), "by_shape": by_shape(shapes), "checkpoints": []}
     results["paper"] = {
