@@ -19,7 +19,6 @@ from .skeleton import check_stored, skeleton, untie
 from .spectra import candidate_groups, for_threads
 from .world import World
 
-BYTES_PER_WEIGHT = 40  # of a layer that is worked on: weight, fold, Gram matrices and eigenproblem in float64
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
@@ -102,16 +101,16 @@ class Work:
     def batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
         """Layers by number, several at a time.
 
-        Their weights are no more than those of the largest layer, or of as many of median size as there are threads,
-        if half of the free memory has room for those. (What comes out does not depend on it.)
+        They take no more memory than the largest layer, or than as many of median size as there are threads, if half
+        of the free memory has room for those. (What comes out does not depend on it.)
         """
         ready = self.ready
-        sizes = [size_of(layer) for layer in ready.values()] or [1]
+        memory = {i: memory_of(layer) for i, layer in ready.items()}
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = max(max(sizes), min(for_threads(sizes, most=64), free // 2 // BYTES_PER_WEIGHT))
+        room = max(*memory.values(), min(for_threads(list(memory.values()), most=64), free // 2), 0)
         batch: list[int] = []
         for number in numbers:
-            if batch and sum(size_of(ready[i]) for i in (*batch, number)) > room:
+            if batch and sum(memory[i] for i in (*batch, number)) > room:
                 yield batch
                 batch = []
             batch.append(number)
@@ -131,10 +130,21 @@ def size_of(layer: Layer) -> int:
     return layer.shape.numel
 
 
+def _order_of(layer: Layer) -> int:
+    """The smaller side of a layer's matrix."""
+    assert layer.shape is not None
+    return min(layer.shape.out_channels // layer.shape.conv_groups, layer.shape.numel // layer.shape.out_channels)
+
+
+def memory_of(layer: Layer) -> int:
+    """Bytes of a layer that is worked on: weight, in float32 and as stored, fold, Gram matrices of all slice counts."""
+    assert layer.shape is not None
+    return 10 * size_of(layer) + 12 * layer.shape.conv_groups * _order_of(layer) ** 2
+
+
 def cost_of(layer: Layer) -> float:
     """What a layer costs, up to a factor: products with itself, and eigenproblems of its smaller side, at a third of
     their speed (measured at orders 768 and 2048)."""
     assert layer.shape is not None
-    rows, size = layer.shape.out_channels // layer.shape.conv_groups, layer.shape.numel
-    order = min(rows, size // layer.shape.out_channels)
-    return float(order * (size + 3 * order**2))
+    order = _order_of(layer)
+    return float(order * (size_of(layer) + 3 * layer.shape.conv_groups * order**2))
