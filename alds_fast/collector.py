@@ -15,7 +15,7 @@ from .discover import Layer, label
 from .errors import ModelError
 from .patches import Wanted, masked, outputs, patches
 from .replace import is_linear
-from .sums import Sum, products_of
+from .sums import Sum
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
@@ -96,7 +96,7 @@ class Collector:
         else:
             keep = masked(layer.module, x, self.keep)
             found, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer, sums.drawn), self.seed)
-            products = products_of(found, sums.centre(found))
+            products = sums.products(found)
             if linear:  # convolutions rarely share an input, and their strips may be large
                 products = [replace(product, strips=list(product.strips)) for product in products]
                 self.last, self.last_name = (weakref.ref(x), key, products, rows), layer.name
@@ -122,14 +122,14 @@ class Collector:
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(found.shape[1:])
         sums = self.sums[layer.name]
-        sums.add(products_of(found - shift, sums.centre(found - shift)), rows)
+        sums.add(sums.products(found - shift), rows)
 
     def _add_gradient(self, layer: Layer, g: Tensor) -> None:
         sums = self.gradient_sums[layer.name]
         wanted = _wanted(layer, filters_of(layer), columns_of(layer), sums.drawn)
         found, rows = outputs(layer.module, g.detach(), masked(layer.module, g, self.keep), wanted, self.seed)
         self.seed += 1
-        sums.add(products_of(found, None), rows)
+        sums.add(sums.products(found, centred=False), rows)
 
     def moments(self) -> dict[str, Moments]:
         """By name, for the layers that were called; layers with one and the same input share its moment."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 BLOCKS = 4  # of a symmetric product's columns, of which one triangle is computed
 MIRRORED = 256  # columns at once
+PART = 1 << 17  # entries of a product that are added at once
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,17 @@ def plain_rows(rows: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def products_of(rows: Tensor, shift: Tensor | None) -> list[Product]:
-    """Products of two halves of the rows, in float64 for float64 rows, in float32 otherwise, made as they are added.
+def _products(x: Tensor, parts: int, shift: Tensor | None) -> list[Product]:
+    """Products of so many parts of the rows (groups, rows, n), of their type, made as they are added."""
+    cut = [part for part in x.tensor_split(parts, 1) if part.shape[1]] or [x]
+    return [Product(_strips(part), part.sum(1).double(), part.shape[1], shift) for part in cut]
 
-    (A product of rows far from 0 in float32 would lose their spread, so that ``shift`` is taken out of them before.)
-    """
-    x = plain_rows(rows)
-    x = x if shift is None else x - shift
-    halves = [part for part in x.tensor_split(2, 1) if part.shape[1]] or [x]
-    return [Product(_strips(part), part.sum(1, dtype=torch.float64), part.shape[1], shift) for part in halves]
+
+def _in_float64(strip: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A strip in float64, on the CPU some rows at a time, which stay in the cache."""
+    step = PART // strip[:, :1].numel() + 1 if strip.device.type == "cpu" else strip.shape[1]
+    for start in range(0, strip.shape[1], step):
+        yield start, strip[:, start : start + step].double()
 
 
 class Sum:
@@ -71,12 +74,16 @@ class Sum:
         self.shift: Tensor | None = None
         self.squares = self.weights = 0.0  # over all products: squared norms of their sums, squared numbers of rows
 
-    def centre(self, rows: Tensor) -> Tensor | None:
-        """What is taken out of every row: the mean of the first call's."""
-        if self.second is None and len(rows):
-            x = plain_rows(rows)
+    def products(self, rows: Tensor, centred: bool = True) -> list[Product]:
+        """Products of a call's rows, to be added: of two halves of the first call's, later of all of a call's.
+
+        In float64 for float64 rows, in float32 otherwise. A product of rows far from 0 would lose their spread in it:
+        if they are to be ``centred``, the mean of the first call's is taken out of all rows before.
+        """
+        x, first = plain_rows(rows), self.second is None
+        if centred and first and len(rows):
             self.shift = x.mean(1, keepdim=True, dtype=torch.float64).to(x.dtype)
-        return self.shift
+        return _products(x if self.shift is None else x - self.shift, 2 if first else 1, self.shift)
 
     def add(self, products: Sequence[Product], rows: int) -> None:
         """Add the products of some of a call's ``rows``, scaled up to all of them."""
@@ -87,9 +94,11 @@ class Sum:
         scale = rows / used if used else 0.0
         for product in products:
             for block, strip in product.strips:
-                self.second[:, block, block.start :].add_(strip, alpha=scale)
                 square = min(strip.shape[1], strip.shape[2])
-                self.squares += scale**2 * (2 * _norm2(strip) - _norm2(strip[:, :, :square]))
+                for start, part in _in_float64(strip):
+                    at = slice(block.start + start, block.start + start + part.shape[1])
+                    self.second[:, at, block.start :].add_(part, alpha=scale)
+                    self.squares += scale**2 * (2 * _norm2(part) - _norm2(part[:, :, :square]))
             self.mean.add_(product.mean, alpha=scale)
             self.weights += (scale * product.used) ** 2
         self.rows, self.drawn = self.rows + rows, self.drawn + used
