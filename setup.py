@@ -6,6 +6,7 @@ from setuptools import setup
 core = Pybind11Extension(
     "alds_fast._core",
     [
+        "csrc/band.cpp",
         "csrc/bindings.cpp",
         "csrc/gram.cpp",
         "csrc/lapack.cpp",
@@ -14,7 +15,7 @@ core = Pybind11Extension(
         "csrc/spectra.cpp",
         "csrc/tridiagonal.cpp",
     ],
-    depends=["csrc/buffer.h", "csrc/core.h", "csrc/vector.h"],
+    depends=["csrc/buffer.h", "csrc/core.h", "csrc/reflector.h", "csrc/vector.h"],
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],

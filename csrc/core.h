@@ -13,10 +13,13 @@ template <typename T>
 struct Lapack {
   using Int = int;
   void (*gemm)(char*, char*, Int*, Int*, Int*, T*, T*, Int*, T*, Int*, T*, T*, Int*);
+  void (*symm)(char*, char*, Int*, Int*, T*, T*, Int*, T*, Int*, T*, T*, Int*);
+  void (*trmm)(char*, char*, char*, char*, Int*, Int*, T*, T*, Int*, T*, Int*);
   void (*syevd)(char*, char*, Int*, T*, Int*, T*, T*, Int*, Int*, Int*, Int*);
   void (*stedc)(char*, Int*, T*, T*, T*, Int*, T*, Int*, Int*, Int*, Int*);
   void (*ormqr)(char*, char*, Int*, Int*, Int*, T*, Int*, T*, T*, Int*, T*, Int*, Int*);
   void (*geqrf)(Int*, Int*, T*, Int*, T*, T*, Int*, Int*);
+  void (*larft)(char*, char*, Int*, Int*, T*, Int*, T*, T*, Int*);
   void (*orgqr)(Int*, Int*, Int*, T*, Int*, T*, T*, Int*, Int*);
 };
 
@@ -51,6 +54,14 @@ void complete_blocks(T* a, int64_t order);
 // scalar factors of the reflectors, which are left below the first subdiagonal as dsytrd leaves them.
 template <typename T>
 void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, BufferOf<T>& scratch);
+
+// The same for large matrices and values only, in two stages: faster from an order of LARGE on.
+constexpr int64_t LARGE = 1024;
+void tridiagonalise_large(double* a, int64_t n, double* diagonal, double* off_diagonal, Buffer& scratch);
+
+// A -= V W^T + W V^T on rows and columns begin .. end, the lower triangle and diagonal blocks of such a matrix; V and W
+// have `width` columns of leading dimension ld, begin is a multiple of a vector's lanes.
+void rank_two_update(int64_t begin, int64_t end, int64_t width, double* a, const double* v, const double* w, int64_t ld);
 
 // Gram matrix of a slice times `scale` on its smaller side: W W^T if rows <= width, else W^T W.
 // Stored as for tridiagonalise, on a vector's boundary, lower triangle; scratch is grown as needed.

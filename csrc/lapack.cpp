@@ -24,10 +24,13 @@ Lapack<T> load(const std::string& type) {
   py::dict blas = capi("scipy.linalg.cython_blas"), lapack = capi("scipy.linalg.cython_lapack");
   Lapack<T> l;
   resolve(blas, type + "gemm", l.gemm);
+  resolve(blas, type + "symm", l.symm);
+  resolve(blas, type + "trmm", l.trmm);
   resolve(lapack, type + "syevd", l.syevd);
   resolve(lapack, type + "stedc", l.stedc);
   resolve(lapack, type + "ormqr", l.ormqr);
   resolve(lapack, type + "geqrf", l.geqrf);
+  resolve(lapack, type + "larft", l.larft);
   resolve(lapack, type + "orgqr", l.orgqr);
   return l;
 }

@@ -179,7 +179,8 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, Buffer& coupli
     for (int64_t j = 0; j < n; ++j)  // so that no square over- or underflows
       for (int64_t i = j; i < n; ++i) gram[j * ld + i] /= largest;
     complete_blocks(gram, n);
-    tridiagonalise(gram, n, target.diagonal, target.off_diagonal, tau, scratch);
+    if (n < LARGE) tridiagonalise(gram, n, target.diagonal, target.off_diagonal, tau, scratch);
+    else tridiagonalise_large(gram, n, target.diagonal, target.off_diagonal, scratch);
   });
   return found;
 }

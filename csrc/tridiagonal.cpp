@@ -2,40 +2,12 @@
 // matrices to condensed forms", 1989): what LAPACK's dsytrd computes. It is faster at the orders of channel slices because
 // every loop runs over whole aligned vectors: blocks of `lanes` rows, padding included, diagonal blocks stored in full.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
 
 #include "core.h"
-#include "vector.h"
+#include "reflector.h"
 
 namespace alds {
 namespace {
-
-// A line's values added up until eight are left.
-ALDS_INLINE Eight<double> folded(const Line<double>& x) { return x; }
-ALDS_INLINE Eight<float> folded(const Line<float>& x) {
-  Eight<float> halves[2];
-  std::memcpy(halves, &x, sizeof(x));
-  return halves[0] + halves[1];
-}
-
-// Value c of the result is the sum of x[c]'s lanes.
-template <typename T>
-ALDS_INLINE Eight<T> sums(const Line<T>* x) {
-  using Integers = typename Vectors<T>::Integers;
-  static_assert(COLS == 8, "the shuffles are written for eight columns");
-  const Integers a1 = {0, 8, 2, 10, 4, 12, 6, 14}, b1 = {1, 9, 3, 11, 5, 13, 7, 15};
-  const Integers a2 = {0, 1, 8, 9, 4, 5, 12, 13}, b2 = {2, 3, 10, 11, 6, 7, 14, 15};
-  const Integers a3 = {0, 1, 2, 3, 8, 9, 10, 11}, b3 = {4, 5, 6, 7, 12, 13, 14, 15};
-  Eight<T> y[8], pairs[4], fours[2];
-  for (int i = 0; i < 8; ++i) y[i] = folded(x[i]);
-  for (int i = 0; i < 4; ++i)
-    pairs[i] = __builtin_shuffle(y[2 * i], y[2 * i + 1], a1) + __builtin_shuffle(y[2 * i], y[2 * i + 1], b1);
-  for (int i = 0; i < 2; ++i)
-    fours[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], a2) + __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], b2);
-  return __builtin_shuffle(fours[0], fours[1], a3) + __builtin_shuffle(fours[0], fours[1], b3);
-}
 
 // out[c] = sum_i m[i, c] x[i] over rows begin .. end; m and out have room for whole blocks of columns
 template <typename T>
@@ -97,27 +69,6 @@ ALDS_INLINE void symv(int64_t begin, int64_t end, const T* a, int64_t ld, const 
       eight(y + k) += sums<T>(sum);
     }
   }
-}
-
-// Reflector that maps x to (beta, 0, ..., 0); x becomes v with v[0] = 1. Returns tau.
-template <typename T>
-ALDS_INLINE T reflector(int64_t n, T* x, T& beta) {
-  const T nothing = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
-  T tail = 0;
-#pragma omp simd reduction(+ : tail)
-  for (int64_t i = 1; i < n; ++i) tail += x[i] * x[i];
-  const T alpha = x[0];
-  x[0] = 1;
-  beta = alpha;
-  if (tail < nothing) {  // entries are at most 1 here: these are nothing, but their squares have lost their digits
-    std::fill(x + 1, x + n, T{});
-    return T{};
-  }
-  beta = -std::copysign(std::sqrt(alpha * alpha + tail), alpha);
-  const T scale = T{1} / (alpha - beta);
-#pragma omp simd
-  for (int64_t i = 1; i < n; ++i) x[i] *= scale;
-  return (beta - alpha) / beta;
 }
 
 template <typename T>
@@ -193,6 +144,10 @@ ALDS_FOR(float)
 #undef ALDS_FOR
 
 }  // namespace
+
+void rank_two_update(int64_t begin, int64_t end, int64_t width, double* a, const double* v, const double* w, int64_t ld) {
+  update(begin, end, width, a, v, w, ld);
+}
 
 template <typename T>
 int64_t whole_blocks(int64_t order) {

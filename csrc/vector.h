@@ -1,6 +1,7 @@
 // Vectors of a cache line, for loops over aligned blocks of rows.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 // One binary for every x86-64: the loops below are compiled for AVX-512, AVX2 and the baseline, chosen at load time.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -44,5 +45,30 @@ template <typename T>
 ALDS_INLINE const Line<T>& at(const T* x) { return *reinterpret_cast<const Line<T>*>(x); }
 template <typename T>
 ALDS_INLINE Eight<T>& eight(T* x) { return *reinterpret_cast<Eight<T>*>(x); }
+
+// A line's values added up until eight are left.
+ALDS_INLINE Eight<double> folded(const Line<double>& x) { return x; }
+ALDS_INLINE Eight<float> folded(const Line<float>& x) {
+  Eight<float> halves[2];
+  std::memcpy(halves, &x, sizeof(x));
+  return halves[0] + halves[1];
+}
+
+// Value c of the result is the sum of x[c]'s lanes.
+template <typename T>
+ALDS_INLINE Eight<T> sums(const Line<T>* x) {
+  using Integers = typename Vectors<T>::Integers;
+  static_assert(COLS == 8, "the shuffles are written for eight columns");
+  const Integers a1 = {0, 8, 2, 10, 4, 12, 6, 14}, b1 = {1, 9, 3, 11, 5, 13, 7, 15};
+  const Integers a2 = {0, 1, 8, 9, 4, 5, 12, 13}, b2 = {2, 3, 10, 11, 6, 7, 14, 15};
+  const Integers a3 = {0, 1, 2, 3, 8, 9, 10, 11}, b3 = {4, 5, 6, 7, 12, 13, 14, 15};
+  Eight<T> y[8], pairs[4], fours[2];
+  for (int i = 0; i < 8; ++i) y[i] = folded(x[i]);
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = __builtin_shuffle(y[2 * i], y[2 * i + 1], a1) + __builtin_shuffle(y[2 * i], y[2 * i + 1], b1);
+  for (int i = 0; i < 2; ++i)
+    fours[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], a2) + __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], b2);
+  return __builtin_shuffle(fours[0], fours[1], a3) + __builtin_shuffle(fours[0], fours[1], b3);
+}
 
 }  // namespace alds

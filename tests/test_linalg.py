@@ -64,6 +64,35 @@ def test_spectra_resolve_small_values_to_1e_minus_8():
     torch.testing.assert_close(linalg.spectra([tiny], [[1]])[0][0][0, 0], tiny[0].diagonal(), rtol=1e-3, atol=1e-9)
 
 
+def _large(kind, order):
+    matrix = _matrix(1, order, order + 3)
+    if kind == "diagonal":
+        return torch.diag_embed(torch.linspace(0, 1, order, dtype=torch.float64))[None]
+    if kind == "low rank":
+        return matrix[..., :3] @ matrix[:, :3]
+    if kind == "blocks":
+        matrix[:, : order // 2, order // 2 :] = matrix[:, order // 2 :, : order // 2] = 0.0
+        matrix[:, : order // 2] *= 1e-80
+    return matrix
+
+
+@pytest.mark.parametrize("order", [1024, 1025, 1056, 1057, 1058, 1087, 1130])
+def test_spectra_of_large_slices_by_two_stages(order):
+    """Orders that end in every way a band of 32 columns."""
+    matrix = _large("random", order)
+    expected = spectra_ref(matrix, [1])[0]
+    found = linalg.spectra([matrix], [[1]])[0][0]
+    torch.testing.assert_close(found.square(), expected.square(), rtol=0, atol=1e-13 * float(expected.max()) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "low rank", "blocks"])
+def test_spectra_of_large_slices_with_nothing_to_reflect(kind):
+    matrix = _large(kind, 1061)
+    expected = spectra_ref(matrix, [1])[0]
+    found = linalg.spectra([matrix], [[1]])[0][0]
+    torch.testing.assert_close(found.square(), expected.square(), rtol=0, atol=1e-13 * float(expected.max()) ** 2)
+
+
 def test_spectra_of_zeros_are_zero():
     assert torch.equal(linalg.spectra([torch.zeros(1, 4, 6)], [[2]])[0][0], torch.zeros(1, 2, 3, dtype=torch.float64))
 
