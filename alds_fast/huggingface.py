@@ -84,6 +84,7 @@ def transformers_format() -> _Format:
         def _dequantize(self, model: Any, dtype: Any = None) -> Any:
             for name in choices_in(model):
                 put(model, name, model.get_submodule(name).to_dense())
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as saving leaves it in the config
             return model if dtype is None else model.to(dtype)
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

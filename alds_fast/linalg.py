@@ -215,9 +215,8 @@ def batched_rsvd(
     sketch would be so wide that it costs more, the exact eigendecomposition runs and ``iterations`` says so. Source:
     Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011).
 
-    On CPU, slices of float32 are worked on in float32 where the relative error is above 4.4 %: errors are then off by
-    up to 4 epsilons of ||W||^2 (measured), the certificate asks for 8 less than it would, and float64 takes over if it
-    is not met. ``exact`` is float64.
+    On CPU the bases of float32 slices with errors above 3.1 % are computed in float32, their projections and the
+    certificate in float64; if it is not met, the basis is computed in float64 too. ``exact`` is float64.
     """
     if optima is None:
         values = spectra(matrices, [[k] for k in groups])

@@ -22,6 +22,7 @@ from pathlib import Path
 import registry
 import torch
 
+import alds_fast as alds
 from alds_fast import cli, linalg
 from alds_fast.shard_file import Entry, write_shard
 from alds_fast.shards import INDEX
@@ -131,6 +132,13 @@ def by_shape(shapes: list[tuple[int, int]]) -> list[dict[str, float]]:
     return rows
 
 
+def gpt2_small(rounds: int) -> dict[str, float]:
+    """The linear layers of GPT-2-small, random, compressed in memory: medians."""
+    shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
+    model = torch.nn.ModuleList(torch.nn.Linear(c, f) for f, c in shapes)
+    return registry.take_turns({"gpt2": lambda: alds.compress(model, params=KEEP)}, rounds)["gpt2"]
+
+
 def _fit(rows: list[dict[str, float]], what: str) -> tuple[float, float]:
     """Seconds per n^3 and per rows * cols * n, the least squares of relative errors, from n = 1024 on."""
     used = [r for r in rows if min(r["rows"], r["cols"]) >= 1024]
@@ -174,7 +182,11 @@ def table(results: dict) -> str:
         f"| {r['factors_s']:.3f} | {r['rank']} |"
         for r in results["by_shape"]
     ]
+    gpt2 = results["gpt2_small"]
     lines += [
+        "",
+        f"Linear layers of GPT-2-small, in memory, to {KEEP:.0%}: {gpt2['wall_s']:.1f} s, "
+        f"{gpt2['cpu_s']:.1f} CPU-seconds.",
         "",
         f"Llama-shaped checkpoints, bfloat16, {KEEP:.0%} of the parameters kept, slices 1, 2, 4, ... 16:",
         "",
@@ -203,6 +215,7 @@ def main() -> None:
         (4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 4, 1), (14, 1, 1), (14, 2, 1), (31, 1, 2),
     ]  # fmt: skip
     results: dict = {"environment": registry.environment(), "by_shape": by_shape(shapes), "checkpoints": []}
+    results["gpt2_small"] = gpt2_small(1 if args.quick else 3)
     results["paper"] = {
         "Llama 7B": predicted(results["by_shape"], llama_shapes(4096, 11008, 4096, 32, 32000)),
         "Llama 70B": predicted(results["by_shape"], llama_shapes(8192, 28672, 1024, 80, 32000)),

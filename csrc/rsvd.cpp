@@ -4,24 +4,22 @@
 // capture, so ||W||_F^2 minus it is their exact squared error (Halko, Martinsson, Tropp 2011, sections 4.3 and 5).
 // Power iterations go on until that is within (1 + tolerance) of the optimum known from the spectrum.
 //
-// Slices of float32 are worked on in float32 where the certificate can tell: where the tolerance is far above what such
-// arithmetic loses. If it is not met after all, float64 does the work again.
+// Of float32 slices with errors well above what such arithmetic loses, the basis is computed in float32. Its projection and
+// the certificate are float64 all the same; if they say that it will not do, the basis is computed in float64 too.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "core.h"
 
 namespace alds {
 namespace {
 
-constexpr int64_t CHUNK = 1 << 20;  // bytes of W converted at a time
-// Errors computed in float32 are off by up to 4 epsilons of ||W||^2 (measured; orders 5 to 2048, flat and falling spectra).
-constexpr double FLOAT_NOISE = 8.0 * std::numeric_limits<float>::epsilon();
+constexpr int64_t CHUNK = 1 << 17;  // doubles of W converted at a time: 1 MiB
+constexpr double FLOAT_EPSILONS = 8.0;  // of ||W||^2 that the tolerance must come to for float32 to be tried (measured)
 
 template <typename T>
 struct Workspace {
@@ -102,12 +100,10 @@ void mirror(T* a, int64_t order, int64_t ld) {  // fill the upper triangle from 
 struct Target {
   double total, optimum, tolerance;
 
-  template <typename T>
   bool met(double error, int64_t order) const {
-    const double rounding = std::is_same_v<T, double> ? order * std::numeric_limits<double>::epsilon() : -FLOAT_NOISE;
-    return error <= (1.0 + tolerance) * optimum + rounding * total;
+    return error <= (1.0 + tolerance) * optimum + order * std::numeric_limits<double>::epsilon() * total;
   }
-  bool float_can_tell() const { return tolerance * optimum >= 2.0 * FLOAT_NOISE * total; }
+  bool float_may_do() const { return tolerance * optimum >= FLOAT_EPSILONS * std::numeric_limits<float>::epsilon() * total; }
 };
 
 // Top `rank` eigenvectors of the Gram matrix (destroyed, entries at most 1) into w.factor (order x rank). The tridiagonal
@@ -144,7 +140,7 @@ bool sketched(T* gram, Workspace<T>& w, int64_t order, int64_t rank, int64_t wid
     product('N', 'N', order, width, order, gram, padded<T>(order), basis, order, image, order);
     product('T', 'N', width, width, order, basis, order, image, order, small, width);
     eigen(small, width, w);
-    if (target.met<T>(target.total * std::max(0.0, 1.0 - top(w.values, width, rank)), order)) {
+    if (target.met(target.total * std::max(0.0, 1.0 - top(w.values, width, rank)), order)) {
       T* factor = grow(w.factor, order * rank);
       product('N', 'N', order, rank, width, basis, order, small + (width - rank) * width, width, factor, order);
       return true;
@@ -156,26 +152,40 @@ bool sketched(T* gram, Workspace<T>& w, int64_t order, int64_t rank, int64_t wid
   return false;
 }
 
+// The basis in float64, its columns of norm 1 again if it comes from float32: what is left of their not being orthonormal
+// changes the squared error by the square of float32's epsilon.
+void widen(const BufferOf<float>& single, Buffer& full, int64_t order, int64_t rank) {
+  double* basis = grow(full, order * rank);
+  for (int64_t j = 0; j < rank; ++j) {
+    const float* column = single.data() + j * order;
+    double square = 0.0;
+    for (int64_t i = 0; i < order; ++i) square += double(column[i]) * column[i];
+    const double scale = 1.0 / std::sqrt(square);
+    for (int64_t i = 0; i < order; ++i) basis[j * order + i] = column[i] * scale;
+  }
+}
+
 // Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half precision.
-// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor. Returns the
-// squared norm of the projection. S: the matrix's type, T: the type that is computed in.
-template <typename S, typename T>
-double write_factors(const Slice& slice, int64_t rank, Workspace<T>& w, S* left, S* right) {
+// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor, over ||W||
+// at first, so that nothing over- or underflows. Returns the squared norm of the projection. S: the matrix's type.
+template <typename S>
+double write_factors(const Slice& slice, int64_t rank, double norm, Workspace<double>& w, S* left, S* right) {
   const MatrixBatch& m = *slice.matrix;
   const bool wide = m.rows <= slice.width;
   const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
   const S* base = static_cast<const S*>(m.data) + slice.item * m.rows * m.cols + slice.first;
-  const int64_t step = std::clamp<int64_t>(CHUNK / sizeof(T) / order, 1, other);
-  T* dense = grow(w.scratch, order * step);  // a chunk of W, row-major as W is
-  T* projected = grow(w.image, step * rank);
-  std::vector<double> squares(rank, 0.0);
+  const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
+  double* dense = grow(w.scratch, order * step);  // a chunk of W, row-major as W is
+  double *projected = grow(w.image, step * rank), *squares = grow(w.values, rank), captured = 0.0;
+  const double inverse = 1.0 / norm, root = std::sqrt(norm);
+  std::fill(squares, squares + rank, 0.0);
   S* out = wide ? right : left;
   const int64_t row = wide ? 1 : rank, column = wide ? other : 1;  // strides of the factor's entries
   for (int64_t start = 0; start < other; start += step) {
     const int64_t count = std::min(step, other - start), rows = wide ? order : count, cols = wide ? count : order;
     const S* chunk = base + (wide ? start : start * m.cols);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = static_cast<T>(chunk[i * m.cols + j]);
+      for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = chunk[i * m.cols + j] * inverse;
     product(wide ? 'N' : 'T', 'N', count, rank, order, dense, cols, w.factor.data(), order, projected, count);
     for (int64_t j = 0; j < rank; ++j)
       for (int64_t i = 0; i < count; ++i) {
@@ -184,22 +194,21 @@ double write_factors(const Slice& slice, int64_t rank, Workspace<T>& w, S* left,
         out[(start + i) * row + j * column] = static_cast<S>(value);
       }
   }
-  double captured = 0.0;
-  for (double& square : squares) {
-    captured += square;
-    square = square > 0.0 ? std::pow(square, 0.25) : 1.0;  // sqrt(s_j)
+  for (int64_t j = 0; j < rank; ++j) {
+    captured += squares[j];
+    squares[j] = squares[j] > 0.0 ? std::pow(squares[j], 0.25) : 1.0;  // sqrt(s_j / norm)
   }
   for (int64_t i = 0; i < other; ++i)
     for (int64_t j = 0; j < rank; ++j) {
       S& value = out[wide ? j * other + i : i * rank + j];
-      value = static_cast<S>(value / squares[j]);
+      value = static_cast<S>(value / squares[j] * root);
     }
   for (int64_t j = 0; j < rank; ++j)
     for (int64_t i = 0; i < order; ++i) {
-      const S value = static_cast<S>(w.factor[j * order + i] * squares[j]);
+      const S value = static_cast<S>(w.factor[j * order + i] * squares[j] * root);
       (wide ? left[i * rank + j] : right[j * order + i]) = value;
     }
-  return captured;
+  return captured * norm * norm;
 }
 
 double squared_norm(const Slice& slice) {
@@ -219,39 +228,20 @@ double squared_norm(const Slice& slice) {
   return sum;
 }
 
-// Factors of a slice, computed in T; false if that could not meet the certificate.
+// Orthonormal basis of a slice that is not zero, computed in T, into w.factor; returns the iterations, as Factors has them.
 template <typename T>
-bool factor_slice(const RsvdProblem& p, const Slice& slice, int64_t index, const RsvdOptions& o, Workspace<T>& w) {
-  const MatrixBatch& m = p.matrix;
-  const int64_t order = slice.order(), width = std::min(order, p.rank + o.oversample), ld = padded<T>(order);
-  const Target target{p.norm[index], p.optimum[index], o.tolerance};
-  int64_t& iterations = p.iterations[index];
-  bool done = false;
-  if (target.total == 0.0) {
-    T* factor = grow(w.factor, order * p.rank);
-    std::fill(factor, factor + order * p.rank, T{});
-    for (int64_t j = 0; j < p.rank; ++j) factor[j * order + j] = 1;
-    iterations = EXACT_BY_CHOICE;
-  } else {
-    T* g = grow(w.gram, ld * whole_blocks<T>(order));
-    gram(slice, 1.0 / std::sqrt(target.total), g, w.scratch);  // so that no square over- or underflows
-    if (width <= o.exact_fraction * order) {
-      mirror(g, order, ld);
-      done = sketched(g, w, order, p.rank, width, target, o, index, iterations);
-      if (!done) iterations = EXACT_BY_FALLBACK;
-    } else {
-      iterations = EXACT_BY_CHOICE;
-    }
-    if (!done) exact(g, w, order, p.rank);
+int64_t basis_of(const Slice& slice, int64_t rank, const Target& target, const RsvdOptions& o, uint64_t index, Workspace<T>& w) {
+  const int64_t order = slice.order(), width = std::min(order, rank + o.oversample), ld = padded<T>(order);
+  T* g = grow(w.gram, ld * whole_blocks<T>(order));
+  gram(slice, 1.0 / std::sqrt(target.total), g, w.scratch);  // so that no square over- or underflows
+  int64_t iterations = EXACT_BY_CHOICE;
+  if (width <= o.exact_fraction * order) {
+    mirror(g, order, ld);
+    if (sketched(g, w, order, rank, width, target, o, index, iterations)) return iterations;
+    iterations = EXACT_BY_FALLBACK;
   }
-  const int64_t left = index * m.rows * p.rank, right = index * p.rank * slice.width;
-  double captured;
-  if (m.is_double)
-    captured = write_factors(slice, p.rank, w, static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right);
-  else
-    captured = write_factors(slice, p.rank, w, static_cast<float*>(p.left) + left, static_cast<float*>(p.right) + right);
-  p.error[index] = std::max(0.0, target.total - captured);
-  return std::isfinite(captured) && target.met<T>(p.error[index], order);
+  exact(g, w, order, rank);
+  return iterations;
 }
 
 struct Workspaces {
@@ -259,15 +249,37 @@ struct Workspaces {
   Workspace<double> full;
 };
 
-void factor(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspaces& w) {
-  const int64_t width = p.matrix.cols / p.groups;
-  const Slice slice{&p.matrix, index / p.groups, (index % p.groups) * width, width};
-  const double total = p.norm[index] = squared_norm(slice);
+void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspaces& w) {
+  const MatrixBatch& m = p.matrix;
+  const int64_t width = m.cols / p.groups;
+  const Slice slice{&m, index / p.groups, (index % p.groups) * width, width};
+  const int64_t order = slice.order(), left = index * m.rows * p.rank, right = index * p.rank * width;
+  const double total = p.norm[index] = squared_norm(slice), norm = total > 0.0 ? std::sqrt(total) : 1.0;
   if (!std::isfinite(total)) throw std::runtime_error("a value is NaN, infinite or too large to square");
   const Target target{total, p.optimum[index], o.tolerance};
+  auto write = [&] {
+    const double captured =
+        m.is_double ? write_factors(slice, p.rank, norm, w.full, static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right)
+                    : write_factors(slice, p.rank, norm, w.full, static_cast<float*>(p.left) + left, static_cast<float*>(p.right) + right);
+    p.error[index] = std::max(0.0, total - captured);
+    return std::isfinite(captured) && target.met(p.error[index], order);
+  };
+  if (total == 0.0) {
+    double* factor = grow(w.full.factor, order * p.rank);
+    std::fill(factor, factor + order * p.rank, 0.0);
+    for (int64_t j = 0; j < p.rank; ++j) factor[j * order + j] = 1.0;
+    p.iterations[index] = EXACT_BY_CHOICE;
+    write();
+    return;
+  }
   const bool sketches = o.exact_fraction > 0.0;  // else the errors are asked for to the last digit
-  const bool single = sketches && !p.matrix.is_double && target.float_can_tell();
-  if (!single || !factor_slice(p, slice, index, o, w.single)) factor_slice(p, slice, index, o, w.full);
+  if (sketches && !m.is_double && target.float_may_do()) {
+    p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.single);
+    widen(w.single.factor, w.full.factor, order, p.rank);
+    if (write()) return;
+  }
+  p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.full);
+  write();
 }
 
 }  // namespace
@@ -292,7 +304,7 @@ void batched_rsvd(const std::vector<RsvdProblem>& problems, const RsvdOptions& o
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
       try {
-        factor(problems[tasks[t].problem], tasks[t].slice, options, workspaces);
+        factor_slice(problems[tasks[t].problem], tasks[t].slice, options, workspaces);
       } catch (const std::exception& e) {
 #pragma omp critical
         failure = e.what();
