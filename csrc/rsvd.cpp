@@ -18,7 +18,7 @@
 namespace alds {
 namespace {
 
-constexpr int64_t CHUNK = 1 << 17;  // doubles of W converted at a time: 1 MiB
+constexpr int64_t CHUNK = 1 << 20;  // doubles of W converted at a time: 8 MiB
 constexpr double FLOAT_EPSILONS = 8.0;  // of ||W||^2 that the tolerance must come to for float32 to be tried (measured)
 
 template <typename T>

@@ -306,6 +306,16 @@ def test_pickled_and_dequantized(small, tmp_path):
                        logits(model, "llama"))  # fmt: skip
 
 
+def test_dequantized_after_saving(small, tmp_path):
+    """Saving leaves the dtype in the config as text."""
+    model = alds.from_pretrained(small / "llama")
+    before = logits(model, "llama")
+    model.save_pretrained(tmp_path / "saved")
+    model.dequantize()
+    assert not low_rank(model)
+    torch.testing.assert_close(logits(model, "llama"), before)
+
+
 def test_keywords_of_transformers(small):
     options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
     model, info = alds.from_pretrained(small / "llama", output_loading_info=True, **options)
