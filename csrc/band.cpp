@@ -2,8 +2,6 @@
 // symmetric band reduction", 2000): to a band by block reflectors, whose products read the matrix once for BAND columns
 // and not once for each; then from band to tridiagonal by chasing bulges down it, in the cache.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "core.h"
 #include "reflector.h"
@@ -18,10 +16,6 @@ constexpr int64_t STRIDE = COLUMN - 1;        // from entry (i, j), at i + j STR
 
 typedef double Loose __attribute__((vector_size(64), aligned(8)));
 ALDS_INLINE Loose& loose(double* x) { return *reinterpret_cast<Loose*>(x); }
-
-void check(int info, const char* routine) {
-  if (info != 0) throw std::runtime_error(std::string(routine) + " failed with info = " + std::to_string(info));
-}
 
 // The lower triangle of a symmetric matrix, stored as for tridiagonalise, to entries at most BAND below the diagonal.
 void to_band(double* a, int64_t n, Buffer& scratch) {

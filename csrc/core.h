@@ -26,6 +26,7 @@ struct Lapack {
 template <typename T>
 const Lapack<T>& lapack();
 void load_lapack();  // resolves them; needs the GIL the first time
+void check(int info, const char* routine);  // throws if a routine failed
 
 // A batch of row-major matrices, batch x rows x cols, in float32 or float64.
 struct MatrixBatch {

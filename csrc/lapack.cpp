@@ -1,6 +1,7 @@
 // LAPACK and BLAS come from scipy: scipy.linalg.cython_{lapack,blas}.__pyx_capi__ holds C function pointers.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "core.h"
@@ -47,6 +48,10 @@ template <>
 const Lapack<float>& lapack() {
   static const Lapack<float> pointers = load<float>("s");
   return pointers;
+}
+
+void check(int info, const char* routine) {
+  if (info != 0) throw std::runtime_error(std::string(routine) + " failed with info = " + std::to_string(info));
 }
 
 void load_lapack() {

@@ -59,10 +59,6 @@ void product(char ta, char tb, int m, int n, int k, T* a, int lda, T* b, int ldb
   lapack<T>().gemm(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &zero, c, &ldc);
 }
 
-void check(int info, const char* routine) {
-  if (info != 0) throw std::runtime_error(std::string(routine) + " failed with info = " + std::to_string(info));
-}
-
 // Orthonormal basis of the columns of a (rows x cols, column-major), in place.
 template <typename T>
 void orthonormalise(T* a, int rows, int cols, Workspace<T>& w) {
