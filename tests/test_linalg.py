@@ -196,7 +196,7 @@ def test_a_certificate_that_cannot_be_met_falls_back_to_exact_and_says_so(implem
     ("rows", "groups", "cols"), [(96, 1, 200), (200, 2, 192), (33, 3, 99), (17, 1, 5), (300, 1, 300)]
 )
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e17])
-def test_float32_slices_meet_their_certificate_in_float32(rows, groups, cols, scale):
+def test_float32_slices_meet_their_certificate_and_report_their_error(rows, groups, cols, scale):
     """Squares of such weights leave the range of float32; the least error is far above its rounding."""
     matrix = _matrix(2, rows, cols, torch.float32) * scale
     rank = max(1, min(rows, cols // groups) // 3)
