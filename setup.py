@@ -8,6 +8,7 @@ core = Pybind11Extension(
     [
         "csrc/band.cpp",
         "csrc/bindings.cpp",
+        "csrc/factors.cpp",
         "csrc/gram.cpp",
         "csrc/lapack.cpp",
         "csrc/ql.cpp",

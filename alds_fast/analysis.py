@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from .candidates import Candidates, candidates
 from .collector import Moments
-from .costs import dense_reason, params_table, solve_error
+from .costs import dense_reason
 from .data_criteria import MAX_DATA_GROUPS, Basis, Errors, layer_errors, resolved_criterion, resolved_norm, with_outputs
 from .discover import Layer, check_weight, count_params, find_layers
+from .doubt import check_is_possible, in_double
 from .folding import SCHEMES
 from .moments import Sensitivity, collect_moments
-from .options import Groups, check_groups, check_importance, check_plan_options, check_schemes
+from .options import Groups, check_groups, check_importance, check_plan_options, check_schemes, is_single
 from .plan import LayerPlan, Plan
 from .planned import planned_row
-from .refine import Outcome, Problem, solve_shares
-from .spectra import LayerSpectra, candidate_groups, layer_spectra
+from .refine import Problem, solve_shares
+from .spectra import LayerSpectra, layer_spectra, with_groups
 from .text import shape_text, table
 
 
@@ -36,6 +37,7 @@ class Analysis:
         model: the model itself, which budgets on operations and latency run.
         moments: by layer name, what the layers called with ``data`` see; empty without.
         max_groups: most channel slices tried by criteria that use them, None for no limit.
+        sharpen: computes spectra of layers, by name, in float64; None for from the model.
     """
 
     layers: tuple[Layer, ...]
@@ -44,6 +46,7 @@ class Analysis:
     model: nn.Module = field(repr=False, compare=False)
     moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     max_groups: int | None = None
+    sharpen: Callable[[Sequence[str]], Sequence[LayerSpectra]] | None = field(default=None, repr=False, compare=False)
     _errors: dict[tuple[str, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
@@ -93,13 +96,18 @@ class Analysis:
             cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
                 ``~/.cache/alds_fast``, False for none.
 
+        Spectra that were computed in float32 (``analyze(precision="float32")``) are computed again in float64, and
+        kept, for layers in doubt (:mod:`alds_fast.doubt`), so that the plan is that of float64: for all of them unless
+        the budget is one of params= or flops=, the criterion "frobenius" and the method "alds".
+
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``).
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
             ArgumentError: another argument is out of range.
-            ModelError: the model does not run with the example inputs.
+            ModelError: the model does not run with the example inputs, or has changed since its spectra were computed
+                in float32.
         """
         shares = {"params": params, "flops": flops, "latency": latency}
         basis = Basis(resolved_criterion(criterion, self.moments, method), self.moments, bool(bias_correction))
@@ -108,24 +116,38 @@ class Analysis:
         options |= {"bias_correction": bias_correction, "importance": importance}
         check_plan_options(shares, error, example_inputs, **options)
         layers = [layer for layer in self.layers if layer.name in self.spectra]
-        choices = self._choices(layers, basis, align, check_importance(importance, self.spectra))
-        if error is not None:
-            by_params = params_table(choices, self.params, 1.0)
-            outcome = Outcome(choices, solve_error(choices, float(error)), [by_params])
-        else:
+        weights = {layer.name: 1.0 for layer in layers} | dict(check_importance(importance, self.spectra))
+        budgets = [name for name, share in shares.items() if share is not None]
+        single = [name for name, s in self.spectra.items() if s.single]
+        if single and not check_is_possible(budgets, basis.criterion, method):
+            self._sharpen(single)
+        while True:
+            choices = self._choices(layers, basis, align, weights)
             spectra = [with_outputs(self.spectra[layer.name], basis, method) for layer in layers]
             problem = Problem(self.model, self.params, layers, choices, spectra, method)
+            if error is not None:
+                outcome = problem.within(float(error))
+                break
             outcome = solve_shares(problem, shares, example_inputs, p, cache)
-        picks = zip(outcome.choices, outcome.solution.found, strict=True)
-        chosen = {layer.name: (*pick, dense_reason(outcome.tables, i))
-                  for i, (layer, pick) in enumerate(zip(layers, picks, strict=True))}  # fmt: skip
+            doubt = problem.doubt(outcome, list(weights.values()), p)
+            if not doubt:
+                break
+            self._sharpen(doubt)
+        picks = enumerate(zip(layers, outcome.choices, outcome.solution.found, strict=True))
+        chosen = {layer.name: (*pick, dense_reason(outcome.tables, i)) for i, (layer, *pick) in picks}
         rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
         return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
 
+    def _sharpen(self, names: Sequence[str]) -> None:
+        """Spectra of these layers in float64, in the place of those there are."""
+        new = in_double([self.spectra[name] for name in names]) if self.sharpen is None else self.sharpen(names)
+        self.spectra.update({s.layer.name: s for s in new})
+        self._errors.clear()
+
     def _choices(
-        self, layers: Sequence[Layer], basis: Basis, align: int, importance: Mapping[str, float]
+        self, layers: Sequence[Layer], basis: Basis, align: int, weights: Mapping[str, float]
     ) -> list[Candidates]:
         """Every choice of the layers; their errors are kept for the next plan."""
         key = basis.criterion, basis.bias_correction
@@ -134,8 +156,7 @@ class Analysis:
         found = []
         for layer, errors in zip(layers, self._errors[key], strict=True):
             assert layer.shape is not None
-            weight = importance.get(layer.name, 1.0)
-            found.append(candidates(layer.shape, {k: weight * e for k, e in errors.items()}, align))
+            found.append(candidates(layer.shape, {k: weights[layer.name] * e for k, e in errors.items()}, align))
         return found
 
     def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
@@ -169,6 +190,7 @@ def analyze(
     sensitivity: Sensitivity = False,
     mask: str | None = "attention_mask",
     moment_order: int = 8192,
+    precision: str = "float64",
 ) -> Analysis:
     """Spectra of every layer under every fold and number of channel slices; the model is not changed.
 
@@ -185,6 +207,8 @@ def analyze(
         mask: name of the keyword argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
             which allows the encode fold with one slice only.
+        precision: "float64", or "float32" for spectra of weights of no wider type in about half the time, for plans
+            that come to the same (:meth:`Analysis.plan`); leave the model as it is until these are made.
 
     Raises:
         WeightError: a layer has NaN or infinite weights, or none at all (meta device).
@@ -197,10 +221,8 @@ def analyze(
     >>> plan.params <= 0.5 * analysis.params
     True
     """
-    spectra = analyze_with_progress(model, schemes, groups, include, exclude, lambda layers: lambda n: None)
-    if data is None:
-        return spectra
-    return with_data(spectra, data, sensitivity, mask, moment_order, groups)
+    found = analyze_with_progress(model, schemes, groups, include, exclude, precision)
+    return found if data is None else with_data(found, data, sensitivity, mask, moment_order, groups)
 
 
 def with_data(
@@ -224,22 +246,14 @@ def analyze_with_progress(
     groups: Groups,
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
-    start: Callable[[Sequence[Layer]], Callable[[int], None]],
+    precision: str = "float64",
+    start: Callable[[Sequence[Layer]], Callable[[int], None]] = lambda layers: lambda n: None,
 ) -> Analysis:
     """:func:`analyze` that calls ``start(layers)`` before the work and what that returns after each part of it."""
-    schemes, groups = check_schemes(schemes), check_groups(groups)
-    layers = [_without_groups(layer, groups) for layer in find_layers(model, include, exclude)]
+    schemes, groups, single = check_schemes(schemes), check_groups(groups), is_single(precision)
+    layers = [with_groups(layer, groups) for layer in find_layers(model, include, exclude)]
     ready = [layer for layer in layers if layer.reason is None]
     for layer in ready:
         check_weight(layer)
-    found = layer_spectra(ready, schemes, groups, start(ready))
+    found = layer_spectra(ready, schemes, groups, start(ready), single=single)
     return Analysis(tuple(layers), {s.layer.name: s for s in found}, count_params(model), model)
-
-
-def _without_groups(layer: Layer, groups: Groups) -> Layer:
-    """The layer, left out if none of the groups divides its channels."""
-    if layer.reason is not None or layer.shape is None or candidate_groups(layer.shape.slice_channels, groups):
-        return layer
-    return Layer(
-        **{**vars(layer), "reason": f"none of groups={groups} divides its {layer.shape.slice_channels} channels"}
-    )

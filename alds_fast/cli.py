@@ -27,10 +27,11 @@ from .cli_directory import compress_directory
 from .cli_eval import add_eval, check_data_flags
 from .container import read_header
 from .discover import Layer
+from .doubt import resolved_precision
 from .errors import AldsError, ArgumentError, FileFormatError, MissingFileError
 from .folding import SCHEMES
 from .journal import PLAN
-from .options import ALL_CRITERIA, METHODS, check_schemes
+from .options import ALL_CRITERIA, METHODS, SHARES, check_schemes
 from .plan import Plan
 from .refit import check_batches
 from .report import analysis_dict, check_plot, plot_plan
@@ -58,11 +59,20 @@ def _progress(schemes: Sequence[int]) -> Iterator[Callable[[Sequence[Layer]], Ca
         yield start
 
 
+def _precision(args: argparse.Namespace) -> str:
+    """Of the spectra: as asked for, or float32 where only a plan that can be checked is made of them."""
+    if args.command != "compress":
+        return "float64"
+    if args.precision is not None or args.data or args.plot:
+        return args.precision or "float64"
+    return resolved_precision({name: getattr(args, name) for name in SHARES}, args.criterion, args.method)
+
+
 def _analyze(args: argparse.Namespace) -> tuple[nn.Module, Analysis]:
     model = ModelTarget(args.target, args.weights)()
     with _progress(check_schemes(args.schemes)) as start:
         analysis = analyze_with_progress(
-            model, args.schemes, args.groups or "divisors", args.include, args.exclude, start
+            model, args.schemes, args.groups or "divisors", args.include, args.exclude, _precision(args), start
         )
     return model, analysis
 
@@ -178,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--criterion", choices=ALL_CRITERIA, default=None)
     compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
     compress.add_argument("--method", choices=METHODS, default="alds")
+    compress.add_argument("--precision", choices=("float32", "float64"), help="of the spectra (default: what will do)")
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
     compress.add_argument("--device", default="cpu", help="for a checkpoint directory: cpu or cuda")

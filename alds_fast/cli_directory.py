@@ -48,6 +48,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
     options = {name: getattr(args, name) for name in ("params", "error", "p", "align", "schemes", "include", "exclude")}
     options |= {"criterion": args.criterion or "frobenius", "groups": args.groups or "auto", "device": args.device}
+    options |= {"precision": args.precision or "float32"}
     with _bars() as progress:
         done = compress_checkpoint(
             args.target, args.output, max_shard_bytes=round(args.max_shard_gb * 1e9), progress=progress, **options

@@ -7,11 +7,14 @@ from typing import Any
 from torch import nn
 
 from .analysis import analyze
+from .doubt import resolved_precision
 from .errors import ArgumentError
 from .options import check_plan_options
 from .refit import check_batches
 
-_ANALYSIS_OPTIONS = {"schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order"}
+_ANALYSIS_OPTIONS = {
+    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "precision"
+}  # fmt: skip
 _PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
 
 
@@ -29,9 +32,10 @@ def compress(
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
-    moment_order) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align, bias_correction, importance,
-    cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`. Raises what these raise, and ArgumentError
-    for an unknown option.
+    moment_order, precision) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align, bias_correction,
+    importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`. ``precision`` is "float32" if
+    it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`. Raises what these raise, and
+    ArgumentError for an unknown option.
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
@@ -50,7 +54,10 @@ def compress(
         check_batches(options.get("data"))
     shares = {"params": params, "flops": flops, "latency": latency}
     check_plan_options(shares, error, example_inputs, **planning)  # before the work
-    analysis = analyze(model, **{k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS})
+    analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
+    if options.get("data") is None:
+        analysing.setdefault("precision", resolved_precision(shares, options.get("criterion"), options.get("method")))
+    analysis = analyze(model, **analysing)
     budgets = {**shares, "error": error, "example_inputs": example_inputs}
     plan = analysis.plan(**{**budgets, **planning})
     if not refit:

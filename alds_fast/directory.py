@@ -19,7 +19,7 @@ from .folding import SCHEMES
 from .inputs import check_unchanged
 from .journal import JOB, PLAN, Journal
 from .layout import companions
-from .options import check_groups, check_plan_options, check_schemes
+from .options import check_groups, check_plan_options, check_schemes, is_single
 from .plan import Plan
 from .shards import CONFIG, Stored, open_shards
 from .streaming import FACTORS, compress_streamed
@@ -39,7 +39,7 @@ class CompressedCheckpoint:
 
 def _settings(
     params: float | None, error: float | None, criterion: str, p: float | None, align: int, schemes: Sequence[int],
-    groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int,
+    groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int, precision: str,
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
     check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align)
@@ -55,7 +55,7 @@ def _settings(
     return Settings(
         budget, criterion, float(resolved_norm(p, criterion, {"params": params}, "alds")), int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
-        patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes,
+        patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, is_single(precision),
     )  # fmt: skip
 
 
@@ -73,6 +73,7 @@ def compress_checkpoint(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    precision: str = "float32",
     device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
 ) -> CompressedCheckpoint:
@@ -87,6 +88,8 @@ def compress_checkpoint(
         schemes, include, exclude: as for :func:`alds_fast.analyze`.
         groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16, "divisors" for all.
         max_shard_bytes: most bytes of a file, unless one tensor alone is larger.
+        precision: "float64", or "float32" for spectra in float32 where the plan can be checked to be the same, see
+            :meth:`alds_fast.Analysis.plan`: under params= by the criterion "frobenius".
         device: where it is computed, "cpu" or "cuda" (the GPU of LOCAL_RANK).
         progress: told (what, done, total) as the work goes on, in each process.
 
@@ -103,7 +106,9 @@ def compress_checkpoint(
         DependencyError, ModelError: transformers is not installed, or does not know the architecture.
         WorkerError: another process of the job failed.
     """
-    settings = _settings(params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes)
+    settings = _settings(
+        params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision
+    )
     for name, value in (("source", source), ("output", output)):
         if not isinstance(value, str | os.PathLike):
             raise ArgumentError(f"{name} is a {type(value).__name__}: expected the name of a directory")

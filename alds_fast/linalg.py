@@ -3,7 +3,7 @@
 On CPU both run in the C++ core (``alds_fast._core``), one LAPACK call per thread and ``torch.get_num_threads()``
 threads; on CUDA they run torch's batched routines (:mod:`alds_fast.linalg_torch`, which also holds the float64
 references). Spectra are those of Gram matrices in float64, so singular values are resolved down to about 1e-8 of the
-largest one, whatever the weight's type.
+largest one, whatever the weight's type; or, if asked for, in float32.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def _row_size(matrix: Tensor, groups: Sequence[int]) -> int:
 # --------------------------------------------------------------------------------------------------- spectra
 
 
-def _spectra_cpu(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+def _spectra_cpu(
+    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], single: bool = False
+) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     check_matrices(matrices, per_matrix)
     with one_blas_thread(), refusals():
-        rows = _core.spectra(arrays(matrices), per_matrix, torch.get_num_threads())
+        rows = _core.spectra(arrays(matrices), per_matrix, single, torch.get_num_threads())
     return [torch.from_numpy(r) for r in rows]
 
 
@@ -58,7 +60,9 @@ _spectra_op = torch.library.custom_op("alds_fast::spectra", _spectra_cpu, mutate
 
 
 @_spectra_op.register_fake
-def _spectra_fake(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+def _spectra_fake(
+    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], single: bool = False
+) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     check_matrices(matrices, per_matrix)
     return [
@@ -67,21 +71,24 @@ def _spectra_fake(matrices: Sequence[Tensor], groups: Sequence[int], counts: Seq
     ]
 
 
-def _spectra_cuda(matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+def _spectra_cuda(
+    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], single: bool = False
+) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     check_matrices(matrices, per_matrix)
-    return [spectra_torch(m, ks) for m, ks in zip(matrices, per_matrix, strict=True)]
+    return [spectra_torch(m, ks, single) for m, ks in zip(matrices, per_matrix, strict=True)]
 
 
 _spectra_op.register_kernel("cuda")(_spectra_cuda)
 
 
-def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]], *, single: bool = False) -> list[list[Tensor]]:
     """Singular values of all channel slices of folded weights, for all candidate ``groups``.
 
     Args:
         matrices: folded weights, each (batch, rows, cols), float32 or float64, CPU or CUDA.
         groups: for every matrix, the slice counts; each divides cols.
+        single: compute in float32, about twice as fast; squared norms of the slices are right to float64 all the same.
 
     Returns:
         For every matrix and every k of its ``groups`` a float64 tensor (batch, k, min(rows, cols / k)), descending.
@@ -91,7 +98,7 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list
 
     The smaller Gram matrix of each slice is used: W W^T (those of finer slices add up to the coarser one's) or W^T W
     (those of finer slices are its diagonal blocks), so a few products serve every k. Values are resolved to 1e-8 of
-    the largest.
+    the largest; in float32 :data:`alds_fast.doubt.VALUE` and :data:`alds_fast.doubt.TAIL` say how well.
 
     >>> w = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
     >>> spectra([w], [[1, 2]])[0]
@@ -100,7 +107,7 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list
     """
     flat = [k for ks in groups for k in ks]
     run = implementation(matrices, _spectra_op, {"cpu": _spectra_cpu, "cuda": _spectra_cuda})
-    rows = run(list(matrices), flat, [len(ks) for ks in groups]) if len(matrices) else []
+    rows = run(list(matrices), flat, [len(ks) for ks in groups], single) if len(matrices) else []
     results = []
     for m, ks, row in zip(matrices, groups, rows, strict=True):
         sizes = [k * min(m.shape[1], m.shape[2] // k) for k in ks]

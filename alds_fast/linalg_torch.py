@@ -12,6 +12,7 @@ OVERSAMPLE = 8
 MAX_ITERATIONS = 24
 TOLERANCE = 1e-3  # squared error reached <= (1 + TOLERANCE) * optimum
 EXACT_FRACTION = 0.1  # a sketch wider than this share of the order is slower than the exact decomposition (measured)
+TINY = 1e-300
 EXACT_BY_CHOICE, EXACT_BY_FALLBACK = -1, -2  # as in csrc/core.h
 
 
@@ -40,9 +41,21 @@ def _gram(slices: Tensor) -> Tensor:
     return slices @ slices.mT if slices.shape[-2] <= slices.shape[-1] else slices.mT @ slices
 
 
-def spectra_torch(matrix: Tensor, groups: Sequence[int]) -> Tensor:
-    """Singular values of the slices for all ``groups``, side by side as the operator has them: (batch, total)."""
-    values = [torch.linalg.eigvalsh(_gram(_slices(matrix, k))).clamp_min(0).sqrt().flip(-1).flatten(1) for k in groups]
+def _eigenvalues(gram: Tensor, single: bool) -> Tensor:
+    """Eigenvalues of Gram matrices, ascending, >= 0, computed in float32 if ``single``; their sum is the trace then."""
+    if not single:
+        return torch.linalg.eigvalsh(gram).clamp_min(0)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    values = torch.linalg.eigvalsh((gram / trace.clamp_min(TINY).unsqueeze(-1)).float()).double().clamp_min(0)
+    return values * (trace / values.sum(-1, keepdim=True).clamp_min(TINY))
+
+
+def spectra_torch(matrix: Tensor, groups: Sequence[int], single: bool) -> Tensor:
+    """Singular values of the slices for all ``groups``, side by side as the operator has them: (batch, total).
+
+    (Gram matrices are float64 even if ``single``: a product in float32 may be one in TensorFloat-32.)
+    """
+    values = [_eigenvalues(_gram(_slices(matrix, k)), single).sqrt().flip(-1).flatten(1) for k in groups]
     return torch.cat(values, 1) if values else matrix.new_empty((matrix.shape[0], 0), dtype=torch.float64)
 
 

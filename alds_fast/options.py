@@ -42,6 +42,13 @@ def check_groups(groups: Groups) -> Groups:
     return groups
 
 
+def is_single(precision: str) -> bool:
+    """Whether ``precision`` is "float32", not "float64"; ArgumentError if it is neither."""
+    if precision not in ("float32", "float64"):
+        raise ArgumentError(f"precision={precision!r} is neither 'float32' nor 'float64'")
+    return precision == "float32"
+
+
 def check_importance(importance: Mapping[str, float] | None, names: Collection[str]) -> Mapping[str, float]:
     """The factors of the layers' errors; LayerNotFoundError for a name that is none of ``names``, ArgumentError."""
     importance = {} if importance is None else importance

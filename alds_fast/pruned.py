@@ -18,12 +18,13 @@ from . import linalg
 from .bounds import CRITERIA
 from .candidates import candidates
 from .discover import Layer
+from .doubt import TAIL
 from .folding import WeightShape, max_rank, params_per_rank
-from .spectra import FoldRoom, LayerSpectra, batches, candidate_groups, layer_spectra, place
+from .spectra import FoldRoom, LayerSpectra, batches, candidate_groups, in_single, layer_spectra, place
 
 FIRST = 4  # up to so many slices are computed at once, from shared Gram matrices
 MOST = 16
-SLACK = 1e-9  # relative, far above the rounding of the spectra
+SLACK = 1e-9  # relative, far above the rounding of the spectra in float64
 
 
 def auto_groups(channels: int) -> tuple[int, ...]:
@@ -55,7 +56,7 @@ def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, c
     bound = errors[np.minimum(ranks * (groups // coarse), len(errors) - 1)]
     at = np.searchsorted(costs, ranks * per_rank, side="right") - 1
     beaten = np.where(at >= 0, best[np.maximum(at, 0)], np.inf)
-    return bool((bound * (1 - SLACK) < beaten).any())
+    return bool(((bound * (1 - SLACK)) ** 2 - (2 * TAIL if known.single else 0.0) < beaten**2).any())
 
 
 def pruned_spectra(
@@ -65,13 +66,14 @@ def pruned_spectra(
     criterion: str,
     align: int = 1,
     done: Callable[[int], None] = lambda n: None,
+    single: bool = False,
 ) -> list[LayerSpectra]:
     """Spectra of layers under the folds and slice counts that can be on the Pareto front.
 
     ``groups``: "divisors" for all divisors of a layer's channels, None for :func:`auto_groups`, or a sequence. Budgets
     on parameters, and on the error, have the same solutions as with the spectra of all of them, by every criterion but
-    "reference", for which nothing is left out. All layers are worked on together; ``done`` as for
-    :func:`alds_fast.spectra.layer_spectra`.
+    "reference", for which nothing is left out. All layers are worked on together; ``done``
+    and ``single`` as for :func:`alds_fast.spectra.layer_spectra`.
     """
     shapes = {layer.name: layer.shape for layer in layers if layer.shape}
     wanted = {n: candidate_groups(s.slice_channels, groups) if groups else auto_groups(s.slice_channels)
@@ -79,14 +81,14 @@ def pruned_spectra(
     named = sorted({k for ks in wanted.values() for k in ks})
     first = tuple(k for k in named if k <= FIRST or criterion == "reference") or tuple(named)
     room, limit = FoldRoom(), sum(s.numel for s in shapes.values())
-    results = {s.layer.name: s for s in layer_spectra(layers, schemes, first, done, limit)}
+    results = {s.layer.name: s for s in layer_spectra(layers, schemes, first, done, limit, single)}
     for k in sorted(set(named) - set(first)):
         left = [
             (layer, scheme) for layer in layers if k in wanted[layer.name] for scheme in results[layer.name].top
             if may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align)
         ]  # fmt: skip
         for batch in batches(left, lambda w: shapes[w[0].name].numel, lambda w: place(w[0]), limit):
-            found = linalg.spectra(room.matrices(batch), [[k]] * len(batch))
+            found = linalg.spectra(room.matrices(batch), [[k]] * len(batch), single=single and in_single(batch[0][0]))
             for (layer, scheme), (values,) in zip(batch, found, strict=True):
                 results[layer.name].values[scheme, k] = values.cpu()
     return [results[layer.name] for layer in layers]

@@ -11,9 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .allocate import Front, Ints, allocate
 from .candidates import Candidates
-from .costs import CostTable, Solution, flops_table, largest_error, params_table, relaxed, solve, solve_baseline
+from .costs import (
+    CostTable,
+    Solution,
+    flops_table,
+    largest_error,
+    params_table,
+    relaxed,
+    solve,
+    solve_baseline,
+    solve_error,
+)
 from .discover import Layer
+from .doubt import layers_in_doubt
 from .errors import BudgetError
 from .flops import counted_inputs
 from .latency import LayerTimes, end_to_end
@@ -42,6 +54,22 @@ class Problem:
             return solve(self.choices, tables, p)
         (table,) = tables
         return solve_baseline(self.method, self.choices, table, self.spectra)
+
+    def within(self, error: float) -> Outcome:
+        """The fewest parameters with errors of at most ``error``."""
+        table = params_table(self.choices, self.params, 1.0)
+        return Outcome(self.choices, solve_error(self.choices, error), [table])
+
+    def doubt(self, outcome: Outcome, weights: Sequence[float], p: float) -> list[str]:
+        """Names of the layers, errors times ``weights``, whose float32 spectra might not decide as float64 ones."""
+        if not any(s.single for s in self.spectra):
+            return []
+        (table,), found = outcome.tables, outcome.solution.found
+
+        def again(fronts: Sequence[Front]) -> Ints:
+            return allocate(fronts, table.budget(), p).picks
+
+        return layers_in_doubt(self.spectra, outcome.choices, weights, found, table.costs, again)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ class LayerSpectra:
 
     ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the
     largest singular value of the whole folded weight; ``output``, where it was asked for, the eigenvalues of the
-    covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups.
+    covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups. ``single``:
+    they were computed in float32, :mod:`alds_fast.doubt` says how well they are known.
     """
 
     layer: Layer
     values: dict[tuple[int, int], Tensor]
     top: dict[int, float]
     output: Tensor | None = None
+    single: bool = False
 
     def errors(self, scheme: int, groups: int, criterion: Criterion) -> Tensor:
         """Relative error for every rank 0..r, (r + 1,) float64."""
@@ -57,6 +59,13 @@ def candidate_groups(channels: int, groups: Groups) -> tuple[int, ...]:
     """
     allowed = divisors(channels)
     return allowed if groups == "divisors" else tuple(k for k in allowed if k in groups)
+
+
+def with_groups(layer: Layer, groups: Groups) -> Layer:
+    """The layer, left out if none of the groups divides its channels."""
+    if layer.reason is not None or layer.shape is None or candidate_groups(layer.shape.slice_channels, groups):
+        return layer
+    return replace(layer, reason=f"none of groups={groups} divides its {layer.shape.slice_channels} channels")
 
 
 def _problems(layers: Sequence[Layer], schemes: Sequence[int], groups: Groups) -> list[_Problem]:
@@ -97,6 +106,11 @@ def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
     return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def in_single(layer: Layer) -> bool:
+    """Whether float32 may do for this layer: its weight is in no wider type."""
+    return place(layer)[1] == torch.float32
+
+
 class FoldRoom:
     """One piece of memory that batch after batch is folded into; weights that are as they must be are not copied.
 
@@ -129,21 +143,22 @@ def layer_spectra(
     groups: Groups,
     done: Callable[[int], None] = lambda n: None,
     limit: int = 0,
+    single: bool = False,
 ) -> list[LayerSpectra]:
     """Spectra of the layers, in their order, each with a shape and a finite weight.
 
     Layers are computed together, as many as have no more weights than the largest one, than as many of median size as
     there are threads (four at most), or than ``limit`` if given. The extra memory is theirs: folds, where these are not
     the weights themselves, Gram matrices (about as many float64 as there are weights) and one eigenproblem a thread.
-    ``done`` is told the number of weights finished after each batch.
+    ``done`` is told the number of weights finished after each batch. ``single``: in float32, if the weight is no wider.
     """
-    results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
+    results = {layer.name: LayerSpectra(layer, {}, {}, single=single and in_single(layer)) for layer in layers}
     work, room = _problems(layers, schemes, groups), FoldRoom()
     for batch in batches(
         work, lambda p: p.size, lambda p: place(p.layer), limit or for_threads([p.size for p in work])
     ):
         matrices = room.matrices([(p.layer, p.scheme) for p in batch])
-        found = linalg.spectra(matrices, [p.computed for p in batch])
+        found = linalg.spectra(matrices, [p.computed for p in batch], single=results[batch[0].layer.name].single)
         for problem, values in zip(batch, found, strict=True):
             result = results[problem.layer.name]
             by_groups = {k: v.cpu() for k, v in zip(problem.computed, values, strict=True)}

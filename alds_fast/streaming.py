@@ -6,64 +6,20 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from .analysis import Analysis
 from .container import crc32
-from .discover import count_params, label
-from .errors import FileFormatError, FileWriteError, PlanError
+from .errors import FileFormatError, FileWriteError
 from .factorize import Choice, plain_layers
 from .huggingface import METHOD, VERSION, described
 from .inputs import read_record, recorded, verified
 from .journal import JOB, PLAN, Journal
 from .layout import OutputFile, companions, index_of, output_files
 from .plan import Plan
-from .pruned import pruned_spectra
 from .shard_file import Entry, header, write_shard, write_whole, writing
 from .shards import CONFIG, DTYPES, INDEX, Stored, stored_in
-from .spectra import LayerSpectra
+from .streamed_plan import check_sums, find_plan, find_spectra, in_doubt, kind_of, spectra_of
 from .workload import Work, size_of
 
 FACTORS = "alds_factors.json"
-
-
-def find_spectra(work: Work) -> None:
-    """The spectra of all layers, in the journal."""
-    ready, settings, journal = work.ready, work.settings, work.journal
-    own = work.shared([i for i in ready if not journal.has("spectra", i)])
-    done, total = 0, sum(size_of(ready[i]) for i in own)
-    for batch in work.batches(own):
-        layers = [ready[i] for i in batch]
-        with work.weights(layers) as sums:
-            found = pruned_spectra(layers, settings.schemes, settings.groups, settings.criterion, settings.align)
-        for number, spectra in zip(batch, found, strict=True):
-            tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
-            journal.put("spectra", number, tensors, {"top": spectra.top, "crc32": sums[spectra.layer.name]})
-        done += sum(map(size_of, layers))
-        work.progress("spectra", done, total)
-    work.world.together()
-
-
-def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
-    """The spectra of a layer out of the journal, and the CRC-32 of the weight that they are of."""
-    tensors, notes = work.journal.get("spectra", number)
-    values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
-    top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
-    return LayerSpectra(work.ready[number], dict(sorted(values.items())), top), int(notes["crc32"])
-
-
-def find_plan(work: Work) -> Plan:
-    """The plan: made by one process, read by all."""
-    path = work.journal.folder / PLAN
-    if work.world.first and not path.exists():
-        found = {layer.name: spectra_of(work, i)[0] for i, layer in work.ready.items()}
-        analysis = Analysis(tuple(work.layers), found, count_params(work.model), work.model)
-        s = work.settings
-        plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
-        write_whole(path, [plan.to_json().encode()])
-    work.world.together()
-    try:
-        return Plan.from_json(path.read_text())
-    except (PlanError, ValueError) as e:
-        raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
 
 def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
@@ -93,16 +49,12 @@ def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) 
 
 
 def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
-    layers, known = {i: work.ready[i] for i in choices}, {i: spectra_of(work, i) for i in choices}
+    layers, doubt = {i: work.ready[i] for i in choices}, in_doubt(work)
+    known = {i: spectra_of(work, i, work.settings.single and i not in doubt) for i in choices}
     numbers = {layer.name: i for i, layer in layers.items()}
     spectra = {s.layer.name: s.values[choices[i].scheme, choices[i].groups] for i, (s, _) in known.items()}
     with work.weights(layers.values()) as sums:
-        for i, (_, crc) in known.items():
-            if sums[layers[i].name] != crc:
-                raise FileFormatError(
-                    f"layer {label(layers[i].name)}: its weight has changed since it was analysed; remove "
-                    f"{str(work.journal.output)!r} and begin again"
-                )
+        check_sums(work, {i: crc for i, (_, crc) in known.items()}, sums)
         limit = sum(map(size_of, layers.values()))
         for choice, low, report in plain_layers([(choices[i], layers[i]) for i in choices], spectra, plan.exact, limit):
             number = numbers[choice.name]
@@ -198,11 +150,11 @@ def compress_streamed(work: Work) -> None:
     numbers = {layer.name: i for i, layer in work.ready.items()}
     if work.world.first:
         own = {work.sources[name] for name in numbers}
-        found = [i for i in work.ready if work.journal.has("spectra", i)]
+        found = [i for i in work.ready if work.journal.has(kind_of(work.settings.single), i)]
         known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in found}
         recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in own], known)
     work.world.together()
-    find_spectra(work)
+    find_spectra(work, work.ready, work.settings.single)
     plan = find_plan(work)
     choices = {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
     stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}

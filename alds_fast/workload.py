@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from .discover import Layer, check_weight, find_layers
+from .doubt import check_is_possible
 from .journal import Journal
 from .renaming import stored_names
 from .shards import DTYPES, Shards
 from .skeleton import check_stored, skeleton, untie
-from .spectra import candidate_groups, for_threads
+from .spectra import for_threads, with_groups
 from .world import World
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -35,6 +36,12 @@ class Settings:
     include: tuple[str, ...] | None
     exclude: tuple[str, ...] | None
     max_shard_bytes: int
+    float32: bool  # spectra, where that can be checked
+
+    @property
+    def single(self) -> bool:
+        """Whether spectra are computed in float32 first."""
+        return self.float32 and check_is_possible(list(self.budget), self.criterion, "alds")
 
 
 @dataclass
@@ -70,8 +77,9 @@ class Work:
             return replace(layer, reason="its weight is not stored as a tensor of its own")
         assert layer.shape is not None
         groups, stored = self.settings.groups, self.shards.tensors[source]
-        if groups is not None and not candidate_groups(layer.shape.slice_channels, groups):
-            return replace(layer, reason=f"none of groups={groups} divides its {layer.shape.slice_channels} channels")
+        layer = layer if groups is None else with_groups(layer, groups)
+        if layer.reason is not None:
+            return layer
         floating = stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
         return layer if floating else replace(layer, reason=f"its weight is stored as {stored.dtype}")
 

@@ -58,11 +58,16 @@ void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, Buffe
 
 // The same for large matrices and values only, in two stages: faster from an order of LARGE on.
 constexpr int64_t LARGE = 1024;
-void tridiagonalise_large(double* a, int64_t n, double* diagonal, double* off_diagonal, Buffer& scratch);
+template <typename T>
+void tridiagonalise_large(T* a, int64_t n, T* diagonal, T* off_diagonal, BufferOf<T>& scratch);
 
 // A -= V W^T + W V^T on rows and columns begin .. end, the lower triangle and diagonal blocks of such a matrix; V and W
 // have `width` columns of leading dimension ld, begin is a multiple of a vector's lanes.
-void rank_two_update(int64_t begin, int64_t end, int64_t width, double* a, const double* v, const double* w, int64_t ld);
+template <typename T>
+void rank_two_update(int64_t begin, int64_t end, int64_t width, T* a, const T* v, const T* w, int64_t ld);
+
+constexpr const char* NOT_FINITE = "a value is NaN, infinite or too large to square";
+double squared_norm(const Slice& slice);  // Frobenius
 
 // Gram matrix of a slice times `scale` on its smaller side: W W^T if rows <= width, else W^T W.
 // Stored as for tridiagonalise, on a vector's boundary, lower triangle; scratch is grown as needed.
@@ -74,12 +79,21 @@ void gram(const Slice& slice, double scale, T* g, BufferOf<T>& scratch);
 void tridiagonal_eigenvalues(int64_t n, int64_t count, double* const* diagonal, const double* const* off_diagonal,
                              Buffer& scratch);
 
+// The basis in float64, its columns of norm 1 again: what is left of their not being orthonormal changes the squared error
+// by the square of float32's epsilon.
+void widen(const float* single, int64_t order, int64_t rank, double* basis);
+
+// Factors of a slice of norm `norm` projected onto the space of an orthonormal basis (order x rank) of its smaller side,
+// both carrying the root of the singular values; returns the squared norm of the projection. S: the matrix's type.
+template <typename S>
+double write_factors(const Slice& slice, int64_t rank, double norm, double* basis, Buffer& scratch, S* left, S* right);
+
 struct SpectraProblem {
   MatrixBatch matrix;
   std::vector<int64_t> groups;  // each divides matrix.cols
   double* out;                  // batch x sum_k k * min(rows, cols / k), descending within a slice
 };
-void spectra(const std::vector<SpectraProblem>& problems, int threads);
+void spectra(const std::vector<SpectraProblem>& problems, bool single, int threads);  // single: in float32
 
 struct RsvdOptions {
   uint64_t seed;

@@ -76,6 +76,23 @@ void gram_of(const Slice& slice, double scale, T* g, BufferOf<T>& scratch) {
 
 }  // namespace
 
+double squared_norm(const Slice& slice) {
+  const MatrixBatch& m = *slice.matrix;
+  const int64_t first = slice.item * m.rows * m.cols + slice.first;
+  double sum = 0.0;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    double row = 0.0;
+#pragma omp simd reduction(+ : row)
+    for (int64_t j = 0; j < slice.width; ++j) {
+      const int64_t k = first + i * m.cols + j;
+      const double value = m.is_double ? static_cast<const double*>(m.data)[k] : static_cast<const float*>(m.data)[k];
+      row += value * value;
+    }
+    sum += row;
+  }
+  return sum;
+}
+
 template <typename T>
 void gram(const Slice& slice, double scale, T* g, BufferOf<T>& scratch) {
   if (slice.matrix->is_double) gram_of<double>(slice, scale, g, scratch);

@@ -18,7 +18,6 @@
 namespace alds {
 namespace {
 
-constexpr int64_t CHUNK = 1 << 20;  // doubles of W converted at a time: 8 MiB
 constexpr double FLOAT_EPSILONS = 8.0;  // of ||W||^2 that the tolerance must come to for float32 to be tried (measured)
 
 template <typename T>
@@ -148,82 +147,6 @@ bool sketched(T* gram, Workspace<T>& w, int64_t order, int64_t rank, int64_t wid
   return false;
 }
 
-// The basis in float64, its columns of norm 1 again if it comes from float32: what is left of their not being orthonormal
-// changes the squared error by the square of float32's epsilon.
-void widen(const BufferOf<float>& single, Buffer& full, int64_t order, int64_t rank) {
-  double* basis = grow(full, order * rank);
-  for (int64_t j = 0; j < rank; ++j) {
-    const float* column = single.data() + j * order;
-    double square = 0.0;
-    for (int64_t i = 0; i < order; ++i) square += double(column[i]) * column[i];
-    const double scale = 1.0 / std::sqrt(square);
-    for (int64_t i = 0; i < order; ++i) basis[j * order + i] = column[i] * scale;
-  }
-}
-
-// Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half precision.
-// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor, over ||W||
-// at first, so that nothing over- or underflows. Returns the squared norm of the projection. S: the matrix's type.
-template <typename S>
-double write_factors(const Slice& slice, int64_t rank, double norm, Workspace<double>& w, S* left, S* right) {
-  const MatrixBatch& m = *slice.matrix;
-  const bool wide = m.rows <= slice.width;
-  const int64_t order = slice.order(), other = wide ? slice.width : m.rows;
-  const S* base = static_cast<const S*>(m.data) + slice.item * m.rows * m.cols + slice.first;
-  const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
-  double* dense = grow(w.scratch, order * step);  // a chunk of W, row-major as W is
-  double *projected = grow(w.image, step * rank), *squares = grow(w.values, rank), captured = 0.0;
-  const double inverse = 1.0 / norm, root = std::sqrt(norm);
-  std::fill(squares, squares + rank, 0.0);
-  S* out = wide ? right : left;
-  const int64_t row = wide ? 1 : rank, column = wide ? other : 1;  // strides of the factor's entries
-  for (int64_t start = 0; start < other; start += step) {
-    const int64_t count = std::min(step, other - start), rows = wide ? order : count, cols = wide ? count : order;
-    const S* chunk = base + (wide ? start : start * m.cols);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = chunk[i * m.cols + j] * inverse;
-    product(wide ? 'N' : 'T', 'N', count, rank, order, dense, cols, w.factor.data(), order, projected, count);
-    for (int64_t j = 0; j < rank; ++j)
-      for (int64_t i = 0; i < count; ++i) {
-        const double value = projected[j * count + i];
-        squares[j] += value * value;
-        out[(start + i) * row + j * column] = static_cast<S>(value);
-      }
-  }
-  for (int64_t j = 0; j < rank; ++j) {
-    captured += squares[j];
-    squares[j] = squares[j] > 0.0 ? std::pow(squares[j], 0.25) : 1.0;  // sqrt(s_j / norm)
-  }
-  for (int64_t i = 0; i < other; ++i)
-    for (int64_t j = 0; j < rank; ++j) {
-      S& value = out[wide ? j * other + i : i * rank + j];
-      value = static_cast<S>(value / squares[j] * root);
-    }
-  for (int64_t j = 0; j < rank; ++j)
-    for (int64_t i = 0; i < order; ++i) {
-      const S value = static_cast<S>(w.factor[j * order + i] * squares[j] * root);
-      (wide ? left[i * rank + j] : right[j * order + i]) = value;
-    }
-  return captured * norm * norm;
-}
-
-double squared_norm(const Slice& slice) {
-  const MatrixBatch& m = *slice.matrix;
-  const int64_t first = slice.item * m.rows * m.cols + slice.first;
-  double sum = 0.0;
-  for (int64_t i = 0; i < m.rows; ++i) {
-    double row = 0.0;
-#pragma omp simd reduction(+ : row)
-    for (int64_t j = 0; j < slice.width; ++j) {
-      const int64_t k = first + i * m.cols + j;
-      const double value = m.is_double ? static_cast<const double*>(m.data)[k] : static_cast<const float*>(m.data)[k];
-      row += value * value;
-    }
-    sum += row;
-  }
-  return sum;
-}
-
 // Orthonormal basis of a slice that is not zero, computed in T, into w.factor; returns the iterations, as Factors has them.
 template <typename T>
 int64_t basis_of(const Slice& slice, int64_t rank, const Target& target, const RsvdOptions& o, uint64_t index, Workspace<T>& w) {
@@ -251,12 +174,14 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
   const Slice slice{&m, index / p.groups, (index % p.groups) * width, width};
   const int64_t order = slice.order(), left = index * m.rows * p.rank, right = index * p.rank * width;
   const double total = p.norm[index] = squared_norm(slice), norm = total > 0.0 ? std::sqrt(total) : 1.0;
-  if (!std::isfinite(total)) throw std::runtime_error("a value is NaN, infinite or too large to square");
+  if (!std::isfinite(total)) throw std::runtime_error(NOT_FINITE);
   const Target target{total, p.optimum[index], o.tolerance};
   auto write = [&] {
     const double captured =
-        m.is_double ? write_factors(slice, p.rank, norm, w.full, static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right)
-                    : write_factors(slice, p.rank, norm, w.full, static_cast<float*>(p.left) + left, static_cast<float*>(p.right) + right);
+        m.is_double ? write_factors(slice, p.rank, norm, w.full.factor.data(), w.full.scratch,
+                                    static_cast<double*>(p.left) + left, static_cast<double*>(p.right) + right)
+                    : write_factors(slice, p.rank, norm, w.full.factor.data(), w.full.scratch,
+                                    static_cast<float*>(p.left) + left, static_cast<float*>(p.right) + right);
     p.error[index] = std::max(0.0, total - captured);
     return std::isfinite(captured) && target.met(p.error[index], order);
   };
@@ -271,7 +196,7 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
   const bool sketches = o.exact_fraction > 0.0;  // else the errors are asked for to the last digit
   if (sketches && !m.is_double && target.float_may_do()) {
     p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.single);
-    widen(w.single.factor, w.full.factor, order, p.rank);
+    widen(w.single.factor.data(), order, p.rank, grow(w.full.factor, order * p.rank));
     if (write()) return;
   }
   p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.full);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -15,15 +16,19 @@
 namespace alds {
 namespace {
 
+template <typename T>
 struct Root {
   int64_t groups;
   bool wide;
-  Buffer grams;  // batch x groups x order x order
+  BufferOf<T> grams;  // batch x groups x order x order
 };
 
+// A weight whose Gram matrices are computed in T.
+template <typename T>
 struct Layer {
   const SpectraProblem* problem;
-  std::vector<Root> roots;
+  Buffer squares;  // of every item's columns; for float32 only
+  std::vector<Root<T>> roots;
   std::vector<int> root_of;      // index into roots for every entry of problem->groups
   std::vector<int64_t> offsets;  // of every entry of problem->groups in a row of the output
   int64_t row_size = 0;
@@ -32,7 +37,8 @@ struct Layer {
 bool is_wide(const MatrixBatch& m, int64_t groups) { return m.rows <= m.cols / groups; }
 
 // Fewest roots: wide group counts are served by a multiple, tall ones by a divisor.
-void choose_roots(Layer& layer) {
+template <typename T>
+void choose_roots(Layer<T>& layer) {
   const auto& groups = layer.problem->groups;
   const MatrixBatch& m = layer.problem->matrix;
   std::vector<int64_t> order(groups);
@@ -40,7 +46,7 @@ void choose_roots(Layer& layer) {
   auto serves = [&](int64_t root, int64_t k, bool wide) { return wide ? root % k == 0 : k % root == 0; };
   auto visit = [&](int64_t k) {
     bool wide = is_wide(m, k);
-    for (const Root& r : layer.roots)
+    for (const Root<T>& r : layer.roots)
       if (r.wide == wide && serves(r.groups, k, wide)) return;
     layer.roots.push_back({k, wide, {}});
   };
@@ -51,24 +57,25 @@ void choose_roots(Layer& layer) {
   for (int64_t k : groups) {
     bool wide = is_wide(m, k);
     auto found = std::find_if(layer.roots.begin(), layer.roots.end(),
-                              [&](const Root& r) { return r.wide == wide && serves(r.groups, k, wide); });
+                              [&](const Root<T>& r) { return r.wide == wide && serves(r.groups, k, wide); });
     layer.root_of.push_back(static_cast<int>(found - layer.roots.begin()));
     layer.offsets.push_back(layer.row_size);
     layer.row_size += k * std::min(m.rows, m.cols / k);
   }
 }
 
-// Gram matrix (lower triangle, leading dimension padded<double>(order)) of slice `g` of `groups`, read off its root.
-void gather(const Layer& layer, const Root& root, int64_t item, int64_t groups, int64_t g, double* out) {
+// Gram matrix (lower triangle, leading dimension padded<T>(order)) of slice `g` of `groups`, read off its root.
+template <typename T>
+void gather(const Layer<T>& layer, const Root<T>& root, int64_t item, int64_t groups, int64_t g, T* out) {
   const MatrixBatch& m = layer.problem->matrix;
-  const int64_t order = std::min(m.rows, m.cols / groups), ld = padded<double>(order);
+  const int64_t order = std::min(m.rows, m.cols / groups), ld = padded<T>(order);
   const int64_t root_order = std::min(m.rows, m.cols / root.groups), size = root_order * root_order;
-  const double* base = root.grams.data() + item * root.groups * size;
+  const T* base = root.grams.data() + item * root.groups * size;
   const int64_t parts = root.wide ? root.groups / groups : 1;
   base += root.wide ? g * parts * size : g / (groups / root.groups) * size;
   const int64_t corner = root.wide ? 0 : g % (groups / root.groups) * order * (root_order + 1);
   for (int64_t j = 0; j < order; ++j) {
-    const double* column = base + corner + j * root_order;
+    const T* column = base + corner + j * root_order;
     std::copy(column + j, column + order, out + j * ld + j);
     for (int64_t p = 1; p < parts; ++p)
       for (int64_t i = j; i < order; ++i) out[j * ld + i] += column[p * size + i];
@@ -86,13 +93,13 @@ void largest_first(std::vector<Task>& tasks) {
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
 }
 
-template <typename F>
+template <typename T, typename F>
 void run(std::vector<Task>& tasks, int threads, F&& body) {
   largest_first(tasks);
   std::string failure;
 #pragma omp parallel num_threads(threads)
   {
-    Buffer matrix, scratch;
+    BufferOf<T> matrix, scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
       try {
@@ -106,12 +113,49 @@ void run(std::vector<Task>& tasks, int threads, F&& body) {
   if (!failure.empty()) throw std::runtime_error(failure);
 }
 
-void products(std::vector<Layer>& layers, int threads) {
+// Squared norms of the columns, in float64, whatever T.
+void square_columns(const MatrixBatch& m, int64_t item, double* squares) {
+  std::fill(squares, squares + m.cols, 0.0);
+  auto add = [&](const auto* row) {
+#pragma omp simd
+    for (int64_t j = 0; j < m.cols; ++j) squares[j] += double(row[j]) * row[j];
+  };
+  for (int64_t i = item * m.rows; i < (item + 1) * m.rows; ++i)
+    m.is_double ? add(static_cast<const double*>(m.data) + i * m.cols) : add(static_cast<const float*>(m.data) + i * m.cols);
+}
+
+// In float32 Gram matrices are those of an item over its norm, so that nothing over- or underflows, and the sums of
+// eigenvalues are mended by the norms.
+void measure(std::vector<Layer<double>>&, int) {}
+void measure(std::vector<Layer<float>>& layers, int threads) {
+  for (Layer<float>& layer : layers) layer.squares.resize(layer.problem->matrix.batch * layer.problem->matrix.cols);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t l = 0; l < int64_t(layers.size()); ++l) {
+    const MatrixBatch& m = layers[l].problem->matrix;
+    for (int64_t i = 0; i < m.batch; ++i) square_columns(m, i, layers[l].squares.data() + i * m.cols);
+  }
+}
+
+double sum_of(const Buffer& squares, int64_t first, int64_t count) {
+  return squares.empty() ? 0.0 : std::accumulate(squares.begin() + first, squares.begin() + first + count, 0.0);
+}
+
+template <typename T>
+double divisor(const Layer<T>& layer, int64_t item) {
+  if (layer.squares.empty()) return 1.0;
+  const int64_t cols = layer.problem->matrix.cols;
+  const double norm = std::sqrt(sum_of(layer.squares, item * cols, cols));
+  if (!std::isfinite(norm)) throw std::runtime_error(NOT_FINITE);
+  return norm > 0.0 ? norm : 1.0;
+}
+
+template <typename T>
+void products(std::vector<Layer<T>>& layers, int threads) {
   std::vector<Task> tasks;
   for (size_t l = 0; l < layers.size(); ++l) {
     const MatrixBatch& m = layers[l].problem->matrix;
     for (size_t r = 0; r < layers[l].roots.size(); ++r) {
-      Root& root = layers[l].roots[r];
+      Root<T>& root = layers[l].roots[r];
       const int64_t width = m.cols / root.groups, order = std::min(m.rows, width);
       root.grams.resize(m.batch * root.groups * order * order);
       for (int64_t i = 0; i < m.batch; ++i)
@@ -119,15 +163,13 @@ void products(std::vector<Layer>& layers, int threads) {
           tasks.push_back({int(l), int(r), i, g, double(order) * m.rows * width, 0});
     }
   }
-  run(tasks, threads, [&](const Task& t, Buffer& matrix, Buffer& scratch) {
+  run<T>(tasks, threads, [&](const Task& t, BufferOf<T>& matrix, BufferOf<T>& scratch) {
     const MatrixBatch& m = layers[t.layer].problem->matrix;
-    Root& root = layers[t.layer].roots[t.index];
-    const int64_t width = m.cols / root.groups, order = std::min(m.rows, width);
-    double* g = grow(matrix, padded<double>(order) * whole_blocks<double>(order));
-    double* out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
-    gram({&m, t.item, t.slice * width, width}, 1.0, g, scratch);
-    for (int64_t j = 0; j < order; ++j)
-      std::copy(g + j * padded<double>(order) + j, g + j * padded<double>(order) + order, out + j * order + j);
+    Root<T>& root = layers[t.layer].roots[t.index];
+    const int64_t width = m.cols / root.groups, order = std::min(m.rows, width), ld = padded<T>(order);
+    T *g = grow(matrix, ld * whole_blocks<T>(order)), *out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
+    gram({&m, t.item, t.slice * width, width}, 1.0 / divisor(layers[t.layer], t.item), g, scratch);
+    for (int64_t j = 0; j < order; ++j) std::copy(g + j * ld + j, g + j * ld + order, out + j * order + j);
   });
 }
 
@@ -135,23 +177,24 @@ void products(std::vector<Layer>& layers, int threads) {
 struct Tridiagonal {
   int64_t order;
   double *diagonal, *off_diagonal;  // diagonal is the slice's place in the output
-  double largest;
+  double largest, squares;          // the largest entry; the sum that the eigenvalues shall have, 0 if none is known
 };
 
 // Tridiagonal form of every slice; off-diagonals lie in `couplings`, in the order of the tasks.
-std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, Buffer& couplings, int threads) {
+template <typename T>
+std::vector<Tridiagonal> reduce(const std::vector<Layer<T>>& layers, Buffer& couplings, int threads) {
   std::vector<Task> tasks;
   std::vector<Tridiagonal> found;
   int64_t total = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     const SpectraProblem& p = *layers[l].problem;
     for (size_t k = 0; k < p.groups.size(); ++k) {
-      const int64_t order = std::min(p.matrix.rows, p.matrix.cols / p.groups[k]);
+      const int64_t width = p.matrix.cols / p.groups[k], order = std::min(p.matrix.rows, width);
       for (int64_t i = 0; i < p.matrix.batch; ++i)
         for (int64_t g = 0; g < p.groups[k]; ++g) {
           double* out = p.out + i * layers[l].row_size + layers[l].offsets[k] + g * order;
           tasks.push_back({int(l), int(k), i, g, std::pow(double(order), 3), int64_t(found.size())});
-          found.push_back({order, out, nullptr, 0.0});
+          found.push_back({order, out, nullptr, 0.0, sum_of(layers[l].squares, i * p.matrix.cols + g * width, width)});
           total += order;
         }
     }
@@ -162,25 +205,27 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer>& layers, Buffer& coupli
     t.off_diagonal = couplings.data() + total;
     total += t.order;
   }
-  run(tasks, threads, [&](const Task& t, Buffer& matrix, Buffer& scratch) {
-    const Layer& layer = layers[t.layer];
+  run<T>(tasks, threads, [&](const Task& t, BufferOf<T>& matrix, BufferOf<T>& scratch) {
+    const Layer<T>& layer = layers[t.layer];
     Tridiagonal& target = found[t.number];
-    const int64_t n = target.order, ld = padded<double>(n);
-    double *gram = grow(matrix, ld * whole_blocks<double>(n) + n), *tau = gram + ld * whole_blocks<double>(n);
+    const int64_t n = target.order, ld = padded<T>(n), size = ld * whole_blocks<T>(n);
+    T *gram = grow(matrix, size + 3 * n), *diagonal = gram + size, *off_diagonal = diagonal + n, *tau = off_diagonal + n;
     gather(layer, layer.roots[layer.root_of[t.index]], t.item, layer.problem->groups[t.index], t.slice, gram);
-    double largest = 0.0, trace = 0.0;  // the largest entry of a positive semidefinite matrix is on its diagonal
+    T largest = 0, trace = 0;  // the largest entry of a positive semidefinite matrix is on its diagonal
     for (int64_t i = 0; i < n; ++i) {
       largest = std::max(largest, gram[i * ld + i]);
       trace += gram[i * ld + i];
     }
-    if (!std::isfinite(trace)) throw std::runtime_error("a value is NaN, infinite or too large to square");
+    if (!std::isfinite(trace)) throw std::runtime_error(NOT_FINITE);
     target.largest = largest;
-    if (largest == 0.0) largest = 1.0;
+    if (largest == 0) largest = 1;
     for (int64_t j = 0; j < n; ++j)  // so that no square over- or underflows
       for (int64_t i = j; i < n; ++i) gram[j * ld + i] /= largest;
     complete_blocks(gram, n);
-    if (n < LARGE) tridiagonalise(gram, n, target.diagonal, target.off_diagonal, tau, scratch);
-    else tridiagonalise_large(gram, n, target.diagonal, target.off_diagonal, scratch);
+    if (n < LARGE) tridiagonalise(gram, n, diagonal, off_diagonal, tau, scratch);
+    else tridiagonalise_large(gram, n, diagonal, off_diagonal, scratch);
+    std::copy(diagonal, diagonal + n, target.diagonal);
+    std::copy(off_diagonal, off_diagonal + n - 1, target.off_diagonal);
   });
   return found;
 }
@@ -195,7 +240,7 @@ void finish(std::vector<Tridiagonal>& slices, int threads) {
     tasks.push_back({int(begin), int(end), 0, 0, std::pow(double(slices[begin].order), 2), 0});
     begin = end;
   }
-  run(tasks, threads, [&](const Task& t, Buffer&, Buffer& scratch) {
+  run<double>(tasks, threads, [&](const Task& t, Buffer&, Buffer& scratch) {
     double *diagonal[LANES] = {}, *off_diagonal[LANES] = {};
     for (int k = t.layer; k < t.index; ++k) {
       diagonal[k - t.layer] = slices[k].diagonal;
@@ -206,23 +251,32 @@ void finish(std::vector<Tridiagonal>& slices, int threads) {
     for (int k = t.layer; k < t.index; ++k) {
       double* values = slices[k].diagonal;
       std::sort(values, values + n, std::greater<double>());
-      for (int64_t i = 0; i < n; ++i) values[i] = std::sqrt(std::max(values[i], 0.0) * slices[k].largest);
+      double sum = 0.0;
+      for (int64_t i = 0; i < n; ++i) sum += std::max(values[i], 0.0);
+      const double scale = slices[k].squares > 0.0 && sum > 0.0 ? slices[k].squares / sum : slices[k].largest;
+      for (int64_t i = 0; i < n; ++i) values[i] = std::sqrt(std::max(values[i], 0.0) * scale);
     }
   });
 }
 
-}  // namespace
-
-void spectra(const std::vector<SpectraProblem>& problems, int threads) {
-  std::vector<Layer> layers(problems.size());
+template <typename T>
+void spectra_in(const std::vector<SpectraProblem>& problems, int threads) {
+  std::vector<Layer<T>> layers(problems.size());
   for (size_t i = 0; i < problems.size(); ++i) {
     layers[i].problem = &problems[i];
     choose_roots(layers[i]);
   }
+  measure(layers, threads);
   products(layers, threads);
   Buffer couplings;
   std::vector<Tridiagonal> slices = reduce(layers, couplings, threads);
   finish(slices, threads);
+}
+
+}  // namespace
+
+void spectra(const std::vector<SpectraProblem>& problems, bool single, int threads) {
+  single ? spectra_in<float>(problems, threads) : spectra_in<double>(problems, threads);
 }
 
 }  // namespace alds

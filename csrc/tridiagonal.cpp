@@ -145,7 +145,8 @@ ALDS_FOR(float)
 
 }  // namespace
 
-void rank_two_update(int64_t begin, int64_t end, int64_t width, double* a, const double* v, const double* w, int64_t ld) {
+template <typename T>
+void rank_two_update(int64_t begin, int64_t end, int64_t width, T* a, const T* v, const T* w, int64_t ld) {
   update(begin, end, width, a, v, w, ld);
 }
 
@@ -185,7 +186,8 @@ void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, Buffe
   template int64_t whole_blocks<T>(int64_t); \
   template int64_t padded<T>(int64_t);       \
   template void complete_blocks(T*, int64_t); \
-  template void tridiagonalise(T*, int64_t, T*, T*, T*, BufferOf<T>&);
+  template void tridiagonalise(T*, int64_t, T*, T*, T*, BufferOf<T>&); \
+  template void rank_two_update(int64_t, int64_t, int64_t, T*, const T*, const T*, int64_t);
 ALDS_FOR(double)
 ALDS_FOR(float)
 #undef ALDS_FOR

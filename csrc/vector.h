@@ -20,12 +20,16 @@ struct Vectors;
 template <>
 struct Vectors<double> {
   typedef double Line __attribute__((vector_size(64)));
+  typedef double Loose __attribute__((vector_size(64), aligned(8)));  // anywhere
+  typedef int64_t Numbers __attribute__((vector_size(64)));
   typedef double Eight __attribute__((vector_size(64)));
   typedef int64_t Integers __attribute__((vector_size(64)));
 };
 template <>
 struct Vectors<float> {
   typedef float Line __attribute__((vector_size(64)));
+  typedef float Loose __attribute__((vector_size(64), aligned(4)));
+  typedef int32_t Numbers __attribute__((vector_size(64)));
   typedef float Eight __attribute__((vector_size(32)));
   typedef int32_t Integers __attribute__((vector_size(32)));
 };
@@ -69,6 +73,25 @@ ALDS_INLINE Eight<T> sums(const Line<T>* x) {
   for (int i = 0; i < 2; ++i)
     fours[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], a2) + __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], b2);
   return __builtin_shuffle(fours[0], fours[1], a3) + __builtin_shuffle(fours[0], fours[1], b3);
+}
+
+// The same for as many columns as a line has lanes.
+template <typename T>
+ALDS_INLINE Line<T> line_sums(const Line<T>* x) {
+  Line<T> result;
+  for (int64_t c = 0; c < lanes<T>; c += COLS) {
+    const Eight<T> part = sums<T>(x + c);
+    std::memcpy(reinterpret_cast<char*>(&result) + c * sizeof(T), &part, sizeof(part));
+  }
+  return result;
+}
+
+// 0, 1, 2, ... by lane
+template <typename T>
+ALDS_INLINE typename Vectors<T>::Numbers numbered() {
+  typename Vectors<T>::Numbers lane;
+  for (int i = 0; i < lanes<T>; ++i) lane[i] = i;
+  return lane;
 }
 
 }  // namespace alds

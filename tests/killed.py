@@ -53,7 +53,7 @@ def _doomed(how, seed):
     if how in HOW[:2]:
         os.replace = dying_replace
     elif how == HOW[2]:
-        for module in (alds_fast.shard_file, alds_fast.journal, alds_fast.streaming):
+        for module in (alds_fast.shard_file, alds_fast.journal, alds_fast.streamed_plan, alds_fast.streaming):
             module.write_whole = dying_write
     else:
         signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(0.0, 0.1))

@@ -181,7 +181,7 @@ def test_full_disk_loses_nothing(tmp_path, llama):
         os._exit(5)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 3
-    assert list(tmp_path.glob(f"small/{FOLDER}/*.spectra.*")) and not list(tmp_path.glob("small/**/*.partial"))
+    assert list(tmp_path.glob(f"small/{FOLDER}/*.spectra32.*")) and not list(tmp_path.glob("small/**/*.partial"))
     alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
 
@@ -246,9 +246,15 @@ def test_spectra_serve_other_budgets(llama, tmp_path, monkeypatch):
     """What a refused budget or a damaged layer leaves behind is not lost, as the messages say what to change."""
     with pytest.raises(errors.BudgetError, match="the smallest reachable is params="):
         alds.compress_checkpoint(llama / "dense", tmp_path / "small", **{**OPTIONS, "params": 0.01})
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small" / FOLDER).glob("*.spectra.*")}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small" / FOLDER).glob("*.spectra32.*")}
     assert before
-    monkeypatch.setattr(alds.streaming, "pruned_spectra", None)  # would fail if it were called
+    spectra = alds.streamed_plan.pruned_spectra
+
+    def in_doubt(*arguments, single):
+        assert not single  # what the first pass found is not found again
+        return spectra(*arguments, single=single)
+
+    monkeypatch.setattr(alds.streamed_plan, "pruned_spectra", in_doubt)
     alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
 
@@ -271,7 +277,7 @@ def flip(path):
         ("write_files", "*.factors.safetensors", flip),
         ("write_files", "*.factors.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
         ("write_files", "*.report.safetensors", lambda p: p.write_bytes(b"")),
-        ("write_files", "*.spectra.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
+        ("write_files", "*.spectra32.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
         ("find_factors", "alds_plan.json", lambda p: p.write_text("{}")),
         ("find_factors", "input.json", lambda p: p.write_text("[")),
     ],

@@ -33,6 +33,7 @@ ORDER = (
         "allocate",
         "budgets",
         "candidates",
+        "doubt",
     ),
     *("heuristic", "pca", "baselines", "data_criteria", "pruning"),
     *(
@@ -50,7 +51,19 @@ ORDER = (
         "analysis",
         "compression",
     ),
-    *("container", "pruned", "world", "journal", "inputs", "layout", "skeleton", "workload", "streaming", "directory"),
+    *(
+        "container",
+        "pruned",
+        "world",
+        "journal",
+        "inputs",
+        "layout",
+        "skeleton",
+        "workload",
+        "streamed_plan",
+        "streaming",
+        "directory",
+    ),
     *(
         "variants",
         "race",

@@ -116,8 +116,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_spectra_torch_is_the_cuda_implementation():
     matrix = _matrix(2, 7, 12, torch.float32)
     flat = linalg.spectra([matrix], [[1, 3]])[0]
-    torch.testing.assert_close(spectra_torch(matrix, [1, 3]), torch.cat([v.flatten(1) for v in flat], 1))
-    assert spectra_torch(matrix, []).shape == (2, 0)
+    torch.testing.assert_close(spectra_torch(matrix, [1, 3], single=False), torch.cat([v.flatten(1) for v in flat], 1))
+    assert spectra_torch(matrix, [], single=False).shape == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_spectra_name_the_bad_argument(matrices, groups, message):
 def test_core_checks_its_arguments_too():
     good = torch.zeros(1, 2, 4).numpy()
     for args, message in [
-        (([good[0]], [[1]], 1), "matrices.*3 dimensions"),
-        (([good], [[3]], 1), "groups.*does not divide"),
-        (([good], [], 1), "groups: has length 0"),
-        (([good], [[1]], 0), "threads"),
-        (([good.astype("float16")], [[1]], 1), "matrices.*float32 or float64"),
+        (([good[0]], [[1]], False, 1), "matrices.*3 dimensions"),
+        (([good], [[3]], False, 1), "groups.*does not divide"),
+        (([good], [], False, 1), "groups: has length 0"),
+        (([good], [[1]], False, 0), "threads"),
+        (([good.astype("float16")], [[1]], False, 1), "matrices.*float32 or float64"),
     ]:
         with pytest.raises(ValueError, match=message):
             _core.spectra(*args)
