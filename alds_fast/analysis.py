@@ -15,14 +15,14 @@ from .collector import Moments
 from .costs import dense_reason
 from .data_criteria import MAX_DATA_GROUPS, Basis, Errors, layer_errors, resolved_criterion, resolved_norm, with_outputs
 from .discover import Layer, check_weight, count_params, find_layers
-from .doubt import check_is_possible, in_double
+from .doubt import check_is_possible, keys_of, put_exact
 from .folding import SCHEMES
 from .moments import Sensitivity, collect_moments
 from .options import Groups, check_groups, check_importance, check_plan_options, check_schemes, is_single
 from .plan import LayerPlan, Plan
 from .planned import planned_row
 from .refine import Problem, solve_shares
-from .spectra import LayerSpectra, layer_spectra, with_groups
+from .spectra import Key, LayerSpectra, Sharpen, exact_spectra, layer_spectra, with_groups
 from .text import shape_text, table
 
 
@@ -37,7 +37,7 @@ class Analysis:
         model: the model itself, which budgets on operations and latency run.
         moments: by layer name, what the layers called with ``data`` see; empty without.
         max_groups: most channel slices tried by criteria that use them, None for no limit.
-        sharpen: computes spectra of layers, by name, in float64; None for from the model.
+        sharpen: computes spectra in float64.
     """
 
     layers: tuple[Layer, ...]
@@ -46,7 +46,7 @@ class Analysis:
     model: nn.Module = field(repr=False, compare=False)
     moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     max_groups: int | None = None
-    sharpen: Callable[[Sequence[str]], Sequence[LayerSpectra]] | None = field(default=None, repr=False, compare=False)
+    sharpen: Sharpen = field(default=exact_spectra, repr=False)
     _errors: dict[tuple[str, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
@@ -97,7 +97,7 @@ class Analysis:
                 ``~/.cache/alds_fast``, False for none.
 
         Spectra that were computed in float32 (``analyze(precision="float32")``) are computed again in float64, and
-        kept, for layers in doubt (:mod:`alds_fast.doubt`), so that the plan is that of float64: for all of them unless
+        kept, for those in doubt (:mod:`alds_fast.doubt`), so that the plan is that of float64: for all of them unless
         the budget is one of params= or flops=, the criterion "frobenius" and the method "alds".
 
         Warns:
@@ -118,9 +118,8 @@ class Analysis:
         layers = [layer for layer in self.layers if layer.name in self.spectra]
         weights = {layer.name: 1.0 for layer in layers} | dict(check_importance(importance, self.spectra))
         budgets = [name for name, share in shares.items() if share is not None]
-        single = [name for name, s in self.spectra.items() if s.single]
-        if single and not check_is_possible(budgets, basis.criterion, method):
-            self._sharpen(single)
+        if not check_is_possible(budgets, basis.criterion, method):
+            self._sharpen([(name, key) for name, s in self.spectra.items() for key in keys_of(s)])
         while True:
             choices = self._choices(layers, basis, align, weights)
             spectra = [with_outputs(self.spectra[layer.name], basis, method) for layer in layers]
@@ -134,16 +133,16 @@ class Analysis:
                 break
             self._sharpen(doubt)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.found, strict=True))
-        chosen = {layer.name: (*pick, dense_reason(outcome.tables, i)) for i, (layer, *pick) in picks}
+        chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
         rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
         return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
 
-    def _sharpen(self, names: Sequence[str]) -> None:
-        """Spectra of these layers in float64, in the place of those there are."""
-        new = in_double([self.spectra[name] for name in names]) if self.sharpen is None else self.sharpen(names)
-        self.spectra.update({s.layer.name: s for s in new})
+    def _sharpen(self, wanted: Sequence[tuple[str, Key]]) -> None:
+        """These spectra in float64, in the place of those there are."""
+        for layer, key, values in self.sharpen([(self.spectra[name].layer, key) for name, key in wanted]):
+            self.spectra[layer.name] = put_exact(self.spectra[layer.name], key, values)
         self._errors.clear()
 
     def _choices(

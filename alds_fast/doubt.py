@@ -4,21 +4,23 @@ A float32 spectrum's squared errors of ranks are off by up to ``TAIL`` of ||W||^
 the slices' largest squared singular values from one rank to the next (measured: less than half of either); its norms
 are float64. A plan is solved again with all errors moved by that much: of some layers the candidate that was taken
 upwards and all others against it, of the other layers the reverse, so that any two layers come to be moved either way
-against each other. Layers whose choice that changes are in doubt.
+against each other. Spectra between which that changes the choice are in doubt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .allocate import Floats, Front, Ints, pareto_front
 from .candidates import Candidates
 from .discover import label
 from .errors import ModelError
-from .spectra import LayerSpectra, layer_spectra
+from .spectra import Key, LayerSpectra
 
 TAIL, VALUE = 2.0**-20, 2.0**-19
 SMALL = 2.0**-9  # squared errors below it, 4.4 %, are asked for in float64: the factors' certificate goes by them
@@ -35,20 +37,19 @@ def resolved_precision(shares: Mapping[str, float | None], criterion: str | None
     return "float32" if check_is_possible(budgets, criterion, method or "alds") else "float64"
 
 
-def in_double(spectra: Sequence[LayerSpectra]) -> list[LayerSpectra]:
-    """The same of the same layers, folds and slices in float64; ModelError if a layer's weight is another one now."""
-    alike: dict[tuple, list[LayerSpectra]] = {}
-    for known in spectra:
-        groups = tuple(sorted({k for _, k in known.values}))
-        alike.setdefault((tuple(known.top), groups), []).append(known)
-    found = []
-    for (schemes, groups), some in alike.items():
-        for old, new in zip(some, layer_spectra([s.layer for s in some], schemes, groups), strict=True):
-            norms = [(old.values[k].square().sum(), new.values[k].square().sum()) for k in old.values]
-            if not all(torch.isclose(a, b, rtol=1e-9, atol=0.0) for a, b in norms):
-                raise ModelError(f"layer {label(new.layer.name)}: its weight has changed since it was analysed")
-            found.append(new)
-    return found
+def keys_of(spectra: LayerSpectra) -> list[Key]:
+    """Everything in float32, and the whole folded weights, if anything is."""
+    return sorted({*spectra.single, *((scheme, 1) for scheme in spectra.top)}) if spectra.single else []
+
+
+def put_exact(spectra: LayerSpectra, key: Key, values: Tensor) -> LayerSpectra:
+    """The spectra with those of ``key`` in float64; ModelError if they are not of the same weight."""
+    squares = next(v.square().sum() for (scheme, _), v in spectra.values.items() if scheme == key[0])
+    if not torch.isclose(squares, values.square().sum(), rtol=1e-9, atol=0.0):
+        raise ModelError(f"layer {label(spectra.layer.name)}: its weight has changed since it was analysed")
+    top = {**spectra.top, key[0]: float(values.max())} if key[1] == 1 else spectra.top
+    new = {key: values} if key in spectra.values else {}
+    return replace(spectra, values={**spectra.values, **new}, top=top, single=spectra.single - {key})
 
 
 def _moves(choices: Candidates, spectra: LayerSpectra, taken: int) -> Floats:
@@ -62,34 +63,42 @@ def _moves(choices: Candidates, spectra: LayerSpectra, taken: int) -> Floats:
         moves.append(np.full(len(curve.costs), TAIL - step if own else -TAIL - step))
         if own:
             moves[-1][taken - start] = TAIL + step
+        if (curve.scheme, curve.groups) not in spectra.single:
+            moves[-1][:] = 0.0
     return np.concatenate([*moves, [0.0]])
 
 
-def layers_in_doubt(
+def curves_in_doubt(
     spectra: Sequence[LayerSpectra],
     choices: Sequence[Candidates],
     weights: Sequence[float],
     found: Sequence[int],
     costs: Sequence[Ints],
     solve: Callable[[Sequence[Front]], Ints],
-) -> list[str]:
-    """Names of the layers with float32 spectra for which another candidate than the ``found`` one might be taken.
+) -> list[tuple[str, Key]]:
+    """Layer and (scheme, groups) of the float32 spectra that might have another candidate taken than the ``found`` one.
 
     ``solve`` finds the points to take of the layers' Pareto fronts; errors are those of the spectra times the layers'
-    ``weights``. Layers whose error is so small that float32 says little of it are in doubt too.
+    ``weights``. What is taken with an error so small that float32 says little of it is in doubt too.
     """
-    single = [i for i, s in enumerate(spectra) if s.single]
-    doubt = {i for i in single if 0.0 < choices[i].errors[found[i]] ** 2 < SMALL * weights[i] ** 2}
+
+    def single(i: int, candidate: int) -> set[tuple[int, Key]]:
+        choice = choices[i].choice(candidate)
+        return {(i, choice[:2])} if choice and choice[:2] in spectra[i].single else set()
+
+    doubt: set[tuple[int, Key]] = set()
     fronts = []  # of every layer, two: with the candidate taken at its worst, and at its best
-    for i, c in enumerate(choices):
-        squares, moves = c.errors**2, _moves(c, spectra[i], found[i]) if spectra[i].single else np.zeros(len(c.errors))
-        moved = [np.sqrt(np.maximum(squares + sign * weights[i] ** 2 * moves, 0.0)) for sign in (1, -1)]
+    for i, (c, taken) in enumerate(zip(choices, found, strict=True)):
+        if c.errors[taken] ** 2 < SMALL * weights[i] ** 2:
+            doubt |= single(i, taken)
+        moves = weights[i] ** 2 * _moves(c, spectra[i], taken)
+        moved = [np.sqrt(np.maximum(c.errors**2 + sign * moves, 0.0)) for sign in (1, -1)]
         fronts.append([pareto_front(costs[i], errors) for errors in moved])
-    for bit in range(len(choices).bit_length() if single else 0):  # any two layers differ in one
+    for bit in range(len(choices).bit_length()):  # any two layers differ in one
         for turn in (0, 1):
             own = [pair[(i >> bit & 1) ^ turn] for i, pair in enumerate(fronts)]
-            taken = [int(f.index[k]) for f, k in zip(own, solve(own), strict=True)]
-            changed = {i for i, (old, new) in enumerate(zip(found, taken, strict=True)) if old != new}
-            if changed:
-                doubt |= changed.intersection(single) or set(single)
-    return [spectra[i].layer.name for i in sorted(doubt)]
+            other = [int(f.index[k]) for f, k in zip(own, solve(own), strict=True)]
+            changed = [i for i, (a, b) in enumerate(zip(found, other, strict=True)) if a != b]
+            keys = set().union(*(single(i, found[i]) | single(i, other[i]) for i in changed))
+            doubt |= keys if keys or not changed else {(i, key) for i, s in enumerate(spectra) for key in s.single}
+    return [(spectra[i].layer.name, key) for i, key in sorted(doubt)]

@@ -11,6 +11,7 @@ no larger error that is known already.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -91,4 +92,4 @@ def pruned_spectra(
             found = linalg.spectra(room.matrices(batch), [[k]] * len(batch), single=single and in_single(batch[0][0]))
             for (layer, scheme), (values,) in zip(batch, found, strict=True):
                 results[layer.name].values[scheme, k] = values.cpu()
-    return [results[layer.name] for layer in layers]
+    return [replace(s, single=frozenset(s.values) if s.single else s.single) for s in results.values()]

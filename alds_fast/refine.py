@@ -25,13 +25,13 @@ from .costs import (
     solve_error,
 )
 from .discover import Layer
-from .doubt import layers_in_doubt
+from .doubt import curves_in_doubt
 from .errors import BudgetError
 from .flops import counted_inputs
 from .latency import LayerTimes, end_to_end
 from .options import MAX_LATENCY_GROUPS
 from .rows import Latency
-from .spectra import LayerSpectra
+from .spectra import Key, LayerSpectra
 from .timings import Timings, device_name
 
 MAX_REFINEMENTS = 4
@@ -60,8 +60,8 @@ class Problem:
         table = params_table(self.choices, self.params, 1.0)
         return Outcome(self.choices, solve_error(self.choices, error), [table])
 
-    def doubt(self, outcome: Outcome, weights: Sequence[float], p: float) -> list[str]:
-        """Names of the layers, errors times ``weights``, whose float32 spectra might not decide as float64 ones."""
+    def doubt(self, outcome: Outcome, weights: Sequence[float], p: float) -> list[tuple[str, Key]]:
+        """The float32 spectra, by layer, errors times ``weights``, that might not decide as float64 ones."""
         if not any(s.single for s in self.spectra):
             return []
         (table,), found = outcome.tables, outcome.solution.found
@@ -69,7 +69,7 @@ class Problem:
         def again(fronts: Sequence[Front]) -> Ints:
             return allocate(fronts, table.budget(), p).picks
 
-        return layers_in_doubt(self.spectra, outcome.choices, weights, found, table.costs, again)
+        return curves_in_doubt(self.spectra, outcome.choices, weights, found, table.costs, again)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,9 @@ from .folding import distinct_schemes, divisors, matrix_shape, permuted
 from .options import Groups
 from .replace import oriented_weight
 
+Key = tuple[int, int]  # (scheme, groups)
+Sharpen = Callable[[Sequence[tuple[Layer, Key]]], Iterable[tuple[Layer, Key, Tensor]]]
+
 
 @dataclass(frozen=True)
 class LayerSpectra:
@@ -23,15 +26,15 @@ class LayerSpectra:
 
     ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the
     largest singular value of the whole folded weight; ``output``, where it was asked for, the eigenvalues of the
-    covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups. ``single``:
-    they were computed in float32, :mod:`alds_fast.doubt` says how well they are known.
+    covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups. ``single``
+    names the (scheme, groups) that were computed in float32: :mod:`alds_fast.doubt` says how well they are known.
     """
 
     layer: Layer
     values: dict[tuple[int, int], Tensor]
     top: dict[int, float]
     output: Tensor | None = None
-    single: bool = False
+    single: frozenset[Key] = frozenset()
 
     def errors(self, scheme: int, groups: int, criterion: Criterion) -> Tensor:
         """Relative error for every rank 0..r, (r + 1,) float64."""
@@ -44,11 +47,7 @@ class _Problem:
     scheme: int
     groups: tuple[int, ...]  # candidates
     size: int
-
-    @property
-    def computed(self) -> tuple[int, ...]:
-        """The candidates and 1, which gives the norm of the whole weight."""
-        return self.groups if 1 in self.groups else (1, *self.groups)
+    computed: tuple[int, ...]
 
 
 def candidate_groups(channels: int, groups: Groups) -> tuple[int, ...]:
@@ -74,7 +73,8 @@ def _problems(layers: Sequence[Layer], schemes: Sequence[int], groups: Groups) -
         assert layer.shape is not None
         candidates = candidate_groups(layer.shape.slice_channels, groups)
         for scheme in distinct_schemes(schemes, layer.shape.kernel):
-            problems.append(_Problem(layer, scheme, candidates, layer.shape.numel))
+            computed = candidates if 1 in candidates else (1, *candidates)  # 1 gives the norm of the whole weight
+            problems.append(_Problem(layer, scheme, candidates, layer.shape.numel, computed))
     return problems
 
 
@@ -152,20 +152,35 @@ def layer_spectra(
     the weights themselves, Gram matrices (about as many float64 as there are weights) and one eigenproblem a thread.
     ``done`` is told the number of weights finished after each batch. ``single``: in float32, if the weight is no wider.
     """
-    results = {layer.name: LayerSpectra(layer, {}, {}, single=single and in_single(layer)) for layer in layers}
-    work, room = _problems(layers, schemes, groups), FoldRoom()
-    for batch in batches(
-        work, lambda p: p.size, lambda p: place(p.layer), limit or for_threads([p.size for p in work])
-    ):
+    results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
+    for problem, values in _solved(_problems(layers, schemes, groups), done, limit, single):
+        result = results[problem.layer.name]
+        by_groups = dict(zip(problem.computed, values, strict=True))
+        result.top[problem.scheme] = float(by_groups[1].max())
+        result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
+    keys = {name: frozenset(s.values) if single and in_single(s.layer) else frozenset() for name, s in results.items()}
+    return [replace(s, single=keys[name]) for name, s in results.items()]
+
+
+def _solved(
+    problems: Sequence[_Problem], done: Callable[[int], None], limit: int, single: bool
+) -> Iterator[tuple[_Problem, list[Tensor]]]:
+    """The problems with the spectra of their ``computed`` slice counts, together as layer_spectra says."""
+    room = FoldRoom()
+    limit = limit or for_threads([p.size for p in problems])
+    for batch in batches(problems, lambda p: p.size, lambda p: place(p.layer), limit):
         matrices = room.matrices([(p.layer, p.scheme) for p in batch])
-        found = linalg.spectra(matrices, [p.computed for p in batch], single=results[batch[0].layer.name].single)
+        found = linalg.spectra(matrices, [p.computed for p in batch], single=single and in_single(batch[0].layer))
         for problem, values in zip(batch, found, strict=True):
-            result = results[problem.layer.name]
-            by_groups = {k: v.cpu() for k, v in zip(problem.computed, values, strict=True)}
-            result.top[problem.scheme] = float(by_groups[1].max())
-            result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
+            yield problem, [v.cpu() for v in values]
         done(sum(p.size for p in batch))
-    return [results[layer.name] for layer in layers]
+
+
+def exact_spectra(wanted: Sequence[tuple[Layer, Key]]) -> Iterator[tuple[Layer, Key, Tensor]]:
+    """Spectra in float64 of single folds and slice counts, which do not depend on what else is computed."""
+    problems = [_Problem(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted if layer.shape]
+    for problem, (values,) in _solved(problems, lambda n: None, 0, single=False):
+        yield problem.layer, (problem.scheme, problem.groups[0]), values
 
 
 def total_work(layers: Sequence[Layer], schemes: Sequence[int]) -> int:

@@ -3,46 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .analysis import Analysis
-from .discover import count_params, label
+from .discover import Layer, count_params, label
 from .errors import FileFormatError, PlanError
 from .journal import LATER, PLAN
 from .plan import Plan
 from .pruned import pruned_spectra
 from .shard_file import write_whole
-from .spectra import LayerSpectra
+from .spectra import Key, LayerSpectra, exact_spectra
 from .workload import Work, size_of
 
 DOUBT = "alds_doubt.json"
 
 
 def kind_of(single: bool) -> str:
-    """What spectra are called in the journal."""
+    """What the spectra of a layer are called in the journal."""
     return "spectra32" if single else "spectra64"
 
 
-def find_spectra(work: Work, numbers: Iterable[int], single: bool) -> None:
-    """The spectra of these layers, in the journal."""
-    ready, settings, journal, kind = work.ready, work.settings, work.journal, kind_of(single)
-    own = work.shared([i for i in numbers if not journal.has(kind, i)])
+def _exact(key: Key) -> str:
+    """What a layer's float64 spectrum of (scheme, groups) is called in the journal."""
+    return f"exact.{key[0]}.{key[1]}"
+
+
+def find_spectra(work: Work) -> None:
+    """The spectra of all layers, in the journal."""
+    ready, settings, journal, kind = work.ready, work.settings, work.journal, kind_of(work.settings.single)
+    options = (settings.schemes, settings.groups, settings.criterion, settings.align)
+    own = work.shared([i for i in ready if not journal.has(kind, i)])
     done, total = 0, sum(size_of(ready[i]) for i in own)
     for batch in work.batches(own):
         layers = [ready[i] for i in batch]
         with work.weights(layers) as sums:
-            found = pruned_spectra(
-                layers, settings.schemes, settings.groups, settings.criterion, settings.align, single=single
-            )
-        if single != settings.single:
-            check_sums(work, {i: spectra_of(work, i)[1] for i in batch}, sums)
+            found = pruned_spectra(layers, *options, single=settings.single)
         for number, spectra in zip(batch, found, strict=True):
             tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
-            notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": spectra.single}
+            notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.single)}
             journal.put(kind, number, tensors, notes)
         done += sum(map(size_of, layers))
-        work.progress("spectra" if single == settings.single else "spectra in doubt", done, total)
+        work.progress("spectra", done, total)
+    work.world.together()
+
+
+def _find_exact(work: Work) -> None:
+    """The float64 spectra that are in doubt, in the journal."""
+    ready, journal = work.ready, work.journal
+    left: dict[int, list[Key]] = {}
+    for number, key in sorted(in_doubt(work)):
+        if not journal.has(_exact(key), number):
+            left.setdefault(number, []).append(key)
+    own = work.shared(list(left))
+    done, total = 0, sum(size_of(ready[i]) for i in own)
+    for batch in work.batches(own):
+        numbers = {ready[i].name: i for i in batch}
+        with work.weights([ready[i] for i in batch]) as sums:
+            check_sums(work, {i: spectra_of(work, i)[1] for i in batch}, sums)
+            for layer, key, values in exact_spectra([(ready[i], key) for i in batch for key in left[i]]):
+                journal.put(_exact(key), numbers[layer.name], {"values": values}, {})
+        done += sum(size_of(ready[i]) for i in batch)
+        work.progress("spectra in doubt", done, total)
     work.world.together()
 
 
@@ -57,13 +81,18 @@ def check_sums(work: Work, known: Mapping[int, int], found: Mapping[str, int]) -
             )
 
 
-def spectra_of(work: Work, number: int, single: bool | None = None) -> tuple[LayerSpectra, int]:
+def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
     """The spectra of a layer out of the journal, and the CRC-32 of the weight that they are of."""
-    tensors, notes = work.journal.get(kind_of(work.settings.single if single is None else single), number)
+    tensors, notes = work.journal.get(kind_of(work.settings.single), number)
     values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
     top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
-    found = LayerSpectra(work.ready[number], dict(sorted(values.items())), top, single=notes["single"])
-    return found, int(notes["crc32"])
+    single = frozenset(values) if notes["single"] else frozenset[Key]()
+    return LayerSpectra(work.ready[number], dict(sorted(values.items())), top, single=single), int(notes["crc32"])
+
+
+def exact_values(work: Work, number: int, key: Key) -> Tensor:
+    """The float64 spectrum of a layer that was in doubt."""
+    return work.journal.get(_exact(key), number)[0]["values"]
 
 
 def find_plan(work: Work) -> Plan:
@@ -71,15 +100,14 @@ def find_plan(work: Work) -> Plan:
     path = work.journal.folder / PLAN
     if work.world.first and not path.exists():
         found = {layer.name: spectra_of(work, i)[0] for i, layer in work.ready.items()}
-        analysis = Analysis(
-            tuple(work.layers), found, count_params(work.model), work.model, sharpen=lambda names: _sharpen(work, names)
-        )
+        own = tuple(work.layers), found, count_params(work.model), work.model
+        analysis = Analysis(*own, sharpen=lambda wanted: _sharpen(work, wanted))
         s = work.settings
         plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
         write_whole(path, [plan.to_json().encode()])
     work.world.together()
     while not path.exists():
-        find_spectra(work, sorted(in_doubt(work)), single=False)
+        _find_exact(work)
         work.world.together()
     try:
         return Plan.from_json(path.read_text())
@@ -87,30 +115,30 @@ def find_plan(work: Work) -> Plan:
         raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
 
-def in_doubt(work: Work) -> set[int]:
-    """The layers, by number, whose float32 spectra do not decide this job's plan: those in float64 do."""
+def in_doubt(work: Work) -> set[tuple[int, Key]]:
+    """The float32 spectra, by the layer's number, that do not decide this job's plan: those in float64 do."""
     path, what = work.journal.folder / DOUBT, _decided(work)
     if not path.exists():
         return set()
     try:
         found = json.loads(path.read_text())
-        return set(map(int, found["layers"])) if found["job"] == what else set()
+        return {(int(i), (int(scheme), int(k))) for i, scheme, k in found["spectra"]} if found["job"] == what else set()
     except (KeyError, ValueError, TypeError) as e:
         raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove {str(work.journal.output)!r}") from e
 
 
 def _decided(work: Work) -> dict[str, Any]:
-    """What of a job decides which layers are in doubt, and may be another when it is begun again."""
+    """What of a job decides which spectra are in doubt, and may be another when it is begun again."""
     return {name: value for name, value in work.journal.job.items() if name in LATER}
 
 
-def _sharpen(work: Work, names: Sequence[str]) -> list[LayerSpectra]:
-    """Spectra of these layers in float64, computed by all processes; the first one asks."""
-    numbers = [i for i, layer in work.ready.items() if layer.name in names]
-    known = in_doubt(work)
-    if not known.issuperset(numbers):
-        text = json.dumps({"job": _decided(work), "layers": sorted(known.union(numbers))})
-        write_whole(work.journal.folder / DOUBT, [text.encode()])
+def _sharpen(work: Work, wanted: Sequence[tuple[Layer, Key]]) -> Iterator[tuple[Layer, Key, Tensor]]:
+    """Spectra in float64, computed by all processes; the first one asks."""
+    numbers = {layer.name: i for i, layer in work.ready.items()}
+    known, asked = in_doubt(work), {(numbers[layer.name], key) for layer, key in wanted}
+    if not known.issuperset(asked):
+        told = sorted((i, *key) for i, key in known | asked)
+        write_whole(work.journal.folder / DOUBT, [json.dumps({"job": _decided(work), "spectra": told}).encode()])
     work.world.together()
-    find_spectra(work, sorted(in_doubt(work)), single=False)
-    return [spectra_of(work, i, single=False)[0] for i in numbers]
+    _find_exact(work)
+    return ((layer, key, exact_values(work, numbers[layer.name], key)) for layer, key in wanted)

@@ -16,7 +16,7 @@ from .layout import OutputFile, companions, index_of, output_files
 from .plan import Plan
 from .shard_file import Entry, header, write_shard, write_whole, writing
 from .shards import CONFIG, DTYPES, INDEX, Stored, stored_in
-from .streamed_plan import check_sums, find_plan, find_spectra, in_doubt, kind_of, spectra_of
+from .streamed_plan import check_sums, exact_values, find_plan, find_spectra, in_doubt, kind_of, spectra_of
 from .workload import Work, size_of
 
 FACTORS = "alds_factors.json"
@@ -50,9 +50,11 @@ def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) 
 
 def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
     layers, doubt = {i: work.ready[i] for i in choices}, in_doubt(work)
-    known = {i: spectra_of(work, i, work.settings.single and i not in doubt) for i in choices}
+    known = {i: spectra_of(work, i) for i in choices}
     numbers = {layer.name: i for i, layer in layers.items()}
-    spectra = {s.layer.name: s.values[choices[i].scheme, choices[i].groups] for i, (s, _) in known.items()}
+    keys = {i: (choice.scheme, choice.groups) for i, choice in choices.items()}
+    spectra = {s.layer.name: exact_values(work, i, keys[i]) if (i, keys[i]) in doubt else s.values[keys[i]]
+               for i, (s, _) in known.items()}  # fmt: skip
     with work.weights(layers.values()) as sums:
         check_sums(work, {i: crc for i, (_, crc) in known.items()}, sums)
         limit = sum(map(size_of, layers.values()))
@@ -154,7 +156,7 @@ def compress_streamed(work: Work) -> None:
         known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in found}
         recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in own], known)
     work.world.together()
-    find_spectra(work, work.ready, work.settings.single)
+    find_spectra(work)
     plan = find_plan(work)
     choices = {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
     stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}

@@ -153,7 +153,7 @@ def test_layers_in_doubt_are_computed_in_float64():
         budget = (2 * 10 + 1) * 64 / 2048  # ranks 10 and 11
         plan = analysis.plan(params=budget, p=math.inf)
         assert sorted(row.rank for row in plan.layers) == [10, 11]
-        assert {s.single for s in analysis.spectra.values()} == {not in_doubt}
+        assert {bool(s.single) for s in analysis.spectra.values()} == {not in_doubt}
         assert choices(plan) == choices(alds.analyze(analysis.model, groups=(1,)).plan(params=budget, p=math.inf))
 
 
@@ -161,8 +161,8 @@ def test_small_errors_are_computed_in_float64():
     net = network("low rank")
     analysis = alds.analyze(net, precision="float32")
     plan = analysis.plan(params=0.7)
-    small = {row.name for row in plan.layers if 0 < row.error**2 < doubt.SMALL}
-    assert small and small == {n for n, s in analysis.spectra.items() if not s.single}
+    small = [row for row in plan.layers if row.choice and row.error**2 < doubt.SMALL]
+    assert small and not any((r.scheme, r.groups) in analysis.spectra[r.name].single for r in small)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,9 @@ def test_plans_that_cannot_be_checked_are_made_of_float64(options):
     analysis = alds.analyze(net, precision="float32")
     plan = analysis.plan(**options)
     assert not any(s.single for s in analysis.spectra.values())
-    assert plan == alds.analyze(net).plan(**options)
+    expected = alds.analyze(net).plan(**options)
+    assert choices(plan) == choices(expected)
+    assert [row.error for row in plan.layers] == pytest.approx([row.error for row in expected.layers], rel=1e-12)
 
 
 def test_importance_and_flops_are_checked_too():
@@ -231,7 +233,6 @@ def test_checkpoints_in_float32_have_the_plan_of_float64(tmp_path, monkeypatch):
     alds.compress_checkpoint(tmp_path / "dense", tmp_path / "single", **options)
     assert "spectra in doubt" in told
     assert rows(tmp_path / "single") == rows(tmp_path / "double")
-    files = [checkpoints.contents(tmp_path / name) for name in ("single", "double")]
-    for found in files:
-        del found["alds_job.json"]
-    assert files[0] == files[1]
+    found, expected = (tmp_path / name / "alds_plan.json" for name in ("single", "double"))
+    errors_of = [[row.error for row in alds.Plan.from_json(p.read_text()).layers] for p in (found, expected)]
+    assert errors_of[0] == pytest.approx(errors_of[1], rel=1e-12)
