@@ -55,9 +55,9 @@ def eigvalsh_per_groups(model: torch.nn.Module, dtype: torch.dtype) -> None:
             torch.linalg.eigvalsh(s @ s.mT if s.shape[1] <= s.shape[2] else s.mT @ s)
 
 
-def our_spectra(model: torch.nn.Module) -> None:
-    """Our spectra: float64 whatever the weights' type."""
-    alds.analyze(model, schemes=(0,))
+def our_spectra(model: torch.nn.Module, precision: str = "float64") -> None:
+    """Our spectra, in float64 whatever the weights' type, or in float32."""
+    alds.analyze(model, schemes=(0,), precision=precision)
 
 
 def eigensolve_gflop(model: torch.nn.Module) -> float:
