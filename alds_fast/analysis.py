@@ -236,7 +236,8 @@ def with_data(
     limit = MAX_DATA_GROUPS if groups == "divisors" else None
     layers = [layer for layer in analysis.layers if layer.name in analysis.spectra]
     found = collect_moments(analysis.model, data, layers, sensitivity=sensitivity, mask=mask, order=order)
-    return dataclasses.replace(analysis, moments=found, max_groups=limit, _errors={})
+    own = dict(analysis.spectra)  # plans may put others in their place
+    return dataclasses.replace(analysis, spectra=own, moments=found, max_groups=limit, _errors={})
 
 
 def analyze_with_progress(

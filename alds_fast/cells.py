@@ -48,7 +48,8 @@ class Variant:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that tells this variant from another, JSON-ready."""
-        options = {k: _plain(v) for k, v in {**self.analysis, **self.planning}.items()}
+        given = {**self.analysis, **self.planning}
+        options = {k: _plain(v) for k, v in given.items() if k != "precision"}  # plans are the same
         made = None if self.build is None else callable_name(self.build)
         options |= {"refit": True} if self.refit else {}
         return {"name": self.name, "options": options, "data": self.data, "build": made}
