@@ -15,7 +15,7 @@ from .collector import Moments
 from .costs import dense_reason
 from .data_criteria import MAX_DATA_GROUPS, Basis, Errors, layer_errors, resolved_criterion, resolved_norm, with_outputs
 from .discover import Layer, check_weight, count_params, find_layers
-from .doubt import check_is_possible, keys_of, put_exact
+from .doubt import check_is_possible, put_exact
 from .folding import SCHEMES
 from .moments import Sensitivity, collect_moments
 from .options import Groups, check_groups, check_importance, check_plan_options, check_schemes, is_single
@@ -116,10 +116,11 @@ class Analysis:
         options |= {"bias_correction": bias_correction, "importance": importance}
         check_plan_options(shares, error, example_inputs, **options)
         layers = [layer for layer in self.layers if layer.name in self.spectra]
-        weights = {layer.name: 1.0 for layer in layers} | dict(check_importance(importance, self.spectra))
+        weights = {layer.name: 1.0 for layer in layers}
+        weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
         budgets = [name for name, share in shares.items() if share is not None]
         if not check_is_possible(budgets, basis.criterion, method):
-            self._sharpen([(name, key) for name, s in self.spectra.items() for key in keys_of(s)])
+            self._sharpen([(name, key) for name, s in self.spectra.items() for key in sorted(s.single)])
         while True:
             choices = self._choices(layers, basis, align, weights)
             spectra = [with_outputs(self.spectra[layer.name], basis, method) for layer in layers]

@@ -4,7 +4,7 @@ A float32 spectrum's squared errors of ranks are off by up to ``TAIL`` of ||W||^
 the slices' largest squared singular values from one rank to the next (measured: less than half of either); its norms
 are float64. A plan is solved again with all errors moved by that much: of some layers the candidate that was taken
 upwards and all others against it, of the other layers the reverse, so that any two layers come to be moved either way
-against each other. Spectra between which that changes the choice are in doubt.
+against each other, and some times at random. Spectra between which that changes the choice are in doubt.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .allocate import Floats, Front, Ints, pareto_front
@@ -23,7 +24,10 @@ from .errors import ModelError
 from .spectra import Key, LayerSpectra
 
 TAIL, VALUE = 2.0**-20, 2.0**-19
+RANDOM = 16
 SMALL = 2.0**-9  # squared errors below it, 4.4 %, are asked for in float64: the factors' certificate goes by them
+
+Bools = NDArray[np.bool_]
 
 
 def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str) -> bool:
@@ -35,11 +39,6 @@ def resolved_precision(shares: Mapping[str, float | None], criterion: str | None
     """The precision of spectra for a plan of this kind, made without data, if none is asked for."""
     budgets = [name for name, share in shares.items() if share is not None]
     return "float32" if check_is_possible(budgets, criterion, method or "alds") else "float64"
-
-
-def keys_of(spectra: LayerSpectra) -> list[Key]:
-    """Everything in float32, and the whole folded weights, if anything is."""
-    return sorted({*spectra.single, *((scheme, 1) for scheme in spectra.top)}) if spectra.single else []
 
 
 def put_exact(spectra: LayerSpectra, key: Key, values: Tensor) -> LayerSpectra:
@@ -68,6 +67,13 @@ def _moves(choices: Candidates, spectra: LayerSpectra, taken: int) -> Floats:
     return np.concatenate([*moves, [0.0]])
 
 
+def _signs(count: int) -> Bools:
+    """Which of so many layers to move which way, again and again: any two apart both ways, and at random."""
+    numbers, random = np.arange(count), np.random.default_rng(0)
+    bits = [(numbers >> bit & 1).astype(bool) for bit in range(count.bit_length())]
+    return np.array([*bits, *(~b for b in bits), *random.integers(0, 2, (RANDOM, count)).astype(bool)])
+
+
 def curves_in_doubt(
     spectra: Sequence[LayerSpectra],
     choices: Sequence[Candidates],
@@ -89,16 +95,15 @@ def curves_in_doubt(
     doubt: set[tuple[int, Key]] = set()
     fronts = []  # of every layer, two: with the candidate taken at its worst, and at its best
     for i, (c, taken) in enumerate(zip(choices, found, strict=True)):
-        if c.errors[taken] ** 2 < SMALL * weights[i] ** 2:
+        squares, moves = (c.errors / (weights[i] or 1.0)) ** 2, _moves(c, spectra[i], taken)
+        if squares[taken] < SMALL:
             doubt |= single(i, taken)
-        moves = weights[i] ** 2 * _moves(c, spectra[i], taken)
-        moved = [np.sqrt(np.maximum(c.errors**2 + sign * moves, 0.0)) for sign in (1, -1)]
+        moved = [weights[i] * np.sqrt(np.maximum(squares + sign * moves, 0.0)) for sign in (1, -1)]
         fronts.append([pareto_front(costs[i], errors) for errors in moved])
-    for bit in range(len(choices).bit_length()):  # any two layers differ in one
-        for turn in (0, 1):
-            own = [pair[(i >> bit & 1) ^ turn] for i, pair in enumerate(fronts)]
-            other = [int(f.index[k]) for f, k in zip(own, solve(own), strict=True)]
-            changed = [i for i, (a, b) in enumerate(zip(found, other, strict=True)) if a != b]
-            keys = set().union(*(single(i, found[i]) | single(i, other[i]) for i in changed))
-            doubt |= keys if keys or not changed else {(i, key) for i, s in enumerate(spectra) for key in s.single}
+    for signs in _signs(len(choices)):
+        own = [pair[int(side)] for pair, side in zip(fronts, signs, strict=True)]
+        other = [int(f.index[k]) for f, k in zip(own, solve(own), strict=True)]
+        changed = [i for i, (a, b) in enumerate(zip(found, other, strict=True)) if a != b]
+        keys = set().union(*(single(i, found[i]) | single(i, other[i]) for i in changed))
+        doubt |= keys if keys or not changed else {(i, key) for i, s in enumerate(spectra) for key in s.single}
     return [(spectra[i].layer.name, key) for i, key in sorted(doubt)]

@@ -11,7 +11,6 @@ no larger error that is known already.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from .candidates import candidates
 from .discover import Layer
 from .doubt import TAIL
 from .folding import WeightShape, max_rank, params_per_rank
-from .spectra import FoldRoom, LayerSpectra, batches, candidate_groups, in_single, layer_spectra, place
+from .spectra import FoldRoom, LayerSpectra, all_single, batches, candidate_groups, in_single, layer_spectra, place
 
 FIRST = 4  # up to so many slices are computed at once, from shared Gram matrices
 MOST = 16
@@ -92,4 +91,4 @@ def pruned_spectra(
             found = linalg.spectra(room.matrices(batch), [[k]] * len(batch), single=single and in_single(batch[0][0]))
             for (layer, scheme), (values,) in zip(batch, found, strict=True):
                 results[layer.name].values[scheme, k] = values.cpu()
-    return [replace(s, single=frozenset(s.values) if s.single else s.single) for s in results.values()]
+    return [all_single(s) if s.single else s for s in results.values()]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import linalg
 from .bounds import Criterion
-from .discover import Layer
+from .discover import Layer, check_weight
 from .folding import distinct_schemes, divisors, matrix_shape, permuted
 from .options import Groups
 from .replace import oriented_weight
@@ -27,7 +27,8 @@ class LayerSpectra:
     ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the
     largest singular value of the whole folded weight; ``output``, where it was asked for, the eigenvalues of the
     covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups. ``single``
-    names the (scheme, groups) that were computed in float32: :mod:`alds_fast.doubt` says how well they are known.
+    names the (scheme, groups) that were computed in float32, (scheme, 1) for ``top`` among them:
+    :mod:`alds_fast.doubt` says how well they are known.
     """
 
     layer: Layer
@@ -158,8 +159,12 @@ def layer_spectra(
         by_groups = dict(zip(problem.computed, values, strict=True))
         result.top[problem.scheme] = float(by_groups[1].max())
         result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
-    keys = {name: frozenset(s.values) if single and in_single(s.layer) else frozenset() for name, s in results.items()}
-    return [replace(s, single=keys[name]) for name, s in results.items()]
+    return [all_single(s) if single and in_single(s.layer) else s for s in results.values()]
+
+
+def all_single(spectra: LayerSpectra) -> LayerSpectra:
+    """The spectra, all of them in float32."""
+    return replace(spectra, single=frozenset({*spectra.values, *((scheme, 1) for scheme in spectra.top)}))
 
 
 def _solved(
@@ -177,7 +182,12 @@ def _solved(
 
 
 def exact_spectra(wanted: Sequence[tuple[Layer, Key]]) -> Iterator[tuple[Layer, Key, Tensor]]:
-    """Spectra in float64 of single folds and slice counts, which do not depend on what else is computed."""
+    """Spectra in float64 of single folds and slice counts, which do not depend on what else is computed.
+
+    Raises WeightError for a weight that has become NaN, infinite or empty.
+    """
+    for layer in {layer.name: layer for layer, _ in wanted}.values():
+        check_weight(layer)
     problems = [_Problem(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted if layer.shape]
     for problem, (values,) in _solved(problems, lambda n: None, 0, single=False):
         yield problem.layer, (problem.scheme, problem.groups[0]), values

@@ -15,7 +15,7 @@ from .journal import LATER, PLAN
 from .plan import Plan
 from .pruned import pruned_spectra
 from .shard_file import write_whole
-from .spectra import Key, LayerSpectra, exact_spectra
+from .spectra import Key, LayerSpectra, all_single, exact_spectra
 from .workload import Work, size_of
 
 DOUBT = "alds_doubt.json"
@@ -86,8 +86,8 @@ def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
     tensors, notes = work.journal.get(kind_of(work.settings.single), number)
     values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
     top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
-    single = frozenset(values) if notes["single"] else frozenset[Key]()
-    return LayerSpectra(work.ready[number], dict(sorted(values.items())), top, single=single), int(notes["crc32"])
+    found = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
+    return all_single(found) if notes["single"] else found, int(notes["crc32"])
 
 
 def exact_values(work: Work, number: int, key: Key) -> Tensor:

@@ -236,3 +236,26 @@ def test_checkpoints_in_float32_have_the_plan_of_float64(tmp_path, monkeypatch):
     found, expected = (tmp_path / name / "alds_plan.json" for name in ("single", "double"))
     errors_of = [[row.error for row in alds.Plan.from_json(p.read_text()).layers] for p in (found, expected)]
     assert errors_of[0] == pytest.approx(errors_of[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("weight", [1e200, 1e-200, 10**30])
+def test_importance_of_any_size(weight):
+    net = nn.Sequential(*network("falling")[:2])
+    options = {"params": 0.5, "importance": {"0": weight, "1": weight}}
+    assert choices(alds.analyze(net, precision="float32").plan(**options)) == choices(alds.analyze(net).plan(**options))
+
+
+def test_the_largest_singular_values_too_are_computed_in_float64_when_asked_for():
+    net = nn.Sequential(*network("low rank")[:2])
+    single, double = alds.analyze(net, groups=(2,), precision="float32"), alds.analyze(net, groups=(2,))
+    single.plan(params=0.7)  # errors are small: all spectra of slices are in doubt
+    found, expected = (a.plan(params=0.5, criterion="operator") for a in (single, double))
+    assert [r.error for r in found.layers] == pytest.approx([r.error for r in expected.layers], rel=1e-12)
+
+
+def test_a_model_that_has_gone_is_named():
+    net = network("flat")
+    analysis = alds.analyze(net, precision="float32")
+    net.to("meta")
+    with pytest.raises(errors.WeightError, match="layer '0'.*meta"):
+        analysis.plan(error=0.3)
