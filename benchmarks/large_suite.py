@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -101,7 +102,8 @@ def compress(source: Path, processes: int, threads: int) -> dict[str, float]:
     begin = time.perf_counter()
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     wall = time.perf_counter() - begin
-    used = [json.loads(line.split("USED ")[1]) for line in run.stderr.splitlines() if "USED " in line]
+    used = [json.loads(found) for found in re.findall(r"USED (\{.*?\})", run.stderr)]
+    assert len(used) == processes, run.stderr
     shutil.rmtree(output)
     return {
         "wall_s": wall,  # with starting Python and importing
