@@ -10,7 +10,7 @@
 
 What it does, in this order:
 
-1. ``correctness``: the kernel tests in a process of their own (with the compiled kernels on a GPU).
+1. ``correctness``: the tests of kernels (compiled on a GPU) and of spectra and SVD in a process of their own.
 2. ``ceilings``: what the device does at best (copy, bf16 product, launch in a CUDA graph).
 3. ``rows``: dense, two library calls and fused kernel for convolutions of ResNet-50 and linear layers of ViT-B and
    Llama-7B in bf16: each side a CUDA graph over several copies of weights and inputs that together exceed twice the
@@ -55,7 +55,7 @@ import gpu_timing  # noqa: E402
 import torch  # noqa: E402
 
 STEPS = ("correctness", "ceilings", "rows", "end_to_end", "compiled")
-TESTS = ("tests/test_kernels.py", "tests/test_kernel_ops.py")
+TESTS = ("tests/test_kernels.py", "tests/test_kernel_ops.py", "tests/test_linalg_cuda.py")
 QUICK_TESTS = "test_lowrank_linears or test_zero_rows or test_two_op_runs_no_kernel or test_flops"
 LIMIT_S = {"ceilings": 90, "row": 90, "compiled": 150, "model": 330}  # after that a task counts as hanging
 LOST = 3  # exit code of a worker whose device does not answer any more
@@ -264,7 +264,7 @@ def counts(report: Path) -> dict[str, Any]:
 
 
 def correctness(args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
-    """The kernel tests in a process of their own."""
+    """The tests of kernels, spectra and SVD in a process of their own."""
     report, log = args.file.with_suffix(".xml"), args.file.with_suffix(".tests.log")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
     if args.quick:

@@ -5,39 +5,12 @@ import math
 import checkpoints
 import pytest
 import torch
+from bands import KINDS, check_band, weight
 from torch import nn
 
 import alds_fast as alds
 from alds_fast import doubt, errors, linalg
 from alds_fast.linalg_torch import spectra_torch
-
-KINDS = ("flat", "falling", "outlier", "low rank", "columns", "rows", "heavy", "zero slice")
-
-
-def weight(kind, batch, rows, cols):
-    w = torch.randn(batch, rows, cols)
-    if kind == "falling":
-        u, s, v = torch.linalg.svd(w, full_matrices=False)
-        return (u / torch.arange(1, s.shape[-1] + 1)) @ v
-    if kind == "outlier":
-        return w + 3 * torch.randn(batch, rows, 1) @ torch.randn(batch, 1, cols)
-    if kind == "low rank":
-        return torch.randn(batch, rows, max(1, rows // 8)) @ torch.randn(batch, max(1, rows // 8), cols) + 0.01 * w
-    if kind == "columns":
-        return w * torch.logspace(0, -4, cols)
-    if kind == "rows":
-        return w * torch.logspace(0, -4, rows)[:, None]
-    if kind == "heavy":
-        return torch.distributions.StudentT(2.0).sample((batch, rows, cols))
-    if kind == "zero slice":
-        w[..., : cols // 2] = 0
-    return w
-
-
-def squared_errors(values):
-    """Squared error of every rank over ||W||^2."""
-    tails = values.square().flatten(0, -2).sum(0).flip(0).cumsum(0).flip(0)
-    return tails / tails[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,15 +25,6 @@ def test_float32_spectra_are_within_the_band(kind, shape, groups):
     pairs = zip(linalg.spectra([matrix], [groups], single=True)[0], linalg.spectra([matrix], [groups])[0], strict=True)
     for k, (found, expected) in zip(groups, pairs, strict=True):
         check_band(matrix, k, found, expected)
-
-
-def check_band(matrix, groups, found, expected):
-    assert found.dtype == torch.float64 and (found.diff(dim=-1) <= 0).all()
-    norms = matrix.double().unflatten(2, (groups, -1)).square().sum((1, 3))
-    torch.testing.assert_close(found.square().sum(-1), norms, rtol=1e-12, atol=0)
-    assert (squared_errors(found) - squared_errors(expected)).abs().max() <= doubt.TAIL
-    steps = (found.square() - expected.square()).abs() / expected[..., :1].square().clamp_min(1e-300)
-    assert steps.max() <= doubt.VALUE
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])

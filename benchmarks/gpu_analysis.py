@@ -1,0 +1,169 @@
+"""Spectra, plan and factors on a GPU: a ResNet-50, and the linear layers of a Llama-7B in bf16.
+
+    python benchmarks/gpu_analysis.py                         # writes benchmarks/results/analysis_<device>.json, .md
+    python benchmarks/gpu_analysis.py --quick --device cpu    # tiny sizes: shows that it works
+
+Every step is kept as soon as it is done. Of the Llama's three shapes one matrix each is measured first, in float64 and
+float32, against torch.linalg.svdvals of every slice; then all 224 in float32, if by these times they fit into what is
+left of ``--minutes``. Weights are random, spectra flat; singular values of 1, 2 and 4 slices. Seconds are wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import registry
+import torch
+from torch import nn
+
+import alds_fast as alds
+
+GROUPS, KEEP = (1, 2, 4), 0.8
+Results = dict[str, Any]
+
+
+def seconds(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Wall time of a call until the device has done its part, and what it returned."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
+
+
+def linear(rows: int, cols: int, seed: int, device: str) -> nn.Module:
+    """A bf16 layer with random weights."""
+    with torch.device("meta"):
+        layer = nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16)
+    layer.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
+    return layer
+
+
+def steps(model: nn.Module, precision: str, device: str, **options: Any) -> tuple[dict[str, float], alds.Plan]:
+    """Seconds of analysis, plan and factors, and the plan."""
+    analysed, analysis = seconds(lambda: alds.analyze(model, precision=precision, **options), device)
+    planned, plan = seconds(lambda: analysis.plan(params=KEEP), device)
+    applied, small = seconds(lambda: plan.apply(model), device)
+    found = {"spectra_s": analysed, "plan_s": planned, "factors_s": applied, "all_s": analysed + planned + applied}
+    reports = vars(small)["alds_factors"].values()
+    return found | {"randomized": sum(r.method == "randomized" for r in reports)}, plan
+
+
+def both_precisions(model: nn.Module, device: str, **options: Any) -> Results:
+    """The steps in float64 and in float32, after a warm-up, and whether the plans are the same."""
+    steps(model, "float32", device, **options)
+    double, expected = steps(model, "float64", device, **options)
+    single, found = steps(model, "float32", device, **options)
+    same = [row.choice for row in found.layers] == [row.choice for row in expected.layers]
+    return {"float64": double, "float32": single, "same_plan": same}
+
+
+def slice_by_slice(layer: nn.Module, device: str) -> float:
+    """Seconds of torch.linalg.svdvals of every slice, one after the other, in float32."""
+    weight = layer.weight.detach().float()
+    parts = [part for k in GROUPS for part in weight.chunk(k, 1)]
+    return seconds(lambda: [torch.linalg.svdvals(part) for part in parts], device)[0]
+
+
+def measure(args: argparse.Namespace, results: Results, save: Callable[[], None]) -> None:
+    """Everything, as far as the time goes."""
+    torch.manual_seed(0)
+    resnet = registry.MODELS["resnet18" if args.quick else "resnet50"]().to(args.device)
+    if not args.quick:
+        results["resnet50"] = both_precisions(resnet, args.device)
+        save()
+    width, inner, blocks = (64, 176, 2) if args.quick else (4096, 11008, 32)
+    counts = {(width, width): 4 * blocks, (inner, width): 2 * blocks, (width, inner): blocks}
+    results["llama"] = {"counts": {f"{r}x{c}": n for (r, c), n in counts.items()}, "one": {}, "all": None}
+    one = results["llama"]["one"]
+    for (rows, cols), count in counts.items():
+        layer = linear(rows, cols, 0, args.device)
+        found = both_precisions(layer, args.device, schemes=(0,), groups=GROUPS)
+        found["svdvals32_s"] = slice_by_slice(layer, args.device)
+        found["spectra_ratio"] = found["svdvals32_s"] / found["float32"]["spectra_s"]
+        one[f"{rows}x{cols}"] = found | {"count": count}
+        save()
+    expected = sum(f["count"] * f["float32"]["all_s"] for f in one.values())
+    left = args.deadline - time.time()
+    results["llama"]["expected_s"] = expected
+    if expected > 0.8 * left:
+        results["llama"]["not_run"] = f"all layers: {expected:.0f} s expected, {left:.0f} s left"
+        return
+    shapes = [shape for shape, count in counts.items() for _ in range(count)]
+    model = nn.ModuleList(linear(*shape, seed, args.device) for seed, shape in enumerate(shapes))
+    results["llama"]["all"], _ = steps(model, "float32", args.device, schemes=(0,), groups=GROUPS)
+
+
+def table(results: Results) -> str:
+    """The results as Markdown."""
+    about = results["about"]
+    lines = [
+        f"{about['device']}, torch {about['torch']}, commit {about['commit']}; `python benchmarks/gpu_analysis.py`",
+        "",
+        f"Seconds, {KEEP:.0%} of the parameters kept:",
+        "",
+        "| | precision | spectra | plan | factors | all | same plan |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cases = {"ResNet-50, all schemes": results["resnet50"]} if "resnet50" in results else {}
+    cases |= {f"{shape}, one of {f['count']}": f for shape, f in results.get("llama", {}).get("one", {}).items()}
+    for name, found in cases.items():
+        for precision in ("float64", "float32"):
+            lines.append(_row(name, precision, found[precision], found["same_plan"]))
+    llama = results.get("llama", {})
+    if llama.get("all"):
+        lines.append(_row(f"all {sum(llama['counts'].values())}", "float32", llama["all"], "-"))
+    lines += ["", "| | svdvals of every slice, float32, s | our spectra in float32 are |", "|---|---|---|"]
+    lines += [
+        f"| {shape} | {f['svdvals32_s']:.3f} | {f['spectra_ratio']:.1f}x faster |"
+        for shape, f in llama.get("one", {}).items()
+    ]
+    lines += ["", f"Not run: {llama['not_run']}."] if llama.get("not_run") else []
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, precision: str, found: dict[str, float], same: Any) -> str:
+    times = " | ".join(f"{found[f'{part}_s']:.3f}" for part in ("spectra", "plan", "factors", "all"))
+    return f"| {name} | {precision} | {times} | {same} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu needs --quick")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --quick --device cpu runs without one")
+    args.deadline = time.time() + 60 * args.minutes
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    about = {**registry.environment(), "device": name, "quick": args.quick}
+    results: Results = {"about": about}
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    path = args.out / f"analysis_{slug}{'_quick' if args.quick else ''}.json"
+
+    def save() -> None:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(table(results))
+
+    measure(args, results, save)
+    save()
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
