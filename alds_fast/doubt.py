@@ -1,10 +1,10 @@
 """Spectra in float32: how well they are known, and whether that decides a plan.
 
-A float32 spectrum's squared errors of ranks are off by up to ``TAIL`` of ||W||^2 together, and by up to ``VALUE`` times
-the slices' largest squared singular values from one rank to the next (measured: less than half of either); its norms
-are float64. A plan is solved again with all errors moved by that much: of some layers the candidate that was taken
-upwards and all others against it, of the other layers the reverse, so that any two layers come to be moved either way
-against each other, and some times at random. Spectra between which that changes the choice are in doubt.
+A float32 spectrum's squared errors of ranks are off by up to ``TAIL`` of ||W||^2, and from one rank l to the next by no
+more than ``VALUE`` times s_1 s_l of the slices, where they are above ``SMALL``; its norms are float64. A plan is solved
+again with all errors moved by that much: of some layers the candidate that was taken upwards and all others against it,
+of the other layers the reverse, so that any two layers come to be moved either way against each other, and some times
+at random. Spectra between which that changes the choice are in doubt.
 """
 
 from __future__ import annotations
@@ -55,15 +55,13 @@ def _moves(choices: Candidates, spectra: LayerSpectra, taken: int) -> Floats:
     """By how much squared errors may be off, of all candidates: the one taken upwards, the others against it."""
     moves = []
     for curve, start in zip(choices.curves, choices.starts, strict=False):
-        squares = spectra.values[curve.scheme, curve.groups].square()
-        total = float(squares.sum())
-        step = VALUE / 2 * float(squares[..., 0].sum()) / total if total else 0.0
-        own = start <= taken < start + len(curve.costs)
-        moves.append(np.full(len(curve.costs), TAIL - step if own else -TAIL - step))
-        if own:
-            moves[-1][taken - start] = TAIL + step
-        if (curve.scheme, curve.groups) not in spectra.single:
-            moves[-1][:] = 0.0
+        values = spectra.values[curve.scheme, curve.groups]
+        single = (curve.scheme, curve.groups) in spectra.single and bool(values.any())
+        moves.append(np.full(len(curve.costs), -TAIL if single else 0.0))
+        if single and start <= taken < start + len(curve.costs):  # to its other ranks: what lies between
+            steps = VALUE * (values * values[..., :1]).flatten(0, -2).sum(0) / values.square().sum()
+            reach = np.concatenate([[0.0], steps.cumsum(0).numpy()])[curve.ranks]
+            moves[-1] = TAIL - np.minimum(np.abs(reach - reach[taken - start]), 2 * TAIL)
     return np.concatenate([*moves, [0.0]])
 
 
