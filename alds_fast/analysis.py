@@ -97,8 +97,8 @@ class Analysis:
                 ``~/.cache/alds_fast``, False for none.
 
         Spectra that were computed in float32 (``analyze(precision="float32")``) are computed again in float64, and
-        kept, for those in doubt (:mod:`alds_fast.doubt`), so that the plan is that of float64: for all of them unless
-        the budget is one of params= or flops=, the criterion "frobenius" and the method "alds".
+        kept, for those in doubt (:mod:`alds_fast.doubt`), so that the plan is that of float64 but for ties in its own
+        rounding; for all unless the budget is one of params= or flops=, the criterion "frobenius", the method "alds".
 
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``).

@@ -1,10 +1,10 @@
 """Spectra in float32: how well they are known, and whether that decides a plan.
 
 A float32 spectrum's squared errors of ranks are off by up to ``TAIL`` of ||W||^2, and from one rank l to the next by no
-more than ``VALUE`` times s_1 s_l of the slices, where they are above ``SMALL``; its norms are float64. A plan is solved
-again with all errors moved by that much: of some layers the candidate that was taken upwards and all others against it,
-of the other layers the reverse, so that any two layers come to be moved either way against each other, and some times
-at random. Spectra between which that changes the choice are in doubt.
+more than ``VALUE`` times s_1 s_l of the slices, where they are above ``SMALL`` in each; its norms are float64. A plan is
+solved again with all errors moved by that much: of some layers the candidate that was taken upwards and all others
+against it, of the other layers the reverse, so that any two layers come to be moved either way against each other, and
+some times at random. Spectra between which that changes the choice are in doubt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .spectra import Key, LayerSpectra
 
 TAIL, VALUE = 2.0**-20, 2.0**-19
 RANDOM = 16
-SMALL = 2.0**-9  # squared errors below it, 4.4 %, are asked for in float64: the factors' certificate goes by them
+SMALL = 2.0**-9  # squared errors of slices below it, 4.4 %, are asked for in float64: their certificate goes by them
 
 Bools = NDArray[np.bool_]
 
@@ -49,6 +49,12 @@ def put_exact(spectra: LayerSpectra, key: Key, values: Tensor) -> LayerSpectra:
     top = {**spectra.top, key[0]: float(values.max())} if key[1] == 1 else spectra.top
     new = {key: values} if key in spectra.values else {}
     return replace(spectra, values={**spectra.values, **new}, top=top, single=spectra.single - {key})
+
+
+def too_small(values: Tensor, rank: int) -> bool:
+    """Whether what this rank leaves of some slice's squared norm says little in float32."""
+    squares = values.square()
+    return bool((squares[..., rank:].sum(-1) < SMALL * squares.sum(-1)).any())
 
 
 def _moves(choices: Candidates, spectra: LayerSpectra, taken: int) -> Floats:
@@ -83,7 +89,7 @@ def curves_in_doubt(
     """Layer and (scheme, groups) of the float32 spectra that might have another candidate taken than the ``found`` one.
 
     ``solve`` finds the points to take of the layers' Pareto fronts; errors are those of the spectra times the layers'
-    ``weights``. What is taken with an error so small that float32 says little of it is in doubt too.
+    ``weights``. What is taken with an error of a slice so small that float32 says little of it is in doubt too.
     """
 
     def single(i: int, candidate: int) -> set[tuple[int, Key]]:
@@ -94,7 +100,8 @@ def curves_in_doubt(
     fronts = []  # of every layer, two: with the candidate taken at its worst, and at its best
     for i, (c, taken) in enumerate(zip(choices, found, strict=True)):
         squares, moves = (c.errors / (weights[i] or 1.0)) ** 2, _moves(c, spectra[i], taken)
-        if squares[taken] < SMALL:
+        choice = c.choice(taken)
+        if choice and too_small(spectra[i].values[choice[:2]], choice[2]):
             doubt |= single(i, taken)
         moved = [weights[i] * np.sqrt(np.maximum(squares + sign * moves, 0.0)) for sign in (1, -1)]
         fronts.append([pareto_front(costs[i], errors) for errors in moved])

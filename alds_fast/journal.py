@@ -26,7 +26,7 @@ from .shard_file import Entry, sync_folder, write_shard, write_whole, writing
 from .shards import CODES
 
 FOLDER, JOB, PLAN = ".alds_fast", "alds_job.json", "alds_plan.json"
-LATER = {"budget", "p", "include", "exclude", "max_shard_bytes"}  # matter from the plan on
+LATER = {"budget", "p", "include", "exclude", "max_shard_bytes", "float32"}  # matter from the plan on
 DONE = {"files", "tensors"}  # in the file of a finished job: the output's sizes and the input's checksums
 
 

@@ -13,6 +13,7 @@ MAX_ITERATIONS = 24
 TOLERANCE = 1e-3  # squared error reached <= (1 + TOLERANCE) * optimum
 EXACT_FRACTION = 0.1  # a sketch wider than this share of the order is slower than the exact decomposition (measured)
 TINY = 1e-300
+MAX_OFF = 2.0**-21
 EXACT_BY_CHOICE, EXACT_BY_FALLBACK = -1, -2  # as in csrc/core.h
 
 
@@ -47,7 +48,12 @@ def _eigenvalues(gram: Tensor, single: bool) -> Tensor:
         return torch.linalg.eigvalsh(gram).clamp_min(0)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     values = torch.linalg.eigvalsh((gram / trace.clamp_min(TINY).unsqueeze(-1)).float()).double().clamp_min(0)
-    return values * (trace / values.sum(-1, keepdim=True).clamp_min(TINY))
+    total = values.sum(-1, keepdim=True)
+    missed = ((total - 1).abs() > MAX_OFF) & (trace > 0)  # as in csrc/spectra.cpp: float64 has to do it
+    if bool(missed.any()):
+        exact = torch.linalg.eigvalsh(gram).clamp_min(0)
+        return torch.where(missed, exact, values * (trace / total.clamp_min(TINY)))
+    return values * (trace / total.clamp_min(TINY))
 
 
 def spectra_torch(matrix: Tensor, groups: Sequence[int], single: bool) -> Tensor:

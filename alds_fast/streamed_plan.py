@@ -109,6 +109,7 @@ def find_plan(work: Work) -> Plan:
     while not path.exists():
         _find_exact(work)
         work.world.together()
+    _find_exact(work)  # what a plan of an earlier run needed, and has been lost since
     try:
         return Plan.from_json(path.read_text())
     except (PlanError, ValueError) as e:

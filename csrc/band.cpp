@@ -111,7 +111,7 @@ ALDS_INLINE T chase_full(T* e, const T* v, T tau, T* next) {
     for (int64_t c = 0; c < lanes<T>; ++c)
 #pragma GCC unroll 4
       for (int64_t h = 0; h < PARTS<T>; ++h) {
-        auto& entry = loose(e + (g * lanes<T> + c) * STRIDE<T> + h * lanes<T>);
+        typename Vectors<T>::Loose& entry = loose(e + (g * lanes<T> + c) * STRIDE<T> + h * lanes<T>);
         const Line<T> value = entry - y[h] * v[g * lanes<T> + c];
         entry = value;
         sum[c] += value * at(next + h * lanes<T>);

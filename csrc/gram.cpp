@@ -12,6 +12,8 @@ namespace alds {
 namespace {
 
 constexpr int64_t CHUNK = 1 << 18;  // bytes packed at a time, stay in L2
+template <typename T>
+constexpr int64_t DEPTH = sizeof(T) == sizeof(float) ? 128 : CHUNK;  // terms of a sum in T: rounding of equal ones adds up
 
 // G[i, j] += sum_k pack[k, i] pack[k, j] for ROWS blocks of rows from i and columns j .. j + COLS
 template <int ROWS, typename T>
@@ -62,7 +64,7 @@ void gram_of(const Slice& slice, double scale, T* g, BufferOf<T>& scratch) {
   const bool wide = m.rows <= slice.width;
   const int64_t order = slice.order(), end = whole_blocks<T>(order), ld = padded<T>(order);
   const int64_t total = wide ? slice.width : m.rows, chunk = CHUNK / sizeof(T) / end;
-  const int64_t step = std::clamp<int64_t>(chunk, 16, std::max<int64_t>(total, 16));
+  const int64_t step = std::min(DEPTH<T>, std::clamp<int64_t>(chunk, 16, std::max<int64_t>(total, 16)));
   T* pack = grow(scratch, end * step);
   std::fill(pack, pack + end * step, T{});
   std::fill(g, g + ld * end, T{});

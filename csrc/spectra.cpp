@@ -16,6 +16,8 @@
 namespace alds {
 namespace {
 
+constexpr double MAX_OFF = 0x1p-21;  // of a slice's squared norm: 4 epsilons of float32
+
 template <typename T>
 struct Root {
   int64_t groups;
@@ -178,6 +180,8 @@ struct Tridiagonal {
   int64_t order;
   double *diagonal, *off_diagonal;  // diagonal is the slice's place in the output
   double largest, squares;          // the largest entry; the sum that the eigenvalues shall have, 0 if none is known
+  double off;                       // by how much of it they missed it
+  int layer, index;                 // of problem->groups
 };
 
 // Tridiagonal form of every slice; off-diagonals lie in `couplings`, in the order of the tasks.
@@ -194,7 +198,7 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer<T>>& layers, Buffer& cou
         for (int64_t g = 0; g < p.groups[k]; ++g) {
           double* out = p.out + i * layers[l].row_size + layers[l].offsets[k] + g * order;
           tasks.push_back({int(l), int(k), i, g, std::pow(double(order), 3), int64_t(found.size())});
-          found.push_back({order, out, nullptr, 0.0, sum_of(layers[l].squares, i * p.matrix.cols + g * width, width)});
+          found.push_back({order, out, nullptr, 0.0, sum_of(layers[l].squares, i * p.matrix.cols + g * width, width), 0.0, int(l), int(k)});
           total += order;
         }
     }
@@ -217,7 +221,7 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer<T>>& layers, Buffer& cou
       trace += gram[i * ld + i];
     }
     if (!std::isfinite(trace)) throw std::runtime_error(NOT_FINITE);
-    target.largest = largest;
+    target.largest = largest * std::pow(divisor(layer, t.item), 2);
     if (largest == 0) largest = 1;
     for (int64_t j = 0; j < n; ++j)  // so that no square over- or underflows
       for (int64_t i = j; i < n; ++i) gram[j * ld + i] /= largest;
@@ -253,14 +257,15 @@ void finish(std::vector<Tridiagonal>& slices, int threads) {
       std::sort(values, values + n, std::greater<double>());
       double sum = 0.0;
       for (int64_t i = 0; i < n; ++i) sum += std::max(values[i], 0.0);
-      const double scale = slices[k].squares > 0.0 && sum > 0.0 ? slices[k].squares / sum : slices[k].largest;
+      const double known = slices[k].squares, scale = known > 0.0 && sum > 0.0 ? known / sum : slices[k].largest;
+      if (known > 0.0) slices[k].off = std::abs(sum * slices[k].largest - known) / known;
       for (int64_t i = 0; i < n; ++i) values[i] = std::sqrt(std::max(values[i], 0.0) * scale);
     }
   });
 }
 
 template <typename T>
-void spectra_in(const std::vector<SpectraProblem>& problems, int threads) {
+std::vector<Tridiagonal> spectra_in(const std::vector<SpectraProblem>& problems, int threads) {
   std::vector<Layer<T>> layers(problems.size());
   for (size_t i = 0; i < problems.size(); ++i) {
     layers[i].problem = &problems[i];
@@ -271,12 +276,36 @@ void spectra_in(const std::vector<SpectraProblem>& problems, int threads) {
   Buffer couplings;
   std::vector<Tridiagonal> slices = reduce(layers, couplings, threads);
   finish(slices, threads);
+  return slices;
 }
 
 }  // namespace
 
 void spectra(const std::vector<SpectraProblem>& problems, bool single, int threads) {
-  single ? spectra_in<float>(problems, threads) : spectra_in<double>(problems, threads);
+  if (!single) {
+    spectra_in<double>(problems, threads);
+    return;
+  }
+  // Where eigenvalues do not add up to the norm (sums of equal terms, noise in the place of zeros), float64 has to do it.
+  std::vector<std::vector<char>> missed(problems.size());
+  for (size_t i = 0; i < problems.size(); ++i) missed[i].resize(problems[i].groups.size());
+  for (const Tridiagonal& t : spectra_in<float>(problems, threads))
+    if (!(t.off <= MAX_OFF)) missed[t.layer][t.index] = 1;
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const MatrixBatch& m = problems[i].matrix;
+    int64_t row = 0, offset = 0;
+    for (int64_t k : problems[i].groups) row += k * std::min(m.rows, m.cols / k);
+    for (size_t k = 0; k < problems[i].groups.size(); ++k) {
+      const int64_t groups = problems[i].groups[k], size = groups * std::min(m.rows, m.cols / groups);
+      if (missed[i][k]) {
+        Buffer exact(m.batch * size);
+        spectra_in<double>({{m, {groups}, exact.data()}}, threads);
+        for (int64_t b = 0; b < m.batch; ++b)
+          std::copy(exact.data() + b * size, exact.data() + (b + 1) * size, problems[i].out + b * row + offset);
+      }
+      offset += size;
+    }
+  }
 }
 
 }  // namespace alds

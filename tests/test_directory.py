@@ -277,6 +277,7 @@ def flip(path):
         ("write_files", "*.factors.safetensors", flip),
         ("write_files", "*.factors.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
         ("write_files", "*.report.safetensors", lambda p: p.write_bytes(b"")),
+        ("find_factors", "*.exact.*.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
         ("write_files", "*.spectra32.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
         ("find_factors", "alds_plan.json", lambda p: p.write_text("{}")),
         ("find_factors", "input.json", lambda p: p.write_text("[")),
