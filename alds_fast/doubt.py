@@ -1,8 +1,8 @@
 """Spectra in float32: how well they are known, and whether that decides a plan.
 
 A float32 spectrum's squared errors of ranks are off by up to ``TAIL`` of ||W||^2, and from one rank l to the next by no
-more than ``VALUE`` times s_1 s_l of the slices, where they are above ``SMALL`` in each; its norms are float64. A plan is
-solved again with all errors moved by that much: of some layers the candidate that was taken upwards and all others
+more than ``VALUE`` times s_1 s_l of the slices, where they are above ``SMALL`` in each; its norms are float64. A plan
+is solved again with all errors moved by that much: of some layers the candidate that was taken upwards and all others
 against it, of the other layers the reverse, so that any two layers come to be moved either way against each other, and
 some times at random. Spectra between which that changes the choice are in doubt.
 """
