@@ -23,7 +23,7 @@ from .discover import label
 from .errors import ModelError
 from .spectra import Key, LayerSpectra
 
-TAIL, VALUE = 2.0**-20, 2.0**-19
+TAIL, VALUE = 2.0**-20, 2.0**-18
 RANDOM = 16
 SMALL = 2.0**-9  # squared errors of slices below it, 4.4 %, are asked for in float64: their certificate goes by them
 
