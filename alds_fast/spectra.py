@@ -108,8 +108,8 @@ def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
 
 
 def in_single(layer: Layer) -> bool:
-    """Whether float32 may do for this layer: its weight is in no wider type."""
-    return place(layer)[1] == torch.float32
+    """Whether float32 may do: the weight is on the CPU, as other devices were not measured, and in no wider type."""
+    return place(layer) == (torch.device("cpu"), torch.float32)
 
 
 class FoldRoom:

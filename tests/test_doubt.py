@@ -43,7 +43,7 @@ def test_float32_spectra_of_very_small_and_large_weights(scale):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cuda_implementation_is_within_the_band(kind):
+def test_the_cuda_implementation_on_small_matrices(kind):
     torch.manual_seed(0)
     matrix = weight(kind, 2, 60, 80)
     for k in (1, 4):
