@@ -25,7 +25,7 @@ def test_spectra(kind, shape, groups):
     expected = spectra_ref(m, groups)
     for single in (False, True):
         found = linalg.spectra([m.cuda()], [groups], single=single)[0]
-        for k, values, exact in zip(groups, found, expected, strict=True):
+        for values, exact in zip(found, expected, strict=True):
             assert values.is_cuda
             if single:
                 assert (squared_errors(values.cpu()) - squared_errors(exact)).abs().max() <= doubt.TAIL
