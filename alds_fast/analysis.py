@@ -207,7 +207,7 @@ def analyze(
         mask: name of the keyword argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
             which allows the encode fold with one slice only.
-        precision: "float64", or "float32" for spectra of weights of no wider type, on the CPU, in half the time, for plans
+        precision: "float64", or "float32" for weights on the CPU of no wider type: spectra in half the time, for plans
             that come to the same (:meth:`Analysis.plan`); leave the model as it is until these are made.
 
     Raises:
