@@ -113,8 +113,8 @@ def compress_checkpoint(
         if not isinstance(value, str | os.PathLike):
             raise ArgumentError(f"{name} is a {type(value).__name__}: expected the name of a directory")
     place, source, output = own_device(device), Path(source), Path(output)
-    if source.resolve() == output.resolve():
-        raise ArgumentError(f"the output {str(output)!r} is the checkpoint itself; name another directory")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ArgumentError(f"the output {str(output)!r} is the checkpoint itself or in it; name another directory")
     shards = open_shards(source)
     others = {name: Stored(path, "U8", (), 0, path.stat().st_size).crc32()
               for name, path in companions(source, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip

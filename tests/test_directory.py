@@ -476,8 +476,9 @@ def test_bad_directories(llama, tmp_path):
         compress(tmp_path / "none", tmp_path / "small")
     with pytest.raises(errors.MissingFileError, match="create it first"):
         compress(llama / "dense", tmp_path / "none/small")
-    with pytest.raises(errors.ArgumentError, match="is the checkpoint itself"):
-        compress(llama / "dense", llama / "dense")
+    for inside in (llama / "dense", llama / "dense/small"):
+        with pytest.raises(errors.ArgumentError, match="is the checkpoint itself or in it"):
+            compress(llama / "dense", inside)
     with pytest.raises(errors.ArgumentError, match="is not empty"):
         compress(llama / "dense", tmp_path.parent)
     (tmp_path / "file").write_text("")
