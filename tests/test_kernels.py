@@ -1,6 +1,8 @@
 """Every kernel against the float64 reference: no further from it than twice what plain PyTorch is in the same type.
 
-On a machine with a GPU the compiled kernels run, elsewhere Triton's interpreter.
+On a machine with a GPU the compiled kernels run, elsewhere Triton's interpreter. A compiled float32 product adds its
+terms one after the other, where PyTorch's libraries add short sums up: there the rule takes the rounding of sums in
+sequence where that is larger.
 """
 
 import pytest
@@ -24,6 +26,23 @@ def error(found, reference):
     return float((found.double() - reference).norm() / reference.norm())
 
 
+def sequential_rounding(*terms):
+    """Relative error to expect of float32 sums of so many random terms each, added one after the other.
+
+    The k-th partial sum is about sqrt(k / K) of the last one, and rounding it adds a uniform error of variance
+    eps^2 / 12 of its square: sqrt(sum_k eps^2 / 12 * k / K) = eps * sqrt(K / 24), for each product in turn.
+    """
+    return torch.finfo(torch.float32).eps * (sum(terms) / 24) ** 0.5
+
+
+def allowed(plain, case):
+    """How far off the kernel may be, by how far off plain PyTorch is."""
+    x, encoder, decoder = (case[k] for k in ("x", "encoder", "decoder"))
+    if DEVICE == "cpu" or x.dtype != torch.float32:
+        return 2 * plain
+    return 2 * max(plain, sequential_rounding(encoder[0].numel(), decoder[0].numel()))
+
+
 def compare(call, tensors, options):
     """The rule of this module, for a call of (tensors, options, backend=)."""
     exact = {k: t if t is None else t.double() for k, t in tensors.items()}
@@ -31,7 +50,7 @@ def compare(call, tensors, options):
     found = call(**tensors, **options, backend="fused")
     plain = call(**tensors, **options, backend="two-op")
     assert found.shape == plain.shape and found.dtype == plain.dtype
-    assert error(found, reference) <= 2 * error(plain, reference)
+    assert error(found, reference) <= allowed(error(plain, reference), tensors)
 
 
 def linear_case(m, c, groups, rank, f, dtype=torch.float32, bias=True, residual=True):
@@ -48,8 +67,8 @@ def linear_case(m, c, groups, rank, f, dtype=torch.float32, bias=True, residual=
 LINEAR = [  # rows, channels, groups, rank, filters
     (1, 64, 1, 16, 64), (1, 1, 1, 1, 1), (16, 200, 1, 100, 33), (7, 24, 8, 3, 5), (3, 300, 2, 70, 40),
     (2, 1024, 1, 16, 16), (5, 96, 4, 24, 96), (17, 64, 1, 16, 64), (40, 30, 3, 5, 33), (65, 70, 1, 33, 129),
-    (33, 64, 8, 8, 16), (20, 48, 1, 130, 70), (18, 64, 2, 128, 48), (17, 40, 1, 300, 20), (19, 128, 4, 128, 33),
-    (130, 16, 1, 1, 17),
+    (33, 64, 8, 8, 16), (20, 48, 1, 130, 70), (18, 64, 2, 128, 48), (17, 40, 1, 250, 20), (19, 128, 4, 64, 33),
+    (130, 16, 1, 1, 17), (2, 2100, 1, 1100, 20), (12, 1024, 2, 16, 48), (1, 20000, 1, 4, 8),
 ]  # fmt: skip
 
 
@@ -78,10 +97,6 @@ def conv_case(n, c, size, groups, rank, f, kernels, dtype=torch.float32, bias=Tr
     }
 
 
-def one_by(*kernel):
-    return ((1, 1), kernel)
-
-
 def by_one(*kernel):
     return (kernel, (1, 1))
 
@@ -97,9 +112,11 @@ CONV = [  # (n, c, size, groups, rank, f, kernels), options
     ((1, 130, (3, 3), 1, 130, 18, by_one(3, 3)), {"padding": 1}),
     ((4, 4, (1, 1), 2, 1, 8, by_one(1, 1)), {"padding": 1}),
     ((1, 8, (30, 1), 2, 4, 8, by_one(5, 1)), {"padding": (2, 0), "stride": (3, 1)}),
-    ((1, 16, (9, 9), 4, 4, 24, one_by(3, 3)), {"padding": 2, "dilation": 2}),
-    ((2, 16, (8, 7), 1, 6, 40, one_by(3, 3)), {"stride": 2, "padding": 1}),
-    ((1, 8, (6, 6), 2, 140, 16, one_by(2, 2)), {}),
+    ((1, 16, (40, 2), 1, 4, 8, by_one(36, 1)), {"padding": (3, 0)}),
+    ((9, 64, (1, 1), 2, 32, 64, by_one(3, 3)), {"padding": 1, "dilation": 1}),
+    ((2, 32, (9, 7), 2, 16, 48, by_one(3, 3)), {"padding": 1}),
+    ((1, 48, (10, 12), 1, 32, 272, by_one(3, 3)), {"padding": 2, "dilation": 2}),
+    ((1, 16, (5, 6), 1, 16, 16, by_one(5, 3)), {"padding": (2, 1)}),
 ]
 
 
@@ -110,11 +127,11 @@ def test_lowrank_conv2d(shape, options, dtype):
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
-@pytest.mark.parametrize("filters", [24, 300])
+@pytest.mark.parametrize("filters", [24, 32, 300])
 def test_epilogue_of_conv2d(filters, activation):
     for bias in (True, False):
         case = conv_case(
-            2, 8, (5, 5), 2, 3, filters, by_one(1, 1) if filters > 256 else by_one(3, 3), torch.bfloat16, bias
+            2, 32, (5, 5), 2, 16, filters, by_one(1, 1) if filters > 256 else by_one(3, 3), torch.bfloat16, bias
         )
         plain = lowrank_conv2d(**case, groups=2, backend="two-op")
         case["residual"] = random(*plain.shape, dtype=torch.bfloat16, seed=6)
@@ -134,7 +151,7 @@ def test_lowrank_linears(layers, dtype, present):
     for y, p, d, b, part in zip(found, plain, decoders, biases, encoder.split(ranks), strict=True):
         b64 = None if b is None else b.double()
         reference = lowrank_linear(x.double(), part.double(), d.double(), b64, backend="two-op")
-        assert error(y, reference) <= 2 * error(p, reference)
+        assert error(y, reference) <= allowed(error(p, reference), {"x": x, "encoder": part, "decoder": d})
 
 
 # ------------------------------------------------------------------------------------- layouts and edges
@@ -293,14 +310,14 @@ def ran(call):
 
 def test_fused_runs_the_kernel_and_nothing_else(monkeypatch):
     launched = []
-    for module, name in ((linear, "_lowrank_linear_kernel"), (conv2d, "_lowrank_conv2d_kernel")):
+    for module, name in ((linear, "_lowrank_linear_kernel"), (conv2d, "_conv2d_taps_kernel")):
         kernel = getattr(module, name)
         spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
         monkeypatch.setattr(module, name, spy)
     case, image = linear_case(20, 16, 1, 4, 8), conv_case(1, 8, (5, 5), 1, 3, 20, by_one(3, 3))
     assert ran(lambda: lowrank_linear(**case, backend="fused")) == ["alds_fast.lowrank_linear.default"]
     assert ran(lambda: lowrank_conv2d(**image, backend="fused")) == ["alds_fast.lowrank_conv2d.default"]
-    assert launched == ["_lowrank_linear_kernel", "_lowrank_conv2d_kernel"]
+    assert launched == ["_lowrank_linear_kernel", "_conv2d_taps_kernel"]
 
 
 def test_two_op_runs_no_kernel():
@@ -349,7 +366,7 @@ def test_a_kernel_that_the_device_refuses_has_lost(monkeypatch):
 def test_fused_first_runs_two_calls_where_the_kernel_cannot():
     case = linear_case(20, 16, 1, 4, 8)
     assert ran(lambda: lowrank_linear(**case, backend="fused-first")) == ["alds_fast.lowrank_linear.default"]
-    large = linear_case(17, 16, 1, 520, 8)
+    large = linear_case(17, 16, 1, 260, 8)
     assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**large, backend="fused-first")))
 
 
@@ -370,10 +387,11 @@ def test_fused_says_why_it_cannot_run(monkeypatch):
     case = linear_case(20, 16, 1, 4, 8)
     with pytest.raises(BackendError, match="float64"):
         lowrank_linear(**{k: v.double() for k, v in case.items()}, backend="fused")
-    with pytest.raises(BackendError, match=r"groups \* rank = 520 is above 512 with more than 16 rows"):
-        lowrank_linear(**linear_case(17, 16, 1, 520, 8), backend="fused")
-    with pytest.raises(BackendError, match="schemes 1 and 2 run as two calls"):
-        lowrank_conv2d(**conv_case(1, 8, (5, 5), 1, 3, 20, ((1, 3), (3, 1))), backend="fused")
+    with pytest.raises(BackendError, match=r"groups \* rank = 260 is above 256 with more than 16 rows"):
+        lowrank_linear(**linear_case(17, 16, 1, 260, 8), backend="fused")
+    for kernels in (((1, 3), (3, 1)), ((1, 1), (3, 3))):
+        with pytest.raises(BackendError, match="schemes 1, 2 and 3 run as two calls"):
+            lowrank_conv2d(**conv_case(1, 8, (5, 5), 1, 3, 20, kernels), backend="fused")
     with pytest.raises(BackendError, match="up to 16 rows"):
         lowrank_linears(case["x"], case["encoder"], [case["decoder"]], backend="fused")
     with pytest.raises(BackendError, match="up to 3 layers are merged, got 4"):
@@ -464,7 +482,7 @@ def test_tf32_follows_torch():
 
 def test_the_layers_call_them():
     layer = alds.LowRankLinear(16, 8, 4).to(DEVICE)
-    conv = alds.LowRankConv2d(8, 20, 3, 3, scheme=3, padding=1).to(DEVICE)
+    conv = alds.LowRankConv2d(8, 20, 3, 3, padding=1).to(DEVICE)
     layer.backend = conv.backend = "fused"
     x, image = random(4, 16), random(1, 8, 5, 5)
     assert ran(lambda: layer(x)) == ["alds_fast.lowrank_linear.default"]

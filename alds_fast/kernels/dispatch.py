@@ -23,7 +23,6 @@ from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_si
 
 if HAS_TRITON:
     from . import ops
-    from .conv2d import MAX_FILTERS
     from .linear import MAX_HIDDEN
 
 
@@ -48,7 +47,7 @@ def lowrank_linear(
         groups: number of channel slices.
         activation: None, "relu", "silu" or "gelu" (with erf).
         residual: (..., f), added before the activation, or None.
-        backend: "fused" (CUDA; groups * rank <= 512, or any up to 16 rows), "two-op" or "auto", see
+        backend: "fused" (CUDA; groups * rank <= 256, or any up to 16 rows), "two-op" or "auto", see
             :mod:`alds_fast.kernels.dispatch`. The fused kernel multiplies float32 exactly like torch's default
             ("ieee"); ``torch.set_float32_matmul_precision("high")`` turns tf32 on.
 
@@ -106,7 +105,7 @@ def lowrank_conv2d(
         groups: number of channel slices.
         stride, padding, dilation: of the whole convolution, per axis; the half with that axis of the kernel has them.
         activation, residual, backend: as of :func:`lowrank_linear`; residual has the shape of the output. "fused"
-            takes any groups and rank, and needs one half to be 1 x 1 (schemes 0 and 3).
+            takes any groups and rank, and needs a decoder that is 1 x 1 (scheme 0).
 
     Returns:
         (n, f, oh, ow), of the type and device of x; from the fused kernel it is channels last. Differentiable.
@@ -135,9 +134,9 @@ def lowrank_conv2d(
     pointwise = kernel == [1, 1] and (stride, padding) == ((1, 1), (0, 0))
 
     def fused() -> Tensor:
-        if pointwise and decoder.shape[0] > MAX_FILTERS and encoder.shape[0] <= MAX_HIDDEN:
+        if pointwise and encoder.shape[0] <= MAX_HIDDEN:
             extra = None if residual is None else residual.permute(0, 2, 3, 1)
-            factors = encoder.flatten(1), decoder.flatten(1)  # the linear kernel computes the hidden values once
+            factors = encoder.flatten(1), decoder.flatten(1)
             y = ops.lowrank_linear_op(x.permute(0, 2, 3, 1), *factors, bias, extra, groups, activation)
             return y.permute(0, 3, 1, 2)
         return ops.lowrank_conv2d_op(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
