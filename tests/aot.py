@@ -17,6 +17,7 @@ import tempfile
 import torch
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA C++ programming guide, table of features
+SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS")
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -24,7 +25,7 @@ def configurations():
     """(kernel name, dtype, constants, tiling, whether sizes are multiples of 16) of everything that is reachable."""
     from alds_fast.kernels import conv2d, linear, rows
 
-    sizes = [16, 32, 64, 128, 256, 512]
+    sizes = [16, 32, 64, 128, 256]
     for kind, wide in itertools.product(TYPES, (True, False)):
         dtype = TYPES[kind]
         for hidden in [s for s in sizes if s <= linear.MAX_HIDDEN]:
@@ -32,32 +33,61 @@ def configurations():
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
             for one in (True, False):
                 yield "linear", kind, {**tiles, "ONE_SLICE": one, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
+        yield from _few_rows(rows, kind, dtype, wide)
+        yield from _convolutions(conv2d, kind, dtype, wide)
+
+
+def _few_rows(rows, kind, dtype, wide):
+    """Encoders and decoders of few rows, all PARTS, with and without the early launch (sm_90)."""
+    odd = 0 if wide else 3
+    for parts in (1, 2, 4, 8):
         t = rows.encode_tiling(dtype)
-        yield "encode_rows", kind, {"BM": t.rows, "BK": t.reduction, "BQ": t.cols}, t, wide
-        t, biases = rows.decode_tiling(dtype, wide), {f"HAS_BIAS{i}": True for i in range(3)}
-        for layers, parts in ((1, 1), (1, 8), (2, 8), (3, 8)):
-            tiles = {"LAYERS": layers, "PARTS": parts, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
-            yield "decode_rows", kind, {**tiles, **biases, "HAS_RESIDUAL": layers == 1}, t, wide
-        tilings = {
-            (chunk, conv2d.conv_tiling(chunk, filters, dtype, wide))
-            for chunk in sizes if chunk <= conv2d.max_chunk(dtype, wide) for filters in sizes
-        }  # fmt: skip
-        loops = [{"DECODER_TAPS": taps, "GROUPS": n, "CHUNKS": n} for taps, n in ((False, 1), (False, 2), (True, 2))]
-        for (chunk, t), loop in itertools.product(sorted(tilings), loops):
-            kernel = {"KH": 3, "KW": 3, **loop}
-            place = {"SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
+        tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols}
+        yield "encode_rows", kind, tiles, t, wide
+    for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
+        t = rows.vector_tiling(reduction, m)
+        tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction}
+        yield "encode_vectors", kind, tiles, t, wide
+    flags = {f"HAS_BIAS{i}": True for i in range(3)}
+    for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 1024)):
+        t = rows.vector_tiling(rank, vectors) if vectors else rows.decode_tiling(dtype, wide)
+        ranks = {f"RANK{i}": rank - odd for i in range(3)}
+        tiles = {"LAYERS": layers, "VECTORS": vectors, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
+        yield "decode_rows", kind, {**tiles, **ranks, **flags, "HAS_RESIDUAL": layers == 1}, t, wide
+
+
+def _convolutions(conv2d, kind, dtype, wide):
+    """By taps and by rows of taps; one slice and two, one chunk and several, all tiles."""
+    far = {"FAR": False, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+    sizes = (16, 64, 128, 256)
+    for channels, chunk, filters, pixels in itertools.product((16, 64), (16, 32, 64, 128), sizes, (1000, 10**6)):
+        if chunk == 128 and (not wide or dtype == torch.float32):
+            continue
+        t = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide)
+        if pixels == 1000 and t == conv2d.taps_tiling(10**6, channels, chunk, filters, dtype, wide):
+            continue
+        for groups, chunks in ((1, 1), (2, 2)) if (channels, filters) == (64, 256) else ((1, 1),):
+            odd = 0 if wide else 1
+            layer = {"C": groups * (channels + odd), "RANK": chunks * chunk - odd, "F": filters - odd}
+            layer |= {"GROUPS": groups, "CHUNKS": chunks, "KH": 3}
+            place = {"SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "KW": 3}
             tiles = {"BM": t.rows, "BK": t.reduction, "BR": chunk, "BF": t.cols}
-            yield "conv2d", kind, {**tiles, **kernel, **place, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
+            yield "conv2d_taps", kind, {**tiles, **layer, **place, **far}, t, wide
+            if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK and chunks == 1:
+                t2 = conv2d.rows_tiling(pixels, channels, filters)
+                tiles = {"BM": t2.rows, "BK": t2.reduction, "BR": chunk, "BF": t2.cols}
+                yield "conv2d_rows", kind, {**tiles, **layer, "PH": 1, "DH": 1, "DW": 1, **far}, t2, wide
 
 
 def _kernel(name):
     from alds_fast.kernels import conv2d, linear, rows
 
-    if name == "conv2d":
-        return conv2d._lowrank_conv2d_kernel
     return {
+        "conv2d_taps": conv2d._conv2d_taps_kernel,
+        "conv2d_rows": conv2d._conv2d_rows_kernel,
         "linear": linear._lowrank_linear_kernel,
         "encode_rows": rows._encode_rows_kernel,
+        "encode_vectors": rows._encode_vectors_kernel,
         "decode_rows": rows._decode_rows_kernel,
     }[name]
 
@@ -72,15 +102,17 @@ def compile_one(job):
     kernel = _kernel(name)
     free = ("M", "H", "W", "OH", "OW", "channels_per_part") if wide else kernel.arg_names
     widest = {"ACTIVATION": "gelu", "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    widest |= {"EARLY": arch >= 90, "WAIT": arch >= 90}
     constants = {**constants, **{k: v for k, v in widest.items() if k in kernel.arg_names}}
-    pointers = {"x", "encoder", "decoder", "bias", "residual", "y", "parts"}
+    types = dict.fromkeys(("x", "encoder", "decoder", "bias", "residual", "y", "hidden"), dtype.replace("tf32", "fp32"))
+    types |= {"parts": "fp32", "tickets": "i32"}
     signature, attrs = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:
             signature[arg] = "constexpr"
             continue
-        pointer = arg.rstrip("012") in pointers
-        signature[arg] = ("*fp32" if arg == "parts" else f"*{dtype.replace('tf32', 'fp32')}") if pointer else "i32"
+        pointer = arg.rstrip("012") in types
+        signature[arg] = f"*{types[arg.rstrip('012')]}" if pointer else "i32"
         if pointer or arg not in free or arg == "cols_per_program":
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
@@ -93,8 +125,8 @@ def compile_one(job):
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
-    tiles = {k: v for k, v in constants.items() if k in ("BM", "BK", "BQ", "BR", "BF", "LAYERS", "PARTS")}
-    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "DECODER_TAPS", "GROUPS")}
+    tiles = {k: v for k, v in constants.items() if k in SHOWN}
+    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "GROUPS", "CHUNKS")}
     return {
         "kernel": name, "dtype": dtype, **tiles, **flags, "warps": warps, "stages": stages, "sm": arch,
         "wide": wide, "registers": used["REG"], "spilled_bytes": used["STACK"] + used["LOCAL"],
@@ -110,7 +142,7 @@ def jobs():
 
 
 def main():
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+    with concurrent.futures.ProcessPoolExecutor(int(os.environ.get("AOT_PROCESSES", 2))) as pool:
         for row in pool.map(compile_one, jobs(), chunksize=4):
             print(json.dumps(row), flush=True)
 

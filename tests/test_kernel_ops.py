@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_kernels import DEVICE, by_one, conv_case, linear_case, one_by, ran, random
+from test_kernels import DEVICE, by_one, conv_case, linear_case, ran, random
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +15,7 @@ from alds_fast.kernels.ops import lowrank_conv2d_op, lowrank_linear_op, lowrank_
 
 CONV = {
     "encode": (conv_case(2, 8, (5, 6), 2, 3, 12, by_one(3, 3)), {"groups": 2, "padding": 1, "stride": 2}),
-    "decode": (conv_case(1, 8, (6, 6), 1, 3, 12, one_by(3, 3)), {"padding": 2, "dilation": 2}),
+    "rows": (conv_case(1, 16, (6, 6), 1, 16, 16, by_one(3, 3)), {"padding": 2, "dilation": 2}),
 }
 
 
@@ -86,7 +86,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv = alds.LowRankConv2d(3, 8, 3, 4, padding=1, stride=2)
-        self.down = alds.LowRankConv2d(8, 12, 3, 3, scheme=3, groups=2, padding=1)
+        self.down = alds.LowRankConv2d(8, 12, 3, 3, groups=2, padding=1)
         self.head = alds.LowRankLinear(12, 5, 3, groups=3)
         for layer in (self.conv, self.down, self.head):
             layer.backend = backend
@@ -181,10 +181,11 @@ def test_flops_are_those_of_the_two_calls():
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
 @pytest.mark.parametrize("scheme", [0, 3])
 def test_layers_equal_their_dense_form(scheme, mode):
+    """Scheme 3 has no kernel: "fused-first" runs it as two calls."""
     torch.manual_seed(0)
     options = {"padding": "same" if mode != "zeros" else 2, "padding_mode": mode, "dilation": 1}
     layer = alds.LowRankConv2d(8, 12, (3, 2), 3, scheme=scheme, groups=2, **options).to(DEVICE)
-    layer.backend, x = "fused", random(2, 8, 7, 6)
+    layer.backend, x = "fused" if scheme == 0 else "fused-first", random(2, 8, 7, 6)
     torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=1e-4, atol=1e-5)  # without a batch dimension
 
@@ -192,7 +193,7 @@ def test_layers_equal_their_dense_form(scheme, mode):
 @pytest.mark.parametrize("backend", ["fused", "fused-first"])
 def test_uneven_padding_reaches_the_kernel(backend):
     """What deploy measured as fused runs fused."""
-    layer = alds.LowRankConv2d(8, 12, (3, 2), 3, scheme=3, padding="same").to(DEVICE)
+    layer = alds.LowRankConv2d(8, 12, (3, 2), 3, padding="same").to(DEVICE)
     layer.backend, x = backend, random(2, 8, 7, 6)
     assert ran(lambda: layer(x)).count("alds_fast.lowrank_conv2d.default") == 1
 
@@ -202,7 +203,7 @@ def test_layers_that_have_no_kernel_say_so():
     grouped = alds.LowRankConv2d(8, 8, 3, 2, conv_groups=2).to(DEVICE)
     split = alds.LowRankConv2d(8, 8, 3, 2, scheme=1).to(DEVICE)
     line = alds.LowRankConv1d(8, 8, 3, 2).to(DEVICE)
-    cases = [(grouped, x, "grouped itself"), (split, x, "schemes 1 and 2 run as two calls")]
+    cases = [(grouped, x, "grouped itself"), (split, x, "schemes 1, 2 and 3 run as two calls")]
     for layer, data, reason in [*cases, (line, x[:, :, 0], "no kernel for 1-d")]:
         assert reason in layer.why_not_fused(data)
         layer.backend = "fused"

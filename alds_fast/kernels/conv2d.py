@@ -221,12 +221,8 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
         delivered = t.rows - 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
-        t, run, sizes = (
-            taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide),
-            _conv2d_taps_kernel,
-            (h, w, oh, ow),
-        )
-        delivered = t.rows
+        t, run = taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide), _conv2d_taps_kernel
+        sizes, delivered = (h, w, oh, ow), t.rows
         options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
     far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
     run[triton.cdiv(pixels, delivered), triton.cdiv(filters, t.cols)](
