@@ -28,13 +28,20 @@ def configurations():
     sizes = [16, 32, 64, 128, 256]
     for kind, wide in itertools.product(TYPES, (True, False)):
         dtype = TYPES[kind]
-        for hidden in [s for s in sizes if s <= linear.MAX_HIDDEN]:
-            t = linear.tile_tiling(hidden, dtype, wide)
+        for hidden, heavy in itertools.product([s for s in sizes if s <= linear.MAX_HIDDEN], (True, False)):
+            t = linear.tile_tiling(hidden, dtype, wide, heavy)
+            if not heavy and t == linear.tile_tiling(hidden, dtype, wide, True):
+                continue
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
             for one in (True, False):
-                yield "linear", kind, {**tiles, "ONE_SLICE": one, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
+                yield "linear", kind, {**tiles, "ONE_SLICE": one, **epilogue(heavy)}, t, wide
         yield from _few_rows(rows, kind, dtype, wide)
         yield from _convolutions(conv2d, kind, dtype, wide)
+
+
+def epilogue(heavy):
+    """Bias, residual and GELU, or bias and ReLU only."""
+    return {"HAS_BIAS": True, "HAS_RESIDUAL": heavy, "ACTIVATION": "gelu" if heavy else "relu"}
 
 
 def _few_rows(rows, kind, dtype, wide):
@@ -45,12 +52,12 @@ def _few_rows(rows, kind, dtype, wide):
         tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols}
         yield "encode_rows", kind, tiles, t, wide
     for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
-        t = rows.vector_tiling(reduction, m)
+        t = rows.vector_tiling(reduction - odd, m)
         tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction}
         yield "encode_vectors", kind, tiles, t, wide
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
-    for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 1024)):
-        t = rows.vector_tiling(rank, vectors) if vectors else rows.decode_tiling(dtype, wide)
+    for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 1024, 3072)):
+        t = rows.vector_tiling(rank - odd, vectors, 4) if vectors else rows.decode_tiling(dtype, wide)
         ranks = {f"RANK{i}": rank - odd for i in range(3)}
         tiles = {"LAYERS": layers, "VECTORS": vectors, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
         yield "decode_rows", kind, {**tiles, **ranks, **flags, "HAS_RESIDUAL": layers == 1}, t, wide
@@ -58,25 +65,26 @@ def _few_rows(rows, kind, dtype, wide):
 
 def _convolutions(conv2d, kind, dtype, wide):
     """By taps and by rows of taps; one slice and two, one chunk and several, all tiles."""
-    far = {"FAR": False, "HAS_BIAS": True, "HAS_RESIDUAL": True}
-    sizes = (16, 64, 128, 256)
-    for channels, chunk, filters, pixels in itertools.product((16, 64), (16, 32, 64, 128), sizes, (1000, 10**6)):
+    sizes = ((16, 64), (16, 32, 64, 128), (16, 64, 128, 256), (1000, 10**6), (True, False))
+    seen = set()
+    for channels, chunk, filters, pixels, heavy in itertools.product(*sizes):
         if chunk == 128 and (not wide or dtype == torch.float32):
             continue
-        t = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide)
-        if pixels == 1000 and t == conv2d.taps_tiling(10**6, channels, chunk, filters, dtype, wide):
-            continue
-        for groups, chunks in ((1, 1), (2, 2)) if (channels, filters) == (64, 256) else ((1, 1),):
-            odd = 0 if wide else 1
+        taps = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
+        runs = [("conv2d_taps", taps, {"SH": 1, "SW": 1, "PW": 1, "KW": 3})]
+        if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK:
+            runs.append(("conv2d_rows", conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
+        odd = 0 if wide else 1
+        for (name, t, more), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
+            key = name, t, chunk, channels, groups
+            several = chunks > 1 and ((channels, filters) != (64, 256) or name == "conv2d_rows")
+            if key in seen or several:  # the heavy epilogue comes first, and says more
+                continue
+            seen.add(key)
             layer = {"C": groups * (channels + odd), "RANK": chunks * chunk - odd, "F": filters - odd}
-            layer |= {"GROUPS": groups, "CHUNKS": chunks, "KH": 3}
-            place = {"SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "KW": 3}
+            layer |= {"GROUPS": groups, "CHUNKS": chunks, "KH": 3, "PH": 1, "DH": 1, "DW": 1, "FAR": False}
             tiles = {"BM": t.rows, "BK": t.reduction, "BR": chunk, "BF": t.cols}
-            yield "conv2d_taps", kind, {**tiles, **layer, **place, **far}, t, wide
-            if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK and chunks == 1:
-                t2 = conv2d.rows_tiling(pixels, channels, filters)
-                tiles = {"BM": t2.rows, "BK": t2.reduction, "BR": chunk, "BF": t2.cols}
-                yield "conv2d_rows", kind, {**tiles, **layer, "PH": 1, "DH": 1, "DW": 1, **far}, t2, wide
+            yield name, kind, {**tiles, **layer, **more, **epilogue(heavy)}, t, wide
 
 
 def _kernel(name):
@@ -103,7 +111,7 @@ def compile_one(job):
     free = ("M", "H", "W", "OH", "OW", "channels_per_part") if wide else kernel.arg_names
     widest = {"ACTIVATION": "gelu", "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     widest |= {"EARLY": arch >= 90, "WAIT": arch >= 90}
-    constants = {**constants, **{k: v for k, v in widest.items() if k in kernel.arg_names}}
+    constants = {**{k: v for k, v in widest.items() if k in kernel.arg_names}, **constants}
     types = dict.fromkeys(("x", "encoder", "decoder", "bias", "residual", "y", "hidden"), dtype.replace("tf32", "fp32"))
     types |= {"parts": "fp32", "tickets": "i32"}
     signature, attrs = {}, {}

@@ -170,8 +170,13 @@ def reduction_tile(channels: int) -> int:
     return max(16, min(64, 1 << (channels.bit_length() - 1)))
 
 
-def taps_tiling(pixels: int, channels: int, chunk: int, filters: int, dtype: torch.dtype, wide: bool) -> Tiling:
-    """Tiles by pixels, channels of a slice, padded ranks of a chunk and filters; measured on an H200, none spills."""
+def taps_tiling(
+    pixels: int, channels: int, chunk: int, filters: int, dtype: torch.dtype, wide: bool, heavy: bool
+) -> Tiling:
+    """Tiles by pixels, channels of a slice, padded ranks of a chunk and filters; measured on an H200, none spills.
+
+    ``heavy``: the epilogue takes registers of its own, which more warps have.
+    """
     cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
     if dtype == torch.float32:
         cols, reduction = min(cols, 64), min(reduction, 32)
@@ -179,15 +184,20 @@ def taps_tiling(pixels: int, channels: int, chunk: int, filters: int, dtype: tor
     if not wide:
         return Tiling(64, min(reduction, 32), min(cols, 128), 8, 2)
     rows = 128 if cols <= 128 and pixels >= 2 * 128 * FEW_PROGRAMS else 64
-    return Tiling(rows, reduction, cols, 4, 3 if rows == 128 and chunk <= 32 else 4)
+    warps = 8 if (heavy and cols > 64) or (rows * max(cols, chunk) > 128 * 64 and rows == 128) else 4
+    return Tiling(rows, reduction, cols, warps, 3 if rows == 128 and chunk <= 32 else 4)
 
 
-def rows_tiling(pixels: int, channels: int, filters: int) -> Tiling:
+def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool) -> Tiling:
     """Tiles for rows of taps in half precision."""
     cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
     if pixels < 64 * FEW_PROGRAMS:
         return Tiling(32, reduction, min(cols, 64), 4, 3)
-    return Tiling(64, reduction, cols, 4, 2) if cols <= 128 else Tiling(128, reduction, cols, 8, 3)
+    return (
+        Tiling(64, reduction, cols, 4, 2)
+        if cols <= 64 or not (heavy or cols > 128)
+        else Tiling(64, reduction, cols, 8, 3)
+    )
 
 
 def takes_rows(x: Tensor, kernel: Sequence[int], rank: int, groups: int, stride: Sequence[int], padding: Sequence[int],
@@ -216,12 +226,13 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups, "KH": kernel[0]}
     options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
     options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
+    heavy = residual is not None or activation in ("silu", "gelu")
     if wide and takes_rows(x, kernel, rank, groups, stride, padding, dilation):
-        t, run, sizes = rows_tiling(pixels, c // groups, cols), _conv2d_rows_kernel, (h, w)
+        t, run, sizes = rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel, (h, w)
         delivered = t.rows - 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
-        t, run = taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide), _conv2d_taps_kernel
+        t, run = taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide, heavy), _conv2d_taps_kernel
         sizes, delivered = (h, w, oh, ow), t.rows
         options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
     far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31

@@ -58,14 +58,14 @@ def _lowrank_linear_kernel(
         finish(acc, y, bias, residual, rows, f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
 
 
-def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool) -> Tiling:
+def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool, heavy: bool) -> Tiling:
     """Tiles by the padded number of hidden values; on an H200 64 rows by 4 warps were fastest, and none spills."""
     if dtype == torch.float32:
         if hidden <= 128:
             return Tiling(32, 32, 32, 4 if wide else 8, 2)
         return Tiling(16, 32, 32, 8, 2) if wide else Tiling(32, 16, 32, 8, 2)
     if wide:
-        return Tiling(64, 64, 64, 4, 3 if hidden <= 128 else 4)
+        return Tiling(64, 64, 64, 4, 3) if hidden <= 128 else Tiling(64, 64, 64, 8 if heavy else 4, 4)
     return Tiling(64 if hidden <= 64 else 32, 32, 64, 8, 2)
 
 
@@ -74,9 +74,8 @@ def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, resi
     m, c = x.shape
     f, q = decoder.shape
     padded = power_of_two(q)
-    t = tile_tiling(
-        padded, x.dtype, multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
-    )
+    wide = multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
+    t = tile_tiling(padded, x.dtype, wide, residual is not None or activation in ("silu", "gelu"))
     row_tiles, col_tiles = triton.cdiv(m, t.rows), triton.cdiv(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
     per_program = triton.cdiv(col_tiles, splits) * t.cols

@@ -170,15 +170,16 @@ def _decode_rows_kernel(
                          RANK2, VECTORS, BM, BK, BF, HAS_BIAS2, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
 
 
-def vector_tiling(reduction: int, rows: int) -> Tiling:
-    """Tiles of vector products: some 4096 weights a program and row, of up to 1024 channels at a time."""
+def vector_tiling(reduction: int, rows: int, least: int = 1) -> Tiling:
+    """Tiles of vector products: some 4096 weights a program and row, ``least`` outputs or more; measured on an H200."""
     padded = power_of_two(reduction)
-    return Tiling(rows, min(padded, 1024), max(1, min(16, 4096 * rows // padded)), 8 if rows == 1 else 4, 1)
+    warps = 8 if rows == 1 and padded == reduction else 4
+    return Tiling(rows, min(padded, 1024), max(least, min(16, 4096 * rows // padded)), warps, 1)
 
 
 def encode_tiling(dtype: torch.dtype) -> Tiling:
     """Tiles of the encoder for three rows and more."""
-    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 2, 4)
+    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 4, 4)
 
 
 def decode_tiling(dtype: torch.dtype, wide: bool) -> Tiling:
@@ -239,7 +240,7 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
     hidden = x.new_empty((m, q))
     _encode(x, encoder, groups, hidden, vectors, early)
     wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
-    t = vector_tiling(max(ranks), m) if vectors else decode_tiling(x.dtype, wide)
+    t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide)
     last = [min(i, count - 1) for i in range(MAX_MERGED)]
     d, o, b = ([s[i] for i in last] for s in (decoders, ys, biases))
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
