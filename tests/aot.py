@@ -22,25 +22,25 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "
 
 def configurations():
     """(kernel name, dtype, constants, tiling, whether sizes are multiples of 16) of everything that is reachable."""
-    from alds_fast.kernels import conv2d, linear, rows
+    from alds_fast.kernels import triton_conv2d, triton_few_rows, triton_linear
 
     sizes = [16, 32, 64, 128, 256, 512]
     for kind, wide in itertools.product(TYPES, (True, False)):
         dtype = TYPES[kind]
-        for hidden in [s for s in sizes if s <= linear.MAX_HIDDEN]:
-            t = linear.tile_tiling(hidden, dtype, wide)
+        for hidden in [s for s in sizes if s <= triton_linear.MAX_HIDDEN]:
+            t = triton_linear.tile_tiling(hidden, dtype, wide)
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
             for one in (True, False):
                 yield "linear", kind, {**tiles, "ONE_SLICE": one, "HAS_BIAS": True, "HAS_RESIDUAL": True}, t, wide
-        t = rows.encode_tiling(dtype)
+        t = triton_few_rows.encode_tiling(dtype)
         yield "encode_rows", kind, {"BM": t.rows, "BK": t.reduction, "BQ": t.cols}, t, wide
-        t, biases = rows.decode_tiling(dtype, wide), {f"HAS_BIAS{i}": True for i in range(3)}
+        t, biases = triton_few_rows.decode_tiling(dtype, wide), {f"HAS_BIAS{i}": True for i in range(3)}
         for layers, parts in ((1, 1), (1, 8), (2, 8), (3, 8)):
             tiles = {"LAYERS": layers, "PARTS": parts, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
             yield "decode_rows", kind, {**tiles, **biases, "HAS_RESIDUAL": layers == 1}, t, wide
         tilings = {
-            (chunk, conv2d.conv_tiling(chunk, filters, dtype, wide))
-            for chunk in sizes if chunk <= conv2d.max_chunk(dtype, wide) for filters in sizes
+            (chunk, triton_conv2d.conv_tiling(chunk, filters, dtype, wide))
+            for chunk in sizes if chunk <= triton_conv2d.max_chunk(dtype, wide) for filters in sizes
         }  # fmt: skip
         loops = [{"DECODER_TAPS": taps, "GROUPS": n, "CHUNKS": n} for taps, n in ((False, 1), (False, 2), (True, 2))]
         for (chunk, t), loop in itertools.product(sorted(tilings), loops):
@@ -51,14 +51,14 @@ def configurations():
 
 
 def _kernel(name):
-    from alds_fast.kernels import conv2d, linear, rows
+    from alds_fast.kernels import triton_conv2d, triton_few_rows, triton_linear
 
     if name == "conv2d":
-        return conv2d._lowrank_conv2d_kernel
+        return triton_conv2d._lowrank_conv2d_kernel
     return {
-        "linear": linear._lowrank_linear_kernel,
-        "encode_rows": rows._encode_rows_kernel,
-        "decode_rows": rows._decode_rows_kernel,
+        "linear": triton_linear._lowrank_linear_kernel,
+        "encode_rows": triton_few_rows._encode_rows_kernel,
+        "decode_rows": triton_few_rows._decode_rows_kernel,
     }[name]
 
 

@@ -13,8 +13,9 @@ from collections import Counter
 
 import transformers
 
-import alds_fast.directory
-from alds_fast import shard_file
+import alds_fast as alds
+from alds_fast.checkpoints import safetensors_writer
+from alds_fast.checkpoints.streaming import factors_and_files, journal, source_checksums, spectra_and_plan
 
 HOW = ("before a file gets its name", "after a file got its name", "in the middle of a file", "at a random moment")
 
@@ -35,7 +36,7 @@ def _doomed(how, seed):
         if how == HOW[1]:
             _die()
 
-    write_whole = shard_file.write_whole
+    write_whole = safetensors_writer.write_whole
     files = itertools.count(1)
 
     def dying_write(path, pieces):
@@ -53,7 +54,7 @@ def _doomed(how, seed):
     if how in HOW[:2]:
         os.replace = dying_replace
     elif how == HOW[2]:
-        for module in (alds_fast.shard_file, alds_fast.journal, alds_fast.streamed_plan, alds_fast.streaming):
+        for module in (source_checksums, journal, safetensors_writer, spectra_and_plan, factors_and_files):
             module.write_whole = dying_write
     else:
         signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(0.0, 0.1))
@@ -69,7 +70,7 @@ def main():
         child = os.fork()
         if child == 0:
             _doomed(how, attempt)
-            alds_fast.directory.compress_checkpoint(source, output, params=0.7, max_shard_bytes=60_000)
+            alds.compress_checkpoint(source, output, params=0.7, max_shard_bytes=60_000)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status == 0:

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import checkpoint
-from alds_fast.container import read_header
+from alds_fast.checkpoints import read_header, save_load
 from alds_fast.errors import (
     FileFormatError,
     FileWriteError,
@@ -287,7 +286,7 @@ def test_a_failed_save_leaves_the_old_file_whole(path, small, monkeypatch):
             f.write(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", broken)
+    monkeypatch.setattr(save_load, "save_file", broken)
     with pytest.raises(FileWriteError, match="no space left on device.*; what stood there before is unchanged") as e:
         alds.save(small, path)
     assert isinstance(e.value, OSError)

@@ -6,8 +6,8 @@ from torch import nn
 import alds_fast as alds
 from alds_fast import linalg
 from alds_fast.errors import LayerNotFoundError, PlanError, WeightError
-from alds_fast.factorize import Choice, factorize
-from alds_fast.replace import replace_layers, weight_shape
+from alds_fast.factors import Choice, factorize
+from alds_fast.layers import replace_layers, weight_shape
 
 
 def _choice(model, name, rank=2):

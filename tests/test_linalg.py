@@ -3,10 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast import _core, linalg
+from alds_fast import linalg
 from alds_fast.errors import ArgumentError
-from alds_fast.folding import divisors
-from alds_fast.linalg_torch import batched_rsvd_ref, rsvd_torch, spectra_ref, spectra_torch
+from alds_fast.linalg import _core, divisors
+from alds_fast.linalg.torch_backend import batched_rsvd_ref, rsvd_torch, spectra_ref, spectra_torch
 
 
 def _matrix(batch, rows, cols, dtype=torch.float64, seed=0):

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from alds_fast import spectra
-from alds_fast.discover import find_layers
-from alds_fast.folding import fold
+from alds_fast.criteria import spectra
+from alds_fast.layers import find_layers
+from alds_fast.linalg.folding import fold
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=12))

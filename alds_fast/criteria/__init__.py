@@ -1,0 +1,72 @@
+"""How much a rank loses: spectra, criteria of weights alone, moments of data and criteria weighted by them.
+
+Here belongs what turns a layer into errors by rank. What chooses among ranks belongs in allocation.
+"""
+
+from .errors_by_rank import DATA_CRITERIA, MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
+from .input_rows import Wanted, masked, outputs, patches
+from .moment_hooks import Moments, columns_of, rows_wanted
+from .moment_sums import exact_products
+from .moments import Sensitivity, collect_moments, explained, mask_of
+from .spectra import (
+    FoldRoom,
+    Groups,
+    Key,
+    LayerSpectra,
+    Sharpen,
+    all_single,
+    batches,
+    candidate_groups,
+    exact_spectra,
+    for_threads,
+    in_single,
+    layer_spectra,
+    place,
+    total_work,
+    with_groups,
+)
+from .spectral import CRITERIA
+from .weighted_errors import EIGEN_NOISE, Weighting, folded, slice_bases, tap_blocks, weighting
+
+__all__ = [
+    "CRITERIA",
+    "DATA_CRITERIA",
+    "EIGEN_NOISE",
+    "MAX_DATA_GROUPS",
+    "Basis",
+    "Errors",
+    "FoldRoom",
+    "Groups",
+    "Key",
+    "LayerSpectra",
+    "Moments",
+    "Sensitivity",
+    "Sharpen",
+    "Wanted",
+    "Weighting",
+    "all_single",
+    "batches",
+    "candidate_groups",
+    "collect_moments",
+    "columns_of",
+    "exact_products",
+    "exact_spectra",
+    "explained",
+    "folded",
+    "for_threads",
+    "in_single",
+    "layer_errors",
+    "layer_spectra",
+    "mask_of",
+    "masked",
+    "outputs",
+    "patches",
+    "place",
+    "rows_wanted",
+    "slice_bases",
+    "tap_blocks",
+    "total_work",
+    "weighting",
+    "with_groups",
+    "with_outputs",
+]

@@ -1,0 +1,148 @@
+"""Second moments of the layers' inputs, and of the gradients at their outputs, streamed over batches of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import ArgumentError, ModelError
+from ..layers import Layer
+from ..measurement import call_model, inference, padded, preserved
+from .moment_hooks import Collector, Moments
+
+Sensitivity = bool | Callable[[Any, Any], Tensor]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient; the flags are put back at the end."""
+    flags = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _first_floating(output: Any) -> Tensor | None:
+    """The first floating-point tensor of a model's output, whatever containers it is in."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return next((t for v in values if (t := _first_floating(v)) is not None), None)
+
+
+def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torch.Generator) -> float:
+    """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
+    z = sensitivity(output, batch) if callable(sensitivity) else _first_floating(output)
+    if not isinstance(z, Tensor) or not z.requires_grad:
+        raise ModelError(
+            "sensitivity= needs a floating-point output that depends on the layers with gradients allowed; pass "
+            "sensitivity=lambda output, batch: the tensor that matters"
+        )
+    if z.dim() == 0:
+        z.backward()
+        return 1.0
+    signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
+    (z * signs).sum().backward()
+    return float(z.detach().double().square().sum())
+
+
+def _detached(batch: Any) -> Any:
+    """The batch without tensors that ask for a gradient, which would be left in their ``grad``."""
+    asking = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(batch))
+    return tree_map_only(Tensor, Tensor.detach, batch) if asking else batch
+
+
+def mask_of(batch: Any, mask: str | None) -> Tensor | None:
+    """The keyword argument that is false at padding, if the batch has it; ArgumentError if it is not such a mask."""
+    found = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
+    if not isinstance(found, Tensor):
+        return None
+    if found.dim() != 2 or not bool(((found == 0) | (found == 1)).all()):
+        raise ArgumentError(
+            f"{mask}: expected (samples, tokens) of 1 or True at tokens and 0 or False at padding, got shape "
+            f"{tuple(found.shape)}, values from {found.min()} to {found.max()}; with mask=None all tokens count"
+        )
+    return found.bool()
+
+
+@contextmanager
+def explained(number: int, name: str) -> Iterator[None]:
+    """What a model raises on a batch, by its number from 1, becomes a ModelError."""
+    try:
+        yield
+    except (ArgumentError, ModelError):
+        raise
+    except Exception as e:
+        raise ModelError(
+            f"batch {number} of {name} did not run through the model ({type(e).__name__}: {e}); a batch is what "
+            f"model(...) takes, without labels"
+        ) from e
+
+
+def collect_moments(
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Sequence[Layer],
+    *,
+    sensitivity: Sensitivity = False,
+    mask: str | None = "attention_mask",
+    order: int = 8192,
+) -> dict[str, Moments]:
+    """Moments of the layers over all batches of ``data``, by name; layers that are never called are left out.
+
+    The model runs once per batch in evaluation mode; it is left as it was. Of a convolution's patches, which overlap,
+    so many are drawn at random that their product costs as much as the layer itself, one in 64 at least, no more than
+    their width, or 512, per call. Memory beside the result: one product of the largest order in the type of
+    the data, and the rows of one call.
+
+    Args:
+        data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
+        sensitivity: also collect gradients: True for those of the model's first output, or a function of (output,
+            batch) that returns the tensor whose squared error matters, or a loss (0-dimensional).
+        mask: name of a keyword argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is
+            not counted in Linear layers.
+        order: layers with more columns than this get the moment of their output instead.
+
+    Raises:
+        ArgumentError: no batches, a batch that is nothing that can be passed on, no layer that sees any of it, a mask
+            that is none or, but for the default, in no batch, or ``sensitivity`` in inference mode.
+        ModelError: the model raised an exception, or a layer sees NaN.
+    """
+    collector, generator = Collector(layers, order, bool(sensitivity)), torch.Generator().manual_seed(0)
+    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
+        raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
+    if sensitivity and torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
+        )
+    count, masks = 0, 0
+    with collector.hooked(), preserved(model), inference(model), padded(model), _frozen(model):
+        for count, batch in enumerate(data, 1):
+            collector.keep = mask_of(batch, mask)
+            masks += collector.keep is not None
+            with explained(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
+                output = call_model(model, _detached(batch), f"batch {count} of data=")
+                if sensitivity:
+                    collector.back = True
+                    collector.energy += _backward(output, batch, sensitivity, generator)
+                    collector.back = False
+    if not count:
+        raise ArgumentError("data= has no batches; an iterator can be used once only")
+    if not masks and mask not in (None, "attention_mask"):
+        raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
+    found = collector.moments()
+    if layers and not found:
+        raise ArgumentError(
+            "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "
+            "without calling them"
+        )
+    return found
