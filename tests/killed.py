@@ -14,6 +14,7 @@ from collections import Counter
 import transformers
 
 import alds_fast as alds
+from alds_fast import files
 from alds_fast.checkpoints import safetensors_writer
 from alds_fast.checkpoints.streaming import factors_and_files, journal, source_checksums, spectra_and_plan
 
@@ -25,27 +26,30 @@ def _die():
 
 
 def _doomed(how, seed):
-    """Arrange for this process to be killed; it finishes one file at least, if there are any left to write."""
+    """Arrange for this process to be killed; it finishes one file at least, if there are any left to write.
+
+    (The first may be the record of what is in the source, which every process writes.)
+    """
     replace, count = os.replace, itertools.count(1)
 
     def dying_replace(a, b):
         number = next(count)
-        if how == HOW[0] and number == 2:
+        if how == HOW[0] and number == 3:
             _die()
         replace(a, b)
-        if how == HOW[1]:
+        if how == HOW[1] and number == 2:
             _die()
 
-    write_whole = safetensors_writer.write_whole
-    files = itertools.count(1)
+    write_whole = files.write_whole
+    written = itertools.count(1)
 
     def dying_write(path, pieces):
-        number = next(files)
+        number = next(written)
 
         def cut():
             for piece in pieces:
                 yield piece[: len(piece) // 2]
-                if number == 2:
+                if number == 3:
                     _die()
                 yield piece[len(piece) // 2 :]
 

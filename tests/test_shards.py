@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from alds_fast.checkpoints import Entry, write_shard
 from alds_fast.checkpoints.safetensors_reader import CODES, SINGLE, open_shards, stored_in
-from alds_fast.checkpoints.safetensors_writer import write_whole
 from alds_fast.errors import ArgumentError, FileFormatError, FileWriteError
+from alds_fast.files import write_whole
 
 TENSORS = {
     "scalar": torch.tensor(3.5),

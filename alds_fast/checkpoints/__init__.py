@@ -3,7 +3,7 @@
 Here belongs what reads and writes models. What other libraries prescribe belongs in integrations.
 """
 
-from .file_format import atomic, crc32, read_header
+from .file_format import read_header
 from .pretrained import from_pretrained
 from .safetensors_reader import INDEX
 from .safetensors_writer import Entry, write_shard
@@ -17,9 +17,7 @@ __all__ = [
     "Entry",
     "Progress",
     "assign",
-    "atomic",
     "compress_checkpoint",
-    "crc32",
     "from_pretrained",
     "load",
     "read_header",

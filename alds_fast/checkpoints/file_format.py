@@ -6,12 +6,8 @@ memory, the memory order of tensors that are not contiguous, and a CRC-32 of eve
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
+from ..files import crc32
 from ..planning import Plan
 
 FORMAT = "alds_fast.checkpoint"
 VERSION = 1
-
-
-def crc32(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's values in their usual order."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def memory_order(tensor: Tensor) -> list[int] | None:
@@ -53,25 +44,6 @@ def owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         taken.add(storage.data_ptr())
         found[name] = owned
     return found
-
-
-@contextlib.contextmanager
-def atomic(target: Path) -> Iterator[str]:
-    """A temporary file beside the target that replaces it once it is whole and on disk."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

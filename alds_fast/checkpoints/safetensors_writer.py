@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FileWriteError
+from ..files import write_whole
 
 
 @dataclass(frozen=True)
@@ -41,48 +37,6 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """FileWriteError, saying what to do, where the system refuses to write."""
-    try:
-        yield
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "mend that"
-        raise FileWriteError(
-            f"{str(path)!r} could not be written ({e.strerror or e}); what was finished before is kept: {remedy} and "
-            f"run the same command again to go on"
-        ) from e
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names given to files in a folder survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a file under another name, put it on disk, then give it its own; what stood there before is replaced."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        try:
-            with open(partial, "wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        sync_folder(path.parent)
 
 
 def write_shard(

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
-from ..files import target_file
+from ..files import atomic, crc32, target_file
 from ..integrations import keep_when_saved
 from ..layers import LowRankLayer, MergedLinears, find_layers, label, low_rank_like, overlaps, replace_layers
 from ..planning import Plan
-from .file_format import FORMAT, VERSION, atomic, crc32, memory_order, owned, read_header, read_tensors
+from .file_format import FORMAT, VERSION, memory_order, owned, read_header, read_tensors
 
 
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,9 +25,9 @@ from ..allocation import SHARES, resolved_precision
 from ..checkpoints import PLAN, read_header, save
 from ..criteria import total_work
 from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError
-from ..factors import check_batches
 from ..layers import Layer
 from ..linalg import SCHEMES
+from ..measurement import check_batches
 from ..planning import (
     ALL_CRITERIA,
     METHODS,

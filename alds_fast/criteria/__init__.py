@@ -7,7 +7,7 @@ from .errors_by_rank import DATA_CRITERIA, MAX_DATA_GROUPS, Basis, Errors, layer
 from .input_rows import Wanted, masked, outputs, patches
 from .moment_hooks import Moments, columns_of, rows_wanted
 from .moment_sums import exact_products
-from .moments import Sensitivity, collect_moments, explained, mask_of
+from .moments import Sensitivity, collect_moments
 from .spectra import (
     FoldRoom,
     Groups,
@@ -51,13 +51,11 @@ __all__ = [
     "columns_of",
     "exact_products",
     "exact_spectra",
-    "explained",
     "folded",
     "for_threads",
     "in_single",
     "layer_errors",
     "layer_spectra",
-    "mask_of",
     "masked",
     "outputs",
     "patches",

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import ArgumentError, ModelError
 from ..layers import Layer
-from ..measurement import call_model, inference, padded, preserved
+from ..measurement import call_model, explained, inference, mask_of, padded, preserved
 from .moment_hooks import Collector, Moments
 
 Sensitivity = bool | Callable[[Any, Any], Tensor]
@@ -59,33 +59,6 @@ def _detached(batch: Any) -> Any:
     """The batch without tensors that ask for a gradient, which would be left in their ``grad``."""
     asking = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(batch))
     return tree_map_only(Tensor, Tensor.detach, batch) if asking else batch
-
-
-def mask_of(batch: Any, mask: str | None) -> Tensor | None:
-    """The keyword argument that is false at padding, if the batch has it; ArgumentError if it is not such a mask."""
-    found = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
-    if not isinstance(found, Tensor):
-        return None
-    if found.dim() != 2 or not bool(((found == 0) | (found == 1)).all()):
-        raise ArgumentError(
-            f"{mask}: expected (samples, tokens) of 1 or True at tokens and 0 or False at padding, got shape "
-            f"{tuple(found.shape)}, values from {found.min()} to {found.max()}; with mask=None all tokens count"
-        )
-    return found.bool()
-
-
-@contextmanager
-def explained(number: int, name: str) -> Iterator[None]:
-    """What a model raises on a batch, by its number from 1, becomes a ModelError."""
-    try:
-        yield
-    except (ArgumentError, ModelError):
-        raise
-    except Exception as e:
-        raise ModelError(
-            f"batch {number} of {name} did not run through the model ({type(e).__name__}: {e}); a batch is what "
-            f"model(...) takes, without labels"
-        ) from e
 
 
 def collect_moments(

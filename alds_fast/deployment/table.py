@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import FileFormatError, MissingFileError
-from ..files import target_file
-from ..measurement import write_text
+from ..files import target_file, write_text
 from ..text import shape_text, table
 
 FORMAT = "alds_fast.deploy"

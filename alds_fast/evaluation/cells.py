@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..allocation import SHARES
-from ..checkpoints import crc32
 from ..errors import ArgumentError, BudgetError
+from ..files import crc32
 from ..layers import count_params
-from ..planning import Analysis, analyze, check_plan_options, number
+from ..planning import Analysis, analyze, check_plan_options
+from ..text import number
 
 DENSE = "dense"  # the name of the model as it is
 KINDS = ("params", "flops")

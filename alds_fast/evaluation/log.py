@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
-from ..planning import number
+from ..text import number
 
 FORMAT = "alds_fast.evaluation"
 VERSION = 1

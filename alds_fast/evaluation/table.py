@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints import atomic
 from ..errors import ArgumentError
+from ..files import write_text
 from .cells import DENSE
 from .log import FORMAT, VERSION, Record, Records, plain
 from .plot import plot_quality
@@ -173,8 +173,7 @@ class Evaluation:
         """Write results.csv, results.json and table.md into a folder, each as a whole or not at all."""
         texts = {"results.csv": self.to_csv(), "results.json": self.to_json(), "table.md": self.to_markdown()}
         for name, text in texts.items():
-            with atomic(Path(folder) / name) as temporary:
-                Path(temporary).write_text(text, encoding="utf-8")
+            write_text(Path(folder) / name, text)
 
 
 def _row(cell: Record, budget: str, dense: float | None) -> Record:

@@ -4,12 +4,11 @@ Here belongs what makes encoders and decoders. What chooses ranks belongs in all
 """
 
 from .factorization import Choice, FactorReport, factorize, plain_layers
-from .refitting import check_batches, refit
+from .refitting import refit
 
 __all__ = [
     "Choice",
     "FactorReport",
-    "check_batches",
     "factorize",
     "plain_layers",
     "refit",

@@ -8,7 +8,7 @@ BatchNorm one value per channel, which has no variance, do not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,21 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..criteria import explained
-from ..errors import ArgumentError, ModelError
-from ..measurement import call_model, inference, preserved
+from ..errors import ModelError
+from ..measurement import again, call_model, explained, inference, preserved
 
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by name: mean and variance, call by call
-
-
-def again(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """The batches, one more time, with their numbers from 1; ArgumentError if there are none any more."""
-    number = 0
-    for number, batch in enumerate(data, 1):
-        yield number, batch
-    if not number:
-        raise ArgumentError("refit= had batches once, and then none: each layer takes a pass; give a list of them")
 
 
 def _statistics(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> Seen:

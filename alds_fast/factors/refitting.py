@@ -19,15 +19,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..criteria import Moments, Wanted, columns_of, explained, mask_of, masked, outputs, patches, rows_wanted, weighting
+from ..criteria import Moments, Wanted, columns_of, masked, outputs, patches, rows_wanted, weighting
 from ..errors import ArgumentError, ModelError
 from ..layers import Layer, LowRankLayer, oriented_weight
 from ..linalg import factors_to_weights
-from ..measurement import call_model, inference, padded, preserved
-from .batchnorm import again, move_statistics
+from ..measurement import again, call_model, explained, inference, mask_of, padded, preserved
+from .batchnorm import move_statistics
 from .factorization import FactorReport
 from .ridge import Sums, best_weight
 from .weighted import factors
@@ -156,16 +155,6 @@ def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Gradient, centre
     cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())
     lost = math.sqrt(max(0.0, seen.lost(cut, centred)) / seen.energy) if seen.energy > 0 else 0.0
     return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
-
-
-def check_batches(data: Any) -> None:
-    """ArgumentError unless the batches can be gone through again and again, and there is one."""
-    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
-        raise ArgumentError(f"refit= is a {type(data).__name__}: expected batches, for example [x]")
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
-        once = iter(data) is data
-    if once:
-        raise ArgumentError("refit= is an iterator, which can be used once only; give a list of the batches")
 
 
 def refit(

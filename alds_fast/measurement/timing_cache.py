@@ -8,12 +8,13 @@ import json
 import math
 import os
 import platform
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..files import write_text
 
 FORMAT = "alds_fast.timings"
 VERSION = 1  # to be raised when the low-rank layers run differently: what was measured before is then not read
@@ -111,15 +112,3 @@ def _ratios(rows: Any) -> Ratios:
             raise ValueError(f"{[scheme, groups, rank, ratio]} is not scheme, groups, rank and a ratio above 0")
         found.setdefault((scheme, groups), {})[rank] = ratio
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

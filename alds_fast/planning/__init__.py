@@ -8,7 +8,7 @@ from .compression import compress
 from .defaults import resolved_norm
 from .options import ALL_CRITERIA, METHODS, check_groups, check_plan_options, check_schemes, is_single
 from .plan import Plan
-from .plan_rows import LayerPlan, number
+from .plan_rows import LayerPlan
 from .plots import analysis_dict, check_plot, plot_plan
 from .run_analysis import analyze, analyze_with_progress, with_data
 
@@ -27,7 +27,6 @@ __all__ = [
     "check_schemes",
     "compress",
     "is_single",
-    "number",
     "plot_plan",
     "resolved_norm",
     "with_data",

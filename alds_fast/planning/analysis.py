@@ -10,17 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..allocation import Candidates, candidates, check_is_possible, dense_reason, put_exact
-from ..criteria import (
-    Basis,
-    Errors,
-    Key,
-    LayerSpectra,
-    Moments,
-    Sharpen,
-    exact_spectra,
-    layer_errors,
-    with_outputs,
-)
+from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Sharpen, exact_spectra, layer_errors, with_outputs
 from ..layers import Layer
 from ..text import shape_text, table
 from .budget_loop import Problem, solve_shares

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..allocation import resolved_precision
 from ..errors import ArgumentError
-from ..factors import check_batches
+from ..measurement import check_batches
 from .options import check_plan_options
 from .run_analysis import analyze
 

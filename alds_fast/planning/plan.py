@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..criteria import Basis, Moments
 from ..errors import AldsError, ModelError, PlanError
-from ..factors import FactorReport, check_batches, factorize
+from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved
 from ..layers import count_params, find_layers, label
-from ..text import shape_text, table
-from .plan_rows import Latency, LayerPlan, checked, number, read_latency, read_row, real
+from ..measurement import check_batches
+from ..text import number, shape_text, table
+from .plan_rows import Latency, LayerPlan, checked, read_latency, read_row, real
 
 FORMAT = "alds_fast.plan"
 VERSION = 1

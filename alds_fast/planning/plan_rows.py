@@ -93,11 +93,6 @@ def read_latency(fields: Any) -> Latency | None:
     return Latency(**shares, device=device, refinements=refinements)
 
 
-def number(value: float) -> float | str | None:
-    """JSON for a number: null for NaN, "inf" for infinity."""
-    return None if math.isnan(value) else "inf" if math.isinf(value) else value
-
-
 def checked(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
     """A field of that type; integers must not be negative."""
     value = fields[name]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoints import atomic, crc32, unique_tensors
+from ..checkpoints import unique_tensors
 from ..errors import ArgumentError, FileFormatError, FileWriteError, MissingFileError
+from ..files import atomic, crc32, write_text
 
 FORMAT = "alds_fast.retrain"
 VERSION = 1
@@ -156,8 +157,7 @@ class Store:
             self.folder.mkdir(exist_ok=True)
             with atomic(self.folder / STATE) as temporary:
                 torch.save({**head, **state}, temporary)
-            with atomic(self.folder / HISTORY) as temporary:
-                Path(temporary).write_text(lines)
+            write_text(self.folder / HISTORY, lines)
         except (OSError, RuntimeError) as e:
             raise FileWriteError(f"the checkpoint in {str(self.folder)!r} could not be written: {e}") from e
 

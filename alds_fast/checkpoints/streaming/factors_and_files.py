@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ...errors import FileFormatError, FileWriteError
 from ...factors import Choice, plain_layers
+from ...files import crc32, write_whole, writing
 from ...integrations import METHOD, VERSION, described
 from ...planning import Plan
-from ..file_format import crc32
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
-from ..safetensors_writer import Entry, header, write_shard, write_whole, writing
+from ..safetensors_writer import Entry, header, write_shard
 from .journal import JOB, PLAN, Journal
 from .output_files import OutputFile, companions, index_of, output_files
 from .source_checksums import read_record, recorded, verified

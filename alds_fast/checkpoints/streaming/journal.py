@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ArgumentError, FileFormatError, MissingFileError
+from ...files import sync_folder, write_whole, writing
 from ..safetensors_reader import CODES
-from ..safetensors_writer import Entry, sync_folder, write_shard, write_whole, writing
+from ..safetensors_writer import Entry, write_shard
 
 FOLDER, JOB, PLAN = ".alds_fast", "alds_job.json", "alds_plan.json"
 LATER = {"budget", "p", "include", "exclude", "max_shard_bytes", "float32"}  # matter from the plan on

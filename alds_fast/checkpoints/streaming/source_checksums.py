@@ -8,8 +8,8 @@ from typing import Any
 from zlib import crc32
 
 from ...errors import ArgumentError, FileFormatError
+from ...files import write_whole
 from ..safetensors_reader import Shards
-from ..safetensors_writer import write_whole
 from .journal import Journal
 
 RECORD = "input.json"

@@ -11,9 +11,9 @@ from torch import Tensor
 from ...allocation import pruned_spectra
 from ...criteria import Key, LayerSpectra, all_single, exact_spectra
 from ...errors import FileFormatError, PlanError
+from ...files import write_whole
 from ...layers import Layer, count_params, label
 from ...planning import Analysis, Plan
-from ..safetensors_writer import write_whole
 from .journal import LATER, PLAN
 from .streamed_model import Work, size_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from torch import nn
 
 from ...allocation import auto_groups, check_is_possible
 from ...criteria import for_threads, with_groups
+from ...files import crc32
 from ...integrations import stored_names
 from ...layers import Layer, check_weight, find_layers
 from ..safetensors_reader import DTYPES, Shards
@@ -96,7 +96,7 @@ class Work:
         try:
             for layer in layers:
                 tensor = self.shards.tensors[self.sources[layer.name]].tensor()
-                sums[layer.name] = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data)
+                sums[layer.name] = crc32(tensor)
                 whole = tensor.dtype in (torch.float32, torch.float64)
                 tensor = tensor.to(self.device, None if whole else torch.float32)
                 layer.module.weight = nn.Parameter(tensor, requires_grad=False)
