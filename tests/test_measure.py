@@ -9,15 +9,7 @@ from helpers import images, small_net
 from torch import nn
 
 from alds_fast.errors import AldsError, ArgumentError, LayerNotFoundError, ModelError
-from alds_fast.measurement import (
-    InputSpec,
-    call_model,
-    inference,
-    interleaved_ms,
-    layer_inputs,
-    median_ratio,
-    timer,
-)
+from alds_fast.measurement import InputSpec, call_model, inference, interleaved_ms, layer_inputs, median_ratio, timer
 
 
 class Twice(nn.Module):

@@ -5,7 +5,7 @@ Here belongs what turns a layer into errors by rank. What chooses among ranks be
 
 from .errors_by_rank import DATA_CRITERIA, MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
 from .input_rows import Wanted, masked, outputs, patches
-from .moment_hooks import Moments, columns_of, rows_wanted
+from .moment_hooks import Moments, rows_wanted
 from .moment_sums import exact_products
 from .moments import Sensitivity, collect_moments
 from .spectra import (
@@ -48,7 +48,6 @@ __all__ = [
     "batches",
     "candidate_groups",
     "collect_moments",
-    "columns_of",
     "exact_products",
     "exact_spectra",
     "folded",

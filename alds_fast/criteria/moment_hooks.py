@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..layers import Layer, is_linear, label
+from ..layers import Layer, columns_of, filters_of, is_linear, label
 from .input_rows import Wanted, masked, outputs, patches
 from .moment_sums import Sum
 
@@ -152,18 +152,6 @@ class Collector:
             inner, outer = (None, second) if by_output else (second, None)
             found[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise)
         return found
-
-
-def columns_of(layer: Layer) -> int:
-    """Columns of the encode fold."""
-    assert layer.shape is not None
-    return layer.shape.numel // layer.shape.out_channels
-
-
-def filters_of(layer: Layer) -> int:
-    """Filters of one of a convolution's groups."""
-    assert layer.shape is not None
-    return layer.shape.out_channels // layer.shape.conv_groups
 
 
 def _wanted(layer: Layer, width: int, other: int, drawn: int) -> Wanted:

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..criteria import Moments, Wanted, columns_of, masked, outputs, patches, rows_wanted, weighting
+from ..criteria import Moments, Wanted, masked, outputs, patches, rows_wanted, weighting
 from ..errors import ArgumentError, ModelError
-from ..layers import Layer, LowRankLayer, oriented_weight
+from ..layers import Layer, LowRankLayer, columns_of, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import again, call_model, explained, inference, mask_of, padded, preserved
 from .batchnorm import move_statistics

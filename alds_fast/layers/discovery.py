@@ -175,3 +175,15 @@ def check_weight(layer: Layer) -> None:
             f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend "
             f"them, or leave the layer out with exclude={[layer.name]!r}"
         )
+
+
+def columns_of(layer: Layer) -> int:
+    """Columns of the encode fold."""
+    assert layer.shape is not None
+    return layer.shape.numel // layer.shape.out_channels
+
+
+def filters_of(layer: Layer) -> int:
+    """Filters of one of a convolution's groups."""
+    assert layer.shape is not None
+    return layer.shape.out_channels // layer.shape.conv_groups

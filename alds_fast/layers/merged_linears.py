@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..kernels import lowrank_linear, lowrank_linears, why_not_fused_linears
-from .base import LowRankLinear
+from .linear import LowRankLinear
 
 
 class MergedLinears(nn.Module):
