@@ -1,4 +1,4 @@
-"""Low-rank layers: a grouped encoder, then a decoder, as plain trainable modules of two tensors and a bias; Linear."""
+"""Low-rank layers: a grouped encoder, then a decoder, as plain trainable modules of two tensors and a bias."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from .folding import (
     unfold,
     weights_to_dense,
 )
-from .spectra_op import batched_rsvd, spectra
+from .rsvd_op import batched_rsvd
+from .spectra_op import spectra
 from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors
 
 __all__ = [

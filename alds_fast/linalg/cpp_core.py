@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 
-import scipy.linalg.cython_blas
-import scipy.linalg.cython_lapack  # noqa: F401  (loads the BLAS that the core calls)
 import threadpoolctl
 import torch
 from torch import Tensor
@@ -16,7 +16,14 @@ from ..errors import ArgumentError
 
 
 @functools.cache
+def core() -> ModuleType:
+    """The C++ extension, loaded when it is first used: it imports scipy, whose BLAS and LAPACK it calls."""
+    return importlib.import_module("._core", __package__)
+
+
+@functools.cache
 def _blas() -> threadpoolctl.ThreadpoolController:
+    core()  # only a BLAS that is loaded is found
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
