@@ -5,28 +5,25 @@ Here belongs what turns a layer into errors by rank. What chooses among ranks be
 
 from .errors_by_rank import DATA_CRITERIA, MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
 from .input_rows import Wanted, masked, outputs, patches
-from .moment_hooks import Moments, rows_wanted
+from .layer_batches import FoldRoom, batches, for_threads, in_single, place
+from .moment_hooks import rows_wanted
 from .moment_sums import exact_products
-from .moments import Sensitivity, collect_moments
+from .moments import Moments, Sensitivity, collect_moments
 from .spectra import (
-    FoldRoom,
     Groups,
     Key,
     LayerSpectra,
     Sharpen,
     all_single,
-    batches,
     candidate_groups,
     exact_spectra,
-    for_threads,
-    in_single,
     layer_spectra,
-    place,
     total_work,
     with_groups,
 )
 from .spectral import CRITERIA
-from .weighted_errors import EIGEN_NOISE, Weighting, folded, slice_bases, tap_blocks, weighting
+from .weighted_errors import EIGEN_NOISE, folded, slice_bases, tap_blocks
+from .weights import Weighting, weighting
 
 __all__ = [
     "CRITERIA",

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer, oriented_weight
-from .moment_hooks import Moments
+from .moments import Moments
 from .spectra import LayerSpectra
 from .spectral import CRITERIA
-from .weighted_errors import Weighting, certificate, errors, weighting
+from .weighted_errors import certificate, errors
+from .weights import Weighting, weighting
 
 DATA_CRITERIA = ("output", "output-bound", "sensitivity")
 

@@ -5,47 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..layers import Layer, columns_of, filters_of, is_linear, label
+from ..layers import Layer, columns_of, filters_of, is_linear
 from .input_rows import Wanted, masked, outputs, patches
 from .moment_sums import Sum
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
 ROWS_PER_COLUMN = 2  # of a moment, where the data has them
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What a layer sees: float64, on the CPU; x is a token or an im2col patch, y = W x without the bias.
-
-    Attributes:
-        rows: number of x seen.
-        second: E[x x^T], (conv_groups, n, n), n = channels * kernel area of a convolution's group; None for a layer
-            whose n is above the limit, where ``output`` serves.
-        mean: E[x], (conv_groups, n), or, beside ``output``, E[y], (conv_groups, filters of a group).
-        output: E[y y^T], (conv_groups, filters of a group, the same), or None.
-        gradient: sum over all rows of g g^T over the sum of the squares of the network's output, g the gradient at y
-            of that output's product with random signs; shaped as ``output``; zero where that output does not depend
-            on the layer, None if not asked for.
-        noise, gradient_noise: how far the covariance (of x, or of y beside ``output``) and ``gradient`` are from those
-            of all data of this kind: expected squared Frobenius distance, estimated from how far parts of the data are
-            from one another.
-    """
-
-    rows: int
-    second: Tensor | None
-    mean: Tensor
-    output: Tensor | None = None
-    gradient: Tensor | None = None
-    noise: float = 0.0
-    gradient_noise: float = 0.0
 
 
 class Collector:
@@ -130,29 +102,6 @@ class Collector:
         self.seed += 1
         sums.add(sums.products(found, centred=False), rows)
 
-    def moments(self) -> dict[str, Moments]:
-        """By name, for the layers that were called; layers with one and the same input share its moment."""
-        found: dict[str, Moments] = {}
-        for layer in self.layers:
-            own, gradient, gradient_noise = self.sums[layer.name], None, 0.0
-            if not own.rows:
-                continue
-            if self.gradients and self.gradient_sums[layer.name].rows:
-                gradient, _, gradient_noise = self.gradient_sums[layer.name].over(self.energy)
-            elif self.gradients:  # what matters does not depend on this layer
-                assert layer.shape is not None
-                gradient = torch.zeros(layer.shape.conv_groups, *2 * [filters_of(layer)], dtype=torch.float64)
-            rows, (second, mean, noise) = own.rows, own.over(own.rows)
-            for other in self.leaders[layer.name] & found.keys():
-                shared = found[other].second
-                if shared is not None and torch.equal(shared, second):
-                    second = shared
-            _check(layer, second, gradient)
-            by_output = layer.name in self.by_output
-            inner, outer = (None, second) if by_output else (second, None)
-            found[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise)
-        return found
-
 
 def _wanted(layer: Layer, width: int, other: int, drawn: int) -> Wanted:
     """How many of a call's rows of ``width`` entries are drawn, the layer's own cost per row being width * other.
@@ -177,12 +126,3 @@ def _geometry(layer: Layer) -> tuple[Any, ...]:
     names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "groups")
     own = tuple(getattr(layer.module, name, None) for name in names)
     return layer.kind, own, 0 if is_linear(layer.module) else filters_of(layer)
-
-
-def _check(layer: Layer, second: Tensor, gradient: Tensor | None) -> None:
-    for name, value in (("input", second), ("gradient", gradient)):
-        if value is not None and not bool(value.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares
-            raise ModelError(
-                f"layer {label(layer.name)}: its {name} has NaN or infinite values on this data; mend the data, or "
-                f"leave the layer out with exclude={[layer.name]!r}"
-            )

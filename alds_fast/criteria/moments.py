@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,38 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import ArgumentError, ModelError
-from ..layers import Layer
+from ..layers import Layer, filters_of, label
 from ..measurement import call_model, explained, inference, mask_of, padded, preserved
-from .moment_hooks import Collector, Moments
+from .moment_hooks import Collector
 
 Sensitivity = bool | Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a layer sees: float64, on the CPU; x is a token or an im2col patch, y = W x without the bias.
+
+    Attributes:
+        rows: number of x seen.
+        second: E[x x^T], (conv_groups, n, n), n = channels * kernel area of a convolution's group; None for a layer
+            whose n is above the limit, where ``output`` serves.
+        mean: E[x], (conv_groups, n), or, beside ``output``, E[y], (conv_groups, filters of a group).
+        output: E[y y^T], (conv_groups, filters of a group, the same), or None.
+        gradient: sum over all rows of g g^T over the sum of the squares of the network's output, g the gradient at y
+            of that output's product with random signs; shaped as ``output``; zero where that output does not depend
+            on the layer, None if not asked for.
+        noise, gradient_noise: how far the covariance (of x, or of y beside ``output``) and ``gradient`` are from those
+            of all data of this kind: expected squared Frobenius distance, estimated from how far parts of the data are
+            from one another.
+    """
+
+    rows: int
+    second: Tensor | None
+    mean: Tensor
+    output: Tensor | None = None
+    gradient: Tensor | None = None
+    noise: float = 0.0
+    gradient_noise: float = 0.0
 
 
 @contextmanager
@@ -112,10 +140,43 @@ def collect_moments(
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     if not masks and mask not in (None, "attention_mask"):
         raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
-    found = collector.moments()
+    found = _moments_of(collector)
     if layers and not found:
         raise ArgumentError(
             "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "
             "without calling them"
         )
+    return found
+
+
+def _check(layer: Layer, second: Tensor, gradient: Tensor | None) -> None:
+    for name, value in (("input", second), ("gradient", gradient)):
+        if value is not None and not bool(value.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares
+            raise ModelError(
+                f"layer {label(layer.name)}: its {name} has NaN or infinite values on this data; mend the data, or "
+                f"leave the layer out with exclude={[layer.name]!r}"
+            )
+
+
+def _moments_of(collector: Collector) -> dict[str, Moments]:
+    """By name, for the layers that were called; layers with one and the same input share its moment."""
+    found: dict[str, Moments] = {}
+    for layer in collector.layers:
+        own, gradient, gradient_noise = collector.sums[layer.name], None, 0.0
+        if not own.rows:
+            continue
+        if collector.gradients and collector.gradient_sums[layer.name].rows:
+            gradient, _, gradient_noise = collector.gradient_sums[layer.name].over(collector.energy)
+        elif collector.gradients:  # what matters does not depend on this layer
+            assert layer.shape is not None
+            gradient = torch.zeros(layer.shape.conv_groups, *2 * [filters_of(layer)], dtype=torch.float64)
+        rows, (second, mean, noise) = own.rows, own.over(own.rows)
+        for other in collector.leaders[layer.name] & found.keys():
+            shared = found[other].second
+            if shared is not None and torch.equal(shared, second):
+                second = shared
+        _check(layer, second, gradient)
+        by_output = layer.name in collector.by_output
+        inner, outer = (None, second) if by_output else (second, None)
+        found[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise)
     return found
