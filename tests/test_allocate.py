@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alds_fast as alds
-from alds_fast.allocation import Front, one_budget, pareto_front
+from alds_fast.allocation import Front, one_budget, pareto, pareto_front
 from alds_fast.errors import BudgetError
 
 
@@ -31,7 +31,7 @@ def problems(draw):
 
 def _feasible(fronts, budget):
     for picks in itertools.product(*(range(len(f.costs)) for f in fronts)):
-        if one_budget.total_cost(fronts, picks) <= budget:
+        if pareto.total_cost(fronts, picks) <= budget:
             yield np.array(picks)
 
 
@@ -39,9 +39,9 @@ def _feasible(fronts, budget):
 def test_minimax_equals_brute_force_lexicographically(problem):
     fronts, budget = problem
     found = one_budget.minimax(fronts, budget)
-    errors = one_budget.errors_of(fronts, found.picks)
-    profiles = [sorted(one_budget.errors_of(fronts, p), reverse=True) for p in _feasible(fronts, budget)]
-    assert one_budget.total_cost(fronts, found.picks) <= budget
+    errors = pareto.errors_of(fronts, found.picks)
+    profiles = [sorted(pareto.errors_of(fronts, p), reverse=True) for p in _feasible(fronts, budget)]
+    assert pareto.total_cost(fronts, found.picks) <= budget
     assert errors.max() == found.bound == min(p[0] for p in profiles)
     positive = np.concatenate([f.errors[:-1] for f in fronts])
     if np.unique(positive).size == positive.size:  # with equal errors in two layers either may be improved first
@@ -52,10 +52,10 @@ def test_minimax_equals_brute_force_lexicographically(problem):
 def test_least_p_norm_is_within_its_certified_gap_of_brute_force(problem, p):
     fronts, budget = problem
     found = one_budget.allocate(fronts, budget, p)
-    value = one_budget.p_norm(one_budget.errors_of(fronts, found.picks), p)
-    best = min(one_budget.p_norm(one_budget.errors_of(fronts, q), p) for q in _feasible(fronts, budget))
+    value = pareto.p_norm(pareto.errors_of(fronts, found.picks), p)
+    best = min(pareto.p_norm(pareto.errors_of(fronts, q), p) for q in _feasible(fronts, budget))
     gap = one_budget.gap(fronts, found.picks, found.bound, p)
-    assert one_budget.total_cost(fronts, found.picks) <= budget
+    assert pareto.total_cost(fronts, found.picks) <= budget
     assert found.bound <= best * (1 + 1e-9) + 1e-12
     assert best <= value * (1 + 1e-12) and value <= best * (1 + gap) * (1 + 1e-9)
 
@@ -65,7 +65,7 @@ def test_no_affordable_improvement_is_left(problem):
     fronts, budget = problem
     for p in (math.inf, 2.0, 1e4):
         picks = one_budget.allocate(fronts, budget, p).picks
-        left = budget - one_budget.total_cost(fronts, picks)
+        left = budget - pareto.total_cost(fronts, picks)
         for front, i in zip(fronts, picks, strict=True):
             assert i == len(front.costs) - 1 or front.costs[i + 1] - front.costs[i] > left
 
@@ -83,7 +83,7 @@ def test_pareto_front_keeps_exactly_the_undominated(points):
 @given(problems(), st.integers(0, 10))
 def test_threshold_takes_the_cheapest(problem, tenths):
     fronts, _ = problem
-    for front, i in zip(fronts, one_budget.threshold(fronts, tenths / 10), strict=True):
+    for front, i in zip(fronts, pareto.threshold(fronts, tenths / 10), strict=True):
         assert front.errors[i] <= tenths / 10 and (i == 0 or front.errors[i - 1] > tenths / 10)
 
 
@@ -109,7 +109,7 @@ def test_zero_and_low_rank_layers_do_not_eat_the_budget():
 
 
 def test_p_norm_does_not_underflow():
-    assert one_budget.p_norm(np.array([1e-200, 1e-200]), 4) == pytest.approx(2**0.25 * 1e-200)
+    assert pareto.p_norm(np.array([1e-200, 1e-200]), 4) == pytest.approx(2**0.25 * 1e-200)
 
 
 @pytest.fixture(scope="module")

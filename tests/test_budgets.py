@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast.allocation import one_budget, several_budgets
+from alds_fast.allocation import one_budget, pareto, several_budgets
 
 
 @st.composite
@@ -63,7 +63,7 @@ def test_no_affordable_improvement_is_left(problem):
 @given(problems(kinds=(1,)))
 def test_one_budget_gives_what_the_exact_solver_gives(problem):
     costs, errors, limits = problem
-    fronts = [one_budget.pareto_front(c[0], e) for c, e in zip(costs, errors, strict=True)]
+    fronts = [pareto.pareto_front(c[0], e) for c, e in zip(costs, errors, strict=True)]
     found = several_budgets.least_largest(costs, errors, limits)
     if found is None:
         assert sum(int(f.costs[0]) for f in fronts) > limits[0]

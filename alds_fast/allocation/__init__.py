@@ -5,23 +5,13 @@ Here belongs what chooses among errors and costs. What a user's options mean bel
 
 from .baselines import ONE_SLICE, filter_threshold
 from .candidates import Candidates, candidates
-from .costs import SHARES
-from .float32_check import check_is_possible, curves_in_doubt, put_exact, resolved_precision
+from .costs import SHARES, CostTable, flops_table, params_table, relaxed
+from .float32_check import curves_in_doubt, put_exact
 from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
-from .one_budget import Front, Ints, allocate, pareto_front
+from .one_budget import allocate
+from .pareto import Front, Ints, pareto_front
 from .slice_pruning import auto_groups, pruned_spectra
-from .solver import (
-    CostTable,
-    Solution,
-    dense_reason,
-    flops_table,
-    largest_error,
-    params_table,
-    relaxed,
-    solve,
-    solve_baseline,
-    solve_error,
-)
+from .solver import Solution, dense_reason, largest_error, solve, solve_baseline, solve_error
 
 __all__ = [
     "MAX_LATENCY_GROUPS",
@@ -36,7 +26,6 @@ __all__ = [
     "allocate",
     "auto_groups",
     "candidates",
-    "check_is_possible",
     "curves_in_doubt",
     "dense_reason",
     "end_to_end",
@@ -48,7 +37,6 @@ __all__ = [
     "pruned_spectra",
     "put_exact",
     "relaxed",
-    "resolved_precision",
     "solve",
     "solve_baseline",
     "solve_error",

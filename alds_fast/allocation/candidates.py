@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..linalg import WeightShape, params_per_rank
-from .one_budget import Floats, Front, Ints, pareto_front
+from .pareto import Floats, Front, Ints, pareto_front
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ some times at random. Spectra between which that changes the choice are in doubt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,24 +21,13 @@ from ..criteria import Key, LayerSpectra
 from ..errors import ModelError
 from ..layers import label
 from .candidates import Candidates
-from .one_budget import Floats, Front, Ints, pareto_front
+from .pareto import Floats, Front, Ints, pareto_front
 
 TAIL, VALUE = 2.0**-20, 2.0**-18
 RANDOM = 16
 SMALL = 2.0**-9  # squared errors of slices below it, 4.4 %, are asked for in float64: their certificate goes by them
 
 Bools = NDArray[np.bool_]
-
-
-def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str) -> bool:
-    """Whether plans of this kind can be checked: one budget of params or flops, solved exactly, by Frobenius norms."""
-    return list(budgets) in (["params"], ["flops"]) and criterion in (None, "frobenius") and method == "alds"
-
-
-def resolved_precision(shares: Mapping[str, float | None], criterion: str | None, method: str | None) -> str:
-    """The precision of spectra for a plan of this kind, made without data, if none is asked for."""
-    budgets = [name for name, share in shares.items() if share is not None]
-    return "float32" if check_is_possible(budgets, criterion, method or "alds") else "float64"
 
 
 def put_exact(spectra: LayerSpectra, key: Key, values: Tensor) -> LayerSpectra:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from ..layers import Layer, LowRankLayer, low_rank_like, replace_layers
 from ..measurement import InputSpec, Ratios, Timings, call_model, inference, interleaved_ms, median_ratio
 from .candidates import Candidates, Curve
-from .one_budget import Floats, Ints
-from .solver import Calls, CostTable
+from .costs import Calls, CostTable
+from .pareto import Floats, Ints
 
 MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .one_budget import Floats, Ints, _compiled
+from .pareto import Floats, Ints, _compiled
 
 MAX_CUTS = 60
 MAX_REPAIRS = 64

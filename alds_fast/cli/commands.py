@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from ..allocation import SHARES, resolved_precision
+from ..allocation import SHARES
 from ..checkpoints import PLAN, read_header, save
 from ..criteria import total_work
 from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError
@@ -38,6 +38,7 @@ from ..planning import (
     check_plot,
     check_schemes,
     plot_plan,
+    resolved_precision,
     with_data,
 )
 from .directory import compress_directory

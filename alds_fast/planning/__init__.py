@@ -5,7 +5,7 @@ Here belongs what ties the steps together and checks users' options. The steps t
 
 from .analysis import Analysis
 from .compression import compress
-from .defaults import resolved_norm
+from .defaults import check_is_possible, resolved_norm, resolved_precision
 from .options import ALL_CRITERIA, METHODS, check_groups, check_plan_options, check_schemes, is_single
 from .plan import Plan
 from .plan_rows import LayerPlan
@@ -22,6 +22,7 @@ __all__ = [
     "analyze",
     "analyze_with_progress",
     "check_groups",
+    "check_is_possible",
     "check_plan_options",
     "check_plot",
     "check_schemes",
@@ -29,5 +30,6 @@ __all__ = [
     "is_single",
     "plot_plan",
     "resolved_norm",
+    "resolved_precision",
     "with_data",
 ]

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..allocation import Candidates, candidates, check_is_possible, dense_reason, put_exact
+from ..allocation import Candidates, candidates, dense_reason, put_exact
 from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Sharpen, exact_spectra, layer_errors, with_outputs
 from ..layers import Layer
 from ..text import shape_text, table
 from .budget_loop import Problem, solve_shares
-from .defaults import resolved_criterion, resolved_norm
+from .defaults import check_is_possible, resolved_criterion, resolved_norm
 from .options import check_importance, check_plan_options
 from .plan import Plan
 from .plan_rows import LayerPlan

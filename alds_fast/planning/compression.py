@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..allocation import resolved_precision
 from ..errors import ArgumentError
 from ..measurement import check_batches
+from .defaults import resolved_precision
 from .options import check_plan_options
 from .run_analysis import analyze
 

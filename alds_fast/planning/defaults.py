@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..allocation import ONE_SLICE
 from ..criteria import DATA_CRITERIA, Moments
@@ -39,3 +39,14 @@ def resolved_norm(p: float | None, criterion: str, shares: Mapping[str, float | 
     if method != "alds" or sum(share is not None for share in shares.values()) != 1:
         return math.inf
     return 2.0 if criterion == "sensitivity" else 4.0
+
+
+def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str) -> bool:
+    """Whether plans of this kind can be checked: one budget of params or flops, solved exactly, by Frobenius norms."""
+    return list(budgets) in (["params"], ["flops"]) and criterion in (None, "frobenius") and method == "alds"
+
+
+def resolved_precision(shares: Mapping[str, float | None], criterion: str | None, method: str | None) -> str:
+    """The precision of spectra for a plan of this kind, made without data, if none is asked for."""
+    budgets = [name for name, share in shares.items() if share is not None]
+    return "float32" if check_is_possible(budgets, criterion, method or "alds") else "float64"

@@ -24,7 +24,7 @@ from ...errors import AldsError, ArgumentError, BudgetError, ModelError
 from ...layers import count_params, replace_layers, tied_names
 from ...measurement import call_model, counted_inputs, inference, layer_inputs, preserved
 from ..costs import SHARES
-from ..one_budget import Floats, Ints
+from ..pareto import Floats, Ints
 
 NORMS = {"l1": 1, "l2": 2}
 SCOPES = ("global", "uniform")

@@ -8,7 +8,8 @@ import numpy as np
 
 from ...errors import BudgetError
 from ..candidates import Candidates
-from ..one_budget import Front, Ints, errors_of, minimax, pareto_front, threshold, total_cost
+from ..one_budget import minimax
+from ..pareto import Front, Ints, errors_of, pareto_front, threshold, total_cost
 
 SEEDS = 15
 MAX_ROUNDS = 30

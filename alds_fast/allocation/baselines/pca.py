@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...errors import BudgetError
-from ..one_budget import Floats, Ints
+from ..pareto import Floats, Ints
 
 
 def _removals(values: Floats, cost: int) -> tuple[Floats, Ints]:

@@ -20,7 +20,8 @@ import numpy as np
 from ...criteria import LayerSpectra
 from ...errors import ArgumentError, BudgetError
 from ..candidates import Candidates
-from ..one_budget import Floats, Ints, _lower_hull, allocate, pareto_front
+from ..one_budget import allocate
+from ..pareto import Floats, Ints, _lower_hull, pareto_front
 from .paper_search import alds_heuristic
 from .pca import pca_ranks
 

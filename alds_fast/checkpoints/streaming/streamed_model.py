@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ...allocation import auto_groups, check_is_possible
+from ...allocation import auto_groups
 from ...criteria import for_threads, with_groups
 from ...files import crc32
 from ...integrations import stored_names
 from ...layers import Layer, check_weight, find_layers
+from ...planning import check_is_possible
 from ..safetensors_reader import DTYPES, Shards
 from .journal import Journal
 from .meta_model import check_stored, skeleton, untie
