@@ -40,4 +40,4 @@ quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality/moments_cost.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info alds_fast/_core*.so demo_output
+	rm -rf $(VENV) build dist *.egg-info alds_fast/linalg/_core*.so demo_output

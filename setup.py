@@ -4,7 +4,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 core = Pybind11Extension(
-    "alds_fast._core",
+    "alds_fast.linalg._core",
     [
         "csrc/band.cpp",
         "csrc/bindings.cpp",

@@ -15,19 +15,13 @@ except ImportError as e:
         "(choose the CPU or CUDA build for your machine)"
     ) from e
 
-from .analysis import Analysis, analyze
-from .checkpoint import load, save
-from .compression import compress
-from .convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from .deploy_table import DeployTable
-from .deployment import deploy
-from .directory import CompressedCheckpoint, compress_checkpoint
+from .allocation import filter_threshold
+from .checkpoints import CompressedCheckpoint, compress_checkpoint, from_pretrained, load, save
+from .deployment import DeployTable, deploy
 from .errors import AldsError
-from .evaluation import evaluate
-from .layers import LowRankLinear
-from .plan import LayerPlan, Plan
-from .pretrained import from_pretrained
-from .results import Evaluation
+from .evaluation import Evaluation, evaluate
+from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
+from .planning import Analysis, LayerPlan, Plan, analyze, compress, plot_plan
 from .retraining import Retrained, retrain
 from .version import __version__ as __version__
 
@@ -49,8 +43,10 @@ __all__ = [
     "compress_checkpoint",
     "deploy",
     "evaluate",
+    "filter_threshold",
     "from_pretrained",
     "load",
+    "plot_plan",
     "retrain",
     "save",
 ]

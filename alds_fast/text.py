@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -27,3 +28,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[
 def shape_text(shape: Sequence[int]) -> str:
     """A shape as 64x3x7x7."""
     return "x".join(map(str, shape)) or "-"
+
+
+def number(value: float) -> float | str | None:
+    """JSON for a number: null for NaN, "inf" for infinity."""
+    return None if math.isnan(value) else "inf" if math.isinf(value) else value

@@ -17,8 +17,8 @@ import registry
 import torch
 
 import alds_fast as alds
-from alds_fast.folding import distinct_schemes, matrix_shape
-from alds_fast.replace import weight_shape
+from alds_fast.layers import weight_shape
+from alds_fast.linalg import distinct_schemes, matrix_shape
 
 RESULTS = Path(__file__).parent / "results"
 

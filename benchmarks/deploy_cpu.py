@@ -18,7 +18,7 @@ from helpers import resnet50
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.measure import inference, interleaved_ms, median_ratio
+from alds_fast.measurement import inference, interleaved_ms, median_ratio
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,9 +24,9 @@ import registry
 import torch
 
 import alds_fast as alds
-from alds_fast import cli, linalg
-from alds_fast.shard_file import Entry, write_shard
-from alds_fast.shards import INDEX
+from alds_fast import linalg
+from alds_fast.checkpoints import INDEX, Entry, write_shard
+from alds_fast.cli import main as command
 
 RESULTS = Path(__file__).parent / "results"
 KEEP = 0.7
@@ -82,7 +82,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 def worker(arguments: list[str]) -> None:
     """The command line, and on standard error what it took."""
     begin = time.perf_counter()
-    code = cli.main(arguments)
+    code = command(arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
     status = Path("/proc/self/status").read_text().splitlines()  # (ru_maxrss may be that of the process that forked)

@@ -18,11 +18,10 @@ import torch
 from helpers import resnet50
 
 import alds_fast as alds
-from alds_fast.bounds import CRITERIA
-from alds_fast.folding import SCHEMES, max_rank, params_per_rank
-from alds_fast.latency import end_to_end
-from alds_fast.measure import inference, interleaved_ms, median_ratio
-from alds_fast.options import MAX_LATENCY_GROUPS
+from alds_fast.allocation import MAX_LATENCY_GROUPS, end_to_end
+from alds_fast.criteria import CRITERIA
+from alds_fast.linalg import SCHEMES, max_rank, params_per_rank
+from alds_fast.measurement import inference, interleaved_ms, median_ratio
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import alds_fast as alds
-from alds_fast import allocate
-from alds_fast.folding import divisors
+from alds_fast.allocation import allocate, pareto_front
+from alds_fast.linalg import divisors
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -81,9 +81,9 @@ def large_problem(layers=300, groups=12, ranks=4096, seed=0):
 
 def solve(problem, p):
     """Pareto fronts and allocation at half the total cost."""
-    fronts = [allocate.pareto_front(costs, errors) for costs, errors in problem]
+    fronts = [pareto_front(costs, errors) for costs, errors in problem]
     budget = sum(int(costs[-1]) for costs, _ in problem) // 2
-    return allocate.allocate(fronts, budget, p)
+    return allocate(fronts, budget, p)
 
 
 def take_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import alds_fast as alds
-from alds_fast.merged import MergedLinears
+from alds_fast.layers import MergedLinears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -9,7 +9,6 @@ import crepe
 import torch
 
 import alds_fast as alds
-from alds_fast.report import plot_plan
 
 
 @torch.inference_mode()
@@ -68,7 +67,7 @@ def main() -> None:
     where = f"CPU ms, 32 frames, {torch.get_num_threads()} threads"
     print(f"{where:<34}{dense_ms:>12.1f}{small_ms:>12.1f}{dense_ms / small_ms:>8.2f}x")
     print(f"{'the same, deployed':<34}{dense_ms:>12.1f}{deployed_ms:>12.1f}{dense_ms / deployed_ms:>8.2f}x")
-    plot_plan(analysis, plan, args.out / "spectra.png")
+    alds.plot_plan(analysis, plan, args.out / "spectra.png")
     print(f"\nwrote {args.out}/spectra.png, {files['small']}")
 
 

@@ -23,20 +23,20 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "
 
 def configurations():
     """(kernel name, dtype, constants, tiling, whether sizes are multiples of 16) of everything that is reachable."""
-    from alds_fast.kernels import conv2d, linear, rows
+    from alds_fast.kernels import triton_linear
 
     sizes = [16, 32, 64, 128, 256]
     for kind, wide in itertools.product(TYPES, (True, False)):
         dtype = TYPES[kind]
-        for hidden, heavy in itertools.product([s for s in sizes if s <= linear.MAX_HIDDEN], (True, False)):
-            t = linear.tile_tiling(hidden, dtype, wide, heavy)
-            if not heavy and t == linear.tile_tiling(hidden, dtype, wide, True):
+        for hidden, heavy in itertools.product([s for s in sizes if s <= triton_linear.MAX_HIDDEN], (True, False)):
+            t = triton_linear.tile_tiling(hidden, dtype, wide, heavy)
+            if not heavy and t == triton_linear.tile_tiling(hidden, dtype, wide, True):
                 continue
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
             for one in (True, False):
                 yield "linear", kind, {**tiles, "ONE_SLICE": one, **epilogue(heavy)}, t, wide
-        yield from _few_rows(rows, kind, dtype, wide)
-        yield from _convolutions(conv2d, kind, dtype, wide)
+        yield from _few_rows(kind, dtype, wide)
+        yield from _convolutions(kind, dtype, wide)
 
 
 def epilogue(heavy):
@@ -44,36 +44,44 @@ def epilogue(heavy):
     return {"HAS_BIAS": True, "HAS_RESIDUAL": heavy, "ACTIVATION": "gelu" if heavy else "relu"}
 
 
-def _few_rows(rows, kind, dtype, wide):
+def _few_rows(kind, dtype, wide):
     """Encoders and decoders of few rows, all PARTS, with and without the early launch (sm_90)."""
+    from alds_fast.kernels import triton_few_rows
+
     odd = 0 if wide else 3
     for parts in (1, 2, 4, 8):
-        t = rows.encode_tiling(dtype)
+        t = triton_few_rows.encode_tiling(dtype)
         tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols}
         yield "encode_rows", kind, tiles, t, wide
     for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
-        t = rows.vector_tiling(reduction - odd, m)
+        t = triton_few_rows.vector_tiling(reduction - odd, m)
         tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction}
         yield "encode_vectors", kind, tiles, t, wide
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
     for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 1024, 3072)):
-        t = rows.vector_tiling(rank - odd, vectors, 4) if vectors else rows.decode_tiling(dtype, wide)
+        t = (
+            triton_few_rows.vector_tiling(rank - odd, vectors, 4)
+            if vectors
+            else triton_few_rows.decode_tiling(dtype, wide)
+        )
         ranks = {f"RANK{i}": rank - odd for i in range(3)}
         tiles = {"LAYERS": layers, "VECTORS": vectors, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
         yield "decode_rows", kind, {**tiles, **ranks, **flags, "HAS_RESIDUAL": layers == 1}, t, wide
 
 
-def _convolutions(conv2d, kind, dtype, wide):
+def _convolutions(kind, dtype, wide):
     """By taps and by rows of taps; one slice and two, one chunk and several, all tiles."""
+    from alds_fast.kernels import triton_conv2d
+
     sizes = ((16, 64), (16, 32, 64, 128), (16, 64, 128, 256), (1000, 10**6), (True, False))
     seen = set()
     for channels, chunk, filters, pixels, heavy in itertools.product(*sizes):
         if chunk == 128 and (not wide or dtype == torch.float32):
             continue
-        taps = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
+        taps = triton_conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
         runs = [("conv2d_taps", taps, {"SH": 1, "SW": 1, "PW": 1, "KW": 3})]
-        if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK:
-            runs.append(("conv2d_rows", conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
+        if wide and dtype != torch.float32 and chunk <= triton_conv2d.MAX_ROWS_RANK:
+            runs.append(("conv2d_rows", triton_conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
         odd = 0 if wide else 1
         for (name, t, more), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
             key = name, t, chunk, channels, groups
@@ -88,15 +96,15 @@ def _convolutions(conv2d, kind, dtype, wide):
 
 
 def _kernel(name):
-    from alds_fast.kernels import conv2d, linear, rows
+    from alds_fast.kernels import triton_conv2d, triton_few_rows, triton_linear
 
     return {
-        "conv2d_taps": conv2d._conv2d_taps_kernel,
-        "conv2d_rows": conv2d._conv2d_rows_kernel,
-        "linear": linear._lowrank_linear_kernel,
-        "encode_rows": rows._encode_rows_kernel,
-        "encode_vectors": rows._encode_vectors_kernel,
-        "decode_rows": rows._decode_rows_kernel,
+        "conv2d_taps": triton_conv2d._conv2d_taps_kernel,
+        "conv2d_rows": triton_conv2d._conv2d_rows_kernel,
+        "linear": triton_linear._lowrank_linear_kernel,
+        "encode_rows": triton_few_rows._encode_rows_kernel,
+        "encode_vectors": triton_few_rows._encode_vectors_kernel,
+        "decode_rows": triton_few_rows._decode_rows_kernel,
     }[name]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from alds_fast import doubt
+from alds_fast.allocation import float32_check
 
 KINDS = ("flat", "falling", "outlier", "low rank", "columns", "rows", "heavy", "zero slice")
 BIASED = ("rank one", "rank one slice", "constant rows", "constant and noise", "repeated", "signs", "ternary")
@@ -53,8 +53,8 @@ def check_band(matrix, groups, found, expected):
     norms = matrix.double().unflatten(2, (groups, -1)).square().sum((1, 3))
     torch.testing.assert_close(found.square().sum(-1), norms, rtol=1e-12, atol=0)
     exact = squared_errors(expected)
-    assert (squared_errors(found) - exact).abs().max() <= doubt.TAIL
+    assert (squared_errors(found) - exact).abs().max() <= float32_check.TAIL
     steps = (found.square() - expected.square()).flatten(0, -2).sum(0).abs()
-    limit = doubt.VALUE * (expected * expected[..., :1]).flatten(0, -2).sum(0)
+    limit = float32_check.VALUE * (expected * expected[..., :1]).flatten(0, -2).sum(0)
     ranks = range(expected.shape[-1])
-    assert all(steps[j] <= limit[j] or doubt.too_small(expected, j) for j in ranks)
+    assert all(steps[j] <= limit[j] or float32_check.too_small(expected, j) for j in ranks)

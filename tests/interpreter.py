@@ -24,7 +24,7 @@ def _narrow(data):
 
 def mend():
     """Patch the interpreter, once per process."""
-    from alds_fast.kernels import choose
+    from alds_fast.kernels import backend as chooser
 
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
@@ -49,4 +49,4 @@ def mend():
         return fp_to_fp(self, src, dst_type, rounding)
 
     builder.create_fp_to_fp = create_fp_to_fp
-    choose.INTERPRETER_TYPES.append(torch.bfloat16)
+    chooser.INTERPRETER_TYPES.append(torch.bfloat16)

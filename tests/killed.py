@@ -13,8 +13,10 @@ from collections import Counter
 
 import transformers
 
-import alds_fast.directory
-from alds_fast import shard_file
+import alds_fast as alds
+from alds_fast import files
+from alds_fast.checkpoints import safetensors_writer
+from alds_fast.checkpoints.streaming import factors_and_files, journal, source_checksums, spectra_and_plan
 
 HOW = ("before a file gets its name", "after a file got its name", "in the middle of a file", "at a random moment")
 
@@ -24,27 +26,30 @@ def _die():
 
 
 def _doomed(how, seed):
-    """Arrange for this process to be killed; it finishes one file at least, if there are any left to write."""
+    """Arrange for this process to be killed; it finishes one file at least, if there are any left to write.
+
+    (The first may be the record of what is in the source, which every process writes.)
+    """
     replace, count = os.replace, itertools.count(1)
 
     def dying_replace(a, b):
         number = next(count)
-        if how == HOW[0] and number == 2:
+        if how == HOW[0] and number == 3:
             _die()
         replace(a, b)
-        if how == HOW[1]:
+        if how == HOW[1] and number == 2:
             _die()
 
-    write_whole = shard_file.write_whole
-    files = itertools.count(1)
+    write_whole = files.write_whole
+    written = itertools.count(1)
 
     def dying_write(path, pieces):
-        number = next(files)
+        number = next(written)
 
         def cut():
             for piece in pieces:
                 yield piece[: len(piece) // 2]
-                if number == 2:
+                if number == 3:
                     _die()
                 yield piece[len(piece) // 2 :]
 
@@ -53,7 +58,7 @@ def _doomed(how, seed):
     if how in HOW[:2]:
         os.replace = dying_replace
     elif how == HOW[2]:
-        for module in (alds_fast.shard_file, alds_fast.journal, alds_fast.streamed_plan, alds_fast.streaming):
+        for module in (source_checksums, journal, safetensors_writer, spectra_and_plan, factors_and_files):
             module.write_whole = dying_write
     else:
         signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(0.0, 0.1))
@@ -69,7 +74,7 @@ def main():
         child = os.fork()
         if child == 0:
             _doomed(how, attempt)
-            alds_fast.directory.compress_checkpoint(source, output, params=0.7, max_shard_bytes=60_000)
+            alds.compress_checkpoint(source, output, params=0.7, max_shard_bytes=60_000)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status == 0:

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alds_fast as alds
-from alds_fast import allocate
-from alds_fast.allocate import Front, pareto_front
+from alds_fast.allocation import Front, one_budget, pareto, pareto_front
 from alds_fast.errors import BudgetError
 
 
@@ -32,17 +31,17 @@ def problems(draw):
 
 def _feasible(fronts, budget):
     for picks in itertools.product(*(range(len(f.costs)) for f in fronts)):
-        if allocate.total_cost(fronts, picks) <= budget:
+        if pareto.total_cost(fronts, picks) <= budget:
             yield np.array(picks)
 
 
 @given(problems())
 def test_minimax_equals_brute_force_lexicographically(problem):
     fronts, budget = problem
-    found = allocate.minimax(fronts, budget)
-    errors = allocate.errors_of(fronts, found.picks)
-    profiles = [sorted(allocate.errors_of(fronts, p), reverse=True) for p in _feasible(fronts, budget)]
-    assert allocate.total_cost(fronts, found.picks) <= budget
+    found = one_budget.minimax(fronts, budget)
+    errors = pareto.errors_of(fronts, found.picks)
+    profiles = [sorted(pareto.errors_of(fronts, p), reverse=True) for p in _feasible(fronts, budget)]
+    assert pareto.total_cost(fronts, found.picks) <= budget
     assert errors.max() == found.bound == min(p[0] for p in profiles)
     positive = np.concatenate([f.errors[:-1] for f in fronts])
     if np.unique(positive).size == positive.size:  # with equal errors in two layers either may be improved first
@@ -52,11 +51,11 @@ def test_minimax_equals_brute_force_lexicographically(problem):
 @given(problems(), st.sampled_from([1.0, 2.0, 4.0, 8.0, 50.0, 1e3, 1e5]))
 def test_least_p_norm_is_within_its_certified_gap_of_brute_force(problem, p):
     fronts, budget = problem
-    found = allocate.allocate(fronts, budget, p)
-    value = allocate.p_norm(allocate.errors_of(fronts, found.picks), p)
-    best = min(allocate.p_norm(allocate.errors_of(fronts, q), p) for q in _feasible(fronts, budget))
-    gap = allocate.gap(fronts, found.picks, found.bound, p)
-    assert allocate.total_cost(fronts, found.picks) <= budget
+    found = one_budget.allocate(fronts, budget, p)
+    value = pareto.p_norm(pareto.errors_of(fronts, found.picks), p)
+    best = min(pareto.p_norm(pareto.errors_of(fronts, q), p) for q in _feasible(fronts, budget))
+    gap = one_budget.gap(fronts, found.picks, found.bound, p)
+    assert pareto.total_cost(fronts, found.picks) <= budget
     assert found.bound <= best * (1 + 1e-9) + 1e-12
     assert best <= value * (1 + 1e-12) and value <= best * (1 + gap) * (1 + 1e-9)
 
@@ -65,8 +64,8 @@ def test_least_p_norm_is_within_its_certified_gap_of_brute_force(problem, p):
 def test_no_affordable_improvement_is_left(problem):
     fronts, budget = problem
     for p in (math.inf, 2.0, 1e4):
-        picks = allocate.allocate(fronts, budget, p).picks
-        left = budget - allocate.total_cost(fronts, picks)
+        picks = one_budget.allocate(fronts, budget, p).picks
+        left = budget - pareto.total_cost(fronts, picks)
         for front, i in zip(fronts, picks, strict=True):
             assert i == len(front.costs) - 1 or front.costs[i + 1] - front.costs[i] > left
 
@@ -84,19 +83,19 @@ def test_pareto_front_keeps_exactly_the_undominated(points):
 @given(problems(), st.integers(0, 10))
 def test_threshold_takes_the_cheapest(problem, tenths):
     fronts, _ = problem
-    for front, i in zip(fronts, allocate.threshold(fronts, tenths / 10), strict=True):
+    for front, i in zip(fronts, pareto.threshold(fronts, tenths / 10), strict=True):
         assert front.errors[i] <= tenths / 10 and (i == 0 or front.errors[i - 1] > tenths / 10)
 
 
 def test_unreachable_budget_names_the_smallest():
     front = Front(np.array([5, 9]), np.array([0.5, 0.0]), np.array([0, 1]))
     with pytest.raises(BudgetError, match="9 cannot be met; the smallest reachable one is 10"):
-        allocate.minimax([front, front], 9)
+        one_budget.minimax([front, front], 9)
 
 
 def test_nothing_to_allocate():
     for p in (math.inf, 2.0):
-        assert allocate.allocate([], 0, p).picks.size == 0
+        assert one_budget.allocate([], 0, p).picks.size == 0
 
 
 def test_zero_and_low_rank_layers_do_not_eat_the_budget():
@@ -110,7 +109,7 @@ def test_zero_and_low_rank_layers_do_not_eat_the_budget():
 
 
 def test_p_norm_does_not_underflow():
-    assert allocate.p_norm(np.array([1e-200, 1e-200]), 4) == pytest.approx(2**0.25 * 1e-200)
+    assert pareto.p_norm(np.array([1e-200, 1e-200]), 4) == pytest.approx(2**0.25 * 1e-200)
 
 
 @pytest.fixture(scope="module")

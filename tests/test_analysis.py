@@ -9,10 +9,10 @@ from helpers import count, images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.bounds import CRITERIA
+from alds_fast.criteria import CRITERIA
 from alds_fast.errors import AldsError, ArgumentError, BudgetError, ModelError, WeightError
-from alds_fast.folding import fold
-from alds_fast.replace import weight_shape
+from alds_fast.layers import weight_shape
+from alds_fast.linalg.folding import fold
 
 
 @pytest.fixture(scope="module")

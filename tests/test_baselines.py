@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import alds_fast as alds
-from alds_fast.baselines import BASELINES, ONE_SLICE, Chain, common_level, least_sum, pca_on, uniform
-from alds_fast.candidates import Candidates, Curve
+from alds_fast.allocation import ONE_SLICE, Candidates
+from alds_fast.allocation.baselines.pca import pca_ranks
+from alds_fast.allocation.baselines.rules import BASELINES, Chain, common_level, least_sum, pca_on, uniform
+from alds_fast.allocation.candidates import Curve
 from alds_fast.errors import ArgumentError, BudgetError
-from alds_fast.options import METHODS
-from alds_fast.pca import pca_ranks
+from alds_fast.planning import METHODS
 
 WITHOUT_DATA = [method for method in METHODS if method not in ("alds", "pca")]
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast import allocate, budgets
+from alds_fast.allocation import one_budget, pareto, several_budgets
 
 
 @st.composite
@@ -38,7 +38,7 @@ def _errors(errors, picks):
 def test_bound_and_budgets_against_brute_force(problem):
     costs, errors, limits = problem
     largest = [max(_errors(errors, picks)) for picks in _feasible(costs, limits)]
-    found = budgets.least_largest(costs, errors, limits)
+    found = several_budgets.least_largest(costs, errors, limits)
     if not largest:
         assert found is None
     elif found is not None:
@@ -50,7 +50,7 @@ def test_bound_and_budgets_against_brute_force(problem):
 @given(problems())
 def test_no_affordable_improvement_is_left(problem):
     costs, errors, limits = problem
-    found = budgets.least_largest(costs, errors, limits)
+    found = several_budgets.least_largest(costs, errors, limits)
     for layer in range(len(costs) if found else 0):
         for other in range(costs[layer].shape[1]):
             picks = list(found[0])
@@ -63,12 +63,12 @@ def test_no_affordable_improvement_is_left(problem):
 @given(problems(kinds=(1,)))
 def test_one_budget_gives_what_the_exact_solver_gives(problem):
     costs, errors, limits = problem
-    fronts = [allocate.pareto_front(c[0], e) for c, e in zip(costs, errors, strict=True)]
-    found = budgets.least_largest(costs, errors, limits)
+    fronts = [pareto.pareto_front(c[0], e) for c, e in zip(costs, errors, strict=True)]
+    found = several_budgets.least_largest(costs, errors, limits)
     if found is None:
         assert sum(int(f.costs[0]) for f in fronts) > limits[0]
     else:
-        exact = allocate.minimax(fronts, int(limits[0]))
+        exact = one_budget.minimax(fronts, int(limits[0]))
         assert max(_errors(errors, found[0])) == found[1] == exact.bound
 
 
@@ -78,9 +78,9 @@ def test_the_least_budget_found_can_be_met(problem):
     limits[0] = 10**6
     if not list(_feasible(costs, limits)):
         return
-    least = budgets.least_budget(costs, errors, limits, 0)
+    least = several_budgets.least_budget(costs, errors, limits, 0)
     limits[0] = least
-    assert budgets.least_largest(costs, errors, limits) is not None
+    assert several_budgets.least_largest(costs, errors, limits) is not None
 
 
 def _curves(layers, seed=0):
@@ -105,6 +105,6 @@ def test_the_gap_is_small_where_there_are_many_layers():
     dense = sum(c[:, -1] for c in costs)
     for shares in ((0.5, 0.4), (0.3, 0.3), (0.2, 0.8)):
         limits = (dense * shares).astype(np.int64)
-        picks, bound = budgets.least_largest(costs, errors, limits)
+        picks, bound = several_budgets.least_largest(costs, errors, limits)
         assert (sum(c[:, i] for c, i in zip(costs, picks, strict=True)) <= limits).all()
         assert bound <= max(_errors(errors, picks)) <= 1.02 * bound

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import checkpoint
-from alds_fast.container import read_header
+from alds_fast.checkpoints import read_header, save_load
 from alds_fast.errors import (
     FileFormatError,
     FileWriteError,
@@ -287,7 +286,7 @@ def test_a_failed_save_leaves_the_old_file_whole(path, small, monkeypatch):
             f.write(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", broken)
+    monkeypatch.setattr(save_load, "save_file", broken)
     with pytest.raises(FileWriteError, match="no space left on device.*; what stood there before is unchanged") as e:
         alds.save(small, path)
     assert isinstance(e.value, OSError)
@@ -299,15 +298,15 @@ def test_a_killed_save_leaves_the_old_file_whole(path, moment):
     """A process is killed while it writes over the file: nothing, half or all of the new data is on disk by then."""
     script = (
         "import os, signal, sys, torch, alds_fast as alds\n"
-        "from alds_fast import checkpoint\n"
-        "write, moment = checkpoint.save_file, sys.argv[2]\n"
+        "from alds_fast.checkpoints import save_load\n"
+        "write, moment = save_load.save_file, sys.argv[2]\n"
         "def killed(tensors, target, metadata):\n"
         "    if moment != 'before':\n"
         "        write(tensors, target, metadata)\n"
         "    if moment == 'halfway':\n"
         "        os.truncate(target, os.path.getsize(target) // 2)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.save_file = killed\n"
+        "save_load.save_file = killed\n"
         "alds.save(alds.compress(torch.nn.Linear(40, 40), params=0.5), sys.argv[1])\n"
     )
     whole = path.read_bytes()

@@ -8,9 +8,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import alds_fast as alds
-from alds_fast import cli
-from alds_fast.cli import main
-from alds_fast.report import plot_plan
+from alds_fast.cli import commands, main
 
 MODEL = """
 from __future__ import annotations
@@ -162,7 +160,7 @@ def test_compress_draws_a_picture(model, capsys, tmp_path):
 
 def test_long_work_shows_a_progress_bar(model, capsys, monkeypatch):
     terminal = io.StringIO()
-    monkeypatch.setattr(cli, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=80))
+    monkeypatch.setattr(commands, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=80))
     assert _run(capsys, "compress", model, "--params", "0.5", "-o", "s.safetensors")[0] == 0
     assert "spectra of 2 layers" in terminal.getvalue() and "100%" in terminal.getvalue()
 
@@ -170,8 +168,8 @@ def test_long_work_shows_a_progress_bar(model, capsys, monkeypatch):
 def test_plot_refuses_a_plan_of_another_analysis(tmp_path):
     one, other = alds.analyze(small_net()), alds.analyze(torch.nn.Linear(32, 32))
     with pytest.raises(alds.AldsError, match="not made from this analysis"):
-        plot_plan(one, other.plan(params=0.5), tmp_path / "p.png")
-    plot_plan(one, one.plan(params=1.0), tmp_path / "dense.png")
+        alds.plot_plan(one, other.plan(params=0.5), tmp_path / "p.png")
+    alds.plot_plan(one, one.plan(params=1.0), tmp_path / "dense.png")
     assert (tmp_path / "dense.png").stat().st_size > 1000
 
 

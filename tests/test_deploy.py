@@ -10,11 +10,10 @@ from helpers import images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import deployment, race
-from alds_fast.deploy_table import DeployTable
+from alds_fast.deployment import DeployTable, api, autotune
+from alds_fast.deployment.equivalent_shapes import regrouped, variants
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
-from alds_fast.merged import MergedLinears, MergedPart
-from alds_fast.variants import regrouped, variants
+from alds_fast.layers import MergedLinears, MergedPart
 
 INTERPRETED = not torch.cuda.is_available()
 
@@ -31,7 +30,7 @@ def fake_timer(monkeypatch, cost):
         asked.append(list(calls))
         return {name: [cost(name) * (1 + 0.1 * i) for i in range(rounds)] for name in calls}
 
-    for module in (deployment, race):
+    for module in (api, autotune):
         monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
     return asked
 
@@ -311,7 +310,7 @@ def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
                 for name in calls
             }
 
-        for module in (deployment, race):
+        for module in (api, autotune):
             monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
         fast, table = alds.deploy(model, x, report=True)
         assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
@@ -333,7 +332,7 @@ def test_a_kernel_that_fails_is_left_out(monkeypatch):
     def broken(*args):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr("alds_fast.kernels.ops.run_linear", broken)
+    monkeypatch.setattr("alds_fast.kernels.op_linear.run_linear", broken)
     _, table = alds.deploy(nn.Sequential(alds.LowRankLinear(32, 32, 4)), torch.randn(20, 32), report=True)
     assert table.rows[0].won.startswith("two-op") and "shared memory" in table.rows[0].note
 

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alds_fast as alds
-from alds_fast import cli, errors
-from alds_fast.journal import FOLDER, Journal
-from alds_fast.shards import open_shards
+from alds_fast import errors
+from alds_fast.checkpoints.safetensors_reader import open_shards
+from alds_fast.checkpoints.streaming import factors_and_files, spectra_and_plan
+from alds_fast.checkpoints.streaming.journal import FOLDER, Journal
+from alds_fast.cli import commands
 
 OPTIONS = {"params": 0.7, "max_shard_bytes": 60_000}
 HERE = Path(__file__).parent
@@ -162,8 +164,8 @@ def test_changed_between_analysis_and_factors(tmp_path, copied, monkeypatch):
         poison(copied, b"\x00\x00\x80\x3f")
         return plan(work)
 
-    plan = alds.streaming.find_plan
-    monkeypatch.setattr(alds.streaming, "find_plan", change)
+    plan = factors_and_files.find_plan
+    monkeypatch.setattr(factors_and_files, "find_plan", change)
     with pytest.raises(errors.FileFormatError, match=r"layers\.1\.mlp\.up_proj.*changed since it was analysed"):
         alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
 
@@ -206,7 +208,7 @@ def test_other_arguments_are_refused(llama):
 def stopped(monkeypatch, phase, source, output, **options):
     """Start a job that is stopped before a phase of it."""
     with monkeypatch.context() as patch:
-        patch.setattr(alds.streaming, phase, lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(factors_and_files, phase, lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             alds.compress_checkpoint(source, output, **{**OPTIONS, **options})
 
@@ -248,13 +250,13 @@ def test_spectra_serve_other_budgets(llama, tmp_path, monkeypatch):
         alds.compress_checkpoint(llama / "dense", tmp_path / "small", **{**OPTIONS, "params": 0.01})
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small" / FOLDER).glob("*.spectra32.*")}
     assert before
-    spectra = alds.streamed_plan.pruned_spectra
+    spectra = spectra_and_plan.pruned_spectra
 
     def in_doubt(*arguments, single):
         assert not single  # what the first pass found is not found again
         return spectra(*arguments, single=single)
 
-    monkeypatch.setattr(alds.streamed_plan, "pruned_spectra", in_doubt)
+    monkeypatch.setattr(spectra_and_plan, "pruned_spectra", in_doubt)
     alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
 
@@ -488,16 +490,16 @@ def test_bad_directories(llama, tmp_path):
 
 def test_command_line(llama, tmp_path, capsys):
     arguments = ["compress", str(llama / "dense"), "-o", str(tmp_path / "small"), "--params", "0.7"]
-    assert cli.main([*arguments, "--max-shard-gb", "0.00006", "--json"]) == 0
+    assert commands.main([*arguments, "--max-shard-gb", "0.00006", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["budget"] == "params=0.7"
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
-    assert cli.main(["show", str(tmp_path / "small")]) == 0
+    assert commands.main(["show", str(tmp_path / "small")]) == 0
     assert "parameters 98,624 -> " in capsys.readouterr().out
-    assert cli.main([*arguments, "--flops", "0.5"]) == 1
+    assert commands.main([*arguments, "--flops", "0.5"]) == 1
     assert "--flops does not go with a checkpoint directory" in capsys.readouterr().err
-    assert cli.main([*arguments, "--max-shard-gb", "nan"]) == 1
+    assert commands.main([*arguments, "--max-shard-gb", "nan"]) == 1
     assert "--max-shard-gb nan is not a positive number" in capsys.readouterr().err
-    assert cli.main(["compress", str(tmp_path / "nothing"), "-o", "x", "--params", "0.5"]) == 1
+    assert commands.main(["compress", str(tmp_path / "nothing"), "-o", "x", "--params", "0.5"]) == 1
     assert "there is no such checkpoint directory" in capsys.readouterr().err
 
 

@@ -4,8 +4,8 @@ from helpers import images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.discover import find_layers
 from alds_fast.errors import LayerNotFoundError, ModelError
+from alds_fast.layers import find_layers
 
 
 def _reasons(model, **options):

@@ -9,8 +9,9 @@ from bands import BIASED, KINDS, check_band, weight
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import doubt, errors, linalg
-from alds_fast.linalg_torch import spectra_torch
+from alds_fast import errors, linalg
+from alds_fast.allocation import float32_check
+from alds_fast.linalg.torch_backend import spectra_torch
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,7 +134,7 @@ def test_small_errors_are_computed_in_float64():
     net = network("low rank")
     analysis = alds.analyze(net, precision="float32")
     plan = analysis.plan(params=0.7)
-    small = [row for row in plan.layers if row.choice and row.error**2 < doubt.SMALL]  # then some slice's is
+    small = [row for row in plan.layers if row.choice and row.error**2 < float32_check.SMALL]  # then some slice's is
     assert small and not any((r.scheme, r.groups) in analysis.spectra[r.name].single for r in small)
 
 
@@ -201,7 +202,7 @@ def test_checkpoints_in_float32_have_the_plan_of_float64(tmp_path, monkeypatch):
     options = {"params": 0.7, "progress": lambda what, done, total: told.append(what)}
     alds.compress_checkpoint(tmp_path / "dense", tmp_path / "double", precision="float64", **options)
     assert set(told) == {"spectra", "factors", "files"}
-    monkeypatch.setattr(doubt, "SMALL", 1.0)  # everything that is factorised is in doubt
+    monkeypatch.setattr(float32_check, "SMALL", 1.0)  # everything that is factorised is in doubt
     alds.compress_checkpoint(tmp_path / "dense", tmp_path / "single", **options)
     assert "spectra in doubt" in told
     assert rows(tmp_path / "single") == rows(tmp_path / "double")

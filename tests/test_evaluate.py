@@ -20,10 +20,10 @@ from helpers import count
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import cells, pool, runner
 from alds_fast.errors import ArgumentError, BudgetError, EvaluationError, FileFormatError, MissingFileError, ModelError
-from alds_fast.records import Records
-from alds_fast.results import COLUMNS
+from alds_fast.evaluation import cells, run_cell, workers
+from alds_fast.evaluation.log import Records
+from alds_fast.evaluation.table import COLUMNS
 
 PARAMS = 32 * 32 + 32 * 8  # of net
 NUMBERS = [c for c in COLUMNS if not c.startswith("seconds")]
@@ -106,7 +106,7 @@ def test_budgets_on_operations():
 
 def test_one_analysis_serves_all_cells_with_its_options(monkeypatch):
     made = []
-    monkeypatch.setattr(runner, "analyze", lambda model, **o: made.append(o["groups"]) or alds.analyze(model, **o))
+    monkeypatch.setattr(run_cell, "analyze", lambda model, **o: made.append(o["groups"]) or alds.analyze(model, **o))
     variants = {"alds": {}, "operator": {"criterion": "operator"}, "one": {"groups": (1,)}}
     alds.evaluate(net, kept, variants=variants, seeds=[3, 4])
     assert made == ["divisors", (1,)] * 2
@@ -123,7 +123,7 @@ def test_models_data_and_retraining_get_the_seed(monkeypatch):
         return alds.analyze(model, groups=groups)
 
     monkeypatch.setattr(cells, "analyze", analyze)
-    monkeypatch.setattr(runner, "analyze", analyze)
+    monkeypatch.setattr(run_cell, "analyze", analyze)
     variants = {"without": {}, "with": {"data": True}}
     weights = [net(seed)[0].weight[0, 0].item() for seed in (5, 6)]
     table = alds.evaluate(net, kept, variants=variants, budgets=[0.5], seeds=(5, 6), data=lambda s: [s], after=widened)
@@ -336,11 +336,11 @@ def test_workers_that_end_and_what_cannot_be_sent_to_them():
 
 def test_closing_the_pool_ends_its_processes():
     task = cells.Task(net(), _sleeping, {})
-    outcomes = pool.parallel(task, [(cells.Cell(cells.DENSE, 1.0, s), s == 0) for s in range(3)], 2)
+    outcomes = workers.parallel(task, [(cells.Cell(cells.DENSE, 1.0, s), s == 0) for s in range(3)], 2)
     assert next(outcomes)[0].seed == 0
     begin = time.perf_counter()
     outcomes.close()
-    for process in pool.multiprocessing.active_children():
+    for process in workers.multiprocessing.active_children():
         assert wait([process.sentinel], 60)  # not join: the pool's own thread may be the one to reap it
     assert time.perf_counter() - begin < 300  # not the hour that the others would sleep
 
@@ -492,7 +492,7 @@ def test_pictures_of_a_run(tmp_path, monkeypatch):
 
 
 def test_ticks_of_a_logarithmic_axis():
-    from alds_fast.quality_plot import _ticks
+    from alds_fast.evaluation.plot import _ticks
 
     assert _ticks(4.0, 60.0) == [5.0, 10.0, 20.0, 50.0] and _ticks(0.5, 5.0) == [0.5, 1.0, 2.0, 5.0]
 

@@ -7,11 +7,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import alds_fast as alds
-from alds_fast.discover import find_layers
-from alds_fast.factorize import Choice, factorize
-from alds_fast.flops import counted_inputs, dense_flops, flops_per_rank
-from alds_fast.folding import distinct_schemes, divisors, params_per_rank
-from alds_fast.measure import call_model
+from alds_fast.factors import Choice, factorize
+from alds_fast.layers import find_layers
+from alds_fast.linalg import distinct_schemes, divisors, params_per_rank
+from alds_fast.measurement import call_model, counted_inputs, dense_flops, flops_per_rank
 
 
 def counted(model, inputs):

@@ -4,9 +4,8 @@ from helpers import weight_shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast import folding
 from alds_fast.errors import ArgumentError
-from alds_fast.folding import WeightShape
+from alds_fast.linalg import WeightShape, folding
 
 
 def _weight(shape):

@@ -3,10 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast import allocate, heuristic
-from alds_fast.candidates import Candidates, Curve
+from alds_fast.allocation import Candidates, one_budget
+from alds_fast.allocation.baselines import paper_search
+from alds_fast.allocation.baselines.paper_search import alds_heuristic
+from alds_fast.allocation.candidates import Curve
 from alds_fast.errors import BudgetError
-from alds_fast.heuristic import alds_heuristic
 
 
 @st.composite
@@ -35,7 +36,7 @@ def test_alds_heuristic_is_feasible_and_never_better_than_exact(problem, percent
         return  # a heuristic may find nothing where something exists
     assert sum(int(layer.costs[i]) for layer, i in zip(problem, found, strict=True)) <= budget
     worst = max(float(layer.errors[i]) for layer, i in zip(problem, found, strict=True))
-    assert worst >= allocate.minimax(fronts, budget).bound
+    assert worst >= one_budget.minimax(fronts, budget).bound
 
 
 def test_alds_heuristic_says_when_nothing_fits():
@@ -78,7 +79,7 @@ def test_alds_heuristic_keeps_the_best_start():
                 for k, slope in ((1, 5), (2, 7), (4, 9))
             ]
             layers.append(Candidates(tuple(curves), 70))
-        ends = [heuristic._search(layers, 90, np.random.default_rng(start)) for start in range(heuristic.SEEDS)]
+        ends = [paper_search._search(layers, 90, np.random.default_rng(start)) for start in range(paper_search.SEEDS)]
         errors = [end[1] for end in ends if end is not None]
         found = alds_heuristic(layers, 90)
         assert max(float(la.errors[i]) for la, i in zip(layers, found, strict=True)) == min(errors)

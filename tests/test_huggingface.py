@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import alds_fast as alds
-from alds_fast import errors, huggingface
-from alds_fast.layers import LowRankLayer
-from alds_fast.merged import MergedLinears, MergedPart
+from alds_fast import errors
+from alds_fast.integrations import transformers_quantizer
+from alds_fast.layers import LowRankLayer, MergedLinears, MergedPart
 
 KINDS = ["llama", "qwen", "gpt2", "bert", "vit"]
 
@@ -337,7 +337,9 @@ def test_transformers_knows_the_format_where_it_was_imported_before(small):
 
 
 def test_without_transformers(small, monkeypatch):
-    monkeypatch.setattr(huggingface, "transformers_format", huggingface.transformers_format.__wrapped__)
+    monkeypatch.setattr(
+        transformers_quantizer, "transformers_format", transformers_quantizer.transformers_format.__wrapped__
+    )
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(errors.DependencyError, match=r"pip install 'alds_fast\[transformers\]'"):
         alds.from_pretrained(small / "bert")

@@ -11,7 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, BackendError
-from alds_fast.kernels import choose, conv2d, decisions, linear, lowrank_conv2d, lowrank_linear, lowrank_linears, tiles
+from alds_fast.kernels import backend as chooser
+from alds_fast.kernels import (
+    decisions,
+    lowrank_conv2d,
+    lowrank_linear,
+    lowrank_linears,
+    triton_common,
+    triton_conv2d,
+    triton_linear,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -238,7 +247,7 @@ def test_linear_writes_nothing_else(shape):
     case = linear_case(*shape)
     buffer = torch.full((m * f + 2048,), float("nan"), device=DEVICE)
     y = buffer[1024 : 1024 + m * f].view(m, f)
-    linear.run_linear(*(case[k] for k in ("x", "encoder", "decoder", "bias", "residual")), groups, None, y)
+    triton_linear.run_linear(*(case[k] for k in ("x", "encoder", "decoder", "bias", "residual")), groups, None, y)
     assert buffer[:1024].isnan().all() and buffer[1024 + m * f :].isnan().all() and torch.isfinite(y).all()
 
 
@@ -253,7 +262,7 @@ def test_conv2d_writes_nothing_else(shape, options):
         k: v if isinstance(v, tuple) else (v, v)
         for k, v in ({"stride": 1, "padding": 0, "dilation": 1} | options).items()
     }
-    conv2d.run_conv2d(
+    triton_conv2d.run_conv2d(
         *(case[k] for k in ("x", "encoder", "decoder", "bias")), None, shape[3], **both, activation=None, y=y
     )
     assert buffer[:1024].isnan().all() and buffer[1024 + count :].isnan().all() and torch.isfinite(y).all()
@@ -310,7 +319,7 @@ def ran(call):
 
 def test_fused_runs_the_kernel_and_nothing_else(monkeypatch):
     launched = []
-    for module, name in ((linear, "_lowrank_linear_kernel"), (conv2d, "_conv2d_taps_kernel")):
+    for module, name in ((triton_linear, "_lowrank_linear_kernel"), (triton_conv2d, "_conv2d_taps_kernel")):
         kernel = getattr(module, name)
         spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
         monkeypatch.setattr(module, name, spy)
@@ -333,10 +342,10 @@ def test_auto_without_a_gpu_is_two_op():
 
 
 def test_auto_takes_the_measured_winner(monkeypatch):
-    monkeypatch.setattr(choose, "_can_measure", lambda x: True)
-    monkeypatch.setattr(choose, "_decisions", {})
+    monkeypatch.setattr(chooser, "_can_measure", lambda x: True)
+    monkeypatch.setattr(chooser, "_decisions", {})
     case, times = linear_case(20, 16, 1, 4, 8), iter([2.0, 1.0, 3.0, 5.0])  # two calls are timed first
-    monkeypatch.setattr(choose, "_time_ms", lambda call: next(times))
+    monkeypatch.setattr(chooser, "_time_ms", lambda call: next(times))
     assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]
     assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]  # not measured again
     assert len(decisions()) == 1
@@ -349,15 +358,15 @@ def test_auto_takes_the_measured_winner(monkeypatch):
 
 
 def test_a_kernel_that_the_device_refuses_has_lost(monkeypatch):
-    monkeypatch.setattr(choose, "_can_measure", lambda x: True)
-    monkeypatch.setattr(choose, "_decisions", {})
+    monkeypatch.setattr(chooser, "_can_measure", lambda x: True)
+    monkeypatch.setattr(chooser, "_decisions", {})
 
     def time_ms(call):
         if "fused" in call.__qualname__:
             raise RuntimeError("out of resource: shared memory")
         return 1.0
 
-    monkeypatch.setattr(choose, "_time_ms", time_ms)
+    monkeypatch.setattr(chooser, "_time_ms", time_ms)
     case = linear_case(20, 16, 1, 4, 8)
     assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
     assert decisions()[0]["ran"] == "two-op" and "shared memory" in decisions()[0]["note"]
@@ -396,14 +405,14 @@ def test_fused_says_why_it_cannot_run(monkeypatch):
         lowrank_linears(case["x"], case["encoder"], [case["decoder"]], backend="fused")
     with pytest.raises(BackendError, match="up to 3 layers are merged, got 4"):
         lowrank_linears(case["x"][:2], case["encoder"], [random(8, 1)] * 4, backend="fused")
-    monkeypatch.setattr(choose, "HAS_TRITON", False)
+    monkeypatch.setattr(chooser, "HAS_TRITON", False)
     with pytest.raises(BackendError, match="triton is not installed"):
         lowrank_linear(**case, backend="fused")
     assert lowrank_linear(**case).shape == (20, 8)
 
 
 def test_fused_on_the_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(choose, "_interpreted", lambda: False)
+    monkeypatch.setattr(chooser, "_interpreted", lambda: False)
     case = {k: v.cpu() for k, v in linear_case(20, 16, 1, 4, 8).items()}
     with pytest.raises(BackendError, match="it runs on CUDA devices, x is on the CPU"):
         lowrank_linear(**case, backend="fused")
@@ -467,15 +476,15 @@ def test_wrong_type_and_device_of_the_operators():
 
 
 def test_tf32_follows_torch():
-    assert tiles.precision() == "ieee"
+    assert triton_common.precision() == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert tiles.precision() == "tf32"
+        assert triton_common.precision() == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # the newer way to ask for it
     try:
-        assert tiles.precision() == "tf32"
+        assert triton_common.precision() == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
 

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import latency
-from alds_fast.candidates import candidates
-from alds_fast.data_criteria import Basis, layer_errors
+from alds_fast.allocation import candidates, latency
+from alds_fast.allocation.latency import call_text, interpolated, random_low_rank
+from alds_fast.criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
-from alds_fast.latency import call_text, interpolated, random_low_rank
 from alds_fast.layers import LowRankLayer
-from alds_fast.measure import InputSpec, layer_inputs
-from alds_fast.timings import Timings
+from alds_fast.measurement import InputSpec, Timings, layer_inputs
 
 CPU = torch.device("cpu")
 

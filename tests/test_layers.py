@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import folding
 from alds_fast.errors import ArgumentError
-from alds_fast.factorize import Choice, factorize
-from alds_fast.replace import weight_shape
+from alds_fast.factors import Choice, factorize
+from alds_fast.layers import weight_shape
+from alds_fast.linalg import folding
 
 
 @st.composite

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast import _core, linalg
+from alds_fast import linalg
 from alds_fast.errors import ArgumentError
-from alds_fast.folding import divisors
-from alds_fast.linalg_torch import batched_rsvd_ref, rsvd_torch, spectra_ref, spectra_torch
+from alds_fast.linalg import _core, divisors, torch_backend
+from alds_fast.linalg.torch_backend import batched_rsvd_ref, rsvd_torch, spectra_ref, spectra_torch
 
 
 def _matrix(batch, rows, cols, dtype=torch.float64, seed=0):
@@ -163,7 +163,7 @@ def test_batched_rsvd_is_optimal_and_reports_its_error(batch, rows, groups, widt
     scale = float(matrix.square().sum())
     torch.testing.assert_close(factors.norm, reference.norm)
     torch.testing.assert_close(factors.error, _slice_errors(matrix, groups, factors), rtol=1e-6, atol=1e-12 * scale)
-    assert bool((factors.error <= (1 + linalg.TOLERANCE) * reference.error + 1e-12 * scale).all())
+    assert bool((factors.error <= (1 + torch_backend.TOLERANCE) * reference.error + 1e-12 * scale).all())
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(300, 420), (420, 300), (300, 300)])
@@ -188,7 +188,7 @@ def test_a_certificate_that_cannot_be_met_falls_back_to_exact_and_says_so(implem
         factors = linalg.batched_rsvd([matrix], [1], [4], [impossible])[0]
     else:
         factors = rsvd_torch(matrix, 1, 4, impossible, 0)
-    assert factors.iterations.tolist() == [linalg.EXACT_BY_FALLBACK]
+    assert factors.iterations.tolist() == [torch_backend.EXACT_BY_FALLBACK]
     torch.testing.assert_close(factors.error, batched_rsvd_ref(matrix, 1, 4).error)
 
 
@@ -203,7 +203,7 @@ def test_float32_slices_meet_their_certificate_and_report_their_error(rows, grou
     optimum = batched_rsvd_ref(matrix, groups, rank).error
     factors = linalg.batched_rsvd([matrix], [groups], [rank])[0]
     full = linalg.batched_rsvd([matrix], [groups], [rank], exact=True)[0]
-    assert bool((factors.error <= (1 + linalg.TOLERANCE) * optimum).all())
+    assert bool((factors.error <= (1 + torch_backend.TOLERANCE) * optimum).all())
     torch.testing.assert_close(factors.error, _slice_errors(matrix, groups, factors), rtol=2e-6, atol=0)
     torch.testing.assert_close(full.error, optimum, rtol=1e-10, atol=0)
 
@@ -251,7 +251,7 @@ def test_float32_sums_of_equal_values_do_not_bend_the_certificate(rank):
     matrix[0, 256:, 256:] = (noise * (1.1 * 256 * 0.047 / noise.norm())).float()
     optimum = batched_rsvd_ref(matrix, 1, rank).error
     factors = linalg.batched_rsvd([matrix], [1], [rank])[0]
-    assert float(optimum) * (1 - 1e-9) <= float(factors.error) <= (1 + linalg.TOLERANCE) * float(optimum)
+    assert float(optimum) * (1 - 1e-9) <= float(factors.error) <= (1 + torch_backend.TOLERANCE) * float(optimum)
     torch.testing.assert_close(factors.error, _slice_errors(matrix, 1, factors), rtol=1e-5, atol=0)
 
 
@@ -279,16 +279,16 @@ def test_entries_whose_squares_underflow_do_no_harm():
 
 def test_exact_asks_for_no_sketch():
     factors = linalg.batched_rsvd([_matrix(1, 300, 300)], [1], [4], exact=True)[0]
-    assert factors.iterations.tolist() == [linalg.EXACT_BY_CHOICE]
+    assert factors.iterations.tolist() == [torch_backend.EXACT_BY_CHOICE]
 
 
 def test_rank_close_to_full_is_exact_by_choice():
     factors = linalg.batched_rsvd([_matrix(1, 50, 60)], [1], [40])[0]
-    assert factors.iterations.tolist() == [linalg.EXACT_BY_CHOICE]
+    assert factors.iterations.tolist() == [torch_backend.EXACT_BY_CHOICE]
 
 
 def test_codes_are_those_of_the_core():
-    codes = linalg.EXACT_BY_CHOICE, linalg.EXACT_BY_FALLBACK
+    codes = torch_backend.EXACT_BY_CHOICE, torch_backend.EXACT_BY_FALLBACK
     assert codes == (_core.EXACT_BY_CHOICE, _core.EXACT_BY_FALLBACK)
 
 

@@ -8,9 +8,8 @@ import torch
 from helpers import images, small_net
 from torch import nn
 
-from alds_fast import measure
 from alds_fast.errors import AldsError, ArgumentError, LayerNotFoundError, ModelError
-from alds_fast.measure import InputSpec, call_model, inference, interleaved_ms, layer_inputs, median_ratio
+from alds_fast.measurement import InputSpec, call_model, inference, interleaved_ms, layer_inputs, median_ratio, timer
 
 
 class Twice(nn.Module):
@@ -128,7 +127,7 @@ def test_inference_does_not_call_train_methods():
 
 def test_sides_take_turns_and_the_order_alternates(monkeypatch):
     order = []
-    monkeypatch.setattr(measure, "_cpu_ms", lambda call, count: (order.append((call(), count)), 0.5)[1])
+    monkeypatch.setattr(timer, "_cpu_ms", lambda call, count: (order.append((call(), count)), 0.5)[1])
     times = interleaved_ms({"a": lambda: "a", "b": lambda: "b"}, "cpu", rounds=3, min_ms=2.0)
     assert times == {"a": [0.5] * 3, "b": [0.5] * 3}
     assert order[6:] == [("a", 4), ("b", 4), ("b", 4), ("a", 4), ("a", 4), ("b", 4)]

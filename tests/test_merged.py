@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import race
-from alds_fast.deploy_table import DeployTable
+from alds_fast.deployment import DeployTable, autotune
 from alds_fast.errors import ArgumentError, BackendError
-from alds_fast.merged import MergedLinears, MergedPart, shared_inputs
+from alds_fast.layers import MergedLinears, MergedPart
+from alds_fast.measurement import shared_inputs
 
 NAMES = ("q", "k", "v", "gate", "up", "other")
 
@@ -148,8 +148,8 @@ def _timer(monkeypatch, cost):
     def interleaved_ms(calls, device, *, rounds):
         return {name: [cost(name)] * rounds for name in calls}
 
-    monkeypatch.setattr(race, "interleaved_ms", interleaved_ms)
-    monkeypatch.setattr("alds_fast.deployment.interleaved_ms", interleaved_ms)
+    monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
+    monkeypatch.setattr("alds_fast.deployment.api.interleaved_ms", interleaved_ms)
 
 
 @pytest.mark.parametrize("merge", [True, False])

@@ -6,10 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import alds_fast as alds
-from alds_fast.discover import find_layers
+from alds_fast.criteria import collect_moments, outputs, patches
 from alds_fast.errors import ArgumentError, ModelError
-from alds_fast.moments import collect_moments
-from alds_fast.patches import outputs, patches
+from alds_fast.layers import find_layers
 
 CONVS = [
     (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),

@@ -24,5 +24,7 @@ def test_wheel_builds_without_torch(tmp_path):
     subprocess.run(command, check=True, capture_output=True, timeout=600)
     (wheel,) = (tmp_path / "dist").glob("alds_fast-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(n.startswith("alds_fast/_core") and n.endswith(".so") for n in names) and "alds_fast/py.typed" in names
+    assert any(n.startswith("alds_fast/linalg/_core") and n.endswith(".so") for n in names)
+    doors = {str(p.relative_to(ROOT)) for p in (ROOT / "alds_fast").rglob("__init__.py")}
+    assert {"alds_fast/py.typed", *doors} <= set(names)
     assert not any(n.startswith(("tests", "benchmarks", "examples")) for n in names)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.bounds import CRITERIA
-from alds_fast.discover import count_params, find_layers
-from alds_fast.pruned import auto_groups, may_win, pruned_spectra
-from alds_fast.spectra import layer_spectra
+from alds_fast.allocation import auto_groups, pruned_spectra
+from alds_fast.allocation.slice_pruning import may_win
+from alds_fast.criteria import CRITERIA, layer_spectra
+from alds_fast.layers import count_params, find_layers
 
 BOUNDS = ("frobenius", "operator", "paper")
 

@@ -7,9 +7,9 @@ from helpers import Bottleneck, count, images
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alds_fast import pruning
+from alds_fast.allocation import filter_threshold
+from alds_fast.allocation.baselines import filter_pruning
 from alds_fast.errors import ArgumentError, BudgetError, ModelError
-from alds_fast.pruning import filter_threshold
 
 
 def by_hand():
@@ -203,6 +203,6 @@ def test_without_torch_pruning(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ArgumentError, match=r"needs torch-pruning: pip install 'alds_fast\[prune\]'"):
         filter_threshold(by_hand(), params=0.5, example_inputs=torch.ones(1, 2))
-    code = "import alds_fast, alds_fast.pruning, sys; print('torch_pruning' in sys.modules)"
+    code = "import alds_fast, sys; print('torch_pruning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
-    assert pruning.NORMS.keys() == {"l1", "l2"}
+    assert filter_pruning.NORMS.keys() == {"l1", "l2"}

@@ -9,9 +9,9 @@ from helpers import images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast import reaching, refit
 from alds_fast.errors import ArgumentError, ModelError, PlanError
-from alds_fast.norms import move_statistics
+from alds_fast.factors import refitting, ridge
+from alds_fast.factors.batchnorm import move_statistics
 
 
 def outputs_apart(model, small, x):
@@ -27,7 +27,7 @@ def linear_chain(*widths):
 
 def test_second_layer_reaches_the_minimum_written_out(monkeypatch):
     """min over V of rank r of E||y - y0 - V (x' - x'0)||^2 = E||y - y0||^2 - the r largest eigenvalues of B C^+ B^T."""
-    monkeypatch.setattr(reaching, "RIDGES", (0.0,))
+    monkeypatch.setattr(ridge, "RIDGES", (0.0,))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 18), nn.Tanh(), nn.Linear(18, 16)).double()
     x = torch.randn(300, 20).double()
@@ -125,7 +125,7 @@ class Heads(nn.Module):
 
 def test_layers_that_read_one_tensor_share_a_pass():
     net = Heads()
-    assert refit._stages(net, torch.randn(4, 16), ["q", "k", "twice", "never"]) == [{"q": 1, "k": 1}, {"twice": 2}]
+    assert refitting._stages(net, torch.randn(4, 16), ["q", "k", "twice", "never"]) == [{"q": 1, "k": 1}, {"twice": 2}]
 
 
 def test_a_layer_called_twice_and_one_never_called():
@@ -233,7 +233,7 @@ def test_an_input_changed_in_place_is_another_stage():
                 x += layer(x).relu()
             return x
 
-    assert refit._stages(Residual(), torch.randn(4, 16), [f"layers.{i}" for i in range(3)]) == [
+    assert refitting._stages(Residual(), torch.randn(4, 16), [f"layers.{i}" for i in range(3)]) == [
         {f"layers.{i}": 1} for i in range(3)
     ]
 

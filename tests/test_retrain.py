@@ -26,7 +26,7 @@ from alds_fast.errors import (
     TrainingError,
 )
 from alds_fast.layers import LowRankLayer
-from alds_fast.training import soft_target_loss
+from alds_fast.retraining.loop import soft_target_loss
 
 
 def net(seed=0):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alds_fast.checkpoints import Entry, write_shard
+from alds_fast.checkpoints.safetensors_reader import CODES, SINGLE, open_shards, stored_in
 from alds_fast.errors import ArgumentError, FileFormatError, FileWriteError
-from alds_fast.shard_file import Entry, write_shard, write_whole
-from alds_fast.shards import CODES, SINGLE, open_shards, stored_in
+from alds_fast.files import write_whole
 
 TENSORS = {
     "scalar": torch.tensor(3.5),

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from alds_fast.discover import find_layers
-from alds_fast.folding import distinct_schemes, divisors, max_rank, unfold
-from alds_fast.linalg_torch import spectra_ref
-from alds_fast.moments import collect_moments
-from alds_fast.weighted import certificate, errors, folded, slice_bases, tap_blocks, weighting
-from alds_fast.weighted_factors import factors
+from alds_fast.criteria import collect_moments, folded, slice_bases, tap_blocks, weighting
+from alds_fast.criteria.weighted_errors import certificate, errors
+from alds_fast.factors.weighted import factors
+from alds_fast.layers import find_layers
+from alds_fast.linalg import distinct_schemes, divisors, max_rank, unfold
+from alds_fast.linalg.torch_backend import spectra_ref
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 9), (50, 3, 12)),

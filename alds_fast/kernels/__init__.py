@@ -1,7 +1,22 @@
-"""Fused low-rank kernels: functions in :mod:`~alds_fast.kernels.dispatch`, their plain form in ``reference``."""
+"""Fused low-rank kernels: functions in :mod:`~alds_fast.kernels.functional`, their plain form in ``reference``.
 
-from .checks import BACKENDS
-from .choose import decisions
-from .dispatch import lowrank_conv2d, lowrank_linear, lowrank_linears
+Here belong operators on tensors and the choice between the fused and the plain form. Modules that call them belong in
+layers.
+"""
 
-__all__ = ["BACKENDS", "decisions", "lowrank_conv2d", "lowrank_linear", "lowrank_linears"]
+from .arguments import BACKENDS
+from .backend import decisions, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
+from .functional import lowrank_conv2d, lowrank_linear, lowrank_linears
+from .reference import lowrank_linear_ref
+
+__all__ = [
+    "BACKENDS",
+    "decisions",
+    "lowrank_conv2d",
+    "lowrank_linear",
+    "lowrank_linear_ref",
+    "lowrank_linears",
+    "why_not_fused_conv2d",
+    "why_not_fused_linear",
+    "why_not_fused_linears",
+]

@@ -27,10 +27,9 @@ from cpu_suite import peak_mb
 from networks import NETWORKS
 from torch import nn
 
-from alds_fast.collector import Moments
-from alds_fast.discover import find_layers
-from alds_fast.measure import call_model, inference
-from alds_fast.moments import collect_moments
+from alds_fast.criteria import Moments, collect_moments
+from alds_fast.layers import find_layers
+from alds_fast.measurement import call_model, inference
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality" / "moments_cost.md"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alds_fast.pruning import filter_threshold
+import alds_fast as alds
 
 REFITTED = "sensitivity p=2", "output p=4", "output p=2", "frobenius p=4", "svd-energy", "l-rank", "pca"
 
@@ -18,10 +18,10 @@ class FilterThreshold:
 
     def __init__(self, example_inputs: Any, scope: str) -> None:
         self.example_inputs, self.scope = example_inputs, scope
-        self.name = f"filter_threshold {scope}"
+        self.name = f"alds.filter_threshold {scope}"
 
     def __call__(self, model: nn.Module, share: float, seed: int) -> nn.Module:
-        return filter_threshold(model, params=share, example_inputs=self.example_inputs, scope=self.scope)
+        return alds.filter_threshold(model, params=share, example_inputs=self.example_inputs, scope=self.scope)
 
 
 def variants(include: str | None, example_inputs: Any, sensitivity: Any = True) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Which rank every layer gets: candidates, the exact solvers of budgets, latency, and the published baselines.
+
+Here belongs what chooses among errors and costs. What a user's options mean belongs in planning.
+"""
+
+from .baselines import ONE_SLICE, filter_threshold
+from .candidates import Candidates, candidates
+from .costs import SHARES, CostTable, flops_table, params_table, relaxed
+from .float32_check import curves_in_doubt, put_exact
+from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
+from .one_budget import allocate
+from .pareto import Front, Ints, pareto_front
+from .slice_pruning import auto_groups, pruned_spectra
+from .solver import Solution, dense_reason, largest_error, solve, solve_baseline, solve_error
+
+__all__ = [
+    "MAX_LATENCY_GROUPS",
+    "ONE_SLICE",
+    "SHARES",
+    "Candidates",
+    "CostTable",
+    "Front",
+    "Ints",
+    "LayerTimes",
+    "Solution",
+    "allocate",
+    "auto_groups",
+    "candidates",
+    "curves_in_doubt",
+    "dense_reason",
+    "end_to_end",
+    "filter_threshold",
+    "flops_table",
+    "largest_error",
+    "params_table",
+    "pareto_front",
+    "pruned_spectra",
+    "put_exact",
+    "relaxed",
+    "solve",
+    "solve_baseline",
+    "solve_error",
+]

@@ -1,0 +1,206 @@
+"""What every candidate of every layer costs in time, measured on the device for a few ranks of each curve.
+
+For every distinct kind of layer call (shape, options, type, input) and every (scheme, groups) up to four ranks, spaced
+by a factor of three up to the largest that is smaller than dense, are timed taking turns with the dense layer; what is
+kept is the ratio, so that the drift of a busy machine cancels. Smaller ranks go first: once one is not faster than
+dense, larger ones are not timed but taken to cost in proportion to the rank. Between ranks the ratio is
+interpolated, below the smallest it is that of the smallest, and it never falls with the rank.
+
+A layer costs calls x dense milliseconds x ratio, in whole nanoseconds; dense layers and the whole dense model are timed
+in one run, taking turns. What the model takes beyond its layers is the fixed part. More than ``MAX_LATENCY_GROUPS``
+channel slices are not tried (a layer analysed for more slices only keeps its fewest): there are hundreds of such
+curves, thin slices run badly, and each would have to be timed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..layers import Layer, LowRankLayer, low_rank_like, replace_layers
+from ..measurement import InputSpec, Ratios, Timings, call_model, inference, interleaved_ms, median_ratio
+from .candidates import Candidates, Curve
+from .costs import Calls, CostTable
+from .pareto import Floats, Ints
+
+MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
+
+
+LEVELS, SPACING = 4, 3
+ROUNDS = 5
+NS_PER_MS = 1_000_000
+Triple = tuple[int, int, int]  # scheme, groups, rank
+
+
+def random_low_rank(module: nn.Module, scheme: int, groups: int, rank: int) -> LowRankLayer:
+    """A low-rank layer in the place of ``module``, to be timed: random factors whose product has the weight's norm.
+
+    (So activations keep their scale through a deep model, and no denormal numbers distort the time.)
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    layer = low_rank_like(module, scheme, groups, rank).to(weight.dtype).to_empty(device=weight.device)
+    scale = (float(weight.detach().float().square().mean()) / rank) ** 0.25
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for factor in (layer.encoder, layer.decoder):
+            factor.copy_(torch.randn(factor.shape, generator=generator) * scale)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return layer
+
+
+def call_text(layer: Layer, spec: InputSpec) -> str:
+    """Everything that the time of a layer's call depends on beside the hardware, as JSON."""
+    module: Any = layer.module
+    names = ("stride", "padding", "dilation", "padding_mode")
+    options = {n: getattr(module, n) for n in names if hasattr(module, n)}
+    weight = {"shape": layer.weight, "dtype": str(module.weight.dtype), "strides": module.weight.stride()}
+    fields = {"kind": layer.kind, "weight": weight, "bias": module.bias is not None, "options": options}
+    fields |= {"conv_groups": layer.shape.conv_groups if layer.shape else 1, "input": spec.to_dict()}
+    return json.dumps(fields, sort_keys=True)
+
+
+def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Triple], known: Ratios) -> None:
+    """Add the ratios of these choices to what is known."""
+    if not wanted:
+        return
+    x = spec.make()
+    calls = {"dense": spec.caller(module, x)}
+    calls |= {str(t): spec.caller(random_low_rank(module, *t), x) for t in wanted}
+    times = interleaved_ms(calls, spec.device, rounds=ROUNDS)
+    for scheme, groups, rank in wanted:
+        known.setdefault((scheme, groups), {})[rank] = median_ratio(times, str((scheme, groups, rank)), "dense")
+
+
+def _rank(curve: Curve, level: int) -> int:
+    """The rank of a curve that is timed at a level, the last level being the largest rank."""
+    top = int(curve.ranks[-1])
+    return max(1, round(top / SPACING ** (LEVELS - 1 - level) / curve.align)) * curve.align
+
+
+def _survey(module: nn.Module, spec: InputSpec, curves: Iterable[Curve], known: Ratios) -> bool:
+    """Time the ranks of all levels that are not known, of a curve until it is not faster than dense; True if any."""
+    timed = False
+    for level in range(LEVELS):
+        wanted = []
+        for curve in curves:
+            own, rank = known.get((curve.scheme, curve.groups), {}), _rank(curve, level)
+            if rank not in own and not any(ratio >= 1 for r, ratio in own.items() if r < rank):
+                wanted.append((curve.scheme, curve.groups, rank))
+        _time(module, spec, sorted(set(wanted)), known)
+        timed = timed or bool(wanted)
+    return timed
+
+
+def interpolated(known: Mapping[int, float], ranks: Ints) -> Floats:
+    """Ratios for all ranks: piecewise linear, never falling, beyond the largest rank known in proportion to the rank.
+
+    >>> interpolated({2: 0.5, 4: 0.4, 6: 0.9}, np.array([1, 3, 5, 6, 12]))
+    array([0.5, 0.5, 0.7, 0.9, 1.8])
+    """
+    xs = np.array(sorted(known), dtype=np.float64)
+    ys = np.maximum.accumulate([known[int(x)] for x in xs])
+    return np.interp(ranks, xs, ys) * np.maximum(1.0, ranks / xs[-1])
+
+
+class LayerTimes:
+    """The timings of a model's layers: measured when made, and again around a choice by :meth:`look_closer`.
+
+    Args:
+        model: the dense model; ``layers`` are those of ``choices``, ``calls`` what they are called with in one run.
+        timings: what is known already, and where to keep what is measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        layers: Sequence[Layer],
+        choices: Sequence[Candidates],
+        calls: Calls,
+        timings: Timings,
+        device: torch.device,
+    ) -> None:
+        self._layers, self._choices, self._calls, self._timings = layers, choices, calls, timings
+        self._sites: dict[str, tuple[nn.Module, InputSpec, list[Curve]]] = {}
+        for layer, choice in zip(layers, choices, strict=True):
+            for spec in calls[layer.name]:
+                curves = self._sites.setdefault(call_text(layer, spec), (layer.module, spec, []))[2]
+                curves += choice.curves
+        for text, (module, spec, curves) in self._sites.items():
+            if _survey(module, spec, curves, timings.of(text)):
+                timings.save()
+        self._time_dense(model, example_inputs, device)
+
+    def _time_dense(self, model: nn.Module, example_inputs: Any, device: torch.device) -> None:
+        sides = {text: spec.caller(module, spec.make()) for text, (module, spec, _) in self._sites.items()}
+        with inference(model):
+            times = interleaved_ms({**sides, "": partial(call_model, model, example_inputs)}, device, rounds=ROUNDS)
+        model_ns = median(times[""]) * NS_PER_MS
+        self._dense_ns = {text: median_ratio(times, text, "") * model_ns for text in sides}
+        inside = sum(self._layer_dense_ns(layer) for layer in self._layers)
+        self._fixed_ns = max(0, round(model_ns) - inside)
+        self.total_ns = self._fixed_ns + inside
+
+    def _layer_dense_ns(self, layer: Layer) -> int:
+        return round(sum(n * self._dense_ns[call_text(layer, spec)] for spec, n in self._calls[layer.name].items()))
+
+    def _curve_ns(self, layer: Layer, curve: Curve) -> Ints:
+        """Nanoseconds of all ranks of a curve over all calls of the layer."""
+        total = np.zeros(len(curve.costs))
+        for spec, count in self._calls[layer.name].items():
+            text = call_text(layer, spec)
+            known = self._timings.of(text)[curve.scheme, curve.groups]
+            total += count * self._dense_ns[text] * interpolated(known, curve.ranks)
+        return np.rint(total).astype(np.int64)
+
+    def table(self, share: float) -> CostTable:
+        """The budget on latency."""
+        costs = []
+        for layer, choice in zip(self._layers, self._choices, strict=True):
+            by_curve = {(c.scheme, c.groups): self._curve_ns(layer, c) for c in choice.curves}
+            costs.append(choice.costed(by_curve, self._layer_dense_ns(layer)))
+        limit = int(share * self.total_ns)
+        return CostTable("latency", share, tuple(costs), self._fixed_ns, self.total_ns, limit, "ms", NS_PER_MS)
+
+    def look_closer(self, found: Sequence[int]) -> None:
+        """Time the chosen ranks themselves and their neighbours."""
+        wanted: dict[str, set[Triple]] = {}
+        for layer, choice, candidate in zip(self._layers, self._choices, found, strict=True):
+            triple = choice.choice(candidate)
+            if triple is None:
+                continue
+            scheme, groups, rank = triple
+            curve = next(c for c in choice.curves if (c.scheme, c.groups) == (scheme, groups))
+            near = {r for r in (rank - curve.align, rank, rank + curve.align) if r in curve.ranks}
+            for spec in self._calls[layer.name]:
+                wanted.setdefault(call_text(layer, spec), set()).update((scheme, groups, r) for r in near)
+        for text, triples in wanted.items():
+            module, spec, _ = self._sites[text]
+            _time(module, spec, sorted(triples), self._timings.of(text))
+        self._timings.save()
+
+
+def end_to_end(
+    model: nn.Module, replaced: Mapping[str, Triple], example_inputs: Any, device: torch.device
+) -> tuple[float, float, float]:
+    """Latency of a compressed model over that of the dense one, and the milliseconds of dense and compressed.
+
+    The factors are random: what they are does not change the time. ``replaced`` is layer name to (scheme, groups,
+    rank). Raises ModelError if the model cannot be copied.
+    """
+    modules = dict(model.named_modules())
+    small = replace_layers(model, {name: random_low_rank(modules[name], *t) for name, t in replaced.items()})
+    with inference(model), inference(small):
+        sides = {"dense": partial(call_model, model, example_inputs)}
+        sides["compressed"] = partial(call_model, small, example_inputs)
+        times = interleaved_ms(sides, device)
+    return median_ratio(times, "compressed", "dense"), median(times["dense"]), median(times["compressed"])

@@ -1,0 +1,103 @@
+"""Spectra without those channel slices that cannot win, for a criterion and a cost that are known beforehand.
+
+The k slices of a weight refine its d slices where d divides k: k/d slices of rank j lie in one of the d, and their best
+approximations together are one of rank j k/d of it. So no criterion that is an error or an upper bound of one is
+smaller for (k, j) than for (d, j k/d): for Frobenius norms because the latter is the best of that rank, for operator
+norms by Weyl's inequality on W_1 W_1^T + ... + W_m W_m^T. With (k rows + cols) j parameters, fewer by at most a share
+1 / (1 + k rows / cols) than those of the coarser one, k cannot win where every (k, j) costs as much as something with
+no larger error that is known already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .. import linalg
+from ..criteria import (
+    CRITERIA,
+    FoldRoom,
+    LayerSpectra,
+    all_single,
+    batches,
+    candidate_groups,
+    in_single,
+    layer_spectra,
+    place,
+)
+from ..layers import Layer
+from ..linalg import WeightShape, max_rank, params_per_rank
+from .candidates import candidates
+from .float32_check import TAIL
+
+FIRST = 4  # up to so many slices are computed at once, from shared Gram matrices
+MOST = 16
+SLACK = 1e-9  # relative, far above the rounding of the spectra in float64
+
+
+def auto_groups(channels: int) -> tuple[int, ...]:
+    """The slice counts that are tried where none are named: divisors up to 16.
+
+    (More slices cost more parameters than they can win back on all but a few convolutions, and kernels run at a
+    fraction of their speed.)
+
+    >>> auto_groups(4096), auto_groups(3)
+    ((1, 2, 4, 8, 16), (1, 3))
+    """
+    return tuple(k for k in candidate_groups(channels, "divisors") if k <= MOST)
+
+
+def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, criterion: str, align: int) -> bool:
+    """Whether some rank of (scheme, groups) could have a smaller error than everything known of that cost or less."""
+    rule = CRITERIA[criterion]
+    divisors = [k for s, k in known.values if s == scheme and groups % k == 0]
+    if criterion == "reference" or not divisors:
+        return True  # not a bound: nothing follows for finer slices
+    coarse = max(divisors)
+    found = candidates(shape, {key: known.errors(*key, rule) for key in known.values}, align)
+    order = np.argsort(found.costs, kind="stable")
+    costs, best = found.costs[order], np.minimum.accumulate(found.errors[order])
+    per_rank = params_per_rank(shape, scheme, groups)
+    last = min(max_rank(shape, scheme, groups), (shape.numel - 1) // per_rank)
+    ranks = np.arange(align, last + 1, align, dtype=np.int64)
+    errors = known.errors(scheme, coarse, rule).numpy()
+    bound = errors[np.minimum(ranks * (groups // coarse), len(errors) - 1)]
+    at = np.searchsorted(costs, ranks * per_rank, side="right") - 1
+    beaten = np.where(at >= 0, best[np.maximum(at, 0)], np.inf)
+    return bool(((bound * (1 - SLACK)) ** 2 - (2 * TAIL if known.single else 0.0) < beaten**2).any())
+
+
+def pruned_spectra(
+    layers: Sequence[Layer],
+    schemes: Sequence[int],
+    groups: Sequence[int] | str | None,
+    criterion: str,
+    align: int = 1,
+    done: Callable[[int], None] = lambda n: None,
+    single: bool = False,
+) -> list[LayerSpectra]:
+    """Spectra of layers under the folds and slice counts that can be on the Pareto front.
+
+    ``groups``: "divisors" for all divisors of a layer's channels, None for :func:`auto_groups`, or a sequence. Budgets
+    on parameters, and on the error, have the same solutions as with the spectra of all of them, by every criterion but
+    "reference", for which nothing is left out. All layers are worked on together; ``done``
+    and ``single`` as for :func:`alds_fast.criteria.layer_spectra`.
+    """
+    shapes = {layer.name: layer.shape for layer in layers if layer.shape}
+    wanted = {n: candidate_groups(s.slice_channels, groups) if groups else auto_groups(s.slice_channels)
+              for n, s in shapes.items()}  # fmt: skip
+    named = sorted({k for ks in wanted.values() for k in ks})
+    first = tuple(k for k in named if k <= FIRST or criterion == "reference") or tuple(named)
+    room, limit = FoldRoom(), sum(s.numel for s in shapes.values())
+    results = {s.layer.name: s for s in layer_spectra(layers, schemes, first, done, limit, single)}
+    for k in sorted(set(named) - set(first)):
+        left = [
+            (layer, scheme) for layer in layers if k in wanted[layer.name] for scheme in results[layer.name].top
+            if may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align)
+        ]  # fmt: skip
+        for batch in batches(left, lambda w: shapes[w[0].name].numel, lambda w: place(w[0]), limit):
+            found = linalg.spectra(room.matrices(batch), [[k]] * len(batch), single=single and in_single(batch[0][0]))
+            for (layer, scheme), (values,) in zip(batch, found, strict=True):
+                results[layer.name].values[scheme, k] = values.cpu()
+    return [all_single(s) if s.single else s for s in results.values()]

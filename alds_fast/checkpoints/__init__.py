@@ -1,0 +1,29 @@
+"""Models in files: ``save`` and ``load``, checkpoint directories of transformers, compressed a part at a time.
+
+Here belongs what reads and writes models. What other libraries prescribe belongs in integrations.
+"""
+
+from .file_format import read_header
+from .pretrained import from_pretrained
+from .safetensors_reader import INDEX
+from .safetensors_writer import Entry, write_shard
+from .save_load import assign, load, rebuild, save, structure, unique_tensors
+from .streaming import PLAN, CompressedCheckpoint, Progress, compress_checkpoint
+
+__all__ = [
+    "INDEX",
+    "PLAN",
+    "CompressedCheckpoint",
+    "Entry",
+    "Progress",
+    "assign",
+    "compress_checkpoint",
+    "from_pretrained",
+    "load",
+    "read_header",
+    "rebuild",
+    "save",
+    "structure",
+    "unique_tensors",
+    "write_shard",
+]

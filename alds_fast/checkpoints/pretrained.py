@@ -1,0 +1,104 @@
+"""Load compressed checkpoint directories as models of transformers."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import ArgumentError, FileFormatError, ModelError
+from ..integrations import METHOD, VERSION, checked_layers, transformers_format
+from ..layers import LowRankLayer
+from .safetensors_reader import Shards, open_shards
+
+
+def class_of(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that the config names; ModelError if there is none."""
+    names = config.get("architectures") or []
+    package = transformers_format().package
+    for name in names:
+        found = getattr(package, str(name), None)
+        if isinstance(found, type) and issubclass(found, package.PreTrainedModel):
+            return found
+    remote = ", and code that comes with a checkpoint is never run" if "auto_map" in config else ""
+    raise ModelError(
+        f"config.json names the architectures {names}, none of which transformers {package.__version__} has{remote}; "
+        f"update transformers, or add the name of the model's class"
+    )
+
+
+def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: Any) -> Any:
+    """Load a compressed checkpoint directory as a model of transformers, with its low-rank layers.
+
+    Args:
+        folder: written by ``alds-fast compress``, :func:`alds_fast.compress_checkpoint` or ``save_pretrained`` of a
+            model loaded by this function.
+        cls: the class to load it as, for example ``transformers.AutoModel``; the one that config.json names if None.
+        kwargs: those of transformers' ``from_pretrained``: dtype, device_map, attn_implementation, ...
+
+    Returns:
+        The model, in evaluation mode. It generates, trains, moves and saves as any other; ``save_pretrained`` keeps it
+        compressed, ``dequantize`` makes it dense. transformers' own ``from_pretrained`` loads it too where it knows the
+        format: if transformers was imported before alds_fast, or after the first call of this function. (Elsewhere it
+        warns of an unknown quantization type and gives dense layers with random weights.)
+
+    Raises:
+        DependencyError: transformers is not installed.
+        MissingFileError, FileFormatError: a file is missing, truncated, corrupt or of a newer version.
+        ArgumentError: the checkpoint was not compressed by this library, or trust_remote_code is asked for.
+        ModelError, PlanError: transformers does not know the model, or the file is of another one.
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise ArgumentError("trust_remote_code=True: code that comes with a checkpoint is never run")
+    kwargs.pop("local_files_only", None)
+    shards = open_shards(folder)
+    settings = shards.config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+        raise ArgumentError(
+            f"{os.fspath(folder)!r} was not compressed by alds_fast: its config.json says nothing of it; load it with "
+            f"transformers, or compress it first"
+        )
+    layers = checked_layers(settings.get("layers"), settings.get("version"))
+    model_class = class_of(shards.config) if cls is None else cls
+    kwargs |= _config_for(model_class, shards, kwargs.pop("config", None), layers)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = model_class.from_pretrained(
+        shards.folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **kwargs
+    )
+    _check_loaded(model, info, layers, os.fspath(folder))
+    return (model, info) if wants_info else model
+
+
+def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The config to load with, where transformers' own choice would not know of the low-rank layers.
+
+    (That of a part of the model, say; or one that the user passes.)
+    """
+    own = getattr(cls, "config_class", None)
+    if config is None and own is not None:
+        config = own.from_pretrained(shards.folder, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            return {}
+    if config is None:
+        return {}
+    config = copy.deepcopy(config)
+    config.quantization_config = {"quant_method": METHOD, "version": VERSION, "layers": dict(layers)}
+    return {"config": config}
+
+
+def _check_loaded(model: nn.Module, info: Mapping[str, Any], layers: Mapping[str, Any], folder: str) -> None:
+    """FileFormatError where the files do not hold what config.json says."""
+    low = {name for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    lost = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] in low)
+    if lost:
+        raise FileFormatError(f"{folder!r} lacks {lost[0]!r}, which its config.json asks for; compress it again")
+    dense = {key.removesuffix(".weight") for key in info["missing_keys"] if key.endswith(".weight")}
+    factors = {key.rpartition(".")[0] for key in info["unexpected_keys"] if key.endswith((".encoder", ".decoder"))}
+    unknown = sorted(factors & dense - set(layers))
+    if unknown:
+        raise FileFormatError(
+            f"{folder!r} has factors of {unknown[0]!r}, of which its config.json says nothing; compress it again"
+        )

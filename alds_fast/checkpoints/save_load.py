@@ -1,0 +1,186 @@
+"""Save and load compressed models: one safetensors file, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
+from ..files import atomic, crc32, target_file
+from ..integrations import keep_when_saved
+from ..layers import LowRankLayer, MergedLinears, find_layers, label, low_rank_like, overlaps, replace_layers
+from ..planning import Plan
+from .file_format import FORMAT, VERSION, memory_order, owned, read_header, read_tensors
+
+
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state's tensors without repeats, and for every repeated name the name that is kept."""
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ModelError(f"state {name!r} is a {type(tensor).__name__}; only tensors can be saved in safetensors")
+        if tensor.is_meta:
+            raise ModelError(f"state {name!r} is on the meta device and has no values to save")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ModelError(f"state {name!r} is sparse or quantized; only dense tensors can be saved in safetensors")
+        storage = tensor.untyped_storage().data_ptr()
+        key = (tensor.device, storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        first = seen.setdefault(key, name) if storage else name
+        if first != name:
+            aliases[name] = first
+        else:
+            kept[name] = tensor.detach()
+    return kept, aliases
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, MergedLinears):
+            raise ModelError(
+                f"{name!r}: merged layers cannot be saved; save the model that was given to deploy, and deploy's table"
+            )
+
+
+def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :func:`rebuild` needs of every low-rank layer, by name; of JSON's types."""
+    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLayer))
+    return {
+        n: {"shape": list(m.weight_shape.weight), "conv_groups": m.weight_shape.conv_groups, "kind": type(m).__name__,
+            "scheme": m.scheme, "groups": m.groups, "rank": m.rank}
+        for n, m in layers
+    }  # fmt: skip
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a compressed model as one safetensors file, atomically: a killed save leaves the old file whole.
+
+    Parameters and buffers are stored in their own types, shared ones once, with the plan and the layers' structure in
+    the metadata. Raises ModelError if the model is not a compressed one or holds state that is not a tensor,
+    MissingFileError if the directory does not exist, FileWriteError if the file cannot be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    target = target_file(path)
+    _refuse_merged(model)
+    layers, plan = structure(model), getattr(model, "alds_plan", None)
+    if not layers and not isinstance(plan, Plan):
+        raise ModelError("the model has no low-rank layer and no plan: it was not made by compress() or Plan.apply()")
+    tensors, aliases = unique_tensors(model)
+    orders = {n: order for n, t in tensors.items() if (order := memory_order(t)) is not None}
+    stored = owned({n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()})
+    metadata = {
+        "format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers), "aliases": json.dumps(aliases),
+        "orders": json.dumps(orders), "crc32": json.dumps({n: crc32(t) for n, t in stored.items()}),
+        "plan": plan.to_json() if isinstance(plan, Plan) else "",
+    }  # fmt: skip
+    try:
+        with atomic(target) as temporary:
+            save_file(stored, temporary, metadata)
+    except KeyError as e:
+        raise ModelError(f"the model holds a tensor of type {e}, which safetensors cannot store") from e
+    except (OSError, SafetensorError) as e:
+        raise FileWriteError(f"{str(target)!r} could not be written ({e}); what stood there before is unchanged") from e
+
+
+def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
+    """A copy of the dense model with empty low-rank layers where the file has them."""
+    found = {layer.name: layer for layer in find_layers(model)}
+    new = {}
+    for name, spec in layers.items():
+        layer = found.get(name)
+        if layer is None or layer.shape is None:
+            raise LayerNotFoundError(f"the file's layer {label(name)} is not a Linear or convolution of the model")
+        if layer.reason is not None:
+            raise PlanError(f"layer {label(name)} of the model cannot be replaced: {layer.reason}")
+        if list(layer.weight) != spec["shape"] or layer.shape.conv_groups != spec["conv_groups"]:
+            raise PlanError(
+                f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {layer.weight}"
+            )
+        new[name] = low_rank_like(layer.module, spec["scheme"], spec["groups"], spec["rank"])
+    return replace_layers(model, new)
+
+
+def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors in the model's parameters and buffers, keeping which of these are one and the same."""
+    expected = model.state_dict(keep_vars=True)
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise PlanError(f"the file is of another model: missing {missing[:3]}, unexpected {extra[:3]}")
+    for name, old in expected.items():
+        if old.shape != tensors[name].shape:
+            raise PlanError(f"{name!r}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(old.shape)}")
+    fresh: dict[int, Tensor] = {}
+    shared = {key for pair in overlaps({id(t): t for t in expected.values()}) for key in pair}
+    for path, module in model.named_modules():
+        for own, old in [*module._parameters.items(), *module._buffers.items()]:
+            name = f"{path}.{own}" if path else own
+            if old is None or name not in tensors:
+                continue
+            if id(old) not in fresh:
+                fresh[id(old)] = _filled(name, old, tensors[name], id(old) in shared)
+            (module._parameters if own in module._parameters else module._buffers)[own] = fresh[id(old)]
+    for name, old in expected.items():  # tied in the model means equal in the file
+        if id(old) in fresh and not _same(fresh[id(old)], tensors[name]):
+            raise PlanError(
+                f"{name!r} shares memory in the model, but not in the file; pass the model that was compressed"
+            )
+
+
+def _filled(name: str, old: Tensor, value: Tensor, shares_memory: bool) -> Tensor:
+    """What takes the tensor's place: the file's, or the model's own with the file's values if it shares memory."""
+    if not shares_memory:
+        value = value.to(torch.device("cpu") if old.is_meta else old.device)
+        return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    if old.dtype != value.dtype:
+        raise PlanError(
+            f"{name!r} shares memory and is {old.dtype} in the model, {value.dtype} in the file; convert the model"
+        )
+    with torch.no_grad():
+        return old.copy_(value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return crc32(a) == crc32(b)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a saved compressed model on a fresh dense one; outputs are bit-equal to those of the saved model.
+
+    Args:
+        path: a file written by :func:`save`.
+        model: the dense model (not changed; its weights do not matter and may be on the meta device), or a function
+            without arguments that builds it.
+
+    Returns:
+        A new model with the file's structure, values and types, on the devices of ``model`` (CPU for meta), in its
+        training mode.
+
+    Raises:
+        MissingFileError, FileFormatError: no such file; truncated, corrupt, of another format or a newer version.
+        LayerNotFoundError, PlanError: the file is of another model.
+    """
+    header = read_header(path)
+    try:
+        dense = model if isinstance(model, nn.Module) else model() if callable(model) else None
+    except TypeError as e:
+        raise ModelError(f"model: the function that builds it failed: {e}") from e
+    if not isinstance(dense, nn.Module):
+        raise ModelError("model: pass the dense torch.nn.Module or a function without arguments that returns it")
+    small = rebuild(dense, header["layers"])
+    assign(small, read_tensors(path, header))
+    left = [n for n, t in [*small.named_parameters(), *small.named_buffers()] if t.is_meta]
+    if left:
+        raise ModelError(f"{left[0]!r} is on the meta device and not in the file; build the model on a real device")
+    keep_when_saved(small)
+    if header["plan"] is not None:
+        object.__setattr__(small, "alds_plan", header["plan"])
+    return small

@@ -1,0 +1,15 @@
+"""Compressing a checkpoint that need not fit in memory, resumed after interruptions: ``compress_checkpoint``.
+
+Here belongs what works through a checkpoint a part at a time. Formats of files belong in checkpoints itself.
+"""
+
+from .api import CompressedCheckpoint, compress_checkpoint
+from .journal import PLAN
+from .streamed_model import Progress
+
+__all__ = [
+    "PLAN",
+    "CompressedCheckpoint",
+    "Progress",
+    "compress_checkpoint",
+]

@@ -1,0 +1,168 @@
+"""Compress a checkpoint directory a few layers at a time, in one process or several, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ...errors import FileFormatError, FileWriteError
+from ...factors import Choice, plain_layers
+from ...files import crc32, write_whole, writing
+from ...integrations import METHOD, VERSION, described
+from ...planning import Plan
+from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
+from ..safetensors_writer import Entry, header, write_shard
+from .journal import JOB, PLAN, Journal
+from .output_files import OutputFile, companions, index_of, output_files
+from .source_checksums import read_record, recorded, verified
+from .spectra_and_plan import check_sums, exact_values, find_plan, find_spectra, in_doubt, kind_of, spectra_of
+from .streamed_model import Work, size_of
+
+FACTORS = "alds_factors.json"
+
+
+def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
+    """The factors of all layers that are factorised and not in a finished file, in the journal."""
+    journal = work.journal
+    missing = unwritten(journal, files)
+    wanted = [part.layer for file in missing for part in file.parts if part.layer is not None]
+    todo = [i for i in wanted if not (journal.has("factors", i) and journal.has("report", i))]
+    _check_room(work, missing, todo)
+    own = work.shared(todo)
+    done, total = 0, sum(size_of(work.ready[i]) for i in own)
+    for batch in work.batches(own):
+        _factorise(work, plan, {i: choices[i] for i in batch})
+        done += sum(size_of(work.ready[i]) for i in batch)
+        work.progress("factors", done, total)
+    work.world.together()
+
+
+def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) -> None:
+    factors = sum(part.size for file in missing for part in file.parts if part.layer in todo)
+    need, free = sum(file.size for file in missing) + factors, shutil.disk_usage(work.journal.output).free
+    if free < need:
+        raise FileWriteError(
+            f"{str(work.journal.output)!r}: {need / 1e9:.2f} GB are still to be written there, {free / 1e9:.2f} GB are "
+            f"free; what was finished is kept: free some space and run the same command again"
+        )
+
+
+def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
+    layers, doubt = {i: work.ready[i] for i in choices}, in_doubt(work)
+    known = {i: spectra_of(work, i) for i in choices}
+    numbers = {layer.name: i for i, layer in layers.items()}
+    keys = {i: (choice.scheme, choice.groups) for i, choice in choices.items()}
+    spectra = {s.layer.name: exact_values(work, i, keys[i]) if (i, keys[i]) in doubt else s.values[keys[i]]
+               for i, (s, _) in known.items()}  # fmt: skip
+    with work.weights(layers.values()) as sums:
+        check_sums(work, {i: crc for i, (_, crc) in known.items()}, sums)
+        limit = sum(map(size_of, layers.values()))
+        for choice, low, report in plain_layers([(choices[i], layers[i]) for i in choices], spectra, plan.exact, limit):
+            number = numbers[choice.name]
+            dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
+            tensors = {name: getattr(low, name).detach().to("cpu", dtype) for name in ("encoder", "decoder")}
+            fields = {"method": report.method, "iterations": report.iterations, "error": report.error}
+            fields |= {f"crc32.{name}": crc32(tensor) for name, tensor in tensors.items()}
+            if not work.journal.has("report", number):
+                work.journal.put("report", number, {}, fields)
+            work.journal.put("factors", number, tensors, {})
+
+
+def write_files(work: Work, files: Sequence[OutputFile]) -> None:
+    """The output's safetensors files, each whole or not there; the factors in them leave the journal."""
+    journal = work.journal
+    left = unwritten(journal, files)
+    work.world.together()
+    own = work.world.share(left, lambda file: float(file.size))
+    for number, file in enumerate(own, 1):
+        _write_file(work, file)
+        work.progress("files", number, len(own))
+    work.world.together()
+
+
+def _write_file(work: Work, file: OutputFile) -> None:
+    journal, parts = work.journal, {entry.name: part for part in file.parts for entry in part.entries}
+    numbers = {work.sources[layer.name]: i for i, layer in work.ready.items()}
+    passing = read_record(journal)
+
+    def content(entry: Entry) -> Iterator[bytes]:
+        part = parts[entry.name]
+        if part.layer is not None:
+            return _factor(journal, part.layer, entry)
+        number = numbers.get(part.source)
+        crc = passing[part.source] if number is None else spectra_of(work, number)[1]
+        changed = f"the tensor {part.source!r} has changed since this job began; remove {str(journal.output)!r}"
+        return verified(work.shards.tensors[part.source].chunks(), crc, changed)
+
+    write_shard(journal.output / file.name, file.entries, content)
+    for part in file.parts:
+        if part.layer is not None:
+            journal.drop("factors", part.layer)
+
+
+def _factor(journal: Journal, layer: int, entry: Entry) -> Iterator[bytes]:
+    """A factor's bytes out of the journal."""
+    path, name = journal.path("factors", layer), entry.name.rpartition(".")[2]
+    damaged = f"{str(path)!r} is damaged; remove it and run the same command again"
+    try:
+        stored = stored_in(path)[name]
+    except (FileFormatError, KeyError) as e:
+        raise FileFormatError(damaged) from e
+    if (stored.dtype, stored.shape) != (entry.dtype, entry.shape):
+        raise FileFormatError(damaged)
+    return verified(stored.chunks(), int(journal.get("report", layer)[1][f"crc32.{name}"]), damaged)
+
+
+def unwritten(journal: Journal, files: Sequence[OutputFile]) -> list[OutputFile]:
+    """The output's safetensors files that are not there, or not of their size."""
+    sizes = {f.name: len(header(f.entries, {})) + f.size for f in files}
+    paths = {f.name: journal.output / f.name for f in files}
+    return [f for f in files if not (paths[f.name].is_file() and paths[f.name].stat().st_size == sizes[f.name])]
+
+
+def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
+    """Index, config, plan and everything else of the input directory; then the job is finished."""
+    journal = work.journal
+    kept = ("method", "iterations", "error")
+    reports = {c.name: {k: journal.get("report", i)[1][k] for k in kept} for i, c in choices.items()}
+    layers = {work.sources[c.name].removesuffix(".weight"): described(c.scheme, c.groups, c.rank, c.shape.weight)
+              for c in choices.values()}  # fmt: skip
+    config = {
+        **work.shards.config,
+        "quantization_config": {"quant_method": METHOD, "version": VERSION, "layers": layers},
+    }
+    texts = {CONFIG: json.dumps(config, indent=2), PLAN: plan.to_json(), FACTORS: json.dumps(reports, indent=1)}
+    if len(files) > 1:
+        texts[INDEX] = json.dumps(index_of(list(files)), indent=2)
+    content: dict[str, Iterable[bytes]] = {name: [text.encode() + b"\n"] for name, text in texts.items()}
+    for name, path in companions(work.shards.folder, {*texts, JOB}).items():
+        content[name] = Stored(path, "U8", (), 0, path.stat().st_size).chunks()
+    for name, pieces in content.items():
+        if not (journal.output / name).exists():
+            with writing(journal.output / name):
+                (journal.output / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(journal.output / name, pieces)
+    sums = {work.sources[layer.name]: spectra_of(work, i)[1] for i, layer in work.ready.items()}
+    journal.finish({**read_record(journal), **sums})
+
+
+def compress_streamed(work: Work) -> None:
+    """All of it; what is there already is not done again."""
+    numbers = {layer.name: i for i, layer in work.ready.items()}
+    if work.world.first:
+        own = {work.sources[name] for name in numbers}
+        found = [i for i in work.ready if work.journal.has(kind_of(work.settings.single), i)]
+        known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in found}
+        recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in own], known)
+    work.world.together()
+    find_spectra(work)
+    plan = find_plan(work)
+    choices = {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
+    stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}
+    files = output_files(work.shards, stored, work.settings.max_shard_bytes)
+    find_factors(work, plan, files, choices)
+    write_files(work, files)
+    if work.world.first:
+        write_rest(work, plan, files, choices)
+    work.world.together()

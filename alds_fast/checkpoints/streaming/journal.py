@@ -1,0 +1,165 @@
+"""What a job on a checkpoint directory has finished: one small file a layer, each whole or not there.
+
+The journal is the folder ``.alds_fast`` inside the output directory. Killed at any moment and started again with the
+same arguments, a job goes on from what is in it; with other arguments, or for an input that has changed, it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...errors import ArgumentError, FileFormatError, MissingFileError
+from ...files import sync_folder, write_whole, writing
+from ..safetensors_reader import CODES
+from ..safetensors_writer import Entry, write_shard
+
+FOLDER, JOB, PLAN = ".alds_fast", "alds_job.json", "alds_plan.json"
+LATER = {"budget", "p", "include", "exclude", "max_shard_bytes", "float32"}  # matter from the plan on
+DONE = {"files", "tensors"}  # in the file of a finished job: the output's sizes and the input's checksums
+
+
+def _text(job: Mapping[str, Any]) -> str:
+    return json.dumps(job, indent=1, sort_keys=True) + "\n"
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    return ", ".join(f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys)
+
+
+class Journal:
+    """The journal of the job in an output directory; ``job`` says what it is, in JSON's types."""
+
+    def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
+        self.output, self.job, self.folder = output, job, output / FOLDER
+
+    def check(self) -> bool:
+        """Whether the job is finished. ArgumentError if the directory holds anything but this job's work."""
+        if self.output.exists() and not self.output.is_dir():
+            raise ArgumentError(f"the output {str(self.output)!r} is a file; name a directory")
+        if not self.output.parent.is_dir():
+            raise MissingFileError(f"the directory {str(self.output.parent)!r} does not exist; create it first")
+        finished, begun = self.output / JOB, self.folder / JOB
+        if finished.exists():
+            self._compare(finished, set())
+            return True
+        if begun.exists():
+            self._compare(begun, set() if (self.folder / PLAN).exists() else LATER)
+            return False
+        if any(self.folder.glob("*.safetensors")):
+            raise ArgumentError(f"the journal in {str(self.output)!r} has lost its {JOB}; remove that directory")
+        held = [p.name for p in self.output.iterdir() if p.name != FOLDER] if self.output.exists() else []
+        if held:
+            raise ArgumentError(
+                f"the output directory {str(self.output)!r} is not empty (it holds {sorted(held)[0]!r}); name a new one"
+            )
+        return False
+
+    def _read(self, place: Path) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(place.read_text())
+            return dict(found)
+        except (ValueError, TypeError) as e:
+            raise FileFormatError(f"{str(place)!r} is damaged ({e}); remove {str(self.output)!r}") from e
+
+    def finished(self) -> dict[str, int]:
+        """CRC-32 of the input's tensors when the job was finished; FileFormatError if a file of the output is gone."""
+        record = self._read(self.output / JOB)
+        for name, size in record.get("files", {}).items():
+            path = self.output / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise FileFormatError(f"{str(path)!r} is gone or damaged; remove {str(self.output)!r} and begin again")
+        return dict(record.get("tensors", {}))
+
+    def _compare(self, place: Path, free: set[str]) -> None:
+        old = {k: v for k, v in self._read(place).items() if k not in DONE}
+        if {k: v for k, v in old.items() if k not in free} != {k: v for k, v in self.job.items() if k not in free}:
+            raise ArgumentError(
+                f"the output directory {str(self.output)!r} holds another job ({_differences(old, self.job)}); name "
+                f"another directory, or remove that one"
+            )
+
+    def begin(self) -> None:
+        """Make the journal, or go on with the one there; in the process that has locked it."""
+        with writing(self.output):
+            for left in [*self.folder.glob("*.partial"), *self.output.glob("*.partial")]:
+                left.unlink()
+        if not (self.folder / JOB).exists() or self._read(self.folder / JOB) != self.job:
+            write_whole(self.folder / JOB, [_text(self.job).encode()])
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other job works in this directory meanwhile; ArgumentError if one does already."""
+        with writing(self.output):
+            self.output.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+        with open(self.folder / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise ArgumentError(
+                    f"another process is at work in {str(self.output)!r}; wait for it, or stop it"
+                ) from e
+            yield
+
+    def path(self, kind: str, number: int) -> Path:
+        """File of a ``kind`` of result of layer ``number``."""
+        return self.folder / f"{number:06d}.{kind}.safetensors"
+
+    def has(self, kind: str, number: int) -> bool:
+        """Whether that result is there."""
+        return self.path(kind, number).exists()
+
+    def put(self, kind: str, number: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Keep a result; FileWriteError if it cannot be written."""
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        entries = [
+            Entry(name, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for name, t in whole.items()
+        ]
+
+        def content(entry: Entry) -> list[memoryview]:
+            return [whole[entry.name].view(-1).view(torch.uint8).numpy().data]
+
+        write_shard(self.path(kind, number), entries, content, {"notes": json.dumps(notes)})
+
+    def get(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A result and its notes; FileFormatError if its file is damaged."""
+        path = self.path(kind, number)
+        try:
+            with safe_open(path, "pt") as file:
+                notes = json.loads((file.metadata() or {})["notes"])
+            return load_file(path), notes
+        except (SafetensorError, KeyError, ValueError, OSError) as e:
+            raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
+
+    def drop(self, kind: str, number: int) -> None:
+        """Forget a result."""
+        self.path(kind, number).unlink(missing_ok=True)
+
+    def finish(self, tensors: Mapping[str, int]) -> None:
+        """Mark the job as finished and remove the journal; ``tensors`` holds the CRC-32 of the input's."""
+        files = {p.name: p.stat().st_size for p in self.output.iterdir() if p.is_file() and p.name != JOB}
+        write_whole(self.output / JOB, [_text({**self.job, "files": files, "tensors": dict(tensors)}).encode()])
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what is left of the journal of a finished job."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / JOB).unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        sync_folder(self.output)
+        if self.folder.exists():
+            os.rmdir(self.folder)

@@ -1,0 +1,74 @@
+"""Whether the input of a job is still what it was: checksums of its tensors, asked for where files have changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+from zlib import crc32
+
+from ...errors import ArgumentError, FileFormatError
+from ...files import write_whole
+from ..safetensors_reader import Shards
+from .journal import Journal
+
+RECORD = "input.json"
+
+
+def _stamps(shards: Shards) -> dict[str, list[int]]:
+    stats = {file.name: file.stat() for file in shards.files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _changed(name: str, journal: Journal) -> ArgumentError:
+    return ArgumentError(
+        f"the tensor {name!r} has changed since this job began; remove {str(journal.output)!r} and begin again, or "
+        f"name another directory"
+    )
+
+
+def recorded(shards: Shards, journal: Journal, passing: Iterable[str], known: Mapping[str, int]) -> dict[str, int]:
+    """CRC-32 of the tensors that pass through as they are, made when the job begins and kept in the journal.
+
+    Where a file has been written since, its tensors are compared with that, and with what is ``known`` of the weights
+    that were analysed; ArgumentError if one has changed. In one process only.
+    """
+    path, stamps = journal.folder / RECORD, _stamps(shards)
+    record: dict[str, dict[str, Any]] = {"files": {}, "tensors": {}}
+    if path.exists():
+        try:
+            record = {"files": {}, "tensors": {}, **json.loads(path.read_text())}
+        except (ValueError, TypeError) as e:
+            raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove {str(journal.output)!r}") from e
+    old: dict[str, int] = record["tensors"]
+    for name, stored in shards.tensors.items():
+        expected = old.get(name, known.get(name))
+        touched = record["files"].get(stored.file.name) != stamps[stored.file.name]
+        if expected is not None and touched and stored.crc32() != expected:
+            raise _changed(name, journal)
+    sums = {name: old[name] if name in old else shards.tensors[name].crc32() for name in passing}
+    write_whole(path, [json.dumps({"files": stamps, "tensors": {**old, **sums}}).encode()])
+    return sums
+
+
+def read_record(journal: Journal) -> dict[str, int]:
+    """What :func:`recorded` has kept."""
+    found: dict[str, int] = json.loads((journal.folder / RECORD).read_text())["tensors"]
+    return found
+
+
+def check_unchanged(shards: Shards, journal: Journal) -> None:
+    """ArgumentError unless all tensors are those of the finished job; reads all of them."""
+    for name, crc in journal.finished().items():
+        if name not in shards.tensors or shards.tensors[name].crc32() != crc:
+            raise _changed(name, journal)
+
+
+def verified(pieces: Iterable[bytes], crc: int, message: str) -> Iterator[bytes]:
+    """The pieces; FileFormatError at their end if their CRC-32 is another."""
+    total = 0
+    for piece in pieces:
+        total = crc32(piece, total)
+        yield piece
+    if total != crc:
+        raise FileFormatError(message)

@@ -1,0 +1,144 @@
+"""The spectra and the plan of a checkpoint directory, in its journal, made by one process or several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...allocation import pruned_spectra
+from ...criteria import Key, LayerSpectra, all_single, exact_spectra
+from ...errors import FileFormatError, PlanError
+from ...files import write_whole
+from ...layers import Layer, count_params, label
+from ...planning import Analysis, Plan
+from .journal import LATER, PLAN
+from .streamed_model import Work, size_of
+
+DOUBT = "alds_doubt.json"
+
+
+def kind_of(single: bool) -> str:
+    """What the spectra of a layer are called in the journal."""
+    return "spectra32" if single else "spectra64"
+
+
+def _exact(key: Key) -> str:
+    """What a layer's float64 spectrum of (scheme, groups) is called in the journal."""
+    return f"exact.{key[0]}.{key[1]}"
+
+
+def find_spectra(work: Work) -> None:
+    """The spectra of all layers, in the journal."""
+    ready, settings, journal, kind = work.ready, work.settings, work.journal, kind_of(work.settings.single)
+    options = (settings.schemes, settings.groups, settings.criterion, settings.align)
+    own = work.shared([i for i in ready if not journal.has(kind, i)])
+    done, total = 0, sum(size_of(ready[i]) for i in own)
+    for batch in work.batches(own):
+        layers = [ready[i] for i in batch]
+        with work.weights(layers) as sums:
+            found = pruned_spectra(layers, *options, single=settings.single)
+        for number, spectra in zip(batch, found, strict=True):
+            tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
+            notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.single)}
+            journal.put(kind, number, tensors, notes)
+        done += sum(map(size_of, layers))
+        work.progress("spectra", done, total)
+    work.world.together()
+
+
+def _find_exact(work: Work) -> None:
+    """The float64 spectra that are in doubt, in the journal."""
+    ready, journal = work.ready, work.journal
+    left: dict[int, list[Key]] = {}
+    for number, key in sorted(in_doubt(work)):
+        if not journal.has(_exact(key), number):
+            left.setdefault(number, []).append(key)
+    own = work.shared(list(left))
+    done, total = 0, sum(size_of(ready[i]) for i in own)
+    for batch in work.batches(own):
+        numbers = {ready[i].name: i for i in batch}
+        with work.weights([ready[i] for i in batch]) as sums:
+            check_sums(work, {i: spectra_of(work, i)[1] for i in batch}, sums)
+            for layer, key, values in exact_spectra([(ready[i], key) for i in batch for key in left[i]]):
+                journal.put(_exact(key), numbers[layer.name], {"values": values}, {})
+        done += sum(size_of(ready[i]) for i in batch)
+        work.progress("spectra in doubt", done, total)
+    work.world.together()
+
+
+def check_sums(work: Work, known: Mapping[int, int], found: Mapping[str, int]) -> None:
+    """FileFormatError if the CRC-32 of a weight, by number, is not what was ``found`` of it, by name."""
+    for number, crc in known.items():
+        name = work.ready[number].name
+        if found[name] != crc:
+            raise FileFormatError(
+                f"layer {label(name)}: its weight has changed since it was analysed; remove "
+                f"{str(work.journal.output)!r} and begin again"
+            )
+
+
+def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
+    """The spectra of a layer out of the journal, and the CRC-32 of the weight that they are of."""
+    tensors, notes = work.journal.get(kind_of(work.settings.single), number)
+    values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
+    top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
+    found = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
+    return all_single(found) if notes["single"] else found, int(notes["crc32"])
+
+
+def exact_values(work: Work, number: int, key: Key) -> Tensor:
+    """The float64 spectrum of a layer that was in doubt."""
+    return work.journal.get(_exact(key), number)[0]["values"]
+
+
+def find_plan(work: Work) -> Plan:
+    """The plan: made by one process, read by all, who compute what it asks for in float64 meanwhile."""
+    path = work.journal.folder / PLAN
+    if work.world.first and not path.exists():
+        found = {layer.name: spectra_of(work, i)[0] for i, layer in work.ready.items()}
+        own = tuple(work.layers), found, count_params(work.model), work.model
+        analysis = Analysis(*own, sharpen=lambda wanted: _sharpen(work, wanted))
+        s = work.settings
+        plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
+        write_whole(path, [plan.to_json().encode()])
+    work.world.together()
+    while not path.exists():
+        _find_exact(work)
+        work.world.together()
+    _find_exact(work)  # what a plan of an earlier run needed, and has been lost since
+    try:
+        return Plan.from_json(path.read_text())
+    except (PlanError, ValueError) as e:
+        raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
+
+
+def in_doubt(work: Work) -> set[tuple[int, Key]]:
+    """The float32 spectra, by the layer's number, that do not decide this job's plan: those in float64 do."""
+    path, what = work.journal.folder / DOUBT, _decided(work)
+    if not path.exists():
+        return set()
+    try:
+        found = json.loads(path.read_text())
+        return {(int(i), (int(scheme), int(k))) for i, scheme, k in found["spectra"]} if found["job"] == what else set()
+    except (KeyError, ValueError, TypeError) as e:
+        raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove {str(work.journal.output)!r}") from e
+
+
+def _decided(work: Work) -> dict[str, Any]:
+    """What of a job decides which spectra are in doubt, and may be another when it is begun again."""
+    return {name: value for name, value in work.journal.job.items() if name in LATER}
+
+
+def _sharpen(work: Work, wanted: Sequence[tuple[Layer, Key]]) -> Iterator[tuple[Layer, Key, Tensor]]:
+    """Spectra in float64, computed by all processes; the first one asks."""
+    numbers = {layer.name: i for i, layer in work.ready.items()}
+    known, asked = in_doubt(work), {(numbers[layer.name], key) for layer, key in wanted}
+    if not known.issuperset(asked):
+        told = sorted((i, *key) for i, key in known | asked)
+        write_whole(work.journal.folder / DOUBT, [json.dumps({"job": _decided(work), "spectra": told}).encode()])
+    work.world.together()
+    _find_exact(work)
+    return ((layer, key, exact_values(work, numbers[layer.name], key)) for layer, key in wanted)

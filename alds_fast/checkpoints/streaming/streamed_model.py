@@ -1,0 +1,163 @@
+"""A checkpoint directory on its way: its layers, where their weights are, how many are worked on at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from ...allocation import auto_groups
+from ...criteria import for_threads, with_groups
+from ...files import crc32
+from ...integrations import stored_names
+from ...layers import Layer, check_weight, find_layers
+from ...planning import check_is_possible
+from ..safetensors_reader import DTYPES, Shards
+from .journal import Journal
+from .meta_model import check_stored, skeleton, untie
+from .processes import World
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result."""
+
+    budget: Mapping[str, float]
+    criterion: str
+    p: float | None
+    align: int
+    schemes: tuple[int, ...]
+    groups: tuple[int, ...] | str | None
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
+    max_shard_bytes: int
+    float32: bool  # spectra, where that can be checked
+
+    @property
+    def single(self) -> bool:
+        """Whether spectra are computed in float32 first."""
+        return self.float32 and check_is_possible(list(self.budget), self.criterion, "alds")
+
+
+@dataclass
+class Work:
+    """A checkpoint on its way: its layers, where their weights are stored, and what has been finished."""
+
+    shards: Shards
+    settings: Settings
+    world: World
+    device: torch.device
+    journal: Journal
+    progress: Progress
+    model: nn.Module = field(init=False)
+    layers: list[Layer] = field(init=False)
+    sources: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = skeleton(self.shards)
+        names, assembled = stored_names(self.model, list(self.shards.tensors))
+        check_stored(self.model, self.shards, names, assembled)
+        untie(self.model, self.shards, names)
+        self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
+                        if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
+        found = find_layers(self.model, self.settings.include, self.settings.exclude)
+        self.layers = [self._checked(layer) for layer in found]
+
+    def _checked(self, layer: Layer) -> Layer:
+        """The layer, left out if its weight cannot be streamed; FileFormatError if its shape is another."""
+        if layer.reason is not None:
+            return layer
+        source = self.sources.get(layer.name)
+        if source is None:
+            return replace(layer, reason="its weight is not stored as a tensor of its own")
+        assert layer.shape is not None
+        groups, stored = self.settings.groups, self.shards.tensors[source]
+        layer = layer if groups is None else with_groups(layer, groups)
+        if layer.reason is not None:
+            return layer
+        floating = stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
+        return layer if floating else replace(layer, reason=f"its weight is stored as {stored.dtype}")
+
+    @property
+    def ready(self) -> dict[int, Layer]:
+        """The layers that can be factorised, by number: their place among all, by which the journal knows them."""
+        return {i: layer for i, layer in enumerate(self.layers) if layer.reason is None}
+
+    @contextmanager
+    def weights(self, layers: Iterable[Layer]) -> Iterator[dict[str, int]]:
+        """The layers with their weights, checked, on the device, half types as float32; their CRC-32 by name."""
+        layers, sums = list(layers), {}
+        empty = [layer.module.weight for layer in layers]
+        try:
+            for layer in layers:
+                tensor = self.shards.tensors[self.sources[layer.name]].tensor()
+                sums[layer.name] = crc32(tensor)
+                whole = tensor.dtype in (torch.float32, torch.float64)
+                tensor = tensor.to(self.device, None if whole else torch.float32)
+                layer.module.weight = nn.Parameter(tensor, requires_grad=False)
+                check_weight(layer)
+            yield sums
+        finally:
+            for layer, weight in zip(layers, empty, strict=True):
+                layer.module.weight = weight
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Layers by number, several at a time.
+
+        They take no more memory than the largest layer, or than as many of median size as there are threads, if half
+        of the free memory has room for those. (What comes out does not depend on it.)
+        """
+        ready = self.ready
+        memory = {i: memory_of(layer) for i, layer in ready.items()}
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = max(*memory.values(), min(for_threads(list(memory.values()), most=64), free // 2), 0)
+        batch: list[int] = []
+        for number in numbers:
+            if batch and sum(memory[i] for i in (*batch, number)) > room:
+                yield batch
+                batch = []
+            batch.append(number)
+        if batch:
+            yield batch
+
+    def shared(self, numbers: list[int]) -> list[int]:
+        """This process's part of the layers; all processes have looked what is left before one begins."""
+        self.world.together()
+        ready = self.ready
+        return self.world.share(numbers, lambda i: cost_of(ready[i]))
+
+
+def size_of(layer: Layer) -> int:
+    """Weights of a layer."""
+    assert layer.shape is not None
+    return layer.shape.numel
+
+
+def _order_of(layer: Layer) -> int:
+    """The smaller side of a layer's matrix."""
+    assert layer.shape is not None
+    return min(layer.shape.out_channels // layer.shape.conv_groups, layer.shape.numel // layer.shape.out_channels)
+
+
+def memory_of(layer: Layer) -> int:
+    """Bytes of a layer that is worked on: weight, in float32 and as stored, fold, Gram matrices of all slice counts."""
+    assert layer.shape is not None
+    return 10 * size_of(layer) + 12 * layer.shape.conv_groups * _order_of(layer) ** 2
+
+
+def cost_of(layer: Layer) -> float:
+    """What a layer costs, up to a factor: products with itself, the factors, the eigenproblems of all slice counts.
+
+    (Their shares are those measured of float32 matrices from 1024 x 1024 to 16384 x 4096.)
+    """
+    assert layer.shape is not None
+    order, groups = _order_of(layer), layer.shape.conv_groups
+    filters, columns = layer.shape.out_channels // groups, layer.shape.numel // layer.shape.out_channels
+    slices = sum(k * min(filters, columns // k) ** 3 for k in auto_groups(layer.shape.slice_channels))
+    return float(order * size_of(layer)) + groups * (1.4 * order**3 + 0.75 * slices)

@@ -1,0 +1,230 @@
+"""Command line: ``alds-fast analyze | compress | eval | show``.
+
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from ..allocation import SHARES
+from ..checkpoints import PLAN, read_header, save
+from ..criteria import total_work
+from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError
+from ..layers import Layer
+from ..linalg import SCHEMES
+from ..measurement import check_batches
+from ..planning import (
+    ALL_CRITERIA,
+    METHODS,
+    Analysis,
+    Plan,
+    analysis_dict,
+    analyze_with_progress,
+    check_plot,
+    check_schemes,
+    plot_plan,
+    resolved_precision,
+    with_data,
+)
+from .directory import compress_directory
+from .eval import add_eval, check_data_flags
+from .targets import ModelTarget, Target
+
+TARGET_HELP = (
+    "package.module:function or file.py:function that returns the model; for compress also a checkpoint directory: "
+    "config.json and safetensors files"
+)
+BUDGETS = ("params", "flops", "latency", "error")
+
+
+@contextlib.contextmanager
+def _progress(schemes: Sequence[int]) -> Iterator[Callable[[Sequence[Layer]], Callable[[int], None]]]:
+    """A progress bar on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def start(layers: Sequence[Layer]) -> Callable[[int], None]:
+            task = bar.add_task(f"spectra of {len(layers)} layers", total=total_work(layers, schemes))
+            return lambda n: bar.advance(task, n)
+
+        yield start
+
+
+def _precision(args: argparse.Namespace) -> str:
+    """Of the spectra: as asked for, or float32 where only a plan that can be checked is made of them."""
+    if args.command != "compress":
+        return "float64"
+    if args.precision is not None or args.data or args.plot:
+        return args.precision or "float64"
+    return resolved_precision({name: getattr(args, name) for name in SHARES}, args.criterion, args.method)
+
+
+def _analyze(args: argparse.Namespace) -> tuple[nn.Module, Analysis]:
+    model = ModelTarget(args.target, args.weights)()
+    with _progress(check_schemes(args.schemes)) as start:
+        analysis = analyze_with_progress(
+            model, args.schemes, args.groups or "divisors", args.include, args.exclude, _precision(args), start
+        )
+    return model, analysis
+
+
+def _run_analyze(args: argparse.Namespace) -> None:
+    _, analysis = _analyze(args)
+    print(json.dumps(analysis_dict(analysis)) if args.json else analysis)
+
+
+def _run_compress(args: argparse.Namespace) -> None:
+    if ":" not in args.target and not Path(args.target).is_dir():
+        raise MissingFileError(
+            f"{args.target!r}: there is no such checkpoint directory, and a function that returns the model is named "
+            f"package.module:function or file.py:function"
+        )
+    if Path(args.target).is_dir():
+        compress_directory(args, first=os.environ.get("RANK", "0") == "0")
+        return
+    if args.device != "cpu":
+        raise ArgumentError(
+            "--device goes with a checkpoint directory; a model is worked on where its function puts it"
+        )
+    if not Path(args.output).absolute().parent.is_dir():
+        raise MissingFileError(f"--output: the directory of {args.output!r} does not exist")
+    if args.plot:
+        check_plot(args.plot)
+    if (args.flops is not None or args.latency is not None) and args.input is None:
+        raise ArgumentError("--flops and --latency need --input, the shape of an input, for example 1,3,224,224")
+    check_data_flags(args)
+    batches = Target(args.data).function() if args.data else None
+    if args.refit:
+        check_batches(batches)
+    begin = time.perf_counter()
+    model, analysis = _analyze(args)
+    if batches is not None:
+        with Console(stderr=True).status("moments of the layers' inputs"):
+            analysis = with_data(analysis, batches, args.sensitivity, groups=args.groups or "divisors")
+    budget = {name: getattr(args, name) for name in BUDGETS}
+    example = None if args.input is None else torch.randn(args.input)
+    plan = analysis.plan(
+        **budget, example_inputs=example, criterion=args.criterion, p=args.p, method=args.method, align=args.align
+    )
+    with Console(stderr=True).status("factors"):  # shown on a terminal only
+        small = plan.apply(model, refit=batches if args.refit else None)
+    save(small, args.output)
+    if args.plot:
+        plot_plan(analysis, plan, args.plot)
+    seconds, size = time.perf_counter() - begin, Path(args.output).stat().st_size
+    factors: dict[str, Any] = getattr(small, "alds_factors", {})
+    methods = dict(Counter(r.method for r in factors.values()))
+    if args.json:
+        summary = {"output": args.output, "file_bytes": size, "seconds": seconds, "factors": methods}
+        print(json.dumps({**summary, "params": plan.params, "plan": json.loads(plan.to_json())}))
+        return
+    print(plan)
+    print(f"factors: {', '.join(f'{n} {m}' for m, n in sorted(methods.items())) or 'none'}")
+    print(f"wrote {args.output}: {size:,} bytes, in {seconds:.1f} s")
+
+
+def _run_show(args: argparse.Namespace) -> None:
+    path = Path(args.file) / PLAN if Path(args.file).is_dir() else Path(args.file)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            plan: Plan | None = Plan.from_json(path.read_text())
+        except UnicodeDecodeError as e:
+            raise FileFormatError(f"{args.file!r} is not a text file") from e
+    else:
+        plan = read_header(path)["plan"]
+    if plan is None:
+        raise FileFormatError(f"{args.file!r} holds a compressed model without a plan")
+    print(plan.to_json() if args.json else plan)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _groups(text: str) -> str | tuple[int, ...]:
+    return text if text == "divisors" else _integers(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("alds-fast", description="Low-rank compression of PyTorch models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("target", help=TARGET_HELP)
+    model.add_argument("--weights", metavar="FILE", help="safetensors file with the model's state dict")
+    model.add_argument("--schemes", type=_integers, default=SCHEMES, help="folds to try, for example 0,3")
+    model.add_argument(
+        "--groups",
+        type=_groups,
+        help="channel slices to try: divisors (default), or 1,2,4; "
+        "for a checkpoint directory divisors up to 16 (default)",
+    )
+    model.add_argument("--include", action="append", metavar="PATTERN", help="only these layers (may be repeated)")
+    model.add_argument("--exclude", action="append", metavar="PATTERN", help="not these layers (may be repeated)")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print JSON")
+    analyze = commands.add_parser("analyze", parents=[model, output], help="list the layers and what can be done")
+    analyze.set_defaults(run=_run_analyze)
+    compress = commands.add_parser("compress", parents=[model, output], help="compress a model and save it")
+    compress.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
+    compress.add_argument("--flops", type=float, help="share of the FLOPs to keep, in (0, 1]; needs --input")
+    compress.add_argument("--latency", type=float, help="share of the measured latency, in (0, 1]; needs --input")
+    compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
+    compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
+    compress.add_argument(
+        "-o", "--output", required=True, metavar="PATH", help="file, or for a directory new directory, to write"
+    )
+    compress.add_argument("--data", metavar="TARGET", help="function that returns batches of the model's inputs")
+    compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
+    compress.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
+    compress.add_argument("--criterion", choices=ALL_CRITERIA, default=None)
+    compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
+    compress.add_argument("--method", choices=METHODS, default="alds")
+    compress.add_argument("--precision", choices=("float32", "float64"), help="of the spectra (default: what will do)")
+    compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
+    compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
+    compress.add_argument("--device", default="cpu", help="for a checkpoint directory: cpu or cuda")
+    compress.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of a checkpoint directory")
+    compress.set_defaults(run=_run_compress)
+    add_eval(commands, [model, output], _integers)
+    show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
+    show.add_argument("file", help="a model written by save, a compressed directory, or a plan in JSON")
+    show.set_defaults(run=_run_show)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    given = [name for name in BUDGETS if getattr(args, name, None) is not None]
+    if args.command == "compress" and (not given or ("error" in given and len(given) > 1)):
+        parser.error("give --error, or one or several of --params, --flops and --latency")
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except AldsError as e:
+        print(f"alds-fast: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("alds-fast: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

@@ -1,0 +1,66 @@
+"""How much a rank loses: spectra, criteria of weights alone, moments of data and criteria weighted by them.
+
+Here belongs what turns a layer into errors by rank. What chooses among ranks belongs in allocation.
+"""
+
+from .errors_by_rank import DATA_CRITERIA, MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
+from .input_rows import Wanted, masked, outputs, patches
+from .layer_batches import FoldRoom, batches, for_threads, in_single, place
+from .moment_hooks import rows_wanted
+from .moment_sums import exact_products
+from .moments import Moments, Sensitivity, collect_moments
+from .spectra import (
+    Groups,
+    Key,
+    LayerSpectra,
+    Sharpen,
+    all_single,
+    candidate_groups,
+    exact_spectra,
+    layer_spectra,
+    total_work,
+    with_groups,
+)
+from .spectral import CRITERIA
+from .weighted_errors import EIGEN_NOISE, folded, slice_bases, tap_blocks
+from .weights import Weighting, weighting
+
+__all__ = [
+    "CRITERIA",
+    "DATA_CRITERIA",
+    "EIGEN_NOISE",
+    "MAX_DATA_GROUPS",
+    "Basis",
+    "Errors",
+    "FoldRoom",
+    "Groups",
+    "Key",
+    "LayerSpectra",
+    "Moments",
+    "Sensitivity",
+    "Sharpen",
+    "Wanted",
+    "Weighting",
+    "all_single",
+    "batches",
+    "candidate_groups",
+    "collect_moments",
+    "exact_products",
+    "exact_spectra",
+    "folded",
+    "for_threads",
+    "in_single",
+    "layer_errors",
+    "layer_spectra",
+    "masked",
+    "outputs",
+    "patches",
+    "place",
+    "rows_wanted",
+    "slice_bases",
+    "tap_blocks",
+    "total_work",
+    "weighting",
+    "with_groups",
+    "with_outputs",
+]

@@ -1,0 +1,100 @@
+"""What a layer multiplies its weight with: rows of its input (tokens, or im2col patches), and rows of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import is_linear
+
+Wanted = Callable[[int], int]
+
+
+def every(rows: int) -> int:
+    """All of them."""
+    return rows
+
+
+def batched(module: nn.Module, x: Tensor) -> Tensor:
+    """The input or output of a convolution with its batch dimension, which may have been left out."""
+    if is_linear(module):
+        return x
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
+
+
+def masked(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | None:
+    """The batch's mask (samples, tokens) for the leading dimensions of a Linear's input or output, where it fits.
+
+    Those are (samples, tokens), (tokens, samples) or both in one; of as many tokens as samples the first.
+    """
+    if keep is None or not is_linear(module):
+        return None
+    leading = x.shape[:-1]
+    forms = (keep, keep.flatten(), keep.mT)
+    return next((form for form in forms if leading == form.shape), None)
+
+
+def _windows(module: Any, x: Tensor) -> Tensor:
+    """View (samples, *positions, channels, *kernel) of a convolution's padded input."""
+    pad, axes = module._reversed_padding_repeated_twice, len(module.kernel_size)
+    if any(pad):
+        x = F.pad(x, pad, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+    for axis in range(axes):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+    return x.movedim(1, 1 + axes)
+
+
+def patches(
+    module: nn.Module, x: Tensor, keep: Tensor | None = None, wanted: Wanted = every, seed: int = 0
+) -> tuple[Tensor, int]:
+    """Rows (rows, conv_groups, columns of the encode fold) that the layer's weight is multiplied with.
+
+    Args:
+        module: a Linear or ``nn.Conv1d/2d/3d``.
+        x: its input.
+        keep: for a Linear, a mask of the input's leading dimensions; rows where it is False are left out.
+        wanted: how many of that many rows to return, drawn at random from ``seed``; at least one is.
+
+    Returns:
+        The rows, and how many there were to draw from.
+
+    >>> patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]]))[0][:, 0]
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+    if is_linear(module):
+        rows = x[keep] if keep is not None else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        return rows[_drawn(len(rows), wanted, seed, x.device)].unsqueeze(1), len(rows)
+    windows: Any = _windows(module, batched(module, x))
+    sizes = windows.shape[: windows.dim() - len(module.kernel_size) - 1]  # type: ignore[arg-type]
+    drawn = _drawn(sizes.numel(), wanted, seed, x.device)
+    at = drawn if isinstance(drawn, Tensor) else torch.arange(sizes.numel(), device=x.device)
+    rows = windows[torch.unravel_index(at, tuple(sizes))]
+    return rows.reshape(len(rows), module.groups, -1), sizes.numel()
+
+
+def outputs(
+    module: nn.Module, y: Tensor, keep: Tensor | None = None, wanted: Wanted = every, seed: int = 0
+) -> tuple[Tensor, int]:
+    """Rows (rows, conv_groups, filters of a group) of the layer's output or of a gradient at it, as :func:`patches`."""
+    if is_linear(module):
+        return patches(module, y, keep, wanted, seed)
+    channels_last = batched(module, y).movedim(1, -1)
+    drawn = _drawn(channels_last.shape[:-1].numel(), wanted, seed, y.device)
+    rows = channels_last.flatten(0, -2)
+    return rows[drawn].unflatten(1, (module.groups, -1)), len(rows)
+
+
+def _drawn(rows: int, wanted: Wanted, seed: int, device: torch.device) -> Tensor | slice:
+    """Which rows to take, in their order."""
+    count = max(1, wanted(rows)) if rows else 0
+    if count >= rows:
+        return slice(None)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(rows, (count,), generator=generator).sort().values.to(device)

@@ -1,0 +1,128 @@
+"""Hooks that sum up what layers see, call after call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Layer, columns_of, filters_of, is_linear
+from .input_rows import Wanted, masked, outputs, patches
+from .moment_sums import Sum
+
+LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
+ENOUGH_ROWS = 512  # a call
+ROWS_PER_COLUMN = 2  # of a moment, where the data has them
+
+
+class Collector:
+    """Hooks on the layers, and what they have summed up."""
+
+    def __init__(self, layers: Sequence[Layer], order: int, gradients: bool) -> None:
+        self.layers, self.gradients = layers, gradients
+        self.keep: Tensor | None = None
+        self.sums: dict[str, Sum] = {layer.name: Sum() for layer in layers}
+        self.gradient_sums: dict[str, Sum] = {layer.name: Sum() for layer in layers if gradients}
+        self.by_output = {layer.name for layer in layers if columns_of(layer) > order}
+        self.energy, self.seed = 0.0, 0
+        self.last: tuple[Any, ...] = (lambda: None, None, [], 0)
+        self.leaders: dict[str, set[str]] = {layer.name: set() for layer in layers}
+        self.last_name = ""
+        self.back = False  # in a backward pass, where checkpointed layers are called again: inputs do not count
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """With the hooks on the layers."""
+        handles = []
+        for layer in self.layers:
+            if layer.name not in self.by_output:
+                handles.append(layer.module.register_forward_pre_hook(self._on_input(layer), with_kwargs=True))
+            if self.gradients or layer.name in self.by_output:
+                handles.append(layer.module.register_forward_hook(self._on_output(layer)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _on_input(self, layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.back:
+                self._add_input(layer, args[0] if args else kwargs["input"])
+
+        return hook
+
+    def _add_input(self, layer: Layer, x: Tensor) -> None:
+        key = (*_geometry(layer), None if x.is_inference() else x._version)
+        seen, known, products, rows = self.last
+        sums, linear = self.sums[layer.name], is_linear(layer.module)
+        same = linear and seen() is x and known == key  # q, k and v read one tensor
+        if same and (sums.second is None or sums.shift is products[0].shift):
+            self.leaders[layer.name].add(self.last_name)
+        else:
+            keep = masked(layer.module, x, self.keep)
+            found, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer, sums.drawn), self.seed)
+            products = sums.products(found)
+            if linear:  # convolutions rarely share an input, and their strips may be large
+                products = [replace(product, strips=list(product.strips)) for product in products]
+                self.last, self.last_name = (weakref.ref(x), key, products, rows), layer.name
+            self.seed += 1
+            self.leaders[layer.name].add(layer.name)
+        sums.add(products, rows)
+
+    def _on_output(self, layer: Layer) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if layer.name in self.by_output and not self.back:
+                self._add_output(layer, y.detach())
+            if not self.gradients or not torch.is_grad_enabled():  # or it runs where no gradient can matter
+                return None
+            if not y.requires_grad:  # nothing before it does: the gradient starts here
+                y = y.detach().requires_grad_().clone()
+            y.register_hook(lambda g: self._add_gradient(layer, g))
+            return y
+
+        return hook
+
+    def _add_output(self, layer: Layer, y: Tensor) -> None:
+        found, rows = outputs(layer.module, y, masked(layer.module, y, self.keep))
+        bias: Any = layer.module.bias
+        shift = 0.0 if bias is None else bias.detach().view(found.shape[1:])
+        sums = self.sums[layer.name]
+        sums.add(sums.products(found - shift), rows)
+
+    def _add_gradient(self, layer: Layer, g: Tensor) -> None:
+        sums = self.gradient_sums[layer.name]
+        wanted = _wanted(layer, filters_of(layer), columns_of(layer), sums.drawn)
+        found, rows = outputs(layer.module, g.detach(), masked(layer.module, g, self.keep), wanted, self.seed)
+        self.seed += 1
+        sums.add(sums.products(found, centred=False), rows)
+
+
+def _wanted(layer: Layer, width: int, other: int, drawn: int) -> Wanted:
+    """How many of a call's rows of ``width`` entries are drawn, the layer's own cost per row being width * other.
+
+    All tokens. Of a convolution's patches, which overlap, so many that their product costs what the layer itself does,
+    the least share at least, but no more than the width, or 512; as long as fewer than two for every entry have been
+    ``drawn`` before, as many more as are there.
+    """
+    if is_linear(layer.module):
+        return lambda rows: rows
+    share, most = max(LEAST_SHARE, other / width), max(width, ENOUGH_ROWS)
+    return lambda rows: min(rows, max(min(round(rows * share), most), ROWS_PER_COLUMN * width - drawn))
+
+
+def rows_wanted(layer: Layer, drawn: int) -> Wanted:
+    """How many rows of a call's input are drawn, after ``drawn`` of the calls before."""
+    return _wanted(layer, columns_of(layer), filters_of(layer), drawn)
+
+
+def _geometry(layer: Layer) -> tuple[Any, ...]:
+    """Layers that agree in it make the same rows of the same input."""
+    names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "groups")
+    own = tuple(getattr(layer.module, name, None) for name in names)
+    return layer.kind, own, 0 if is_linear(layer.module) else filters_of(layer)

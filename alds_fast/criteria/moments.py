@@ -1,0 +1,182 @@
+"""Second moments of the layers' inputs, and of the gradients at their outputs, streamed over batches of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import ArgumentError, ModelError
+from ..layers import Layer, filters_of, label
+from ..measurement import call_model, explained, inference, mask_of, padded, preserved
+from .moment_hooks import Collector
+
+Sensitivity = bool | Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a layer sees: float64, on the CPU; x is a token or an im2col patch, y = W x without the bias.
+
+    Attributes:
+        rows: number of x seen.
+        second: E[x x^T], (conv_groups, n, n), n = channels * kernel area of a convolution's group; None for a layer
+            whose n is above the limit, where ``output`` serves.
+        mean: E[x], (conv_groups, n), or, beside ``output``, E[y], (conv_groups, filters of a group).
+        output: E[y y^T], (conv_groups, filters of a group, the same), or None.
+        gradient: sum over all rows of g g^T over the sum of the squares of the network's output, g the gradient at y
+            of that output's product with random signs; shaped as ``output``; zero where that output does not depend
+            on the layer, None if not asked for.
+        noise, gradient_noise: how far the covariance (of x, or of y beside ``output``) and ``gradient`` are from those
+            of all data of this kind: expected squared Frobenius distance, estimated from how far parts of the data are
+            from one another.
+    """
+
+    rows: int
+    second: Tensor | None
+    mean: Tensor
+    output: Tensor | None = None
+    gradient: Tensor | None = None
+    noise: float = 0.0
+    gradient_noise: float = 0.0
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient; the flags are put back at the end."""
+    flags = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _first_floating(output: Any) -> Tensor | None:
+    """The first floating-point tensor of a model's output, whatever containers it is in."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return next((t for v in values if (t := _first_floating(v)) is not None), None)
+
+
+def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torch.Generator) -> float:
+    """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
+    z = sensitivity(output, batch) if callable(sensitivity) else _first_floating(output)
+    if not isinstance(z, Tensor) or not z.requires_grad:
+        raise ModelError(
+            "sensitivity= needs a floating-point output that depends on the layers with gradients allowed; pass "
+            "sensitivity=lambda output, batch: the tensor that matters"
+        )
+    if z.dim() == 0:
+        z.backward()
+        return 1.0
+    signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
+    (z * signs).sum().backward()
+    return float(z.detach().double().square().sum())
+
+
+def _detached(batch: Any) -> Any:
+    """The batch without tensors that ask for a gradient, which would be left in their ``grad``."""
+    asking = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(batch))
+    return tree_map_only(Tensor, Tensor.detach, batch) if asking else batch
+
+
+def collect_moments(
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Sequence[Layer],
+    *,
+    sensitivity: Sensitivity = False,
+    mask: str | None = "attention_mask",
+    order: int = 8192,
+) -> dict[str, Moments]:
+    """Moments of the layers over all batches of ``data``, by name; layers that are never called are left out.
+
+    The model runs once per batch in evaluation mode; it is left as it was. Of a convolution's patches, which overlap,
+    so many are drawn at random that their product costs as much as the layer itself, one in 64 at least, no more than
+    their width, or 512, per call. Memory beside the result: one product of the largest order in the type of
+    the data, and the rows of one call.
+
+    Args:
+        data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
+        sensitivity: also collect gradients: True for those of the model's first output, or a function of (output,
+            batch) that returns the tensor whose squared error matters, or a loss (0-dimensional).
+        mask: name of a keyword argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is
+            not counted in Linear layers.
+        order: layers with more columns than this get the moment of their output instead.
+
+    Raises:
+        ArgumentError: no batches, a batch that is nothing that can be passed on, no layer that sees any of it, a mask
+            that is none or, but for the default, in no batch, or ``sensitivity`` in inference mode.
+        ModelError: the model raised an exception, or a layer sees NaN.
+    """
+    collector, generator = Collector(layers, order, bool(sensitivity)), torch.Generator().manual_seed(0)
+    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
+        raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
+    if sensitivity and torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
+        )
+    count, masks = 0, 0
+    with collector.hooked(), preserved(model), inference(model), padded(model), _frozen(model):
+        for count, batch in enumerate(data, 1):
+            collector.keep = mask_of(batch, mask)
+            masks += collector.keep is not None
+            with explained(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
+                output = call_model(model, _detached(batch), f"batch {count} of data=")
+                if sensitivity:
+                    collector.back = True
+                    collector.energy += _backward(output, batch, sensitivity, generator)
+                    collector.back = False
+    if not count:
+        raise ArgumentError("data= has no batches; an iterator can be used once only")
+    if not masks and mask not in (None, "attention_mask"):
+        raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
+    found = _moments_of(collector)
+    if layers and not found:
+        raise ArgumentError(
+            "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "
+            "without calling them"
+        )
+    return found
+
+
+def _check(layer: Layer, second: Tensor, gradient: Tensor | None) -> None:
+    for name, value in (("input", second), ("gradient", gradient)):
+        if value is not None and not bool(value.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares
+            raise ModelError(
+                f"layer {label(layer.name)}: its {name} has NaN or infinite values on this data; mend the data, or "
+                f"leave the layer out with exclude={[layer.name]!r}"
+            )
+
+
+def _moments_of(collector: Collector) -> dict[str, Moments]:
+    """By name, for the layers that were called; layers with one and the same input share its moment."""
+    found: dict[str, Moments] = {}
+    for layer in collector.layers:
+        own, gradient, gradient_noise = collector.sums[layer.name], None, 0.0
+        if not own.rows:
+            continue
+        if collector.gradients and collector.gradient_sums[layer.name].rows:
+            gradient, _, gradient_noise = collector.gradient_sums[layer.name].over(collector.energy)
+        elif collector.gradients:  # what matters does not depend on this layer
+            assert layer.shape is not None
+            gradient = torch.zeros(layer.shape.conv_groups, *2 * [filters_of(layer)], dtype=torch.float64)
+        rows, (second, mean, noise) = own.rows, own.over(own.rows)
+        for other in collector.leaders[layer.name] & found.keys():
+            shared = found[other].second
+            if shared is not None and torch.equal(shared, second):
+                second = shared
+        _check(layer, second, gradient)
+        by_output = layer.name in collector.by_output
+        inner, outer = (None, second) if by_output else (second, None)
+        found[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise)
+    return found

@@ -1,0 +1,12 @@
+"""The fastest form of every low-rank layer on this machine, measured: ``deploy`` and its table.
+
+Here belongs what depends on a machine. What the model computes is the same before and after.
+"""
+
+from .api import deploy
+from .table import DeployTable
+
+__all__ = [
+    "DeployTable",
+    "deploy",
+]

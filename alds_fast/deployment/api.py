@@ -1,0 +1,236 @@
+"""Deploy a compressed model: measure every low-rank layer on the device and keep the fastest way to run it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError, BackendError, ModelError
+from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, label, replace_layers, tied_names
+from ..measurement import (
+    call_model,
+    environment,
+    inference,
+    interleaved_ms,
+    layer_inputs,
+    median_ratio,
+    preserved,
+    shared_inputs,
+)
+from .autotune import SEPARATE, TIE, Specs, call_text, is_plain, module_for, race, race_merged
+from .table import DeployRow, DeployTable
+
+BACKENDS = ("dense", "two-op", "fused")
+Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
+MERGED = "merged"  # kind of a row that stands for several layers
+MAX_MERGED = 3  # layers with one encoder call; no more than the few-rows kernel takes
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
+    """The first fields of a row."""
+    structure = f"scheme={layer.scheme}, groups={layer.groups}, rank={layer.rank}"
+    return name, type(layer).__name__, layer.weight_shape.weight, structure
+
+
+def _row(name: str, layer: LowRankLayer, case: Case, known: Mapping[str, DeployRow], rounds: int) -> DeployRow:
+    specs, plain = case
+    if not specs:
+        return DeployRow(*_head(name, layer), "", {}, {}, "two-op", "not called with the example inputs", "forced")
+    call = call_text(layer, specs, plain)
+    if call in known:
+        return replace(known[call], name=name)
+    return DeployRow(*_head(name, layer), call, *race(layer, specs, rounds, plain), "measured")
+
+
+def _rows(
+    layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case], known: dict[str, DeployRow], rounds: int
+) -> list[DeployRow]:
+    """A row for every layer; layers with the same call are measured once."""
+    rows = []
+    for name, layer in layers.items():
+        rows.append(_row(name, layer, cases[name], known, rounds))
+        if rows[-1].call:
+            known[rows[-1].call] = rows[-1]
+    return rows
+
+
+def _forced(name: str, layer: LowRankLayer, case: Case, backend: str) -> DeployRow:
+    specs, plain = case
+    if not specs:
+        return DeployRow(*_head(name, layer), "", {}, {}, "two-op", "not called with the example inputs", "forced")
+    if backend == "dense" and not plain:
+        raise BackendError(
+            f"layer {label(name)}: backend='dense' cannot replace it: it has hooks, a forward of its own or factors "
+            f"that other modules hold too"
+        )
+    for spec in specs if backend == "fused" else ():
+        if reason := layer.why_not_fused(spec.empty()):
+            raise BackendError(f"layer {label(name)}: backend='fused' cannot run it: {reason}")
+    return DeployRow(*_head(name, layer), call_text(layer, specs, plain), {}, {}, backend, "", "forced")
+
+
+def _merged_rows(
+    groups: Iterable[tuple[str, ...]], layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case],
+    rows: Sequence[DeployRow], known: dict[str, DeployRow], rounds: int,
+) -> list[DeployRow]:  # fmt: skip
+    """A row for every group of two or three linear layers that read the same tensors."""
+    won, found = {row.name: row for row in rows}, []
+    for group in groups:
+        for names in (group[i : i + MAX_MERGED] for i in range(0, len(group), MAX_MERGED)):
+            members = [layer for n in names if isinstance(layer := layers[n], LowRankLinear)]
+            if len(members) < 2:
+                continue
+            call = json.dumps([[won[n].call, won[n].won] for n in names])
+            if call not in known:
+                result = race_merged(members, [won[n].won for n in names], cases[names[0]][0], rounds)
+                shape = (sum(m.weight_shape.out_channels for m in members), members[0].weight_shape.in_channels)
+                ranks = ", ".join(str(m.rank) for m in members)
+                known[call] = DeployRow("", MERGED, shape, f"ranks {ranks}", call, *result, "measured")
+            found.append(replace(known[call], name=" + ".join(names), members=names))
+    return found
+
+
+def _merge_candidates(
+    model: nn.Module, example_inputs: Any, layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case]
+) -> list[tuple[str, ...]]:
+    free = [n for n, m in layers.items() if isinstance(m, LowRankLinear) and m.groups == 1 and cases[n][1]]
+    biases = tied_names(model)
+    return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
+
+
+def _built(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
+    """A copy of the model with every layer as the rows say; rows of merged layers come last.
+
+    Layers that keep their form are copied in their place, with everything that hangs on them.
+    """
+    new: dict[str, nn.Module] = {}
+    backends: dict[str, str] = {}
+    for row in rows:
+        if row.kind != MERGED and row.won in ("two-op", "fused"):
+            backends[row.name] = "fused-first" if row.won == "fused" and row.source != "forced" else row.won
+        elif row.kind != MERGED:
+            new[row.name] = module_for(layers[row.name], row.won)
+        elif row.won != SEPARATE:
+            members = [layer for n in row.members if isinstance(layer := layers[n], LowRankLinear)]
+            backend = "fused-first" if row.won == "fused" else row.won
+            merged = MergedLinears(members, backend).train(members[0].training)
+            new |= {n: MergedPart(merged, i).train(merged.training) for i, n in enumerate(row.members)}
+    result = replace_layers(model, new)
+    for name in backends.keys() - new.keys():
+        vars(result.get_submodule(name))["backend"] = backends[name]
+    return result
+
+
+def _best(times: Mapping[str, Sequence[float]]) -> str:
+    """The deployed model, unless two calls everywhere are more than 2 % faster or the dense model is not slower."""
+    best = "deployed" if median_ratio(times, "two-op", "deployed") >= TIE else "two-op"
+    return "dense" if median_ratio(times, best, "dense") >= 1 else best
+
+
+def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: int) -> dict[str, list[float]]:
+    device = _device(next(iter(sides.values())))
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        def run() -> object:
+            with inference(model):
+                return call_model(model, example_inputs)
+
+        return run
+
+    with preserved(next(iter(sides.values()))):
+        return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
+
+
+def _known(table: DeployTable | str | os.PathLike[str] | None, device: torch.device) -> dict[str, DeployRow]:
+    if table is None:
+        return {}
+    if isinstance(table, str | os.PathLike):
+        table = DeployTable.load(table)
+    if not isinstance(table, DeployTable):
+        raise ArgumentError(f"table is a {type(table).__name__}: expected a DeployTable or the path of a saved one")
+    return {call: replace(row, source="table") for call, row in table.known(environment(device)).items()}
+
+
+def deploy(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    backend: str | None = None,
+    table: DeployTable | str | os.PathLike[str] | None = None,
+    rounds: int = 7,
+    report: bool = False,
+) -> Any:
+    """A copy of a compressed model in which every low-rank layer runs in the way that was measured to be fastest.
+
+    For every layer, with the inputs that it gets from the example, taking turns: the recomposed dense layer, the two
+    library calls, and the fused kernel where it can run; the latter two also with the same function in other shapes
+    (fewer slices with a block-diagonal encoder, ranks padded with zeros to a multiple of 8 on the CPU, 16 on a GPU).
+    Low-rank linear layers without slices that read the same tensor (q/k/v, gate/up) are also tried with one encoder
+    call for two or three of them. The fastest is kept; one that is less than 2 % faster than a simpler one is not. At
+    last the whole deployed model is timed against the dense one and the one given, and the fastest is returned. Layers
+    with hooks, a forward of their own or shared factors keep their form. ``model`` is not changed (its buffers and
+    torch's random state are put back after the runs that it takes); three more copies of it are in memory meanwhile.
+
+    Args:
+        model: a model with low-rank layers, on the device and in the type that it will run with.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
+        backend: None measures; "dense", "two-op" or "fused" force one on every layer that is called.
+        table: a :class:`DeployTable` of an earlier call, or the path of a saved one: what it holds for this hardware,
+            torch version and thread count is not measured again.
+        rounds: turns that every side takes.
+        report: also return the :class:`DeployTable`.
+
+    Returns:
+        The deployed module, or (module, table). The table is also the module's ``alds_deployed``.
+
+    Raises:
+        ArgumentError: an argument is out of range. ModelError: the example does not run, or nothing can be copied.
+        BackendError: backend="fused" where the kernel cannot run a layer. FileFormatError: the table is not one.
+
+    >>> import alds_fast as alds
+    >>> small = alds.compress(torch.nn.Sequential(torch.nn.Linear(256, 256)), params=0.25)
+    >>> fast, found = deploy(small, torch.randn(64, 256), rounds=3, report=True)
+    >>> sorted(found.model_ms), found.rows[0].won in found.rows[0].times_ms
+    (['dense', 'deployed', 'two-op'], True)
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    if backend is not None and backend not in BACKENDS:
+        raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(BACKENDS)}")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
+    known = _known(table, _device(model))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
+    inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
+    cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
+    if backend is not None:
+        rows = [_forced(name, layer, cases[name], backend) for name, layer in layers.items()]
+    else:
+        rows = _rows(layers, cases, known, rounds)
+        rows += _merged_rows(
+            _merge_candidates(model, example_inputs, layers, cases), layers, cases, rows, known, rounds
+        )
+    own = [row for row in rows if row.kind != MERGED]
+    sides = {
+        "dense": [replace(row, won="dense" if cases[row.name][1] else "two-op") for row in own],
+        "two-op": [replace(row, won="two-op") for row in own],
+        "deployed": rows,
+    }
+    times = _whole_model_ms({name: _built(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
+    changed = any(row.won not in ("dense", SEPARATE) for row in rows)
+    kept = _best(times) if backend is None and changed else "deployed"
+    found = DeployTable(tuple(rows), environment(_device(model)), {n: median(ms) for n, ms in times.items()}, kept)
+    result = _built(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
+    object.__setattr__(result, "alds_deployed", found)
+    return (result, found) if report else result

@@ -1,0 +1,157 @@
+"""The ways to run a low-rank layer, timed against each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Container, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import LOW_RANK, LowRankLayer, LowRankLinear, MergedLinears, low_rank_like
+from ..measurement import InputSpec, interleaved_ms, median_ratio
+from .equivalent_shapes import regrouped, variants
+
+TIE = 0.98  # a less simple candidate must take at most this share of the simpler one's time
+MULTIPLE = {"cpu": 8, "cuda": 16}  # ranks that oneDNN's vectors and the tensor cores' tiles like
+SEPARATE = "separate"
+Specs = Mapping[InputSpec, int]
+Modules = Mapping[str, Callable[[Tensor], Sequence[Tensor]]]
+
+
+class Result(NamedTuple):
+    """Milliseconds and errors by candidate, the winner, and a remark."""
+
+    times_ms: dict[str, float]
+    errors: dict[str, float]
+    won: str
+    note: str
+
+
+def call_text(layer: LowRankLayer, specs: Specs, plain: bool) -> str:
+    """Everything that the time of a layer's calls depends on beside the hardware, as JSON."""
+    factors = [[list(f.shape), list(f.stride()), str(f.dtype)] for f in (layer.encoder, layer.decoder)]
+    inputs = [[spec.to_dict(), count] for spec, count in specs.items()]
+    structure = with_backend(layer, "auto").extra_repr()
+    fields = {"layer": [type(layer).__name__, structure], "factors": factors, "inputs": inputs, "plain": plain}
+    return json.dumps(fields)
+
+
+def with_backend(layer: LowRankLayer, backend: str) -> LowRankLayer:
+    """The same layer, factors shared, that runs with that backend."""
+    new = copy.copy(layer)
+    new.backend = backend
+    return new
+
+
+def is_plain(layer: LowRankLayer, tied: Container[int]) -> bool:
+    """Whether another module can take its place: no subclass, hooks, forward of its own or factors held elsewhere."""
+    hooks = any(name.endswith("hooks") and len(v) for name, v in vars(layer).items() if isinstance(v, dict))
+    factors = (layer.encoder, layer.decoder)
+    known = type(layer) in LOW_RANK.values() and "forward" not in vars(layer)
+    return known and not hooks and not any(id(f) in tied for f in factors)
+
+
+def candidates_of(layer: LowRankLayer, specs: Specs, plain: bool) -> tuple[dict[str, nn.Module], str]:
+    """Ways to run the layer, the simplest first, and why the fused kernel is not among them ("" if it is).
+
+    A layer that is not plain keeps its own form.
+    """
+    note = ""
+    found: dict[str, nn.Module] = {"dense": layer.to_dense()} if plain else {}
+    kind = torch.device(next(iter(specs)).device).type
+    others = variants(layer, MULTIPLE.get(kind, 8)) if plain else {}
+    shapes = {"": layer} | {f", {text}": other for text, other in others.items()}
+    for backend in ("two-op", "fused"):
+        for text, shape in shapes.items():
+            reasons = [shape.why_not_fused(spec.empty()) for spec in specs] if backend == "fused" else []
+            note = note or next((r for r in reasons if r), "")
+            if not any(reasons):
+                found[backend + text] = with_backend(shape, backend)
+    return found, note
+
+
+def module_for(layer: LowRankLayer, won: str) -> nn.Module:
+    """The module that runs the layer as that candidate does; ArgumentError for a shape that does not fit it.
+
+    What was measured with the fused kernel runs as two calls where the kernel cannot run, with more rows for example.
+    """
+    if won == "dense":
+        return layer.to_dense()
+    backend, *sizes = won.split(", ")
+    backend = "fused-first" if backend == "fused" else backend
+    if not sizes:
+        return with_backend(layer, backend)
+    groups, rank = (int(text.partition("=")[2]) for text in sizes)
+    return with_backend(regrouped(layer, groups, rank), backend)
+
+
+def _distance(found: Tensor, reference: Tensor) -> float:
+    norm = float(reference.norm())
+    return float((found.double() - reference).norm()) / norm if norm > 0 else float(found.double().norm())
+
+
+def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Specs, rounds: int, note: str) -> Result:
+    """Time all sides over all inputs; the simplest, which come first, win ties. A kernel that fails is left out."""
+    times: dict[str, list[float]] = {name: [0.0] * rounds for name in sides}
+    errors = dict.fromkeys(sides, 0.0)
+    for spec, count in specs.items():
+        x, calls = spec.make(), {}
+        with torch.no_grad():
+            off = torch.autocast(x.device.type, enabled=False)
+            with off, torch.backends.cudnn.flags(enabled=True, benchmark=False):  # no search for the fastest in float64
+                reference = exact(x.double())
+            for name in list(times):
+                try:
+                    calls[name] = spec.caller(sides[name], x)
+                    outputs = calls[name]()
+                except Exception as e:
+                    if not name.startswith("fused"):
+                        raise
+                    note = f"{name} failed: {type(e).__name__}: {e}"
+                    del times[name], errors[name], calls[name]
+                    continue
+                for found, y in zip(outputs, reference, strict=True):
+                    errors[name] = max(errors[name], _distance(found, y))
+        for name, ms in interleaved_ms(calls, spec.device, rounds=rounds).items():
+            times[name] = [total + count * one for total, one in zip(times[name], ms, strict=True)]
+    first = won = next(iter(times))
+    typical = {name: median(times[first]) * median_ratio(times, name, first) for name in times}  # drift cancels
+    for name in typical:
+        if typical[name] < TIE * typical[won]:
+            won = name
+    return Result(typical, errors, won, note)
+
+
+def race(layer: LowRankLayer, specs: Specs, rounds: int, plain: bool) -> Result:
+    """All ways to run one layer, on random inputs like those that it gets."""
+    made, note = candidates_of(layer, specs, plain)
+    exact = _double(layer)
+    sides = {name: lambda x, m=module: (m(x),) for name, module in made.items()}
+    return _race(sides, lambda x: (exact(x),), specs, rounds, note)
+
+
+def race_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Specs, rounds: int) -> Result:
+    """Layers that read the same input, each as it won, against one encoder call for all of them."""
+    alone = [module_for(layer, name) for layer, name in zip(layers, won, strict=True)]
+    exact = [_double(layer) for layer in layers]
+    sides: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {SEPARATE: lambda x: [m(x) for m in alone]}
+    sides["two-op"] = MergedLinears(layers, "two-op")
+    fused = MergedLinears(layers, "fused")
+    reasons = [fused.why_not_fused(spec.empty()) for spec in specs]
+    if not any(reasons):
+        sides["fused"] = fused
+    return _race(sides, lambda x: [m(x) for m in exact], specs, rounds, next((r for r in reasons if r), ""))
+
+
+def _double(layer: LowRankLayer) -> LowRankLayer:
+    """A float64 copy without hooks that runs as two calls."""
+    new = low_rank_like(layer.dense_module(), layer.scheme, layer.groups, layer.rank)
+    for name in ("encoder", "decoder", "bias"):
+        old = getattr(layer, name)
+        setattr(new, name, None if old is None else nn.Parameter(old.detach().double(), False))
+    new.backend = "two-op"
+    return new

@@ -1,0 +1,15 @@
+"""The weights of the low-rank layers for ranks that are chosen, refitted to data where there is some.
+
+Here belongs what makes encoders and decoders. What chooses ranks belongs in allocation.
+"""
+
+from .factorization import Choice, FactorReport, factorize, plain_layers
+from .refitting import refit
+
+__all__ = [
+    "Choice",
+    "FactorReport",
+    "factorize",
+    "plain_layers",
+    "refit",
+]

@@ -1,0 +1,200 @@
+"""Factors fitted anew to what reaches each layer in the compressed network, layer after layer as they are run.
+
+A layer of the dense network gives y = W x. In the compressed network it gets x' instead of x. With C = E[x' x'^T] and
+B = E[y x'^T], the weight that is best before truncation is W' = W + (B - W C)(C + a I)^-1, and
+
+    E||y - V x'||^2 = tr((W' - V) C (W' - V)^T) + what no V changes        (a = 0)
+
+so that truncating W' under C (:mod:`alds_fast.criteria.weighted_errors`) makes up for the errors of the layers before:
+the asymmetric reconstruction of Zhang, Zou, He, Sun (TPAMI 2016), here for all folds and slices. The ridge a pulls
+towards W where the data say little; :mod:`alds_fast.factors.ridge` chooses it by cross-validation.
+
+At last the running statistics of BatchNorms move too (:mod:`alds_fast.factors.batchnorm`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..criteria import Moments, Wanted, masked, outputs, patches, rows_wanted, weighting
+from ..errors import ArgumentError, ModelError
+from ..layers import Layer, LowRankLayer, columns_of, oriented_weight
+from ..linalg import factors_to_weights
+from ..measurement import again, call_model, explained, inference, mask_of, padded, preserved
+from .batchnorm import move_statistics
+from .factorization import FactorReport
+from .ridge import Sums, best_weight
+from .weighted import factors
+
+ORDER = 8192  # columns of a layer, at most
+
+
+class _Reached(BaseException):
+    """Ends a forward pass; no Exception, which a model may catch."""
+
+
+def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str) -> None:
+    """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
+    left = calls
+
+    def counted(hook: Callable[..., None]) -> Callable[..., None]:
+        def count(*args: Any) -> None:
+            nonlocal left
+            hook(*args)
+            left -= 1
+            if left == 0:
+                raise _Reached
+
+        return count
+
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            register = getattr(model.get_submodule(name), f"register_{kind}")
+            stack.callback(register(counted(hook), with_kwargs=True).remove)
+        with suppress(_Reached):
+            call_model(model, batch, "a batch of refit=")
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["input"]
+    return found
+
+
+def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
+    """Layers in the order of their first calls, with the number of their calls; those that read one tensor together."""
+    order: list[tuple[str, Tensor, int]] = []  # with the version: an input changed in place is another one
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _first(args, kwargs)
+            order.append((name, x, 0 if x.is_inference() else x._version))
+
+        return note
+
+    _pass(model, batch, {name: hook(name) for name in names}, 0, "forward_pre_hook")
+    calls = dict.fromkeys((name for name, *_ in order), 0)
+    stages: list[dict[str, int]] = []
+    before: tuple[Tensor | None, int] = None, 0
+    for name, x, version in order:
+        if not calls[name] and x is before[0] and version == before[1]:
+            stages[-1][name] = 0
+        elif not calls[name]:
+            stages.append({name: 0})
+        calls[name], before = calls[name] + 1, (x, version)
+    return [{name: calls[name] for name in stage} for stage in stages]
+
+
+Gradient = tuple[Tensor | None, float]  # second moment and its noise
+
+
+class _Batch:
+    """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
+
+    def __init__(self, layer: Layer, sums: Sums, keep: Tensor | None, seed: int) -> None:
+        self.layer, self.sums, self.keep, self.seed = layer, sums, keep, seed
+        self.outputs: list[tuple[Tensor, Wanted]] = []
+        self.drawn = sums.drawn
+
+    def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        """After a call of the dense layer."""
+        wanted = rows_wanted(self.layer, self.drawn)
+        found, _ = outputs(module, y, masked(module, y, self.keep), wanted, self.seed)
+        bias: Any = module.bias
+        self.outputs.append((found.clone() if bias is None else found - bias.view(found.shape[1:]), wanted))
+        self.drawn += len(found)
+
+    def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
+        x, dense = _first(args, kwargs), self.layer.module
+        if self.outputs:
+            y, wanted = self.outputs.pop(0)
+            found, rows = patches(dense, x, masked(dense, x, self.keep), wanted, self.seed)
+            self.sums.paired &= len(y) == len(found)
+            if self.sums.paired:
+                self.sums.add(y, found, rows)
+
+
+def _collected(
+    stage: Mapping[str, int], layers: Mapping[str, Layer], model: nn.Module, small: nn.Module, data: Iterable[Any],
+    mask: str | None,
+) -> dict[str, Sums]:  # fmt: skip
+    """Sums of a stage's layers over all batches."""
+    sums, calls = {name: Sums() for name in stage}, sum(stage.values())
+    for number, batch in again(data):
+        keep = mask_of(batch, mask)
+        hooks = {name: _Batch(layers[name], sums[name], keep, number) for name in stage}
+        with explained(number, "refit="):
+            _pass(model, batch, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
+            _pass(small, batch, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
+    return sums
+
+
+def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Gradient, centred: bool) -> FactorReport:
+    """New factors and bias of a low-rank layer, in place."""
+    dense: Any = layer.module
+    seen = sums.means()
+    weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
+    best = best_weight(weight, sums, centred)
+    assert layer.shape is not None
+    moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient[0], sums.noise(), gradient[1])
+    found = factors(
+        weighting(layer.shape, best, moments, centred, moments.gradient is not None), low.scheme, low.groups, low.rank
+    )
+    encoder, decoder = factors_to_weights(found.left, found.right, low.weight_shape, low.scheme)
+    low.encoder.copy_(encoder)
+    low.decoder.copy_(decoder)
+    if centred:
+        moved = found.shift + (seen.mean_y - (best @ seen.mean.unsqueeze(-1)).squeeze(-1)).flatten()
+        assert low.bias is not None
+        low.bias.copy_(dense.bias.detach().double().cpu() + moved)
+    cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())
+    lost = math.sqrt(max(0.0, seen.lost(cut, centred)) / seen.energy) if seen.energy > 0 else 0.0
+    return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
+
+
+def refit(
+    small: nn.Module,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Iterable[Any],
+    *,
+    gradients: Mapping[str, tuple[Tensor, float]],
+    bias_correction: bool,
+    mask: str | None,
+) -> dict[str, FactorReport]:
+    """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
+
+    Every layer takes a pass of both networks over all batches, up to that layer; layers that read one tensor share it.
+    Layers with more than 8192 columns, those that the first batch does not reach, and those that get other rows in the
+    compressed network than in the dense one (experts, say) are left as they are, as their reports say.
+    ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some. Raises
+    ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
+    """
+    low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
+    known = {layer.name: layer for layer in layers if layer.name in low and columns_of(layer) <= ORDER}
+    reports: dict[str, FactorReport] = {}
+    with ExitStack() as stack:
+        stack.enter_context(padded(model, small))
+        for net in (model, small):
+            stack.enter_context(inference(net))
+            stack.enter_context(preserved(net))
+        first = next(iter(data), _Reached)
+        if first is _Reached:
+            raise ArgumentError("refit= has no batches")
+        with explained(1, "refit="):
+            stages = _stages(model, first, list(known))
+        for stage in stages:
+            for name, sums in _collected(stage, known, model, small, data, mask).items():
+                if sums.rows and not sums.finite():
+                    raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
+                if sums.rows and sums.paired:
+                    centred = bias_correction and known[name].own_bias and low[name].bias is not None
+                    reports[name] = _fit(known[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)
+    with padded(model, small):
+        move_statistics(model, small, data)
+    return reports

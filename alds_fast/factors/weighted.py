@@ -1,0 +1,124 @@
+"""The factors of one rank under a :class:`alds_fast.criteria.Weighting`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..criteria import EIGEN_NOISE, Weighting, folded, slice_bases, tap_blocks
+from ..linalg import matrix_shape, unfold
+
+REFIT_NOISE = 1e-6  # features with less than this share of the largest one's energy are not fitted
+
+
+class WeightedFactors(NamedTuple):
+    """Factors of all slices, left (g0, k, rows, rank) and right (g0, k, rank, cols / k), float64.
+
+    ``shift`` (filters,) is what the bias takes up, E[(W - W_hat) x], zero unless centred; ``error`` the relative error
+    reached, never above that of :func:`errors`, and ``frobenius`` ||W - W_hat||_F / ||W||_F.
+    """
+
+    left: Tensor
+    right: Tensor
+    shift: Tensor
+    error: float
+    frobenius: float
+
+
+def _completed(slices: Tensor, left: Tensor, values: Tensor, rank: int) -> Tensor:
+    """The first ``rank`` columns; those without energy in the data replaced by what the weight itself has most of."""
+    left = left[..., :rank].clone()
+    sure = (values[..., :rank] > EIGEN_NOISE * values[..., :1]).sum(-1)
+    for at in (sure < rank).nonzero().tolist():
+        known, matrix = int(sure[tuple(at)]), slices[tuple(at)]
+        basis = left[tuple(at)][:, :known]
+        rest = torch.linalg.svd(matrix - basis @ (basis.mT @ matrix), full_matrices=False)[0]
+        left[tuple(at)][:, known:] = rest[:, : rank - known]
+    return left
+
+
+def _on_filters(matrix: Tensor | None, left: Tensor) -> Tensor:
+    """``matrix`` (g0, f, f) applied to the filters of (g0, k, f * taps, rank)."""
+    if matrix is None:
+        return left
+    filters = matrix.shape[-1]
+    split = left.unflatten(2, (filters, -1))
+    return torch.einsum("gij,gkjtr->gkitr", matrix, split).flatten(2, 3)
+
+
+def _refitted(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
+    """The decoder that is best for these encoders on the whole moment: left + (W - W_hat) C Z^T (Z C Z^T)^+.
+
+    C is the one for fitting, without the noise of few samples.
+    """
+    blocks = tap_blocks(w, scheme, w.fitting)
+    k, rank = left.shape[1], left.shape[3]
+    taps = blocks.shape[1]
+    parts = blocks.unflatten(4, (k, -1))  # (g0, taps, cols, taps, k, c)
+    seen = torch.einsum("gatbkc,gkrc->gatbkr", parts, right).flatten(3)  # C Z^T, (g0, taps, cols, taps * k * rank)
+    inner = torch.einsum("gakcz,gkrc->gakrz", seen.unflatten(2, (k, -1)), right).flatten(1, 3)
+    start = left.unflatten(2, (-1, taps)).permute(0, 2, 3, 1, 4).flatten(2)  # (g0, filters, taps * k * rank)
+    target = folded(w, w.weight, scheme).unflatten(1, (-1, taps)).flatten(2) @ seen.flatten(1, 2)
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    sure = values > REFIT_NOISE * values[..., -1:].clamp_min(0)
+    scaled = torch.where(sure, 1 / values.clamp_min(1e-300), 0.0).unsqueeze(-2)
+    step = (target - start @ inner) @ (vectors * scaled) @ vectors.mT
+    return (start + step).unflatten(2, (taps, k, rank)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of ``left`` and rows of ``right`` with one norm each, so that both train and round alike."""
+    norms = left.norm(dim=-2), right.norm(dim=-1)
+    scale = torch.where((norms[0] > 0) & (norms[1] > 0), norms[1] / norms[0].clamp_min(1e-300), 1.0).sqrt()
+    return left * scale.unsqueeze(-2), right / scale.clamp_min(1e-300).unsqueeze(-1)
+
+
+def factors(w: Weighting, scheme: int, groups: int, rank: int) -> WeightedFactors:
+    """The best factors of that rank for a layer's weighting.
+
+    Slices truncated each by its own moment; then, with several slices or taps, the decoder is fitted anew to the whole
+    moment, unless that raises the error.
+    """
+    blocks = None if w.second is None else tap_blocks(w, scheme)
+    bases = slice_bases(w, scheme, groups, blocks)
+    left = _completed(bases.slices, bases.left, bases.values, rank)
+    right = left.mT @ bases.slices
+    left = _on_filters(w.inverse, left)
+    lost, shift = _lost(w, scheme, left, right), torch.zeros_like(w.mean)
+    seen = _energy(w, lost, bases.values, rank)
+    if blocks is not None and (groups > 1 or blocks.shape[1] > 1):
+        again = _refitted(w, scheme, left, right)
+        less = _lost(w, scheme, again, right)
+        if (fitted := _energy(w, less, bases.values, rank)) < seen:
+            left, lost, seen = again, less, fitted
+    left, right = _balanced(left, right)
+    if w.centred and blocks is not None:
+        assert w.mean_input is not None
+        shift = (lost @ w.mean_input.unsqueeze(-1)).squeeze(-1)
+    elif w.centred:  # W_hat mean = H^-1 U U^T H W mean
+        basis, mean = bases.left[:, 0, :, :rank], w.mean.unsqueeze(-1)
+        if w.root is None or w.inverse is None:
+            shift = (mean - basis @ (basis.mT @ mean)).squeeze(-1)
+        else:
+            shift = (mean - w.inverse @ (basis @ (basis.mT @ (w.root @ mean)))).squeeze(-1)
+    error = math.sqrt(max(0.0, seen / w.scale)) if w.scale > 0 else 0.0
+    norm = float(w.weight.norm())
+    return WeightedFactors(left, right, shift.flatten(), error, float(lost.norm()) / norm if norm > 0 else 0.0)
+
+
+def _lost(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
+    """W - W_hat, (g0, filters, n)."""
+    g0, rows, cols = matrix_shape(w.shape, scheme)
+    product = (left @ right).transpose(1, 2).reshape(g0, rows, cols)
+    return w.weight - unfold(product, w.shape, scheme).reshape(w.weight.shape)
+
+
+def _energy(w: Weighting, lost: Tensor, values: Tensor, rank: int) -> float:
+    """E ||H (W - W_hat) x||^2."""
+    if w.second is None:
+        return float(values[..., rank:].sum())
+    lost = lost if w.root is None else w.root @ lost
+    return float((lost @ w.second * lost).sum())

@@ -1,0 +1,17 @@
+"""Formats and conventions of other libraries.
+
+Here belongs what has to follow another library's releases. Files of this package's own belong in checkpoints.
+"""
+
+from .transformers_keys import stored_names
+from .transformers_quantizer import METHOD, VERSION, checked_layers, described, keep_when_saved, transformers_format
+
+__all__ = [
+    "METHOD",
+    "VERSION",
+    "checked_layers",
+    "described",
+    "keep_when_saved",
+    "stored_names",
+    "transformers_format",
+]

@@ -1,0 +1,204 @@
+"""Low-rank linear layers and 2-d convolutions, by the fused kernel or by two library calls.
+
+``backend="two-op"`` runs two library calls on any device. ``backend="fused"`` runs one Triton kernel and raises
+BackendError where it cannot; "fused-first", which :func:`alds_fast.deploy` sets where it measured the kernel to be
+fastest, runs two calls there. ``backend="auto"`` runs the faster of the two as measured: on a CUDA device, outside
+torch.compile, graph capture and training, the first call of every combination of shapes times both (some
+milliseconds) and later calls take the winner; :func:`decisions` shows what was found. Everywhere else it is two-op;
+:func:`alds_fast.deploy` measures for those cases too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .arguments import check_alike, check_dims, check_factors, check_input, check_options, check_rows, pair, sizes
+from .backend import HAS_TRITON, autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
+from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
+
+if HAS_TRITON:
+    from . import op_linear as ops
+    from .triton_linear import MAX_HIDDEN
+
+
+def lowrank_linear(
+    x: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """activation(decoder @ blockdiag(encoder) @ x + bias + residual).
+
+    Args:
+        x: (..., c), any strides; float16, bfloat16, float32 or (two-op only) float64, on CPU or CUDA.
+        encoder: (groups * rank, c / groups); row block g reads the g-th run of channels.
+        decoder: (f, groups * rank).
+        bias: (f,) or None.
+        groups: number of channel slices.
+        activation: None, "relu", "silu" or "gelu" (with erf).
+        residual: (..., f), added before the activation, or None.
+        backend: "fused" (CUDA; groups * rank <= 256, or any up to 16 rows), "two-op" or "auto", see
+            :mod:`alds_fast.kernels.functional`. The fused kernel multiplies float32 exactly like torch's default
+            ("ieee"); ``torch.set_float32_matmul_precision("high")`` turns tf32 on.
+
+    Returns:
+        (..., f), of the type and device of x. Differentiable on every backend.
+
+    Raises:
+        ArgumentError: shapes, types, devices or options do not fit.
+        BackendError: backend="fused" where the kernel cannot run; the message says why.
+
+    >>> x, encoder, decoder = torch.ones(2, 4), torch.ones(2, 2), torch.ones(3, 2)
+    >>> lowrank_linear(x, encoder, decoder, groups=2)
+    tensor([[4., 4., 4.],
+            [4., 4., 4.]])
+    """
+    check_options(activation, backend)
+    x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
+    check_dims(2, encoder=encoder, decoder=decoder)
+    check_rows(x)
+    check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
+    check_factors(encoder, decoder, bias, groups)
+    check_input(x, -1, encoder, groups, residual, (*x.shape[:-1], decoder.shape[0]))
+    reason = None if backend == "two-op" else why_not_fused_linear(x, encoder)
+
+    def fused() -> Tensor:
+        return ops.lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation)
+
+    def two_op() -> Tensor:
+        return lowrank_linear_ref(x, encoder, decoder, bias, residual, groups, activation)
+
+    return run(("lowrank_linear", groups, activation), backend, reason, tensors, fused, two_op)
+
+
+def lowrank_conv2d(
+    x: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A grouped encoder convolution, then a decoder convolution: activation(decoder * encoder * x + bias + residual).
+
+    Args:
+        x: (n, c, h, w); channels last is fastest; types and devices as of :func:`lowrank_linear`.
+        encoder: (groups * rank, c / groups, k1, k2), or with 1 along the axes that the decoder takes.
+        decoder: (f, groups * rank, 1, 1), or with a kernel along the axes that the encoder does not have.
+        bias: (f,) or None.
+        groups: number of channel slices.
+        stride, padding, dilation: of the whole convolution, per axis; the half with that axis of the kernel has them.
+        activation, residual, backend: as of :func:`lowrank_linear`; residual has the shape of the output. "fused"
+            takes any groups and rank, and needs a decoder that is 1 x 1 (scheme 0).
+
+    Returns:
+        (n, f, oh, ow), of the type and device of x; from the fused kernel it is channels last. Differentiable.
+
+    Raises:
+        ArgumentError, BackendError: as :func:`lowrank_linear`.
+
+    >>> x, encoder, decoder = torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.ones(4, 1, 1, 1)
+    >>> lowrank_conv2d(x, encoder, decoder).flatten()
+    tensor([18., 18., 18., 18.])
+    """
+    stride, padding, dilation = pair(stride, "stride", 1), pair(padding, "padding", 0), pair(dilation, "dilation", 1)
+    check_options(activation, backend)
+    x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
+    check_dims(4, x=x, encoder=encoder, decoder=decoder)
+    check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
+    check_factors(encoder, decoder, bias, groups)
+    halves(encoder.shape, decoder.shape, stride, padding, dilation)
+    kernel = [e * d for e, d in zip(encoder.shape[2:], decoder.shape[2:], strict=True)]
+    size = output_size(x.shape, encoder.shape, decoder.shape, stride, padding, dilation)
+    if min(size) < 1:
+        raise ArgumentError(f"x {sizes(x)} is smaller than the kernel {kernel} with dilation {dilation}")
+    check_input(x, 1, encoder, groups, residual, (x.shape[0], decoder.shape[0], *size))
+    reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder)
+
+    pointwise = kernel == [1, 1] and (stride, padding) == ((1, 1), (0, 0))
+
+    def fused() -> Tensor:
+        if pointwise and encoder.shape[0] <= MAX_HIDDEN:
+            extra = None if residual is None else residual.permute(0, 2, 3, 1)
+            factors = encoder.flatten(1), decoder.flatten(1)
+            y = ops.lowrank_linear_op(x.permute(0, 2, 3, 1), *factors, bias, extra, groups, activation)
+            return y.permute(0, 3, 1, 2)
+        return ops.lowrank_conv2d_op(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
+
+    def two_op() -> Tensor:
+        return lowrank_conv2d_ref(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
+
+    key = ("lowrank_conv2d", groups, stride, padding, dilation, activation)
+    return run(key, backend, reason, tensors, fused, two_op)
+
+
+def lowrank_linears(
+    x: Tensor,
+    encoder: Tensor,
+    decoders: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Several low-rank linear layers that read the same x (q/k/v, gate/up), with one encoder call for all of them.
+
+    Args:
+        x: (..., c).
+        encoder: (sum of ranks, c): the layers' encoders (groups = 1) one after the other.
+        decoders: per layer (f_i, rank_i).
+        biases: per layer (f_i,) or None.
+        backend: "fused" (CUDA, up to 16 rows, 2 or 3 layers: two launches in all), "two-op" (one encoder call, one
+            decoder call a layer) or "auto".
+
+    Returns:
+        Per layer (..., f_i).
+
+    Raises:
+        ArgumentError, BackendError: as :func:`lowrank_linear`.
+
+    >>> [y.shape for y in lowrank_linears(torch.ones(5, 4), torch.ones(3, 4), [torch.ones(6, 2), torch.ones(7, 1)])]
+    [torch.Size([5, 6]), torch.Size([5, 7])]
+    """
+    count = len(decoders)
+    biases = [None] * count if biases is None else list(biases)
+    check_options(None, backend)
+    x, encoder, *rest = tensors = autocast(x, encoder, *decoders, *biases)
+    decoders, biases = rest[:count], rest[count:]
+    check_rows(x)
+    check_dims(2, encoder=encoder, **{f"decoders[{i}]": d for i, d in enumerate(decoders)})
+    ranks = [d.shape[1] for d in decoders]
+    if len(biases) != count or count == 0 or sum(ranks) != encoder.shape[0]:
+        raise ArgumentError(
+            f"{len(biases)} biases and {count} decoders of ranks {ranks} do not fit encoder {sizes(encoder)}"
+        )
+    for i, (d, part, b) in enumerate(zip(decoders, encoder.split(ranks), biases, strict=True)):
+        check_alike(x, encoder=encoder, **{f"decoders[{i}]": d, f"biases[{i}]": b})
+        check_factors(part, d, b, 1)
+    check_input(x, -1, encoder, 1, None, ())
+    reason = None if backend == "two-op" else why_not_fused_linears(x, count)
+    has_bias, present = [b is not None for b in biases], [b for b in biases if b is not None]
+
+    def fused() -> Any:
+        return ops.lowrank_linears_op(x, encoder, decoders, present, has_bias)
+
+    def two_op() -> Any:
+        hidden = torch.nn.functional.linear(x, encoder).split(ranks, -1)
+        return [torch.nn.functional.linear(h, d, b) for h, d, b in zip(hidden, decoders, biases, strict=True)]
+
+    return list(run(("lowrank_linears",), backend, reason, tensors, fused, two_op))

@@ -1,0 +1,242 @@
+"""Fused low-rank 2-d convolutions in Triton: a k1 x k2 encoder, then a 1 x 1 decoder (scheme 0).
+
+One launch: a program computes the hidden values of its pixels, some ranks of a slice at a time, and multiplies them
+with its part of the decoder, so that groups * rank channels are neither written to memory nor read back. There are two
+ways through the encoder. By taps: every tap reads its pixels anew. By rows, for stride 1 and kernels three wide: the
+pixels of a row of taps are read once and multiplied with the filters of its three taps side by side, and the three
+partial sums are shifted by a pixel and added; a third of the reads, but four times the hidden values at once.
+
+Accumulates in float32 and rounds the hidden values to the type of x, as two library calls do. The sizes of the layer
+are constants of the kernels, those of the images are not. Importing this needs triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import Tiling, addresses, finish, multiple_of_16, power_of_two, precision
+
+MAX_FILTERS = 256  # output columns of a program; more are cut into several, each with the hidden values of its own
+MAX_CHUNK = 128  # ranks of a slice whose hidden values are on chip at once
+MAX_ROWS_RANK = 32  # ranks up to which rows of taps were measured to be faster (H200)
+FEW_PROGRAMS = 264  # two a multiprocessor on an H200: fewer leave it idle
+
+
+@triton.jit
+def _conv2d_taps_kernel(
+    x, encoder, decoder, bias, residual, y, M, H, W, OH, OW,
+    C: tl.constexpr, RANK: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
+    FAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pixels pid 0 * BM, output columns pid 1 * BF; one loop over taps and channels, its addresses computed before it.
+
+    x (N, H, W, C), encoder (GROUPS * RANK, KH, KW, C / GROUPS), decoder (F, GROUPS * RANK), y and residual
+    (M pixels, F). FAR: a tile's images are more than 2^31 elements apart.
+    """
+    CG: tl.constexpr = C // GROUPS
+    STEPS: tl.constexpr = (CG + BK - 1) // BK
+    K: tl.constexpr = KH * KW * CG
+    Q: tl.constexpr = GROUPS * RANK
+    p0 = tl.program_id(0).to(tl.int64) * BM
+    n0 = p0 // (OH * OW)  # one division in 64 bits; what is relative to this image takes 32
+    local = (p0 - n0 * OH * OW).to(tl.int32) + tl.arange(0, BM)
+    n = local // (OH * OW)
+    pixel = local - n * OH * OW
+    top = pixel // OW * SH - PH
+    left = pixel % OW * SW - PW
+    keep = tl.arange(0, BM) < M - p0
+    k = tl.arange(0, BK)
+    r = tl.arange(0, BR)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    if FAR:
+        n = n.to(tl.int64)
+    place = (((n * H + top) * W + left) * C)[:, None] + k[None, :]
+    xb = x + n0 * H * W * C
+    e_place = r[None, :] * K + k[:, None]
+    inside_bits = tl.zeros((BM,), dtype=tl.int32)
+    if KH * KW < 32:  # one bit a tap, so that a step of the loop costs a shift a row
+        for t in tl.static_range(KH * KW):
+            h = top + t // KW * DH
+            w = left + t % KW * DW
+            inside_bits |= (keep & (h >= 0) & (h < H) & (w >= 0) & (w < W)).to(tl.int32) << t
+    acc = tl.zeros((BM, BF), dtype=tl.float32)
+    for outer in tl.range(0, GROUPS * CHUNKS):
+        group = outer // CHUNKS
+        r0 = outer % CHUNKS * BR
+        eb = encoder + (group * RANK + r0) * K
+        hidden = tl.zeros((BM, BR), dtype=tl.float32)
+        for i in tl.range(0, KH * KW * STEPS):
+            tap = i // STEPS
+            c0 = (i - tap * STEPS) * BK
+            down = tap // KW * DH
+            right = tap % KW * DW
+            if KH * KW < 32:
+                inside = ((inside_bits >> tap) & 1) != 0
+            else:
+                inside = keep & (top >= -down) & (top < H - down) & (left >= -right) & (left < W - right)
+            x_mask = inside[:, None]
+            e_mask = r0 + r[None, :] < RANK
+            if CG % BK != 0:
+                x_mask = x_mask & (c0 + k[None, :] < CG)
+                e_mask = e_mask & (c0 + k[:, None] < CG)
+            xt = tl.load(xb + ((down * W + right) * C + group * CG + c0) + place, mask=x_mask, other=0.0)
+            et = tl.load(eb + (tap * CG + c0) + e_place, mask=e_mask, other=0.0)
+            hidden = tl.dot(xt, et, hidden, input_precision=PRECISION)
+        d_place = f[None, :] * Q + (group * RANK + r0 + r)[:, None]
+        dt = tl.load(decoder + d_place, mask=(f[None, :] < F) & (r0 + r[:, None] < RANK), other=0.0)
+        acc = tl.dot(hidden.to(x.dtype.element_ty), dt, acc, input_precision=PRECISION)
+    mask = keep[:, None] & (f[None, :] < F)
+    finish(acc, y, bias, residual, p0 + tl.arange(0, BM), f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+
+
+@triton.jit
+def _conv2d_rows_kernel(
+    x, encoder, decoder, bias, residual, y, M, H, W,
+    C: tl.constexpr, RANK: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
+    PH: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, KH: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
+    FAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stride 1, KH x 3 taps and the padding that keeps the size; C / GROUPS is a multiple of BK.
+
+    A program multiplies BM pixels in a row, of which it delivers all but the first and last DW: their neighbours to
+    the left and right belong to other programs. Arguments as of the other kernel.
+    """
+    CG: tl.constexpr = C // GROUPS
+    STEPS: tl.constexpr = CG // BK
+    K: tl.constexpr = KH * 3 * CG
+    Q: tl.constexpr = GROUPS * RANK
+    first = tl.program_id(0).to(tl.int64) * (BM - 2 * DW) - DW  # the pixel of the tile's first row; it may be -DW
+    n0 = tl.maximum(first, 0) // (H * W)
+    i = tl.arange(0, BM)
+    local = (first - n0 * H * W).to(tl.int32) + i
+    n = local // (H * W)
+    pixel = local - n * H * W
+    h = pixel // W
+    w = pixel % W
+    keep = (i + first >= 0) & (i + first < M)
+    k = tl.arange(0, BK)
+    column = tl.arange(0, 4 * BR)
+    tap = column // BR
+    r = column % BR
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    if FAR:
+        n = n.to(tl.int64)
+    place = (((n * H + h - PH) * W + w) * C)[:, None] + k[None, :]
+    xb = x + n0 * H * W * C
+    e_place = (r * K + tap * CG)[None, :] + k[:, None]
+    acc = tl.zeros((BM, BF), dtype=tl.float32)
+    for outer in tl.range(0, GROUPS * CHUNKS):
+        group = outer // CHUNKS
+        r0 = outer % CHUNKS * BR
+        eb = encoder + (group * RANK + r0) * K
+        z = tl.zeros((BM, 4 * BR), dtype=tl.float32)
+        for s in tl.range(0, KH * STEPS):
+            t = s // STEPS
+            c0 = (s - t * STEPS) * BK
+            top = h + (t * DH - PH)
+            x_mask = (keep & (top >= 0) & (top < H))[:, None]
+            xt = tl.load(xb + (t * DH * W * C + group * CG + c0) + place, mask=x_mask, other=0.0)
+            e_mask = (tap[None, :] < 3) & (r0 + r[None, :] < RANK)
+            et = tl.load(eb + (t * 3 * CG + c0) + e_place, mask=e_mask, other=0.0)
+            z = tl.dot(xt, et, z, input_precision=PRECISION)
+        left_middle, right = tl.split(tl.permute(tl.reshape(z, (BM, 2, 2 * BR)), (0, 2, 1)))
+        z0, z1 = tl.split(tl.permute(tl.reshape(left_middle, (BM, 2, BR)), (0, 2, 1)))
+        z2, _ = tl.split(tl.permute(tl.reshape(right, (BM, 2, BR)), (0, 2, 1)))
+        before = tl.broadcast_to(tl.maximum(i - DW, 0)[:, None], (BM, BR))
+        after = tl.broadcast_to(tl.minimum(i + DW, BM - 1)[:, None], (BM, BR))
+        hidden = z1 + tl.where((w >= DW)[:, None], tl.gather(z0, before, 0), 0.0)
+        hidden += tl.where((w < W - DW)[:, None], tl.gather(z2, after, 0), 0.0)
+        rank = r0 + tl.arange(0, BR)
+        d_place = f[None, :] * Q + (group * RANK + rank)[:, None]
+        dt = tl.load(decoder + d_place, mask=(f[None, :] < F) & (rank[:, None] < RANK), other=0.0)
+        acc = tl.dot(hidden.to(x.dtype.element_ty), dt, acc, input_precision=PRECISION)
+    mask = (keep & (i >= DW) & (i < BM - DW))[:, None] & (f[None, :] < F)
+    finish(acc, y, bias, residual, first + i, f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+
+
+def reduction_tile(channels: int) -> int:
+    """Channels of a slice that are read at once: a power of two, 16 to 64, no wider than the slice where that goes."""
+    return max(16, min(64, 1 << (channels.bit_length() - 1)))
+
+
+def taps_tiling(
+    pixels: int, channels: int, chunk: int, filters: int, dtype: torch.dtype, wide: bool, heavy: bool
+) -> Tiling:
+    """Tiles by pixels, channels of a slice, padded ranks of a chunk and filters; measured on an H200, none spills.
+
+    ``heavy``: the epilogue takes registers of its own, which more warps have.
+    """
+    cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
+    if dtype == torch.float32:
+        cols, reduction = min(cols, 64), min(reduction, 32)
+        return Tiling(16, reduction if wide else 16, cols, 8 if cols == 64 or chunk > 32 else 4, 2)
+    if not wide:
+        return Tiling(64, min(reduction, 32), min(cols, 128), 8, 2)
+    rows = 128 if cols <= 128 and pixels >= 2 * 128 * FEW_PROGRAMS else 64
+    warps = 8 if (heavy and cols > 64) or (rows * max(cols, chunk) > 128 * 64 and rows == 128) else 4
+    return Tiling(rows, reduction, cols, warps, 3 if rows == 128 and chunk <= 32 else 4)
+
+
+def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool) -> Tiling:
+    """Tiles for rows of taps in half precision."""
+    cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
+    if pixels < 64 * FEW_PROGRAMS:
+        return Tiling(32, reduction, min(cols, 64), 4, 3)
+    return (
+        Tiling(64, reduction, cols, 4, 2)
+        if cols <= 64 or not (heavy or cols > 128)
+        else Tiling(64, reduction, cols, 8, 3)
+    )
+
+
+def takes_rows(x: Tensor, kernel: Sequence[int], rank: int, groups: int, stride: Sequence[int], padding: Sequence[int],
+               dilation: Sequence[int]) -> bool:  # fmt: skip
+    """Whether the layer is computed by rows of taps."""
+    same = all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, kernel, strict=True))
+    channels = x.shape[1] // groups
+    fits = kernel[1] == 3 and same and tuple(stride) == (1, 1) and channels % reduction_tile(channels) == 0
+    return fits and x.dtype != torch.float32 and rank <= MAX_ROWS_RANK and dilation[1] <= 4
+
+
+def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
+               stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], activation: str | None,
+               y: Tensor) -> None:  # fmt: skip
+    """Fill y (n, f, oh, ow), channels last, from x (n, c, h, w); everything is made channels last first.
+
+    The decoder is 1 x 1, the encoder takes stride, padding and dilation; the arguments are trusted.
+    """
+    last = torch.channels_last
+    x, encoder, decoder = (t.contiguous(memory_format=last) for t in (x, encoder, decoder))
+    residual = None if residual is None else residual.contiguous(memory_format=last)
+    (n, c, h, w), (filters, q), (oh, ow), kernel = x.shape, decoder.shape[:2], y.shape[2:], encoder.shape[2:]
+    rank, pixels = q // groups, n * oh * ow
+    wide = multiple_of_16(c // groups, rank, filters, *addresses(x, encoder, decoder))
+    chunk, cols = min(power_of_two(rank), MAX_CHUNK), power_of_two(filters)
+    options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups, "KH": kernel[0]}
+    options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
+    options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
+    heavy = residual is not None or activation in ("silu", "gelu")
+    if wide and takes_rows(x, kernel, rank, groups, stride, padding, dilation):
+        t, run, sizes = rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel, (h, w)
+        delivered = t.rows - 2 * dilation[1]
+    else:
+        chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
+        t, run = taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide, heavy), _conv2d_taps_kernel
+        sizes, delivered = (h, w, oh, ow), t.rows
+        options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
+    far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
+    run[triton.cdiv(pixels, delivered), triton.cdiv(filters, t.cols)](
+        x, encoder, decoder, bias, residual, y, pixels, *sizes, **options, CHUNKS=triton.cdiv(rank, chunk),
+        BM=t.rows, BK=t.reduction, BR=chunk, BF=t.cols, FAR=far, num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,262 @@
+"""Low-rank linear layers for few rows in Triton, where reading the weights is all the work.
+
+Two launches: the encoder, then the decoders of up to three layers, which on compute capability 9.0 fetch their weights
+while the encoder still runs (programmatic dependent launch). One or two rows are vector products on the ordinary units:
+a program reads all of its weights at once. Three to 16 rows use the matrix units: the encoder is split over the
+reduction so that the whole device reads, and the program that comes last adds the parts up in their order.
+Accumulates in float32 and rounds the hidden values to the type of x. Importing this needs triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .tickets import take_tickets
+from .triton_common import Tiling, activate, addresses, finish, multiple_of_16, power_of_two, precision
+
+MAX_ROWS = 16
+MAX_MERGED = 3  # layers that share one encoder launch
+MAX_VECTORS = 2  # rows that are multiplied without matrix units
+MAX_PIECES = 16  # of 1024 weights, that a program of vector products has in flight for one output
+
+
+@triton.jit
+def _vector_tile(
+    x, weight, bias, residual, y, n, keep, stride_x, stride_y, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = activation(weight[n] . x[m] + bias[n] + residual[m, n]) for M <= 2 rows; weights come before x."""
+    k = tl.arange(0, BK)
+    row = weight + n.to(tl.int64)[:, None] * K
+    z0 = tl.zeros(n.shape, dtype=tl.float32)
+    z1 = z0
+    for j in tl.static_range((K + BK - 1) // BK):
+        c = j * BK + k
+        mask = keep[:, None]
+        if (j + 1) * BK > K:
+            mask = mask & (c[None, :] < K)
+        w = tl.load(row + c[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if WAIT and j == 0:
+            gdc_wait()
+        z0 += tl.sum(w * tl.load(x + c, mask=c < K, other=0.0).to(tl.float32)[None, :], axis=1)
+        if M == 2:
+            z1 += tl.sum(w * tl.load(x + stride_x + c, mask=c < K, other=0.0).to(tl.float32)[None, :], axis=1)
+    exact: tl.constexpr = y.dtype.element_ty == tl.float32
+    for m in tl.static_range(M):
+        z = z0 if m == 0 else z1
+        if HAS_BIAS:
+            z += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            z += tl.load(residual + m * stride_y + n, mask=keep, other=0.0).to(tl.float32)
+        tl.store(y + m * stride_y + n, activate(z, ACTIVATION, exact).to(y.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _encode_vectors_kernel(
+    x, encoder, hidden, RANK, Q, stride_x,
+    C_GROUP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """hidden (M, Q): pid 0 is a tile of ranks, pid 1 the slice; EARLY lets the decoder's launch begin."""
+    if EARLY:
+        gdc_launch_dependents()
+    group = tl.program_id(1)
+    r = tl.program_id(0) * BN + tl.arange(0, BN)
+    _vector_tile(x + group * C_GROUP, encoder, x, x, hidden, group * RANK + r, r < RANK, stride_x, Q,
+                 C_GROUP, M, BK, False, False, "", False)  # fmt: skip
+
+
+@triton.jit
+def _encode_rows_kernel(
+    x, encoder, hidden, parts, tickets, M, C_GROUP, RANK, Q, stride_x, channels_per_part,
+    PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """hidden (M, Q): pid 0 is a run of channels, pid 1 a tile of ranks, pid 2 the slice.
+
+    parts (PARTS, M, Q) float32 are the sums over the runs. A tile's programs draw tickets; who draws the last one adds
+    the parts up, in the order of the runs, and puts the ticket back to 0 for the next launch.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    rows = tl.arange(0, BM)
+    r = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    k = tl.arange(0, BK)
+    group = tl.program_id(2)
+    q = (group * RANK + r).to(tl.int64)
+    begin = tl.program_id(0) * channels_per_part
+    end = tl.minimum(begin + channels_per_part, C_GROUP)
+    acc = tl.zeros((BQ, BM), dtype=tl.float32)
+    for k0 in range(begin, end, BK):
+        c = k0 + k
+        et = tl.load(
+            encoder + q[:, None] * C_GROUP + c[None, :], mask=(r[:, None] < RANK) & (c[None, :] < end), other=0.0
+        )
+        place = rows[None, :].to(tl.int64) * stride_x + group * C_GROUP + c[:, None]
+        xt = tl.load(x + place, mask=(rows[None, :] < M) & (c[:, None] < end), other=0.0)
+        acc = tl.dot(et, xt, acc, input_precision=PRECISION)
+    keep = (r[:, None] < RANK) & (rows[None, :] < M)
+    place = rows[None, :] * Q + q[:, None]
+    if PARTS > 1:
+        tl.store(parts + tl.program_id(0) * M * Q + place, acc, mask=keep)
+        tl.debug_barrier()  # every thread has stored its part before the ticket is drawn
+        ticket = tickets + group * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == PARTS - 1:
+            total = tl.zeros((BQ, BM), dtype=tl.float32)
+            for s in tl.static_range(PARTS):
+                total += tl.load(parts + s * M * Q + place, mask=keep, other=0.0, cache_modifier=".cg")
+            tl.store(hidden + place, total.to(hidden.dtype.element_ty), mask=keep)
+            tl.store(ticket, 0)
+    else:
+        tl.store(hidden + place, acc.to(hidden.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _decode_tile(
+    hidden, decoder, bias, residual, y, tile, M, Q, F, RANKS: tl.constexpr,
+    VECTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output columns tile * BF of one layer with RANKS hidden values; VECTORS rows without matrix units, or 0."""
+    f = tile * BF + tl.arange(0, BF)
+    if VECTORS > 0:
+        _vector_tile(hidden, decoder, bias, residual, y, f, f < F, Q, F,
+                     RANKS, VECTORS, BK, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, WAIT)  # fmt: skip
+    else:
+        rows = tl.arange(0, BM)
+        k = tl.arange(0, BK)
+        acc = tl.zeros((BF, BM), dtype=tl.float32)
+        if WAIT:
+            gdc_wait()
+        for k0 in range(0, RANKS, BK):
+            q = k0 + k
+            place = f[:, None].to(tl.int64) * RANKS + q[None, :]
+            dt = tl.load(decoder + place, mask=(f[:, None] < F) & (q[None, :] < RANKS), other=0.0)
+            keep = (rows[None, :] < M) & (q[:, None] < RANKS)
+            ht = tl.load(hidden + rows[None, :] * Q + q[:, None], mask=keep, other=0.0)
+            acc = tl.dot(dt, ht, acc, input_precision=PRECISION)
+        mask = (rows[:, None] < M) & (f[None, :] < F)
+        finish(tl.trans(acc), y, bias, residual, rows.to(tl.int64), f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+
+
+@triton.jit
+def _decode_rows_kernel(
+    hidden, decoder0, decoder1, decoder2, bias0, bias1, bias2, residual, y0, y1, y2, M, Q, F0, F1, F2,
+    RANK0: tl.constexpr, RANK1: tl.constexpr, RANK2: tl.constexpr,
+    LAYERS: tl.constexpr, VECTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
+    HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The decoders of up to three layers, their tiles numbered one after the other."""
+    tile = tl.program_id(0)
+    tiles0 = tl.cdiv(F0, BF)
+    tiles1 = tl.cdiv(F1, BF)
+    if tile < tiles0:
+        _decode_tile(hidden, decoder0, bias0, residual, y0, tile, M, Q, F0, RANK0,
+                     VECTORS, BM, BK, BF, HAS_BIAS0, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
+    if LAYERS > 1:  # a constant of the kernel, unlike the next condition
+        if (tile >= tiles0) & (tile < tiles0 + tiles1):
+            _decode_tile(hidden + RANK0, decoder1, bias1, residual, y1, tile - tiles0, M, Q, F1, RANK1,
+                         VECTORS, BM, BK, BF, HAS_BIAS1, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
+    if LAYERS > 2:
+        if tile >= tiles0 + tiles1:
+            _decode_tile(hidden + (RANK0 + RANK1), decoder2, bias2, residual, y2, tile - tiles0 - tiles1, M, Q, F2,
+                         RANK2, VECTORS, BM, BK, BF, HAS_BIAS2, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
+
+
+def vector_tiling(reduction: int, rows: int, least: int = 1) -> Tiling:
+    """Tiles of vector products: some 4096 weights a program and row, ``least`` outputs or more; measured on an H200."""
+    padded = power_of_two(reduction)
+    warps = 8 if rows == 1 and padded == reduction else 4
+    return Tiling(rows, min(padded, 1024), max(least, min(16, 4096 * rows // padded)), warps, 1)
+
+
+def encode_tiling(dtype: torch.dtype) -> Tiling:
+    """Tiles of the encoder for three rows and more."""
+    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 4, 4)
+
+
+def decode_tiling(dtype: torch.dtype, wide: bool) -> Tiling:
+    """Tiles of the decoder for three rows and more."""
+    if dtype == torch.float32:
+        return Tiling(16, 32, 16, 4, 2)
+    return Tiling(16, 128, 32, 4, 4) if wide else Tiling(16, 64, 16, 4, 3)
+
+
+def split(channels: int, tiles: int, reduction: int) -> tuple[int, int]:
+    """(parts, channels of each): enough parts for some 256 programs, at most 8, each a multiple of ``reduction``."""
+    wanted = max(1, min(8, 256 // max(1, tiles), channels // (2 * reduction)))
+    parts = 1 << (wanted.bit_length() - 1)
+    per_part = triton.cdiv(channels, parts * reduction) * reduction
+    return triton.cdiv(channels, per_part), per_part
+
+
+def uses_vectors(rows: int, *reductions: int) -> bool:
+    """Whether so few rows of reductions so long are multiplied without matrix units."""
+    return rows <= MAX_VECTORS and max(reductions) <= 1024 * MAX_PIECES
+
+
+def early_launch(x: Tensor) -> bool:
+    """Whether the decoder may begin before the encoder has ended: compute capability 9.0 and above."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def _encode(x: Tensor, encoder: Tensor, groups: int, hidden: Tensor, vectors: bool, early: bool) -> None:
+    """Fill hidden (m, q)."""
+    m, (q, c_group) = x.shape[0], encoder.shape
+    rank = q // groups
+    if vectors:
+        t = vector_tiling(c_group, m)
+        _encode_vectors_kernel[triton.cdiv(rank, t.cols), groups](
+            x, encoder, hidden, rank, q, x.stride(0), C_GROUP=c_group, M=m, BN=t.cols, BK=t.reduction, EARLY=early,
+            num_warps=t.num_warps, num_stages=t.num_stages,
+        )  # fmt: skip
+        return
+    t = encode_tiling(x.dtype)
+    tiles = triton.cdiv(rank, t.cols)
+    count, per_part = split(c_group, tiles * groups, t.reduction)
+    parts, tickets = None, None
+    if count > 1:
+        parts, tickets = x.new_empty((count, m, q), dtype=torch.float32), take_tickets(x.device, tiles * groups)
+    _encode_rows_kernel[count, tiles, groups](
+        x, encoder, hidden, parts, tickets, m, c_group, rank, q, x.stride(0), per_part,
+        PARTS=count, BM=t.rows, BK=t.reduction, BQ=t.cols, EARLY=early, PRECISION=precision(),
+        num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+
+
+def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+          residual: Tensor | None, groups: int, activation: str | None, ys: Sequence[Tensor]) -> None:  # fmt: skip
+    """Fill ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``."""
+    m, q, count = x.shape[0], encoder.shape[0], len(decoders)
+    ranks = [d.shape[1] for d in decoders]
+    vectors, early = uses_vectors(m, encoder.shape[1], *ranks), early_launch(x)
+    hidden = x.new_empty((m, q))
+    _encode(x, encoder, groups, hidden, vectors, early)
+    wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
+    t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide)
+    last = [min(i, count - 1) for i in range(MAX_MERGED)]
+    d, o, b = ([s[i] for i in last] for s in (decoders, ys, biases))
+    options: dict[str, Any] = {"launch_pdl": True} if early else {}
+    _decode_rows_kernel[sum(triton.cdiv(w.shape[0], t.cols) for w in decoders),](
+        hidden, *d, *b, residual, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),
+        LAYERS=count, VECTORS=m if vectors else 0, BM=t.rows, BK=t.reduction, BF=t.cols, HAS_BIAS0=b[0] is not None,
+        HAS_BIAS1=b[1] is not None, HAS_BIAS2=b[2] is not None, HAS_RESIDUAL=residual is not None,
+        ACTIVATION=activation or "", WAIT=early, PRECISION=precision(),
+        num_warps=t.num_warps, num_stages=t.num_stages, **options,
+    )  # fmt: skip
+
+
+def run_merged(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+               ys: Sequence[Tensor]) -> None:  # fmt: skip
+    """Fill ys[i] (m, f_i) of up to three layers that read the same x (m <= 16, c): two launches for all of them.
+
+    ``encoder`` (sum of ranks, c) holds their encoders one after the other.
+    """
+    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, ys)

@@ -1,0 +1,39 @@
+"""The low-rank modules, the layers of a model that can be decomposed, and putting one in the place of the other.
+
+Here belongs what knows a type of layer. How errors are measured belongs in criteria, how factors are made in factors.
+"""
+
+from .base import LowRankLayer
+from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .discovery import Layer, check_weight, columns_of, count_params, filters_of, find_layers, label, patterns
+from .linear import LowRankLinear
+from .merged_linears import MergedLinears, MergedPart
+from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
+from .replacement import replace_layers
+from .shared_weights import overlaps, tied_names
+
+__all__ = [
+    "LOW_RANK",
+    "Layer",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankLayer",
+    "LowRankLinear",
+    "MergedLinears",
+    "MergedPart",
+    "check_weight",
+    "columns_of",
+    "count_params",
+    "filters_of",
+    "find_layers",
+    "is_linear",
+    "label",
+    "low_rank_like",
+    "oriented_weight",
+    "overlaps",
+    "patterns",
+    "replace_layers",
+    "tied_names",
+    "weight_shape",
+]

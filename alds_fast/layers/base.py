@@ -1,0 +1,149 @@
+"""Low-rank layers: a grouped encoder, then a decoder, as plain trainable modules of two tensors and a bias."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ArgumentError
+from ..linalg import WeightShape, distinct_schemes, divisors, factor_shapes, max_rank, weights_to_dense
+
+
+def _check_structure(shape: WeightShape, scheme: int, groups: int, rank: int) -> None:
+    distinct_schemes((scheme,), shape.kernel)
+    if not isinstance(groups, int) or groups < 1 or shape.slice_channels % groups:
+        allowed = ", ".join(map(str, divisors(shape.slice_channels)))
+        raise ArgumentError(f"groups={groups!r} does not divide {shape.slice_channels} channels; allowed: {allowed}")
+    full = max_rank(shape, scheme, groups)
+    if not isinstance(rank, int) or not 1 <= rank <= full:
+        raise ArgumentError(f"rank={rank!r} is outside 1..{full} for scheme={scheme}, groups={groups}")
+
+
+class AbsentWeight:
+    """What a low-rank layer has in the place of ``weight``: its shape, type and device, which much code asks for.
+
+    Whatever needs its values raises AttributeError.
+    """
+
+    _is_hf_initialized = True  # transformers' functions that initialise weights pass it by
+
+    def __init__(self, owner: str, shape: tuple[int, ...], like: Tensor) -> None:
+        self._owner, self.shape = owner, torch.Size(shape)
+        self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
+        self.ndim, self.is_cuda = len(shape), like.is_cuda
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of a tensor."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """As of a tensor."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """As of a tensor."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """As of a tensor."""
+        return self.dtype.is_floating_point
+
+    def _refuse(self) -> None:
+        raise AttributeError(
+            f"{self._owner} has no dense weight; code that uses .weight needs the layer left out (exclude=) or "
+            f"dense_weight()"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = next(a for a in tree_leaves([args, kwargs]) if isinstance(a, AbsentWeight))
+        return found._refuse()
+
+
+class LowRankLayer(nn.Module):
+    """Base of the low-rank layers.
+
+    Attributes:
+        encoder, decoder: parameters, shapes by :func:`alds_fast.linalg.factor_shapes`.
+        bias: parameter (out_channels,) or None.
+        weight_shape: the dense weight that they replace.
+        scheme, groups, rank: the fold, the number of channel slices and the rank of each.
+        backend: "auto", "fused", "fused-first" or "two-op", see :mod:`alds_fast.kernels.functional`; deploy sets it.
+    """
+
+    bias: Tensor | None
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        shape: WeightShape,
+        scheme: int,
+        groups: int,
+        rank: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        _check_structure(shape, scheme, groups, rank)
+        self.weight_shape, self.scheme, self.groups, self.rank = shape, scheme, groups, rank
+        encoder, decoder = factor_shapes(shape, scheme, groups, rank)
+        self.encoder = nn.Parameter(torch.empty(encoder, device=device, dtype=dtype))
+        self.decoder = nn.Parameter(torch.empty(decoder, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape.out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise like ``nn.Linear`` and ``nn.Conv2d`` do, each factor by its own fan-in."""
+        for factor in (self.encoder, self.decoder):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(math.prod(self.decoder.shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            return AbsentWeight(type(self).__name__, self.weight_shape.weight, self.encoder)
+        return super().__getattr__(name)
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight that the factors stand for, of shape ``weight_shape.weight``, in their dtype."""
+        factors = self.encoder.double(), self.decoder.double()
+        return weights_to_dense(*factors, self.weight_shape, self.scheme, self.groups).to(self.encoder.dtype)
+
+    def dense_module(self) -> nn.Module:
+        """The ``nn.Linear`` or ``nn.ConvNd`` that the layer stands for, on the meta device."""
+        raise NotImplementedError
+
+    def _two_op(self, x: Tensor) -> bool:
+        """Whether two library calls are all that can come of it; they check their arguments themselves."""
+        return self.backend == "two-op" or (self.backend == "auto" and not x.is_cuda)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why no fused kernel can run this layer on ``x``; None if one can."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """The ``nn.Linear`` or ``nn.ConvNd`` with the recomposed weight and a copy of the bias."""
+        dense = self.dense_module()
+        dense.weight = nn.Parameter(self.dense_weight().detach(), self.encoder.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def _structure(self) -> str:
+        text = f"scheme={self.scheme}, groups={self.groups}, rank={self.rank}"
+        text = text if self.bias is not None else text + ", bias=False"
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"

@@ -1,0 +1,174 @@
+"""Low-rank convolutions: a grouped encoder, then a decoder, each a convolution along its own axes of the kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, BackendError
+from ..kernels import lowrank_conv2d, why_not_fused_conv2d
+from ..linalg import WeightShape, decoder_axes
+from .base import LowRankLayer
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _tuple(value: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    return (value,) * ndim if isinstance(value, int) else tuple(value)
+
+
+def _axis_padding(
+    padding: int | tuple[int, ...] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """(before, after) of every axis; "same" puts the odd one after, as torch does."""
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in totals)
+    if isinstance(padding, str):
+        return ((0, 0),) * len(kernel)
+    return tuple((p, p) for p in _tuple(padding, len(kernel)))
+
+
+class _HalfConv:
+    """Stride, padding and dilation of one of the two convolutions: its own axes only, neutral on the others."""
+
+    def __init__(self, layer: LowRankConv, axes: tuple[int, ...], conv_groups: int) -> None:
+        def own(values: tuple, neutral: Any) -> tuple:
+            return tuple(v if a in axes else neutral for a, v in enumerate(values))
+
+        self.stride, self.dilation = own(layer.stride, 1), own(layer.dilation, 1)
+        pads = own(_axis_padding(layer.padding, layer.weight_shape.kernel, layer.dilation), (0, 0))
+        native = layer.padding_mode == "zeros" and all(before == after for before, after in pads)
+        self.padding = tuple(p[0] if native else 0 for p in pads)
+        self.pad = [] if native or not any(map(any, pads)) else [n for p in reversed(pads) for n in p]
+        self.mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        self.groups, self.conv = conv_groups, _CONV[layer.ndim]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.pad:
+            x = F.pad(x, self.pad, self.mode)
+        return self.conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class LowRankConv(LowRankLayer):
+    """Convolution of rank ``rank`` per channel slice; see :class:`LowRankConv2d`."""
+
+    ndim: int
+    _dense: Any
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        rank: int,
+        *,
+        scheme: int = 0,
+        groups: int = 1,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        conv_groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        try:  # what torch refuses for the dense layer is refused here
+            options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": conv_groups}
+            sizes = [_tuple(v, self.ndim) for v in (kernel_size, stride, dilation)]
+            self._dense(in_channels, out_channels, sizes[0], **options, padding_mode=padding_mode, device="meta")
+            if any(len(s) != self.ndim for s in sizes) or (isinstance(padding, tuple) and len(padding) != self.ndim):
+                raise ValueError(f"expected {self.ndim} sizes per option")
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ArgumentError(f"{type(self).__name__}({in_channels}, {out_channels}, {kernel_size}): {e}") from e
+        shape = WeightShape(out_channels, in_channels, _tuple(kernel_size, self.ndim), conv_groups)
+        super().__init__(shape, scheme, groups, rank, bias, device, dtype)
+        self.stride, self.dilation = _tuple(stride, self.ndim), _tuple(dilation, self.ndim)
+        self.padding = padding if isinstance(padding, str) else _tuple(padding, self.ndim)
+        self.padding_mode = padding_mode
+        decoder = decoder_axes(scheme, shape.kernel)
+        encoder = tuple(a for a in range(self.ndim) if a not in decoder)
+        self._encode = _HalfConv(self, encoder, conv_groups * groups)
+        self._decode = _HalfConv(self, decoder, conv_groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.backend == "fused":
+            reason = self.why_not_fused(input)
+            raise BackendError(f"backend='fused' cannot run {self}: {reason}; use 'two-op' or 'auto'")
+        return self._decode(self._encode(input, self.encoder, None), self.decoder, self.bias)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        return f"there is no kernel for {self.ndim}-d convolutions"
+
+    def _conv_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+
+    def dense_module(self) -> nn.Module:
+        shape, options = self.weight_shape, self._conv_options()
+        options |= {"groups": shape.conv_groups, "bias": self.bias is not None, "device": "meta"}
+        return self._dense(shape.in_channels, shape.out_channels, shape.kernel, **options)
+
+    def extra_repr(self) -> str:
+        shape, defaults = self.weight_shape, ((1,) * self.ndim, (0,) * self.ndim, (1,) * self.ndim, "zeros")
+        options = zip(self._conv_options().items(), defaults, strict=True)
+        shown = [f"{k}={v!r}" for (k, v), default in options if v != default]
+        if shape.conv_groups > 1:
+            shown.append(f"conv_groups={shape.conv_groups}")
+        head = f"{shape.in_channels}, {shape.out_channels}, kernel_size={shape.kernel}"
+        return ", ".join([head, *shown, self._structure()])
+
+
+class LowRankConv1d(LowRankConv):
+    """One-dimensional :class:`LowRankConv2d`; schemes 0 (encode) and 3 (decode), x (N, C, L) or (C, L)."""
+
+    ndim, _dense = 1, nn.Conv1d
+
+
+class LowRankConv2d(LowRankConv):
+    """Convolution whose channel slices have rank ``rank``: a grouped encoder, then a decoder.
+
+    Takes the arguments of ``nn.Conv2d`` with ``groups`` called ``conv_groups``, and scheme, groups (channel slices),
+    rank. x is (N, C, H, W) or (C, H, W). Stride, padding and dilation of an axis go to whichever half has that axis
+    of the kernel, so the result equals the dense layer's for the recomposed weight (:meth:`to_dense`). Raises
+    ArgumentError for groups that do not divide in_channels / conv_groups or a rank outside 1..full.
+
+    >>> LowRankConv2d(64, 128, 3, rank=8, groups=4, padding=1)
+    LowRankConv2d(64, 128, kernel_size=(3, 3), padding=(1, 1), scheme=0, groups=4, rank=8)
+    """
+
+    ndim, _dense = 2, nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if self._two_op(x):
+            return super().forward(x)
+        pad = self._encode.pad or self._decode.pad
+        late = self._decode.pad and (self._encode.pad or "fused" not in self.backend)
+        if self._structural_reason() is not None or late:
+            return super().forward(x)
+        batch = x if x.dim() == 4 else x[None]
+        if pad:  # before the decoder it would be less work, but the 1 x 1 encoder, without a bias, commutes with it
+            batch = F.pad(batch, pad, self._encode.mode)
+        padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
+        options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        options |= {"groups": self.groups, "backend": self.backend}
+        y = lowrank_conv2d(batch, self.encoder, self.decoder, self.bias, **options)
+        return y if x.dim() == 4 else y[0]
+
+    def _structural_reason(self) -> str | None:
+        if self.weight_shape.conv_groups > 1:
+            return "the convolution is grouped itself (conv_groups > 1)"
+        return None
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        return self._structural_reason() or why_not_fused_conv2d(x, self.encoder, self.decoder)
+
+
+class LowRankConv3d(LowRankConv):
+    """Three-dimensional :class:`LowRankConv2d`; scheme 1 decodes along the first kernel axis, 2 along the others."""
+
+    ndim, _dense = 3, nn.Conv3d

@@ -1,0 +1,52 @@
+"""The low-rank form of nn.Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import lowrank_linear, lowrank_linear_ref, why_not_fused_linear
+from ..linalg import WeightShape
+from .base import LowRankLayer
+
+
+class LowRankLinear(LowRankLayer):
+    """Linear layer of rank ``rank`` per input slice: y = decoder @ blockdiag(encoder) @ x + bias.
+
+    Shapes: x (..., in_features) to (..., out_features); encoder (groups * rank, in_features / groups), decoder
+    (out_features, groups * rank). Raises ArgumentError for groups that do not divide in_features or a rank outside
+    1..min(out_features, in_features / groups).
+
+    >>> LowRankLinear(64, 32, rank=4, groups=2)
+    LowRankLinear(in_features=64, out_features=32, scheme=0, groups=2, rank=4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        scheme: int = 0,
+        groups: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(WeightShape(out_features, in_features), scheme, groups, rank, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._two_op(input):
+            return lowrank_linear_ref(input, self.encoder, self.decoder, self.bias, None, self.groups)
+        return lowrank_linear(input, self.encoder, self.decoder, self.bias, groups=self.groups, backend=self.backend)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        return why_not_fused_linear(x, self.encoder)
+
+    def dense_module(self) -> nn.Module:
+        shape = self.weight_shape
+        return nn.Linear(shape.in_channels, shape.out_channels, self.bias is not None, device="meta")
+
+    def extra_repr(self) -> str:
+        shape = self.weight_shape
+        return f"in_features={shape.in_channels}, out_features={shape.out_channels}, {self._structure()}"

@@ -1,0 +1,101 @@
+"""Horizontal merging: low-rank linear layers that read the same input (q/k/v, gate/up) share one encoder call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+from ..kernels import lowrank_linear, lowrank_linears, why_not_fused_linears
+from .linear import LowRankLinear
+
+
+class MergedLinears(nn.Module):
+    """Several low-rank linear layers with ``groups=1`` that read the same x: a list of their outputs.
+
+    ``encoder`` (sum of ranks, in_features) holds their encoders one after the other; ``decoders`` are (f_i, rank_i).
+    The factors are copied. Raises ArgumentError for layers that do not read the same features or have slices.
+
+    >>> merged = MergedLinears([LowRankLinear(16, 8, 2), LowRankLinear(16, 4, 3)])
+    >>> [y.shape[1] for y in merged(torch.ones(5, 16))]
+    [8, 4]
+    """
+
+    def __init__(self, layers: Sequence[LowRankLinear], backend: str = "auto") -> None:
+        super().__init__()
+        if not layers or len({layer.weight_shape.in_channels for layer in layers}) > 1:
+            raise ArgumentError("the layers to merge do not read the same number of features")
+        if any(layer.groups != 1 for layer in layers):
+            raise ArgumentError(f"layers with channel slices cannot be merged: groups={[la.groups for la in layers]}")
+        encoders = torch.cat([layer.encoder.detach() for layer in layers])
+        self.encoder = nn.Parameter(encoders, any(layer.encoder.requires_grad for layer in layers))
+        self.decoders = nn.ParameterList(copy.deepcopy(layer.decoder) for layer in layers)
+        for i, layer in enumerate(layers):
+            self.register_parameter(f"bias{i}", copy.deepcopy(layer.bias))  # type: ignore[arg-type]
+        self.backend = backend
+        self._last: tuple[Tensor, tuple, dict[int, Tensor]] | None = None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        biases = [getattr(self, f"bias{i}") for i in range(len(self.decoders))]
+        return lowrank_linears(x, self.encoder, list(self.decoders), biases, backend=self.backend)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why the fused kernels cannot run these layers on ``x``; None if they can."""
+        return why_not_fused_linears(x, len(self.decoders))
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Output ``index``; all are computed when the first is asked for, and each is handed out once.
+
+        The others' outputs are used if they are asked for with the very same tensor and neither it nor the factors have
+        changed since (by their version counters, which a change through ``.data`` or numpy does not move). With
+        gradients, under torch.compile and for tensors of ``torch.inference_mode``, which have no such counters, every
+        output is computed by itself.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference() or self.encoder.is_inference():
+            return self._alone(x, index)
+        kind = x.device.type
+        state = (
+            x._version,
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            *(p._version for p in self.parameters()),
+        )
+        last = self._last
+        outputs = last[2] if last is not None and last[0] is x and last[1] == state else {}
+        y = outputs.pop(index, None)
+        if y is None:
+            outputs = dict(enumerate(self(x)))
+            y = outputs.pop(index)
+        self._last = (x, state, outputs) if outputs else None
+        return y
+
+    def _alone(self, x: Tensor, index: int) -> Tensor:
+        decoders = list(self.decoders)
+        begin, decoder = sum(d.shape[1] for d in decoders[:index]), decoders[index]
+        encoder = self.encoder[begin : begin + decoder.shape[1]]
+        backend = "two-op" if self.backend == "two-op" else "fused-first" if "fused" in self.backend else "auto"
+        return lowrank_linear(x, encoder, decoder, getattr(self, f"bias{index}"), backend=backend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    def extra_repr(self) -> str:
+        sizes = [f"{d.shape[0]} (rank {d.shape[1]})" for d in self.decoders]
+        return f"in_features={self.encoder.shape[1]}, out_features={', '.join(sizes)}, backend={self.backend!r}"
+
+
+class MergedPart(nn.Module):
+    """Stands in the place of one of the layers of a :class:`MergedLinears`."""
+
+    def __init__(self, merged: MergedLinears, index: int) -> None:
+        super().__init__()
+        self.merged, self.index = merged, index
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.merged.part(input, self.index)
+
+    def extra_repr(self) -> str:
+        return f"index={self.index}"

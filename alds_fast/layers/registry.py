@@ -1,0 +1,66 @@
+"""The types of layers: their weights, their shapes, and the low-rank form of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..linalg import WeightShape
+from .base import LowRankLayer
+from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .linear import LowRankLinear
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is a Conv1D of transformers (GPT-2's Linear, whose weight is stored as (inputs, outputs))."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies the last dimension of its input with a matrix."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def oriented_weight(module: nn.Module) -> Tensor:
+    """A layer's weight with the filters first, (out_channels, in_channels / conv_groups, *kernel), detached."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().mT if is_transposed(module) else weight.detach()
+
+
+def _shape_of(module: nn.Module) -> WeightShape:
+    if isinstance(module, nn.Linear):
+        return WeightShape(module.out_features, module.in_features)
+    if is_transposed(module):
+        conv1d: Any = module
+        return WeightShape(conv1d.nf, conv1d.nx)
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return WeightShape(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
+
+
+LOW_RANK: dict[type[nn.Module], type[LowRankLayer]] = {
+    nn.Linear: LowRankLinear,
+    nn.Conv1d: LowRankConv1d,
+    nn.Conv2d: LowRankConv2d,
+    nn.Conv3d: LowRankConv3d,
+}
+
+
+def weight_shape(module: nn.Module) -> WeightShape | None:
+    """The weight shape of a Linear or ``nn.Conv1d/2d/3d`` (subclasses included), None for anything else."""
+    return _shape_of(module) if isinstance(module, tuple(LOW_RANK)) or is_transposed(module) else None
+
+
+def low_rank_like(module: nn.Module, scheme: int, groups: int, rank: int) -> LowRankLayer:
+    """The low-rank layer that replaces ``module``, with its factors on the meta device and its bias not copied yet."""
+    shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
+    options: dict[str, Any] = {"scheme": scheme, "groups": groups, "bias": bias, "device": "meta"}
+    if is_linear(module):
+        return LowRankLinear(shape.in_channels, shape.out_channels, rank, **options).train(module.training)
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    for name in ("stride", "padding", "dilation", "padding_mode"):
+        options[name] = getattr(module, name)
+    cls: Any = LOW_RANK[type(module)]
+    layer = cls(shape.in_channels, shape.out_channels, shape.kernel, rank, conv_groups=shape.conv_groups, **options)
+    return layer.train(module.training)

@@ -1,0 +1,45 @@
+"""Matrices: how a weight folds into them, their spectra, their low-rank factors; in C++ and in torch.
+
+Here belongs what takes tensors and returns tensors. What knows of modules belongs in layers, what scores ranks in
+criteria. The C++ extension is ``_core``.
+"""
+
+from .folding import (
+    SCHEMES,
+    WeightShape,
+    decoder_axes,
+    distinct_schemes,
+    divisors,
+    factor_shapes,
+    factors_to_weights,
+    matrix_shape,
+    max_rank,
+    params_per_rank,
+    permuted,
+    unfold,
+    weights_to_dense,
+)
+from .rsvd_op import batched_rsvd
+from .spectra_op import spectra
+from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors
+
+__all__ = [
+    "EXACT_BY_FALLBACK",
+    "SCHEMES",
+    "Factors",
+    "WeightShape",
+    "batched_rsvd",
+    "decoder_axes",
+    "distinct_schemes",
+    "divisors",
+    "factor_shapes",
+    "factors_to_weights",
+    "matrix_shape",
+    "max_rank",
+    "optimal_errors",
+    "params_per_rank",
+    "permuted",
+    "spectra",
+    "unfold",
+    "weights_to_dense",
+]

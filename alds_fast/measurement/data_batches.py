@@ -1,0 +1,58 @@
+"""Batches of data that a model is run on: what they must be, and what a failed run says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, ModelError
+
+
+def mask_of(batch: Any, mask: str | None) -> Tensor | None:
+    """The keyword argument that is false at padding, if the batch has it; ArgumentError if it is not such a mask."""
+    found = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
+    if not isinstance(found, Tensor):
+        return None
+    if found.dim() != 2 or not bool(((found == 0) | (found == 1)).all()):
+        raise ArgumentError(
+            f"{mask}: expected (samples, tokens) of 1 or True at tokens and 0 or False at padding, got shape "
+            f"{tuple(found.shape)}, values from {found.min()} to {found.max()}; with mask=None all tokens count"
+        )
+    return found.bool()
+
+
+@contextmanager
+def explained(number: int, name: str) -> Iterator[None]:
+    """What a model raises on a batch, by its number from 1, becomes a ModelError."""
+    try:
+        yield
+    except (ArgumentError, ModelError):
+        raise
+    except Exception as e:
+        raise ModelError(
+            f"batch {number} of {name} did not run through the model ({type(e).__name__}: {e}); a batch is what "
+            f"model(...) takes, without labels"
+        ) from e
+
+
+def again(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """The batches, one more time, with their numbers from 1; ArgumentError if there are none any more."""
+    number = 0
+    for number, batch in enumerate(data, 1):
+        yield number, batch
+    if not number:
+        raise ArgumentError("refit= had batches once, and then none: each layer takes a pass; give a list of them")
+
+
+def check_batches(data: Any) -> None:
+    """ArgumentError unless the batches can be gone through again and again, and there is one."""
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
+        raise ArgumentError(f"refit= is a {type(data).__name__}: expected batches, for example [x]")
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+        once = iter(data) is data
+    if once:
+        raise ArgumentError("refit= is an iterator, which can be used once only; give a list of the batches")

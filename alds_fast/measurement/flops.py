@@ -1,0 +1,85 @@
+"""Floating-point operations of layers and of everything that could replace them, counted as torch counts them.
+
+A multiplication and an addition are two operations; biases, activations and normalisations count nothing. The numbers
+are those of ``torch.utils.flop_counter.FlopCounterMode`` on the compressed model, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..linalg import WeightShape, decoder_axes
+from .inputs import InputSpec, layer_inputs
+
+
+def counted_inputs(
+    model: nn.Module, example_inputs: Any, names: Iterable[str]
+) -> tuple[dict[str, dict[InputSpec, int]], int]:
+    """:func:`alds_fast.measurement.layer_inputs`, and the floating-point operations of that same run of the model.
+
+    (torch's transformer layers and attention are kept off their fused inference paths, in which torch counts nothing.)
+    """
+    mha = torch.backends.mha
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            found = layer_inputs(model, example_inputs, names)
+    finally:
+        mha.set_fastpath_enabled(fast)
+    return found, int(counter.get_total_flops())
+
+
+def _output_size(size: int, axis: int, module: nn.Module) -> int:
+    """Length of an axis after a convolution along it."""
+    conv: Any = module
+    reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+    padding = conv.padding if isinstance(conv.padding, str) else 2 * conv.padding[axis]
+    added = {"same": reach, "valid": 0}.get(padding, padding)
+    return int((size + added - reach - 1) // conv.stride[axis] + 1)
+
+
+def _sites(module: nn.Module, shape: WeightShape, spec: InputSpec, scheme: int | None) -> tuple[int, int]:
+    """Places where the two layers' weights are applied: positions after the encoder and after the decoder.
+
+    For ``scheme`` None the positions after the dense layer, twice.
+    """
+    axes = len(shape.kernel)
+    if axes == 0:
+        rows = math.prod(spec.shape[:-1])
+        return rows, rows
+    batch = spec.shape[0] if len(spec.shape) == axes + 2 else 1
+    sizes = spec.shape[len(spec.shape) - axes :]
+    done = [_output_size(n, a, module) for a, n in enumerate(sizes)]
+    late = () if scheme is None else decoder_axes(scheme, shape.kernel)
+    between = [sizes[a] if a in late else done[a] for a in range(axes)]
+    return batch * math.prod(between), batch * math.prod(done)
+
+
+def dense_flops(module: nn.Module, shape: WeightShape, calls: Mapping[InputSpec, int]) -> int:
+    """Operations of the dense layer over all its calls: 2 numel(W) per position of the output."""
+    return sum(count * 2 * shape.numel * _sites(module, shape, spec, None)[1] for spec, count in calls.items())
+
+
+def flops_per_rank(
+    module: nn.Module, shape: WeightShape, calls: Mapping[InputSpec, int], scheme: int, groups: int
+) -> int:
+    """Operations that one more rank costs over all calls; encoder and decoder are both linear in the rank.
+
+    2 (c k_enc) per position after the encoder and 2 (groups f k_dec) per position of the output, for every one of
+    the ``conv_groups`` independent layers of f filters and c channels.
+    """
+    decoder = math.prod(shape.kernel[a] for a in decoder_axes(scheme, shape.kernel))
+    per_encoder_site = shape.in_channels * (math.prod(shape.kernel) // decoder)
+    per_decoder_site = groups * shape.out_channels * decoder
+    total = 0
+    for spec, count in calls.items():
+        between, after = _sites(module, shape, spec, scheme)
+        total += count * 2 * (per_encoder_site * between + per_decoder_site * after)
+    return total

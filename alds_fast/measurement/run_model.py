@@ -1,0 +1,79 @@
+"""What a model's layers are called with, and how long calls take when the sides take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+
+
+def _check_example(example_inputs: Any, name: str) -> None:
+    named = isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs)
+    if not named and not isinstance(example_inputs, Tensor | tuple | list):
+        raise ArgumentError(
+            f"{name} is a {type(example_inputs).__name__}: expected a tensor, a tuple or list of positional arguments, "
+            f"or a dict of keyword arguments"
+        )
+
+
+def call_model(model: nn.Module, example_inputs: Any, name: str = "example_inputs") -> Any:
+    """``model(x)`` for a tensor, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping of names.
+
+    ArgumentError, which calls the inputs ``name``, for anything else. Run it inside :func:`inference`.
+    """
+    _check_example(example_inputs, name)
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    return model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*example_inputs)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; every module's ``training`` flag is put back at the end.
+
+    The flags are set directly, so that a ``train`` method of the model's own (one that merges weights, say) is not
+    called.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """The model's buffers and torch's random state are put back at the end."""
+    buffers = [b for b in model.buffers() if not b.is_meta and b.layout == torch.strided]
+    saved = [(b, b._version, b.detach().clone()) for b in buffers if not b.is_inference()]
+    with torch.random.fork_rng(sorted({b.device.index or 0 for b in model.parameters() if b.is_cuda})):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, version, old in saved:
+                    if buffer._version != version:
+                        buffer.copy_(old)
+
+
+@contextmanager
+def padded(*models: nn.Module) -> Iterator[None]:
+    """Transformer encoders work on padded tensors, not on nested ones, whose rows are other tokens to each layer."""
+    encoders = [m for model in models for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    flags = [(m, m.use_nested_tensor) for m in encoders]
+    try:
+        for encoder, _ in flags:
+            encoder.use_nested_tensor = False
+        yield
+    finally:
+        for encoder, flag in flags:
+            encoder.use_nested_tensor = flag

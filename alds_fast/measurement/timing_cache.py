@@ -1,0 +1,114 @@
+"""Measured ratios of low-rank to dense layers, kept on disk by hardware, torch version and number of threads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_text
+
+FORMAT = "alds_fast.timings"
+VERSION = 1  # to be raised when the low-rank layers run differently: what was measured before is then not read
+
+Ratios = dict[tuple[int, int], dict[int, float]]  # (scheme, groups) to rank to latency over that of the dense layer
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware behind a torch device, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")), platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Everything outside a call that its time depends on: hardware, versions, threads and torch's settings."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    if device.type == "cuda":
+        backend: Any = torch.backends.cudnn
+        precision = torch.backends.cuda.matmul.fp32_precision, backend.conv.fp32_precision, backend.benchmark
+    else:
+        backend = torch.backends.mkldnn
+        precision = backend.matmul.fp32_precision, backend.conv.fp32_precision, backend.enabled
+    found = {"device": device_name(device), "torch": torch.__version__, "threads": threads}
+    return {**found, "settings": list(precision)}
+
+
+def _folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
+    if cache is False:
+        return None
+    if isinstance(cache, str | os.PathLike):
+        return Path(cache)
+    return Path(os.environ.get("ALDS_FAST_CACHE") or Path.home() / ".cache" / "alds_fast")
+
+
+class Timings:
+    """What is known of every kind of layer call, by a text that describes it; read at once, written by :meth:`save`.
+
+    ``cache`` is a folder, None for ``$ALDS_FAST_CACHE`` or ``~/.cache/alds_fast``, False for none. A file that is not
+    what :meth:`save` writes, or a folder that cannot be written, is warned about and what is missing measured anew.
+    """
+
+    def __init__(self, device: torch.device, cache: str | os.PathLike[str] | bool | None = None) -> None:
+        self.environment = environment(device)
+        identity = json.dumps([FORMAT, VERSION, self.environment], sort_keys=True)
+        folder = _folder(cache)
+        name = f"timings-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+        self.path = folder / name if folder else None
+        self._calls = self._read()
+
+    def of(self, call: str) -> Ratios:
+        """The ratios known of a kind of call; add to it what is measured."""
+        return self._calls.setdefault(call, {})
+
+    def _read(self) -> dict[str, Ratios]:
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            data = json.loads(self.path.read_text())
+            if [data["format"], data["version"], data["environment"]] != [FORMAT, VERSION, self.environment]:
+                raise ValueError("it is of another environment")
+            return {call: _ratios(rows) for call, rows in data["calls"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            warnings.warn(f"{self.path} is not a valid file of timings ({e}): measuring anew", stacklevel=2)
+            return {}
+
+    def save(self) -> None:
+        """Write atomically, together with what other processes have written meanwhile."""
+        if self.path is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with the file was said when it was first read
+            written = self._read()
+        for call, ratios in written.items():
+            for curve, known in ratios.items():
+                self.of(call)[curve] = known | self.of(call).get(curve, {})
+        rows = {call: [[*curve, *pair] for curve, known in ratios.items() for pair in known.items()]
+                for call, ratios in self._calls.items()}  # fmt: skip
+        data = {"format": FORMAT, "version": VERSION, "environment": self.environment, "calls": rows}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(data))
+        except OSError as e:
+            warnings.warn(f"timings could not be kept in {self.path} ({e}); cache= names another folder", stacklevel=2)
+
+
+def _ratios(rows: Any) -> Ratios:
+    found: Ratios = {}
+    for scheme, groups, rank, ratio in rows:
+        whole = all(type(n) is int and n >= 0 for n in (scheme, groups, rank))
+        if not whole or not isinstance(ratio, float) or not 0 < ratio < math.inf:
+            raise ValueError(f"{[scheme, groups, rank, ratio]} is not scheme, groups, rank and a ratio above 0")
+        found.setdefault((scheme, groups), {})[rank] = ratio
+    return found

@@ -1,0 +1,35 @@
+"""From a model to a plan to a compressed model: ``analyze``, ``Analysis``, ``Plan``, ``compress``.
+
+Here belongs what ties the steps together and checks users' options. The steps themselves belong in the wings before.
+"""
+
+from .analysis import Analysis
+from .compression import compress
+from .defaults import check_is_possible, resolved_norm, resolved_precision
+from .options import ALL_CRITERIA, METHODS, check_groups, check_plan_options, check_schemes, is_single
+from .plan import Plan
+from .plan_rows import LayerPlan
+from .plots import analysis_dict, check_plot, plot_plan
+from .run_analysis import analyze, analyze_with_progress, with_data
+
+__all__ = [
+    "ALL_CRITERIA",
+    "METHODS",
+    "Analysis",
+    "LayerPlan",
+    "Plan",
+    "analysis_dict",
+    "analyze",
+    "analyze_with_progress",
+    "check_groups",
+    "check_is_possible",
+    "check_plan_options",
+    "check_plot",
+    "check_schemes",
+    "compress",
+    "is_single",
+    "plot_plan",
+    "resolved_norm",
+    "resolved_precision",
+    "with_data",
+]

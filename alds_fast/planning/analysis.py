@@ -1,0 +1,177 @@
+"""Analyse a model once, then plan for any budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..allocation import Candidates, candidates, dense_reason, put_exact
+from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Sharpen, exact_spectra, layer_errors, with_outputs
+from ..layers import Layer
+from ..text import shape_text, table
+from .budget_loop import Problem, solve_shares
+from .defaults import check_is_possible, resolved_criterion, resolved_norm
+from .options import check_importance, check_plan_options
+from .plan import Plan
+from .plan_rows import LayerPlan
+from .planned import planned_row
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The spectra of a model's layers; made by :func:`analyze`.
+
+    Attributes:
+        layers: every layer with a weight of two or more dimensions, with the reason if it is left out.
+        spectra: by layer name, for those that are not.
+        params: parameters of the model, shared ones once.
+        model: the model itself, which budgets on operations and latency run.
+        moments: by layer name, what the layers called with ``data`` see; empty without.
+        max_groups: most channel slices tried by criteria that use them, None for no limit.
+        sharpen: computes spectra in float64.
+    """
+
+    layers: tuple[Layer, ...]
+    spectra: dict[str, LayerSpectra]
+    params: int
+    model: nn.Module = field(repr=False, compare=False)
+    moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
+    max_groups: int | None = None
+    sharpen: Sharpen = field(default=exact_spectra, repr=False)
+    _errors: dict[tuple[str, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
+
+    def plan(
+        self,
+        *,
+        params: float | None = None,
+        flops: float | None = None,
+        latency: float | None = None,
+        error: float | None = None,
+        example_inputs: Any = None,
+        criterion: str | None = None,
+        p: float | None = None,
+        method: str = "alds",
+        align: int = 1,
+        bias_correction: bool = True,
+        importance: Mapping[str, float] | None = None,
+        cache: str | os.PathLike[str] | bool | None = None,
+    ) -> Plan:
+        """Choose (scheme, groups, rank), or dense, for every layer.
+
+        The least p-norm of the layers' errors within one budget or all of several:
+
+        Args:
+            params: share of the whole model's parameters to keep, in (0, 1].
+            flops: share of the floating-point operations of one run of the whole model to keep, in (0, 1], as
+                ``torch.utils.flop_counter`` counts them.
+            latency: share of the dense model's latency to keep, in (0, 1], on the device where model and inputs are;
+                measured, see :mod:`alds_fast.allocation.latency`. More than 8 channel slices are not tried under it.
+            error: largest relative error allowed, >= 0; the fewest parameters within it. Alone.
+            example_inputs: what the model is run with for flops= and latency=: a tensor, a tuple or list of
+                positional arguments, or a dict of keyword arguments.
+            criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference", see
+                :mod:`alds_fast.criteria.spectral`; with data "output" (exact error of the layer's output on the data,
+                relative to that output), "output-bound" (an upper bound of it) or, with gradients, "sensitivity" (what
+                that error does to the network's output, to first order), see
+                :mod:`alds_fast.criteria.weighted_errors`. None for the best that the analysis allows: "sensitivity",
+                "output", "frobenius".
+            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
+                exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
+                None for 2 with "sensitivity", whose squares add up, 4 with other criteria, which is what measured
+                best, and inf with several budgets or error=.
+            method: "alds" (exact) or, for comparison, "alds-heuristic" (the paper's alternating search), "svd",
+                "svd-energy", "svd-nuclear", "l-rank", "pca", "sum" or "uniform", see
+                :mod:`alds_fast.allocation.baselines`: under one budget, of params= or flops=. Their ``Plan.gap`` is
+                that of the largest error.
+            align: ranks are multiples of it.
+            bias_correction: with data, a layer's bias takes up the mean of its error, where it has one of its own.
+            importance: by layer name, factors >= 0 of the errors; 1 for those not named.
+            cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
+                ``~/.cache/alds_fast``, False for none.
+
+        Spectra that were computed in float32 (``analyze(precision="float32")``) are computed again in float64, and
+        kept, for those in doubt (:mod:`alds_fast.allocation.float32_check`), so that the plan is that of float64 but
+        for ties in its own rounding; for all unless the budget is one of params= or flops=, the criterion "frobenius",
+        the method "alds".
+
+        Warns:
+            UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``).
+
+        Raises:
+            BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
+            ArgumentError: another argument is out of range.
+            ModelError: the model does not run with the example inputs, or has changed since its spectra were computed
+                in float32.
+        """
+        shares = {"params": params, "flops": flops, "latency": latency}
+        basis = Basis(resolved_criterion(criterion, self.moments, method), self.moments, bool(bias_correction))
+        p = resolved_norm(p, basis.criterion, shares, method)
+        options = {"criterion": basis.criterion, "p": p, "method": method, "align": align, "cache": cache}
+        options |= {"bias_correction": bias_correction, "importance": importance}
+        check_plan_options(shares, error, example_inputs, **options)
+        layers = [layer for layer in self.layers if layer.name in self.spectra]
+        weights = {layer.name: 1.0 for layer in layers}
+        weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
+        budgets = [name for name, share in shares.items() if share is not None]
+        if not check_is_possible(budgets, basis.criterion, method):
+            self._sharpen([(name, key) for name, s in self.spectra.items() for key in sorted(s.single)])
+        while True:
+            choices = self._choices(layers, basis, align, weights)
+            spectra = [with_outputs(self.spectra[layer.name], basis, method) for layer in layers]
+            problem = Problem(self.model, self.params, layers, choices, spectra, method)
+            if error is not None:
+                outcome = problem.within(float(error))
+                break
+            outcome = solve_shares(problem, shares, example_inputs, p, cache)
+            doubt = problem.doubt(outcome, list(weights.values()), p)
+            if not doubt:
+                break
+            self._sharpen(doubt)
+        picks = enumerate(zip(layers, outcome.choices, outcome.solution.found, strict=True))
+        chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
+        rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
+        budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
+        made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
+        return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
+
+    def _sharpen(self, wanted: Sequence[tuple[str, Key]]) -> None:
+        """These spectra in float64, in the place of those there are."""
+        for layer, key, values in self.sharpen([(self.spectra[name].layer, key) for name, key in wanted]):
+            self.spectra[layer.name] = put_exact(self.spectra[layer.name], key, values)
+        self._errors.clear()
+
+    def _choices(
+        self, layers: Sequence[Layer], basis: Basis, align: int, weights: Mapping[str, float]
+    ) -> list[Candidates]:
+        """Every choice of the layers; their errors are kept for the next plan."""
+        key = basis.criterion, basis.bias_correction
+        if key not in self._errors:
+            self._errors[key] = [layer_errors(self.spectra[layer.name], basis, self.max_groups) for layer in layers]
+        found = []
+        for layer, errors in zip(layers, self._errors[key], strict=True):
+            assert layer.shape is not None
+            found.append(candidates(layer.shape, {k: weights[layer.name] * e for k, e in errors.items()}, align))
+        return found
+
+    def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
+        return {
+            row.name: self.spectra[row.name].values[row.scheme, row.groups]
+            for row in rows
+            if row.scheme is not None and row.groups is not None
+        }
+
+    def __str__(self) -> str:
+        headers = ["layer", "kind", "shape", "params", "folds x groups", "reason left out"]
+        rows = []
+        for layer in self.layers:
+            found = self.spectra.get(layer.name)
+            folds = f"{len(found.top)} x {len(found.values) // len(found.top)}" if found else "-"
+            cells = [layer.name or "(model)", layer.kind, shape_text(layer.weight), f"{layer.params:,}", folds]
+            rows.append([*cells, layer.reason or ""])
+        inside = sum(s.layer.shape.numel for s in self.spectra.values() if s.layer.shape)
+        total = f"{self.params:,} parameters, {inside:,} of them in {len(self.spectra)} layers that can be factorised"
+        return table(headers, rows, left=(0, 1, 5)) + "\n" + total

@@ -1,0 +1,194 @@
+"""Plans under shares of parameters, operations and latency; the latency is measured and, if it is off, mended."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..allocation import (
+    MAX_LATENCY_GROUPS,
+    Candidates,
+    CostTable,
+    Front,
+    Ints,
+    LayerTimes,
+    Solution,
+    allocate,
+    curves_in_doubt,
+    end_to_end,
+    flops_table,
+    largest_error,
+    params_table,
+    relaxed,
+    solve,
+    solve_baseline,
+    solve_error,
+)
+from ..criteria import Key, LayerSpectra
+from ..errors import BudgetError
+from ..layers import Layer
+from ..measurement import Timings, counted_inputs, device_name
+from .plan_rows import Latency
+
+MAX_REFINEMENTS = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, and the layers of it that can be factorised with their candidates."""
+
+    model: nn.Module
+    params: int
+    layers: Sequence[Layer]
+    choices: Sequence[Candidates]
+    spectra: Sequence[LayerSpectra] = ()
+    method: str = "alds"
+
+    def solve(self, tables: Sequence[CostTable], p: float) -> Solution:
+        """By the method: "alds" under any budgets, a baseline under one."""
+        if self.method == "alds":
+            return solve(self.choices, tables, p)
+        (table,) = tables
+        return solve_baseline(self.method, self.choices, table, self.spectra)
+
+    def within(self, error: float) -> Outcome:
+        """The fewest parameters with errors of at most ``error``."""
+        table = params_table(self.choices, self.params, 1.0)
+        return Outcome(self.choices, solve_error(self.choices, error), [table])
+
+    def doubt(self, outcome: Outcome, weights: Sequence[float], p: float) -> list[tuple[str, Key]]:
+        """The float32 spectra, by layer, errors times ``weights``, that might not decide as float64 ones."""
+        if not any(s.single for s in self.spectra):
+            return []
+        (table,), found = outcome.tables, outcome.solution.found
+
+        def again(fronts: Sequence[Front]) -> Ints:
+            return allocate(fronts, table.budget(), p).picks
+
+        return curves_in_doubt(self.spectra, outcome.choices, weights, found, table.costs, again)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The solution in terms of ``choices``, the budgets' costs, and the latency where there is a budget on it."""
+
+    choices: Sequence[Candidates]
+    solution: Solution
+    tables: Sequence[CostTable]
+    latency: Latency | None = None
+
+
+def solve_shares(
+    problem: Problem,
+    shares: Mapping[str, float | None],
+    example_inputs: Any,
+    p: float,
+    cache: str | os.PathLike[str] | bool | None,
+) -> Outcome:
+    """Least p-norm of the errors within all the shares given, of "params", "flops" and "latency".
+
+    Raises BudgetError where they cannot be met and ModelError where the model does not run; warns where the latency
+    measured in the end is not within 10 % of the one asked for.
+    """
+    params, flops, latency = (shares[name] for name in ("params", "flops", "latency"))
+    if latency is not None:
+        few = [c.few_groups(MAX_LATENCY_GROUPS) for c in problem.choices]
+        problem = replace(problem, choices=few)
+    tables, layers, choices = [], problem.layers, problem.choices
+    if params is not None:
+        tables.append(params_table(choices, problem.params, float(params)))
+    if flops is None and latency is None:
+        return Outcome(choices, problem.solve(tables, p), tables)
+    calls, operations = counted_inputs(problem.model, example_inputs, [layer.name for layer in layers])
+    if flops is not None:
+        tables.append(flops_table(layers, choices, calls, operations, float(flops)))
+    if latency is None:
+        return Outcome(choices, problem.solve(tables, p), tables)
+    device = _device(problem.model)
+    times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
+    return _refined(problem, tables, times, float(latency), example_inputs, p, device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _measured(
+    problem: Problem, found: Sequence[int], share: float, example_inputs: Any, device: torch.device, attempt: int
+) -> Latency:
+    choices = [c.choice(i) for c, i in zip(problem.choices, found, strict=True)]
+    replaced = {layer.name: t for layer, t in zip(problem.layers, choices, strict=True) if t is not None}
+    ratio, dense_ms, small_ms = end_to_end(problem.model, replaced, example_inputs, device)
+    return Latency(share, ratio, dense_ms, small_ms, device_name(device), attempt)
+
+
+def _refined(
+    problem: Problem,
+    tables: Sequence[CostTable],
+    times: LayerTimes,
+    share: float,
+    example_inputs: Any,
+    p: float,
+    device: torch.device,
+) -> Outcome:
+    """Solve, measure, and where that is off look closer and correct the limit by how far the prediction was off.
+
+    The outcome whose measured latency is nearest to the one asked for is kept. A share whose smallest prediction is
+    above it by no more than the tolerance is tried; what is measured decides.
+    """
+    outcomes: list[Outcome] = []
+    table = times.table(share)
+    if table.least <= (1 + Latency.TOLERANCE) * table.limit:
+        table = relaxed(table, table.limit)
+    for attempt in range(MAX_REFINEMENTS + 1):
+        try:
+            solution = problem.solve([*tables, table], p)
+        except BudgetError:
+            if not outcomes:
+                raise
+            break  # the corrected limit cannot be met together with the other budgets
+        latency = _measured(problem, solution.found, share, example_inputs, device, attempt)
+        outcomes.append(Outcome(problem.choices, solution, [*tables, table], latency))
+        if _settled(outcomes, tables):
+            break
+        predicted = table.cost(solution.found) / table.total
+        times.look_closer(solution.found)
+        table = times.table(share)
+        table = relaxed(table, share * predicted / latency.measured * table.total)
+    best = min(outcomes, key=_distance)
+    _warn_if_off(best, tables)
+    return best
+
+
+def _distance(outcome: Outcome) -> float:
+    assert outcome.latency is not None
+    return outcome.latency.distance
+
+
+def _free(outcome: Outcome, tables: Sequence[CostTable]) -> bool:
+    """Whether less latency than asked for is no loss: nothing is left to win, or other budgets hold it down."""
+    assert outcome.latency is not None
+    exact = largest_error(outcome.choices, outcome.solution.found) == 0.0
+    return outcome.latency.measured < outcome.latency.asked and (exact or bool(tables))
+
+
+def _settled(outcomes: Sequence[Outcome], tables: Sequence[CostTable]) -> bool:
+    """Within the tolerance; or nothing else can be done, the same choice having come out before."""
+    last = outcomes[-1]
+    seen = [o.solution.found for o in outcomes[:-1]]
+    return _distance(last) <= Latency.TOLERANCE or last.solution.found in seen or _free(last, tables)
+
+
+def _warn_if_off(outcome: Outcome, tables: Sequence[CostTable]) -> None:
+    if _distance(outcome) > Latency.TOLERANCE and not _free(outcome, tables):
+        warnings.warn(
+            f"the plan was not brought within {Latency.TOLERANCE:.0%} of the latency asked for: {outcome.latency}",
+            stacklevel=2,
+        )

@@ -1,0 +1,65 @@
+"""From a model to its compressed copy in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import ArgumentError
+from ..measurement import check_batches
+from .defaults import resolved_precision
+from .options import check_plan_options
+from .run_analysis import analyze
+
+_ANALYSIS_OPTIONS = {
+    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "precision"
+}  # fmt: skip
+_PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
+
+
+def compress(
+    model: nn.Module,
+    *,
+    params: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    error: float | None = None,
+    example_inputs: Any = None,
+    refit: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
+
+    ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
+    moment_order, precision) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align, bias_correction,
+    importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`. ``precision`` is "float32" if
+    it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`. Raises what these raise, and
+    ArgumentError for an unknown option.
+
+    >>> import torch
+    >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
+    LowRankLinear(in_features=64, out_features=64, scheme=0, groups=1, rank=15)
+    """
+    unknown = sorted(set(options) - _ANALYSIS_OPTIONS - _PLAN_OPTIONS)
+    if unknown:
+        known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
+        raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
+    planning = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
+    if not isinstance(refit, bool):
+        raise ArgumentError(
+            f"refit is a {type(refit).__name__}: True or False; other batches than data= go to Plan.apply(refit=)"
+        )
+    if refit:
+        check_batches(options.get("data"))
+    shares = {"params": params, "flops": flops, "latency": latency}
+    check_plan_options(shares, error, example_inputs, **planning)  # before the work
+    analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
+    if options.get("data") is None:
+        analysing.setdefault("precision", resolved_precision(shares, options.get("criterion"), options.get("method")))
+    analysis = analyze(model, **analysing)
+    budgets = {**shares, "error": error, "example_inputs": example_inputs}
+    plan = analysis.plan(**{**budgets, **planning})
+    if not refit:
+        return plan.apply(model)
+    return plan.apply(model, refit=options["data"], mask=options.get("mask", "attention_mask"))

@@ -1,0 +1,222 @@
+"""A plan: for every layer what replaces it, why, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..criteria import Basis, Moments
+from ..errors import AldsError, ModelError, PlanError
+from ..factors import FactorReport, factorize
+from ..factors import refit as refit_layers
+from ..integrations import keep_when_saved
+from ..layers import count_params, find_layers, label
+from ..measurement import check_batches
+from ..text import number, shape_text, table
+from .plan_rows import Latency, LayerPlan, checked, read_latency, read_row, real
+
+FORMAT = "alds_fast.plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole-model allocation; made by :meth:`alds_fast.Analysis.plan`, applied by :meth:`apply`.
+
+    Attributes:
+        layers: one :class:`LayerPlan` per layer, those left out included.
+        params_before: parameters of the dense model, shared ones once.
+        budget, criterion, method, p, align: how it was made; ``budget`` as "params=0.5", "params=0.5, flops=0.5" or
+            "error=0.3".
+        gap: certified relative distance of the p-norm of the errors from its optimum; 0 for method "alds" with p = inf
+            under one budget, which is solved exactly, NaN for a plan edited by hand.
+        latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
+        bias_correction: where factors are fitted to data, biases take up the means of the errors.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    params_before: int
+    budget: str
+    criterion: str
+    method: str
+    p: float
+    align: int
+    gap: float
+    latency: Latency | None = None
+    bias_correction: bool = False
+    spectra: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    basis: Basis | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the compressed model, shared ones once."""
+        return self.params_before - sum(row.params_before - row.params_after for row in self.layers)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the parameters kept, in (0, 1]."""
+        return self.params / self.params_before if self.params_before else 1.0
+
+    @property
+    def error(self) -> float:
+        """The largest relative error over the layers; NaN if a row was edited by hand."""
+        errors = [row.error for row in self.layers]
+        return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
+        return self.criterion != "frobenius" or self.budget.startswith("error")
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        moments: Mapping[str, Moments] | None = None,
+        refit: Iterable[Any] | None = None,
+        mask: str | None = "attention_mask",
+    ) -> nn.Module:
+        """A new model with the layers replaced; ``model`` is not changed.
+
+        Args:
+            model: the one that was analysed, or one with the same layers.
+            moments: those of an analysis with data (``analysis.moments``), for a plan by a criterion that uses them
+                and that was read from JSON.
+            refit: a list of batches as for analyze(data=), whatever the criterion: layer after layer, factors and bias
+                are fitted to the dense network's outputs on what reaches the layer in the compressed one, and the
+                statistics of BatchNorms move along, see :mod:`alds_fast.factors.refitting`. One pass of both networks
+                per layer.
+            mask: as for analyze.
+
+        Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
+        than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
+        error. The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as
+        ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises LayerNotFoundError, PlanError or
+        WeightError where the plan does not fit the model, ModelError if the model cannot be copied.
+        """
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+        if count_params(model) != self.params_before:
+            raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
+        if refit is not None:
+            check_batches(refit)
+        choices = [row.choice for row in self.layers]
+        chosen = [c for c in choices if c is not None]
+        small, reports = factorize(
+            model, chosen, self.spectra, exact=self.exact, weighted=self._basis(moments).weighting
+        )
+        if refit is not None:
+            reports |= self._refitted(small, model, refit, mask, moments)
+        keep_when_saved(small)
+        object.__setattr__(small, "alds_plan", self)
+        object.__setattr__(small, "alds_factors", reports)
+        return small
+
+    def _refitted(
+        self, small: nn.Module, model: nn.Module, data: Iterable[Any], mask: str | None,
+        moments: Mapping[str, Moments] | None,
+    ) -> dict[str, FactorReport]:  # fmt: skip
+        basis = self._basis(moments)
+        gradients = {
+            name: (m.gradient, m.gradient_noise) for name, m in basis.moments.items()
+            if self.criterion == "sensitivity" and m.gradient is not None
+        }  # fmt: skip
+        names = [row.name for row in self.layers if row.choice]
+        layers = [layer for layer in find_layers(model) if layer.name in names]
+        return refit_layers(
+            small, model, layers, data, gradients=gradients, bias_correction=self.bias_correction, mask=mask
+        )
+
+    def _basis(self, moments: Mapping[str, Moments] | None) -> Basis:
+        """What the factors are fitted to; PlanError where that needs moments and there are none."""
+        basis = self.basis if self.basis is not None else Basis(self.criterion, {}, self.bias_correction)
+        if moments is not None and not isinstance(moments, Mapping):
+            raise PlanError(f"moments is a {type(moments).__name__}; pass analysis.moments, a mapping by layer name")
+        basis = basis if moments is None else Basis(self.criterion, moments, self.bias_correction)
+        missing = [row.name for row in self.layers if row.choice and basis.lacks(row.name)]
+        if missing:
+            raise PlanError(
+                f"layer {label(missing[0])}: criterion {self.criterion!r} needs moments, which plans in JSON do not "
+                f"hold; pass plan.apply(model, moments=analysis.moments) of analyze(model, data=...)"
+            )
+        return basis
+
+    def __str__(self) -> str:
+        headers = ["layer", "kind", "shape", "scheme", "groups", "rank", "error", "params", "after", "reason"]
+        lines = table(headers, [_cells(row) for row in self.layers], left=(0, 1, 9))
+        p = "inf" if math.isinf(self.p) else f"{self.p:g}"
+        total = (
+            f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); largest "
+            f"{self.criterion} error {self.error:.4f}; asked {self.budget}; method {self.method}, p={p}, "
+            f"gap {self.gap:.2g}"
+        )
+        return f"{lines}\n{total}" + (f"\n{self.latency}" if self.latency else "")
+
+    def to_json(self) -> str:
+        """The plan as JSON text; exact round trip with :meth:`from_json`."""
+        head: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "budget": self.budget,
+            "criterion": self.criterion,
+        }
+        head |= {"method": self.method, "p": number(self.p), "align": self.align, "gap": number(self.gap)}
+        rows = [
+            {**vars(row), "error": number(row.error), "error_is_of": [row.scheme, row.groups, row.rank]}
+            for row in self.layers
+        ]
+        head |= {
+            "bias_correction": self.bias_correction,
+            "params_before": self.params_before,
+            "latency": vars(self.latency) if self.latency else None,
+        }
+        return json.dumps({**head, "layers": rows}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan, checking every row; raises PlanError that names the row and the field.
+
+        The scheme, groups and rank of a row may have been edited: its params_after is computed anew and its error, no
+        longer known, becomes NaN, as does the plan's gap. Set scheme, groups and rank to null to keep a layer dense.
+        """
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data["format"] != FORMAT:
+                raise PlanError(f"not a plan: its format is {data['format']!r}, expected {FORMAT!r}")
+            if data["version"] > VERSION:
+                raise PlanError(f"plan version {data['version']} is newer than {VERSION}; update alds_fast")
+            if not isinstance(data["layers"], list):
+                raise PlanError("not a plan: layers is not a list")
+            layers = tuple(read_row(fields) for fields in data["layers"])
+            budget, criterion, method = (checked(data, "plan", n, str) for n in ("budget", "criterion", "method"))
+            before, align = (checked(data, "plan", n, int) for n in ("params_before", "align"))
+            p, gap = (real(data, "plan", n) for n in ("p", "gap"))
+            gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
+            latency = None if _edited(data["layers"]) else read_latency(data.get("latency"))
+            correction = data.get("bias_correction", False)
+            if not isinstance(correction, bool):
+                raise PlanError(f"plan: bias_correction={correction!r} is not true or false")
+            return cls(layers, before, budget, criterion, method, p, align, gap, latency, correction)
+        except AldsError:
+            raise
+        except KeyError as e:
+            raise PlanError(f"not a plan: the field {e} is missing") from e
+        except (TypeError, ValueError, AttributeError, RecursionError) as e:
+            raise PlanError(f"not a plan: {e}") from e
+
+
+def _edited(rows: list[dict[str, Any]]) -> bool:
+    return any([row["scheme"], row["groups"], row["rank"]] != row["error_is_of"] for row in rows)
+
+
+def _cells(row: LayerPlan) -> list[str]:
+    chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
+    error = "?" if math.isnan(row.error) else f"{row.error:.4f}"
+    name = row.name or "(model)"
+    counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
+    return [name, row.kind, shape_text(row.shape), *chosen, error, *counts, row.reason or ""]

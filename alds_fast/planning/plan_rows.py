@@ -1,0 +1,156 @@
+"""The rows of a plan: one layer each, and how they are read back from JSON, every field checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..allocation import MAX_LATENCY_GROUPS
+from ..errors import PlanError
+from ..factors import Choice
+from ..linalg import WeightShape, distinct_schemes, max_rank, params_per_rank
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One row of a plan.
+
+    ``scheme``, ``groups`` and ``rank`` are None for a layer that stays dense, and ``reason`` then says why. ``error``
+    is the relative error of the plan's criterion (0 for a dense layer, NaN for a row edited by hand). Parameters are
+    the layer's own, bias included.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    conv_groups: int
+    scheme: int | None
+    groups: int | None
+    rank: int | None
+    error: float
+    params_before: int
+    params_after: int
+    reason: str | None
+
+    @property
+    def choice(self) -> Choice | None:
+        """What to put in the layer's place, None if it stays dense."""
+        if self.scheme is None or self.groups is None or self.rank is None:
+            return None
+        shape = WeightShape(self.shape[0], self.shape[1] * self.conv_groups, self.shape[2:], self.conv_groups)
+        return Choice(self.name, shape, self.scheme, self.groups, self.rank)
+
+
+def params_of(choice: Choice) -> int:
+    """Parameters of encoder and decoder."""
+    return choice.rank * params_per_rank(choice.shape, choice.scheme, choice.groups)
+
+
+_FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} | {"error_is_of"}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What a budget on latency achieved, measured end to end with dense and compressed taking turns.
+
+    ``asked`` and ``measured`` are shares of the dense model's latency; the milliseconds are medians of that
+    measurement; ``device`` names the hardware and ``refinements`` counts how often the timings were corrected.
+    """
+
+    asked: float
+    measured: float
+    dense_ms: float
+    compressed_ms: float
+    device: str
+    refinements: int
+
+    TOLERANCE: ClassVar[float] = 0.1
+
+    @property
+    def distance(self) -> float:
+        """Relative distance of the measured share from the one asked for."""
+        return abs(self.measured / self.asked - 1.0)
+
+    def __str__(self) -> str:
+        far = f", NOT within {self.TOLERANCE:.0%} of it" if self.distance > self.TOLERANCE else ""
+        times = f"{self.dense_ms:.3g} -> {self.compressed_ms:.3g} ms"
+        asked = f"latency {self.asked:.2f} asked, {self.measured:.2f} measured{far}, {times} on {self.device}"
+        return f"{asked}; up to {MAX_LATENCY_GROUPS} channel slices were tried"
+
+
+def read_latency(fields: Any) -> Latency | None:
+    """A plan's latency from its JSON fields, None for null."""
+    if fields is None:
+        return None
+    if not isinstance(fields, dict) or set(fields) != {field.name for field in dataclasses.fields(Latency)}:
+        raise PlanError(f"not a plan: latency={fields!r} does not have the fields of a measured latency")
+    shares = {n: real(fields, "latency", n) for n in ("asked", "measured", "dense_ms", "compressed_ms")}
+    if not all(0 < value < math.inf for value in shares.values()):
+        raise PlanError(f"not a plan: latency={fields!r} has shares or times that are not above 0")
+    device, refinements = checked(fields, "latency", "device", str), checked(fields, "latency", "refinements", int)
+    return Latency(**shares, device=device, refinements=refinements)
+
+
+def checked(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
+    """A field of that type; integers must not be negative."""
+    value = fields[name]
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        raise PlanError(f"{where}: {name}={value!r} is not {'a text' if kind is str else 'an integer >= 0'}")
+    return value
+
+
+def real(fields: dict[str, Any], where: str, name: str) -> float:
+    """A number >= 0; null is NaN, "inf" infinity."""
+    value = fields[name]
+    if value is None or value == "inf":
+        return math.nan if value is None else math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise PlanError(f"{where}: {name}={value!r} is not a number >= 0, null or 'inf'")
+    return float(value)
+
+
+def read_row(fields: dict[str, Any]) -> LayerPlan:
+    """A row from its JSON fields; where the choice was edited, the parameters are counted anew and the error is NaN."""
+    if not isinstance(fields, dict) or set(fields) != _FIELDS:
+        raise PlanError(f"not a plan: a layer has the fields {sorted(fields)}, expected {sorted(_FIELDS)}")
+    where = f"layer {checked(fields, 'a layer', 'name', str)!r}"
+    shape, triple = fields["shape"], [fields[name] for name in ("scheme", "groups", "rank")]
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise PlanError(f"{where}: shape={shape!r} is not a list of integers >= 0")
+    if any(v is None for v in triple) != all(v is None for v in triple):
+        raise PlanError(f"{where}: scheme, groups and rank must be all null or all integers, got {triple}")
+    if fields["reason"] is not None:
+        checked(fields, where, "reason", str)
+    counts = {n: checked(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
+    known: dict[str, Any] = {
+        "kind": checked(fields, where, "kind", str),
+        "error": real(fields, where, "error"),
+        **counts,
+    }
+    known |= {n: v for n, v in fields.items() if n != "error_is_of" and n not in known}
+    row = LayerPlan(**{**known, "shape": tuple(shape)})
+    if row.rank is not None:
+        _check_choice(row, where)
+    if triple == fields["error_is_of"]:
+        return row
+    choice = row.choice
+    after = row.params_before + (params_of(choice) - choice.shape.numel if choice else 0)
+    reason = None if choice else "kept dense by hand"
+    return LayerPlan(**{**vars(row), "params_after": after, "error": math.nan if choice else 0.0, "reason": reason})
+
+
+def _check_choice(row: LayerPlan, where: str) -> None:
+    if any(type(v) is not int for v in (row.scheme, row.groups, row.rank)):
+        raise PlanError(f"{where}: scheme, groups and rank must be integers")
+    if len(row.shape) < 2 or 0 in row.shape or row.conv_groups < 1 or row.shape[0] % row.conv_groups:
+        raise PlanError(f"{where}: shape={row.shape} with conv_groups={row.conv_groups} is not that of a layer")
+    choice = row.choice
+    assert choice is not None
+    distinct_schemes((choice.scheme,), choice.shape.kernel)
+    if choice.groups < 1 or choice.shape.slice_channels % choice.groups:
+        raise PlanError(f"{where}: groups={choice.groups} does not divide its {choice.shape.slice_channels} channels")
+    full = max_rank(choice.shape, choice.scheme, choice.groups)
+    if not 1 <= choice.rank <= full:
+        raise PlanError(f"{where}: rank={choice.rank} is outside 1..{full}")
