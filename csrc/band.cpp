@@ -1,6 +1,6 @@
-// Tridiagonal form of a large symmetric matrix in two stages, without the reflectors (Bischof, Lang, Sun, "A framework for
-// symmetric band reduction", 2000): to a band by block reflectors, whose products read the matrix once for BAND columns
-// and not once for each; then from band to tridiagonal by chasing bulges down it, in the cache.
+// Tridiagonal form of a large symmetric matrix in two stages (Bischof, Lang, Sun, "A framework for symmetric band
+// reduction", 2000). The first stage goes to a band by block reflectors. Their products read the matrix once for BAND
+// columns and not once for each. The second stage goes from band to tridiagonal by chasing bulges in the cache.
 #include <algorithm>
 
 #include "core.h"
@@ -13,7 +13,7 @@ constexpr int64_t BAND = 32;
 template <typename T>
 constexpr int64_t PARTS = BAND / lanes<T>;
 template <typename T>
-constexpr int64_t COLUMN = 2 * BAND + lanes<T>;  // of the band's storage: band, bulge, and what may be written above a diagonal
+constexpr int64_t COLUMN = 2 * BAND + lanes<T>;  // of the band's storage: band, bulge, what is written above a diagonal
 template <typename T>
 constexpr int64_t STRIDE = COLUMN<T> - 1;  // from entry (i, j), at i + j STRIDE, to (i, j + 1)
 

@@ -25,7 +25,7 @@ struct Lapack {
 
 template <typename T>
 const Lapack<T>& lapack();
-void load_lapack();  // resolves them; needs the GIL the first time
+void load_lapack();                         // resolves them; needs the GIL the first time
 void check(int info, const char* routine);  // throws if a routine failed
 
 // A batch of row-major matrices, batch x rows x cols, in float32 or float64.
@@ -43,7 +43,8 @@ struct Slice {
 };
 
 // Storage of a symmetric matrix for tridiagonalise: column-major on a vector's boundary, whole_blocks(order) columns of
-// leading dimension padded(order), lower triangle. complete_blocks fills in what it needs beside that. T: float or double.
+// leading dimension padded(order), lower triangle. complete_blocks fills in what it needs beside that. T: float or
+// double.
 template <typename T>
 int64_t whole_blocks(int64_t order);
 template <typename T>
@@ -51,8 +52,8 @@ int64_t padded(int64_t order);
 template <typename T>
 void complete_blocks(T* a, int64_t order);
 
-// Tridiagonal form of such a matrix (destroyed), entries at most 1: diagonal (n), off_diagonal (n - 1), tau (n - 1), the
-// scalar factors of the reflectors, which are left below the first subdiagonal as dsytrd leaves them.
+// Tridiagonal form of such a matrix (destroyed), entries at most 1: diagonal (n), off_diagonal (n - 1), tau (n - 1),
+// the scalar factors of the reflectors, which are left below the first subdiagonal as dsytrd leaves them.
 template <typename T>
 void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, BufferOf<T>& scratch);
 
@@ -74,17 +75,18 @@ double squared_norm(const Slice& slice);  // Frobenius
 template <typename T>
 void gram(const Slice& slice, double scale, T* g, BufferOf<T>& scratch);
 
-// Eigenvalues, unordered, of up to LANES tridiagonal matrices, one per vector lane: each diagonal[i] (n) becomes them, off_diagonal[i] (n - 1)
-// is only read. Absolute error about machine epsilon times the norm.
+// Eigenvalues, unordered, of up to LANES tridiagonal matrices, one per vector lane: each diagonal[i] (n) becomes them,
+// off_diagonal[i] (n - 1) is only read. Absolute error about machine epsilon times the norm.
 void tridiagonal_eigenvalues(int64_t n, int64_t count, double* const* diagonal, const double* const* off_diagonal,
                              Buffer& scratch);
 
-// The basis in float64, its columns of norm 1 again: what is left of their not being orthonormal changes the squared error
-// by the square of float32's epsilon.
+// The basis in float64, its columns of norm 1 again: what is left of their not being orthonormal changes the squared
+// error by the square of float32's epsilon.
 void widen(const float* single, int64_t order, int64_t rank, double* basis);
 
-// Factors of a slice of norm `norm` projected onto the space of an orthonormal basis (order x rank) of its smaller side,
-// both carrying the root of the singular values; returns the squared norm of the projection. S: the matrix's type.
+// Factors of a slice of norm `norm` projected onto the space of an orthonormal basis (order x rank) of its smaller
+// side, both carrying the root of the singular values; returns the squared norm of the projection. S: the matrix's
+// type.
 template <typename S>
 double write_factors(const Slice& slice, int64_t rank, double norm, double* basis, Buffer& scratch, S* left, S* right);
 

@@ -1,4 +1,4 @@
-// The two factors of a slice from an orthonormal basis of the space that is kept: projection and certificate, in float64.
+// The two factors of a slice from an orthonormal basis of the space that is kept. All sums are in float64.
 #include <algorithm>
 #include <cmath>
 
@@ -21,9 +21,10 @@ void widen(const float* single, int64_t order, int64_t rank, double* basis) {
   }
 }
 
-// Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half precision.
-// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor, over ||W||
-// at first, so that nothing over- or underflows. Returns the squared norm of the projection. S: the matrix's type.
+// Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half
+// precision. W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its
+// factor. It is over
+// ||W|| at first, so that nothing over- or underflows.
 template <typename S>
 double write_factors(const Slice& slice, int64_t rank, double norm, double* basis, Buffer& scratch, S* left, S* right) {
   const MatrixBatch& whole = *slice.matrix;
@@ -45,7 +46,8 @@ double write_factors(const Slice& slice, int64_t rank, double norm, double* basi
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = chunk[i * whole.cols + j] * inverse;
     int m = count, n = rank, k = order, lda = cols;
-    lapack<double>().gemm(wide ? &no : &transposed, &no, &m, &n, &k, &one, dense, &lda, basis, &k, &zero, projected, &m);
+    lapack<double>().gemm(wide ? &no : &transposed, &no, &m, &n, &k, &one, dense, &lda, basis, &k, &zero, projected,
+                          &m);
     for (int64_t j = 0; j < rank; ++j)
       for (int64_t i = 0; i < count; ++i) {
         const double value = projected[j * count + i];

@@ -1,8 +1,8 @@
 // Gram matrix of a slice of float32 or float64, accumulated in float64 or float32.
 //
-// The slice is packed a chunk at a time so that a row of the pack holds one entry of every row (or column) of the smaller
-// side; the product is then a sum of outer products of contiguous rows. scipy's BLAS chooses its kernels by processor model
-// and takes AVX2 ones on many AVX-512 machines; these loops take the vectors that the processor has.
+// The slice is packed a chunk at a time. A row of the pack holds one entry of every row (or column) of the smaller
+// side. The product is then a sum of outer products of contiguous rows. scipy's BLAS chooses its kernels by processor
+// model and takes AVX2 ones on many AVX-512 machines. These loops take the vectors that the processor has.
 #include <algorithm>
 
 #include "core.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t CHUNK = 1 << 18;  // bytes packed at a time, stay in L2
 template <typename T>
-constexpr int64_t DEPTH = sizeof(T) == sizeof(float) ? 128 : CHUNK;  // terms of a sum in T: rounding of equal ones adds up
+constexpr int64_t DEPTH = sizeof(T) == sizeof(float) ? 128 : CHUNK;  // terms of a sum in T: their rounding adds up
 
 // G[i, j] += sum_k pack[k, i] pack[k, j] for ROWS blocks of rows from i and columns j .. j + COLS
 template <int ROWS, typename T>
@@ -39,15 +39,20 @@ ALDS_INLINE void outer_of(int64_t end, int64_t depth, const T* pack, T* g, int64
 }
 
 // (Clones of a template are more than the compiler knows how to make.)
-ALDS_CLONES void outer(int64_t end, int64_t depth, const double* pack, double* g, int64_t ld) { outer_of(end, depth, pack, g, ld); }
-ALDS_CLONES void outer(int64_t end, int64_t depth, const float* pack, float* g, int64_t ld) { outer_of(end, depth, pack, g, ld); }
+ALDS_CLONES void outer(int64_t end, int64_t depth, const double* pack, double* g, int64_t ld) {
+  outer_of(end, depth, pack, g, ld);
+}
+ALDS_CLONES void outer(int64_t end, int64_t depth, const float* pack, float* g, int64_t ld) {
+  outer_of(end, depth, pack, g, ld);
+}
 
 // pack[k, i] = source[i, k] scale
 template <typename S, typename T>
 void pack_transposed(const S* source, int64_t stride, int64_t rows, int64_t depth, int64_t end, double scale, T* pack) {
   for (int64_t block = 0; block < depth; block += 16)  // a cache line of float32 of every row at a time
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = block; k < std::min(depth, block + 16); ++k) pack[k * end + i] = static_cast<T>(source[i * stride + k] * scale);
+      for (int64_t k = block; k < std::min(depth, block + 16); ++k)
+        pack[k * end + i] = static_cast<T>(source[i * stride + k] * scale);
 }
 
 // pack[k, i] = source[k, i] scale

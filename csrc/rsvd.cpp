@@ -4,8 +4,9 @@
 // capture, so ||W||_F^2 minus it is their exact squared error (Halko, Martinsson, Tropp 2011, sections 4.3 and 5).
 // Power iterations go on until that is within (1 + tolerance) of the optimum known from the spectrum.
 //
-// Of float32 slices with errors well above what such arithmetic loses, the basis is computed in float32. Its projection and
-// the certificate are float64 all the same; if they say that it will not do, the basis is computed in float64 too.
+// The basis of a float32 slice is computed in float32 where its error is well above what such arithmetic loses. Its
+// projection and the certificate are float64 all the same. Where the certificate fails, the basis is computed in
+// float64.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -31,7 +32,7 @@ struct Workspace {
   }
 };
 
-// Counter-based standard normals: a hash of (seed, slice, index), so the sketch is the same for any number of threads.
+// Counter-based standard normals: a hash of (seed, slice, index). The sketch is the same for any number of threads.
 uint64_t mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15ULL;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -98,11 +99,13 @@ struct Target {
   bool met(double error, int64_t order) const {
     return error <= (1.0 + tolerance) * optimum + order * std::numeric_limits<double>::epsilon() * total;
   }
-  bool float_may_do() const { return tolerance * optimum >= FLOAT_EPSILONS * std::numeric_limits<float>::epsilon() * total; }
+  bool float_may_do() const {
+    return tolerance * optimum >= FLOAT_EPSILONS * std::numeric_limits<float>::epsilon() * total;
+  }
 };
 
-// Top `rank` eigenvectors of the Gram matrix (destroyed, entries at most 1) into w.factor (order x rank). The tridiagonal
-// problem is solved whole, by divide and conquer; only the vectors that are kept are transformed back.
+// Top `rank` eigenvectors of the Gram matrix (destroyed, entries at most 1) into w.factor (order x rank). The
+// tridiagonal problem is solved whole, by divide and conquer. Only the vectors that are kept are transformed back.
 template <typename T>
 void exact(T* gram, Workspace<T>& w, int64_t order, int64_t rank) {
   T* factor = grow(w.factor, order * rank);
@@ -123,7 +126,8 @@ void exact(T* gram, Workspace<T>& w, int64_t order, int64_t rank) {
   check(info, "ormqr");
 }
 
-// Randomized subspace iteration into w.factor, on the Gram matrix over `target.total`; false if the certificate was not met.
+// Randomized subspace iteration into w.factor, on the Gram matrix over `target.total`. False: no certificate was
+// reached.
 template <typename T>
 bool sketched(T* gram, Workspace<T>& w, int64_t order, int64_t rank, int64_t width, const Target& target,
               const RsvdOptions& o, uint64_t slice, int64_t& iterations) {
@@ -147,9 +151,11 @@ bool sketched(T* gram, Workspace<T>& w, int64_t order, int64_t rank, int64_t wid
   return false;
 }
 
-// Orthonormal basis of a slice that is not zero, computed in T, into w.factor; returns the iterations, as Factors has them.
+// Orthonormal basis of a slice that is not zero, computed in T, into w.factor; returns the iterations, as Factors has
+// them.
 template <typename T>
-int64_t basis_of(const Slice& slice, int64_t rank, const Target& target, const RsvdOptions& o, uint64_t index, Workspace<T>& w) {
+int64_t basis_of(const Slice& slice, int64_t rank, const Target& target, const RsvdOptions& o, uint64_t index,
+                 Workspace<T>& w) {
   const int64_t order = slice.order(), width = std::min(order, rank + o.oversample), ld = padded<T>(order);
   T* g = grow(w.gram, ld * whole_blocks<T>(order));
   gram(slice, 1.0 / std::sqrt(target.total), g, w.scratch);  // so that no square over- or underflows

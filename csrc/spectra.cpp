@@ -123,7 +123,8 @@ void square_columns(const MatrixBatch& m, int64_t item, double* squares) {
     for (int64_t j = 0; j < m.cols; ++j) squares[j] += double(row[j]) * row[j];
   };
   for (int64_t i = item * m.rows; i < (item + 1) * m.rows; ++i)
-    m.is_double ? add(static_cast<const double*>(m.data) + i * m.cols) : add(static_cast<const float*>(m.data) + i * m.cols);
+    m.is_double ? add(static_cast<const double*>(m.data) + i * m.cols)
+                : add(static_cast<const float*>(m.data) + i * m.cols);
 }
 
 // In float32 Gram matrices are those of an item over its norm, so that nothing over- or underflows, and the sums of
@@ -169,7 +170,8 @@ void products(std::vector<Layer<T>>& layers, int threads) {
     const MatrixBatch& m = layers[t.layer].problem->matrix;
     Root<T>& root = layers[t.layer].roots[t.index];
     const int64_t width = m.cols / root.groups, order = std::min(m.rows, width), ld = padded<T>(order);
-    T *g = grow(matrix, ld * whole_blocks<T>(order)), *out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
+    T *g = grow(matrix, ld * whole_blocks<T>(order)),
+      *out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
     gram({&m, t.item, t.slice * width, width}, 1.0 / divisor(layers[t.layer], t.item), g, scratch);
     for (int64_t j = 0; j < order; ++j) std::copy(g + j * ld + j, g + j * ld + order, out + j * order + j);
   });
@@ -198,7 +200,8 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer<T>>& layers, Buffer& cou
         for (int64_t g = 0; g < p.groups[k]; ++g) {
           double* out = p.out + i * layers[l].row_size + layers[l].offsets[k] + g * order;
           tasks.push_back({int(l), int(k), i, g, std::pow(double(order), 3), int64_t(found.size())});
-          found.push_back({order, out, nullptr, 0.0, sum_of(layers[l].squares, i * p.matrix.cols + g * width, width), 0.0, int(l), int(k)});
+          found.push_back({order, out, nullptr, 0.0, sum_of(layers[l].squares, i * p.matrix.cols + g * width, width),
+                           0.0, int(l), int(k)});
           total += order;
         }
     }
@@ -213,7 +216,8 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer<T>>& layers, Buffer& cou
     const Layer<T>& layer = layers[t.layer];
     Tridiagonal& target = found[t.number];
     const int64_t n = target.order, ld = padded<T>(n), size = ld * whole_blocks<T>(n);
-    T *gram = grow(matrix, size + 3 * n), *diagonal = gram + size, *off_diagonal = diagonal + n, *tau = off_diagonal + n;
+    T *gram = grow(matrix, size + 3 * n), *diagonal = gram + size, *off_diagonal = diagonal + n,
+      *tau = off_diagonal + n;
     gather(layer, layer.roots[layer.root_of[t.index]], t.item, layer.problem->groups[t.index], t.slice, gram);
     T largest = 0, trace = 0;  // the largest entry of a positive semidefinite matrix is on its diagonal
     for (int64_t i = 0; i < n; ++i) {
@@ -286,7 +290,8 @@ void spectra(const std::vector<SpectraProblem>& problems, bool single, int threa
     spectra_in<double>(problems, threads);
     return;
   }
-  // Where eigenvalues do not add up to the norm (sums of equal terms, noise in the place of zeros), float64 has to do it.
+  // Where eigenvalues do not add up to the norm (sums of equal terms, noise in the place of zeros), float64 has to do
+  // it.
   std::vector<std::vector<char>> missed(problems.size());
   for (size_t i = 0; i < problems.size(); ++i) missed[i].resize(problems[i].groups.size());
   for (const Tridiagonal& t : spectra_in<float>(problems, threads))

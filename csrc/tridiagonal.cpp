@@ -1,6 +1,7 @@
 // Householder tridiagonalisation of a symmetric matrix, blocked (Dongarra, Hammarling, Sorensen, "Block reduction of
-// matrices to condensed forms", 1989): what LAPACK's dsytrd computes. It is faster at the orders of channel slices because
-// every loop runs over whole aligned vectors: blocks of `lanes` rows, padding included, diagonal blocks stored in full.
+// matrices to condensed forms", 1989). It computes what LAPACK's dsytrd computes. It is faster at the orders of channel
+// slices because every loop runs over whole aligned vectors. These are blocks of `lanes` rows with the padding
+// included.
 #include <algorithm>
 
 #include "core.h"
@@ -72,10 +73,12 @@ ALDS_INLINE void symv(int64_t begin, int64_t end, const T* a, int64_t ld, const 
 }
 
 template <typename T>
-ALDS_INLINE int64_t block_start(int64_t row) { return row / lanes<T> * lanes<T>; }
+ALDS_INLINE int64_t block_start(int64_t row) {
+  return row / lanes<T> * lanes<T>;
+}
 
-// Reduce columns first .. first + width: their reflectors v replace them below the diagonal, w holds the other factor of
-// the update A -= V W^T + W V^T. Rows before the current one in its block hold finite leftovers that are never used.
+// Reduce columns first .. first + width: their reflectors v replace them below the diagonal, w holds the other factor
+// of the update A -= V W^T + W V^T. Rows before the current one in its block hold finite leftovers that are never used.
 template <typename T>
 ALDS_INLINE void panel_of(int64_t n, int64_t end, int64_t first, int64_t width, T* a, int64_t ld, T* w, T* x, T* small,
                           T* diagonal, T* off_diagonal, T* tau) {
@@ -131,13 +134,13 @@ ALDS_INLINE void update_of(int64_t begin, int64_t end, int64_t width, T* a, cons
 }
 
 // (Clones of a template are more than the compiler knows how to make.)
-#define ALDS_FOR(T)                                                                                                  \
+#define ALDS_FOR(T)                                                                                                    \
   ALDS_CLONES void panel(int64_t n, int64_t end, int64_t first, int64_t width, T* a, int64_t ld, T* w, T* x, T* small, \
-                         T* diagonal, T* off_diagonal, T* tau) {                                                     \
-    panel_of<T>(n, end, first, width, a, ld, w, x, small, diagonal, off_diagonal, tau);                              \
-  }                                                                                                                  \
-  ALDS_CLONES void update(int64_t begin, int64_t end, int64_t width, T* a, const T* v, const T* w, int64_t ld) {     \
-    update_of<T>(begin, end, width, a, v, w, ld);                                                                    \
+                         T* diagonal, T* off_diagonal, T* tau) {                                                       \
+    panel_of<T>(n, end, first, width, a, ld, w, x, small, diagonal, off_diagonal, tau);                                \
+  }                                                                                                                    \
+  ALDS_CLONES void update(int64_t begin, int64_t end, int64_t width, T* a, const T* v, const T* w, int64_t ld) {       \
+    update_of<T>(begin, end, width, a, v, w, ld);                                                                      \
   }
 ALDS_FOR(double)
 ALDS_FOR(float)
@@ -182,10 +185,10 @@ void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, Buffe
   }
 }
 
-#define ALDS_FOR(T)                         \
-  template int64_t whole_blocks<T>(int64_t); \
-  template int64_t padded<T>(int64_t);       \
-  template void complete_blocks(T*, int64_t); \
+#define ALDS_FOR(T)                                                    \
+  template int64_t whole_blocks<T>(int64_t);                           \
+  template int64_t padded<T>(int64_t);                                 \
+  template void complete_blocks(T*, int64_t);                          \
   template void tridiagonalise(T*, int64_t, T*, T*, T*, BufferOf<T>&); \
   template void rank_two_update(int64_t, int64_t, int64_t, T*, const T*, const T*, int64_t);
 ALDS_FOR(double)
