@@ -3,9 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
-#include "core.h"
+#include "blas.h"
+#include "rsvd.h"
+#include "spectra.h"
 
 namespace py = pybind11;
 using alds::MatrixBatch;
@@ -58,7 +62,7 @@ std::vector<py::array_t<double>> spectra(const std::vector<py::array>& matrices,
     results.emplace_back(std::vector<int64_t>{m.batch, size});
     problems.push_back({m, groups[i], results.back().mutable_data()});
   }
-  alds::load_lapack();
+  alds::load_blas();
   py::gil_scoped_release release;
   alds::spectra(problems, single, threads);
   return results;
@@ -96,7 +100,7 @@ py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector
     problems.push_back({m, groups[i], rank, optima[i].data(), lefts.back().mutable_data(), rights.back().mutable_data(),
                         norms.back().mutable_data(), errors.back().mutable_data(), iterations.back().mutable_data()});
   }
-  alds::load_lapack();
+  alds::load_blas();
   {
     py::gil_scoped_release release;
     alds::batched_rsvd(problems, {seed, oversample, max_iterations, tolerance, exact_fraction}, threads);

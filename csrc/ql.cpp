@@ -4,12 +4,13 @@
 //
 // All lanes sweep from the last row up to their own first unconverged row. A coupling of zero inside restarts the
 // recurrence by itself, so blocks need not be searched for.
+#include "ql.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 
-#include "core.h"
 #include "vector.h"
 
 namespace alds {

@@ -7,14 +7,22 @@
 // The basis of a float32 slice is computed in float32 where its error is well above what such arithmetic loses. Its
 // projection and the certificate are float64 all the same. Where the certificate fails, the basis is computed in
 // float64.
+#include "rsvd.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "core.h"
+#include "blas.h"
+#include "blocks.h"
+#include "factors.h"
+#include "gram.h"
+#include "norms.h"
+#include "tridiagonal.h"
 
 namespace alds {
 namespace {
@@ -54,30 +62,25 @@ void gaussian(uint64_t seed, uint64_t slice, T* out, int64_t count) {
 }
 
 template <typename T>
-void product(char ta, char tb, int m, int n, int k, T* a, int lda, T* b, int ldb, T* c, int ldc) {
-  T one = 1, zero = 0;
-  lapack<T>().gemm(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &zero, c, &ldc);
+void product(char op_a, char op_b, int m, int n, int k, const T* a, int lda, const T* b, int ldb, T* c, int ldc) {
+  gemm<T>(op_a, op_b, m, n, k, 1, a, lda, b, ldb, 0, c, ldc);
 }
 
 // Orthonormal basis of the columns of a (rows x cols, column-major), in place.
 template <typename T>
 void orthonormalise(T* a, int rows, int cols, Workspace<T>& w) {
-  int lwork = 64 * cols, info = 0;
+  const int lwork = 64 * cols;
   T* tau = grow(w.work, cols + lwork);
-  lapack<T>().geqrf(&rows, &cols, a, &rows, tau, tau + cols, &lwork, &info);
-  check(info, "geqrf");
-  lapack<T>().orgqr(&rows, &cols, &cols, a, &rows, tau, tau + cols, &lwork, &info);
-  check(info, "orgqr");
+  geqrf(rows, cols, a, rows, tau, tau + cols, lwork);
+  orgqr(rows, cols, cols, a, rows, tau, tau + cols, lwork);
 }
 
 // Eigenvalues ascending into w.values; a (order x order, lower triangle) becomes the eigenvectors.
 template <typename T>
 void eigen(T* a, int order, Workspace<T>& w) {
-  char job = 'V', lower = 'L';
-  int lwork = 1 + 6 * order + 2 * order * order, liwork = 3 + 5 * order, info = 0;
+  const int lwork = 1 + 6 * order + 2 * order * order, liwork = 3 + 5 * order;
   T *values = grow(w.values, order), *work = grow(w.work, lwork);
-  lapack<T>().syevd(&job, &lower, &order, a, &order, values, work, &lwork, w.integer(liwork), &liwork, &info);
-  check(info, "syevd");
+  syevd('V', 'L', order, a, order, values, work, lwork, w.integer(liwork), liwork);
 }
 
 template <typename T>
@@ -113,17 +116,15 @@ void exact(T* gram, Workspace<T>& w, int64_t order, int64_t rank) {
   complete_blocks(gram, order);
   T *values = grow(w.values, 3 * order), *off_diagonal = values + order, *tau = off_diagonal + order;
   tridiagonalise(gram, order, values, off_diagonal, tau, w.scratch);
-  char vectors = 'I', side = 'L', no = 'N';
-  int n = order, k = rank, m = n - 1, lda = ld, lwork = 1 + 4 * n + n * n, liwork = 3 + 5 * n, info = 0;
+  int lwork = 1 + 4 * order + order * order;
+  const int liwork = 3 + 5 * order;
   T *z = grow(w.basis, order * order), *work = grow(w.work, lwork);
-  lapack<T>().stedc(&vectors, &n, values, off_diagonal, z, &n, work, &lwork, w.integer(liwork), &liwork, &info);
-  check(info, "stedc");
+  stedc('I', order, values, off_diagonal, z, order, work, lwork, w.integer(liwork), liwork);
   for (int64_t j = 0; j < rank; ++j)  // eigenvalues ascend
     std::copy(z + (order - 1 - j) * order, z + (order - j) * order, factor + j * order);
-  lwork = std::max(64 * k, 64 * 65);
-  work = grow(w.work, lwork);
-  if (m > 0) lapack<T>().ormqr(&side, &no, &m, &k, &m, gram + 1, &lda, tau, factor + 1, &n, work, &lwork, &info);
-  check(info, "ormqr");
+  if (order == 1) return;
+  lwork = std::max<int64_t>(64 * rank, 64 * 65);
+  ormqr('L', 'N', order - 1, rank, order - 1, gram + 1, ld, tau, factor + 1, order, grow(w.work, lwork), lwork);
 }
 
 // Randomized subspace iteration into w.factor, on the Gram matrix over `target.total`. False: no certificate was
@@ -157,7 +158,7 @@ template <typename T>
 int64_t basis_of(const Slice& slice, int64_t rank, const Target& target, const RsvdOptions& o, uint64_t index,
                  Workspace<T>& w) {
   const int64_t order = slice.order(), width = std::min(order, rank + o.oversample), ld = padded<T>(order);
-  T* g = grow(w.gram, ld * whole_blocks<T>(order));
+  T* g = grow(w.gram, blocks_size<T>(order));
   gram(slice, 1.0 / std::sqrt(target.total), g, w.scratch);  // so that no square over- or underflows
   int64_t iterations = EXACT_BY_CHOICE;
   if (width <= o.exact_fraction * order) {
@@ -176,9 +177,8 @@ struct Workspaces {
 
 void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspaces& w) {
   const MatrixBatch& m = p.matrix;
-  const int64_t width = m.cols / p.groups;
-  const Slice slice{&m, index / p.groups, (index % p.groups) * width, width};
-  const int64_t order = slice.order(), left = index * m.rows * p.rank, right = index * p.rank * width;
+  const Slice slice = slice_of(m, p.groups, index / p.groups, index % p.groups);
+  const int64_t order = slice.order(), left = index * m.rows * p.rank, right = index * p.rank * slice.width;
   const double total = p.norm[index] = squared_norm(slice), norm = total > 0.0 ? std::sqrt(total) : 1.0;
   if (!std::isfinite(total)) throw std::runtime_error(NOT_FINITE);
   const Target target{total, p.optimum[index], o.tolerance};

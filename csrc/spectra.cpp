@@ -3,14 +3,22 @@
 // A slice with rows <= width uses W W^T, and the Gram matrix of a coarse slice is the SUM of those of the finer
 // slices inside it. A slice with rows > width uses W^T W, a DIAGONAL BLOCK of that of the coarser slice around it.
 // So only "root" group counts need a product; every other one is read off a root.
+#include "spectra.h"
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "core.h"
+#include "band.h"
+#include "blocks.h"
+#include "gram.h"
+#include "norms.h"
+#include "ql.h"
+#include "tridiagonal.h"
 #include "vector.h"
 
 namespace alds {
@@ -115,18 +123,6 @@ void run(std::vector<Task>& tasks, int threads, F&& body) {
   if (!failure.empty()) throw std::runtime_error(failure);
 }
 
-// Squared norms of the columns, in float64, whatever T.
-void square_columns(const MatrixBatch& m, int64_t item, double* squares) {
-  std::fill(squares, squares + m.cols, 0.0);
-  auto add = [&](const auto* row) {
-#pragma omp simd
-    for (int64_t j = 0; j < m.cols; ++j) squares[j] += double(row[j]) * row[j];
-  };
-  for (int64_t i = item * m.rows; i < (item + 1) * m.rows; ++i)
-    m.is_double ? add(static_cast<const double*>(m.data) + i * m.cols)
-                : add(static_cast<const float*>(m.data) + i * m.cols);
-}
-
 // In float32 Gram matrices are those of an item over its norm, so that nothing over- or underflows, and the sums of
 // eigenvalues are mended by the norms.
 void measure(std::vector<Layer<double>>&, int) {}
@@ -135,7 +131,7 @@ void measure(std::vector<Layer<float>>& layers, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t l = 0; l < int64_t(layers.size()); ++l) {
     const MatrixBatch& m = layers[l].problem->matrix;
-    for (int64_t i = 0; i < m.batch; ++i) square_columns(m, i, layers[l].squares.data() + i * m.cols);
+    for (int64_t i = 0; i < m.batch; ++i) squared_columns(m, i, layers[l].squares.data() + i * m.cols);
   }
 }
 
@@ -172,7 +168,7 @@ void products(std::vector<Layer<T>>& layers, int threads) {
     const int64_t width = m.cols / root.groups, order = std::min(m.rows, width), ld = padded<T>(order);
     T *g = grow(matrix, ld * whole_blocks<T>(order)),
       *out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
-    gram({&m, t.item, t.slice * width, width}, 1.0 / divisor(layers[t.layer], t.item), g, scratch);
+    gram(slice_of(m, root.groups, t.item, t.slice), 1.0 / divisor(layers[t.layer], t.item), g, scratch);
     for (int64_t j = 0; j < order; ++j) std::copy(g + j * ld + j, g + j * ld + order, out + j * order + j);
   });
 }

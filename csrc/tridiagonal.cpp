@@ -1,10 +1,11 @@
 // Householder tridiagonalisation of a symmetric matrix, blocked (Dongarra, Hammarling, Sorensen, "Block reduction of
 // matrices to condensed forms", 1989). It computes what LAPACK's dsytrd computes. It is faster at the orders of channel
-// slices because every loop runs over whole aligned vectors. These are blocks of `lanes` rows with the padding
-// included.
+// slices because every loop runs over whole aligned vectors.
+#include "tridiagonal.h"
+
 #include <algorithm>
 
-#include "core.h"
+#include "blocks.h"
 #include "reflector.h"
 
 namespace alds {
@@ -70,11 +71,6 @@ ALDS_INLINE void symv(int64_t begin, int64_t end, const T* a, int64_t ld, const 
       eight(y + k) += sums<T>(sum);
     }
   }
-}
-
-template <typename T>
-ALDS_INLINE int64_t block_start(int64_t row) {
-  return row / lanes<T> * lanes<T>;
 }
 
 // Reduce columns first .. first + width: their reflectors v replace them below the diagonal, w holds the other factor
@@ -154,26 +150,6 @@ void rank_two_update(int64_t begin, int64_t end, int64_t width, T* a, const T* v
 }
 
 template <typename T>
-int64_t whole_blocks(int64_t order) {
-  return (order + lanes<T> - 1) / lanes<T> * lanes<T>;
-}
-
-template <typename T>
-int64_t padded(int64_t order) {
-  const int64_t end = whole_blocks<T>(order);
-  return end * sizeof(T) % 512 == 0 ? end + lanes<T> : end;  // columns must not all start in the same cache sets
-}
-
-template <typename T>
-void complete_blocks(T* a, int64_t n) {
-  const int64_t ld = padded<T>(n), end = whole_blocks<T>(n);
-  for (int64_t j = 0; j < end; ++j) {
-    std::fill(a + j * ld + (j < n ? n : block_start<T>(j)), a + j * ld + end, T{});
-    for (int64_t i = block_start<T>(j); i < std::min(j, n); ++i) a[j * ld + i] = j < n ? a[i * ld + j] : T{};
-  }
-}
-
-template <typename T>
 void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, BufferOf<T>& scratch) {
   const int64_t ld = padded<T>(n), end = whole_blocks<T>(n), width = n <= 96 ? 16 : 32;
   T* w = grow(scratch, ld * width + ld + width);
@@ -185,14 +161,9 @@ void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, Buffe
   }
 }
 
-#define ALDS_FOR(T)                                                    \
-  template int64_t whole_blocks<T>(int64_t);                           \
-  template int64_t padded<T>(int64_t);                                 \
-  template void complete_blocks(T*, int64_t);                          \
-  template void tridiagonalise(T*, int64_t, T*, T*, T*, BufferOf<T>&); \
-  template void rank_two_update(int64_t, int64_t, int64_t, T*, const T*, const T*, int64_t);
-ALDS_FOR(double)
-ALDS_FOR(float)
-#undef ALDS_FOR
+template void tridiagonalise(double*, int64_t, double*, double*, double*, BufferOf<double>&);
+template void tridiagonalise(float*, int64_t, float*, float*, float*, BufferOf<float>&);
+template void rank_two_update(int64_t, int64_t, int64_t, double*, const double*, const double*, int64_t);
+template void rank_two_update(int64_t, int64_t, int64_t, float*, const float*, const float*, int64_t);
 
 }  // namespace alds
