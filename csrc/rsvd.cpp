@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "blas.h"
@@ -22,6 +21,7 @@
 #include "factors.h"
 #include "gram.h"
 #include "norms.h"
+#include "parallel.h"
 #include "tridiagonal.h"
 
 namespace alds {
@@ -223,22 +223,9 @@ void batched_rsvd(const std::vector<RsvdProblem>& problems, const RsvdOptions& o
     const double cost = order * (double(m.rows) * m.cols / problems[p].groups + order * order);
     for (int64_t s = 0; s < m.batch * problems[p].groups; ++s) tasks.push_back({int64_t(p), s, cost});
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-  std::string failure;
-#pragma omp parallel num_threads(threads)
-  {
-    Workspaces workspaces;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
-      try {
-        factor_slice(problems[tasks[t].problem], tasks[t].slice, options, workspaces);
-      } catch (const std::exception& e) {
-#pragma omp critical
-        failure = e.what();
-      }
-    }
-  }
-  if (!failure.empty()) throw std::runtime_error(failure);
+  parallel_tasks<Workspaces>(tasks, threads, [&](const Task& t, Workspaces& workspaces) {
+    factor_slice(problems[t.problem], t.slice, options, workspaces);
+  });
 }
 
 }  // namespace alds

@@ -10,13 +10,13 @@
 #include <functional>
 #include <numeric>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "band.h"
 #include "blocks.h"
 #include "gram.h"
 #include "norms.h"
+#include "parallel.h"
 #include "ql.h"
 #include "tridiagonal.h"
 #include "vector.h"
@@ -99,40 +99,20 @@ struct Task {
   int64_t number;
 };
 
-void largest_first(std::vector<Task>& tasks) {
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-}
-
-template <typename T, typename F>
-void run(std::vector<Task>& tasks, int threads, F&& body) {
-  largest_first(tasks);
-  std::string failure;
-#pragma omp parallel num_threads(threads)
-  {
-    BufferOf<T> matrix, scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
-      try {
-        body(tasks[t], matrix, scratch);
-      } catch (const std::exception& e) {
-#pragma omp critical
-        failure = e.what();
-      }
-    }
-  }
-  if (!failure.empty()) throw std::runtime_error(failure);
-}
+template <typename T>
+struct Scratch {
+  BufferOf<T> matrix, work;
+};
 
 // In float32 Gram matrices are those of an item over its norm, so that nothing over- or underflows, and the sums of
 // eigenvalues are mended by the norms.
 void measure(std::vector<Layer<double>>&, int) {}
 void measure(std::vector<Layer<float>>& layers, int threads) {
   for (Layer<float>& layer : layers) layer.squares.resize(layer.problem->matrix.batch * layer.problem->matrix.cols);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t l = 0; l < int64_t(layers.size()); ++l) {
+  parallel_for<Nothing>(layers.size(), threads, [&](int64_t l, Nothing&) {
     const MatrixBatch& m = layers[l].problem->matrix;
     for (int64_t i = 0; i < m.batch; ++i) squared_columns(m, i, layers[l].squares.data() + i * m.cols);
-  }
+  });
 }
 
 double sum_of(const Buffer& squares, int64_t first, int64_t count) {
@@ -162,13 +142,13 @@ void products(std::vector<Layer<T>>& layers, int threads) {
           tasks.push_back({int(l), int(r), i, g, double(order) * m.rows * width, 0});
     }
   }
-  run<T>(tasks, threads, [&](const Task& t, BufferOf<T>& matrix, BufferOf<T>& scratch) {
+  parallel_tasks<Scratch<T>>(tasks, threads, [&](const Task& t, Scratch<T>& scratch) {
     const MatrixBatch& m = layers[t.layer].problem->matrix;
     Root<T>& root = layers[t.layer].roots[t.index];
     const int64_t width = m.cols / root.groups, order = std::min(m.rows, width), ld = padded<T>(order);
-    T *g = grow(matrix, ld * whole_blocks<T>(order)),
+    T *g = grow(scratch.matrix, ld * whole_blocks<T>(order)),
       *out = root.grams.data() + (t.item * root.groups + t.slice) * order * order;
-    gram(slice_of(m, root.groups, t.item, t.slice), 1.0 / divisor(layers[t.layer], t.item), g, scratch);
+    gram(slice_of(m, root.groups, t.item, t.slice), 1.0 / divisor(layers[t.layer], t.item), g, scratch.work);
     for (int64_t j = 0; j < order; ++j) std::copy(g + j * ld + j, g + j * ld + order, out + j * order + j);
   });
 }
@@ -208,11 +188,11 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer<T>>& layers, Buffer& cou
     t.off_diagonal = couplings.data() + total;
     total += t.order;
   }
-  run<T>(tasks, threads, [&](const Task& t, BufferOf<T>& matrix, BufferOf<T>& scratch) {
+  parallel_tasks<Scratch<T>>(tasks, threads, [&](const Task& t, Scratch<T>& scratch) {
     const Layer<T>& layer = layers[t.layer];
     Tridiagonal& target = found[t.number];
     const int64_t n = target.order, ld = padded<T>(n), size = ld * whole_blocks<T>(n);
-    T *gram = grow(matrix, size + 3 * n), *diagonal = gram + size, *off_diagonal = diagonal + n,
+    T *gram = grow(scratch.matrix, size + 3 * n), *diagonal = gram + size, *off_diagonal = diagonal + n,
       *tau = off_diagonal + n;
     gather(layer, layer.roots[layer.root_of[t.index]], t.item, layer.problem->groups[t.index], t.slice, gram);
     T largest = 0, trace = 0;  // the largest entry of a positive semidefinite matrix is on its diagonal
@@ -226,8 +206,8 @@ std::vector<Tridiagonal> reduce(const std::vector<Layer<T>>& layers, Buffer& cou
     for (int64_t j = 0; j < n; ++j)  // so that no square over- or underflows
       for (int64_t i = j; i < n; ++i) gram[j * ld + i] /= largest;
     complete_blocks(gram, n);
-    if (n < LARGE) tridiagonalise(gram, n, diagonal, off_diagonal, tau, scratch);
-    else tridiagonalise_large(gram, n, diagonal, off_diagonal, scratch);
+    if (n < LARGE) tridiagonalise(gram, n, diagonal, off_diagonal, tau, scratch.work);
+    else tridiagonalise_large(gram, n, diagonal, off_diagonal, scratch.work);
     std::copy(diagonal, diagonal + n, target.diagonal);
     std::copy(off_diagonal, off_diagonal + n - 1, target.off_diagonal);
   });
@@ -244,7 +224,7 @@ void finish(std::vector<Tridiagonal>& slices, int threads) {
     tasks.push_back({int(begin), int(end), 0, 0, std::pow(double(slices[begin].order), 2), 0});
     begin = end;
   }
-  run<double>(tasks, threads, [&](const Task& t, Buffer&, Buffer& scratch) {
+  parallel_tasks<Buffer>(tasks, threads, [&](const Task& t, Buffer& scratch) {
     double *diagonal[LANES] = {}, *off_diagonal[LANES] = {};
     for (int k = t.layer; k < t.index; ++k) {
       diagonal[k - t.layer] = slices[k].diagonal;
