@@ -16,6 +16,8 @@ core = Pybind11Extension(
         "csrc/norms.cpp",
         "csrc/ql.cpp",
         "csrc/rsvd.cpp",
+        "csrc/shared_grams.cpp",
+        "csrc/singular_values.cpp",
         "csrc/spectra.cpp",
         "csrc/tridiagonal.cpp",
     ],

@@ -57,7 +57,7 @@ std::vector<py::array_t<double>> spectra(const std::vector<py::array>& matrices,
     int64_t size = 0;
     for (int64_t k : groups[i]) {
       check_groups(k, m, "groups[" + std::to_string(i) + "]");
-      size += k * std::min(m.rows, m.cols / k);
+      size += alds::values_per_item(m, k);
     }
     results.emplace_back(std::vector<int64_t>{m.batch, size});
     problems.push_back({m, groups[i], results.back().mutable_data()});
