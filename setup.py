@@ -9,6 +9,7 @@ core = Pybind11Extension(
     "alds_fast._core",
     [
         "csrc/band.cpp",
+        "csrc/basis.cpp",
         "csrc/bindings.cpp",
         "csrc/blas.cpp",
         "csrc/factors.cpp",

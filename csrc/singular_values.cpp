@@ -137,8 +137,8 @@ std::vector<Miss> singular_values(const std::vector<SpectraProblem>& problems, i
   std::vector<SliceTask> slices = slice_tasks(problems, off_diagonals);
   parallel_tasks<Scratch<T>>(slices, threads,
                              [&](SliceTask& t, Scratch<T>& scratch) { reduce(t, weights[t.problem], scratch); });
-  std::vector<LaneTask> groups = lane_tasks(slices);  // the loop has sorted the slices by their order
-  parallel_tasks<Buffer>(groups, threads, [&](const LaneTask& t, Buffer& scratch) { finish(t, scratch); });
+  std::vector<LaneTask> side_by_side = lane_tasks(slices);  // the loop has sorted the slices by their order
+  parallel_tasks<Buffer>(side_by_side, threads, [&](const LaneTask& t, Buffer& scratch) { finish(t, scratch); });
 
   std::vector<Miss> misses;
   for (const SliceTask& t : slices) misses.push_back({t.problem, t.entry, t.missed});
