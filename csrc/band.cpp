@@ -1,55 +1,55 @@
-// Tridiagonal form of a large symmetric matrix in two stages, without the reflectors (Bischof, Lang, Sun, "A framework for
-// symmetric band reduction", 2000): to a band by block reflectors, whose products read the matrix once for BAND columns
-// and not once for each; then from band to tridiagonal by chasing bulges down it, in the cache.
+// Tridiagonal form of a large symmetric matrix in two stages (Bischof, Lang, Sun, "A framework for symmetric band
+// reduction", 2000). The first stage goes to a band by block reflectors. Their products read the matrix once for BAND
+// columns and not once for each. The second stage goes from band to tridiagonal by chasing bulges in the cache.
+#include "band.h"
+
 #include <algorithm>
 
-#include "core.h"
+#include "blas.h"
+#include "blocks.h"
 #include "reflector.h"
+#include "tridiagonal.h"
 
 namespace alds {
 namespace {
 
 constexpr int64_t BAND = 32;
+constexpr int64_t WORK = 64 * BAND;  // values that LAPACK may work in
 template <typename T>
 constexpr int64_t PARTS = BAND / lanes<T>;
 template <typename T>
-constexpr int64_t COLUMN = 2 * BAND + lanes<T>;  // of the band's storage: band, bulge, and what may be written above a diagonal
+constexpr int64_t COLUMN = 2 * BAND + lanes<T>;  // of the band's storage: band, bulge, what is written above a diagonal
 template <typename T>
 constexpr int64_t STRIDE = COLUMN<T> - 1;  // from entry (i, j), at i + j STRIDE, to (i, j + 1)
 
 ALDS_INLINE Vectors<double>::Loose& loose(double* x) { return *reinterpret_cast<Vectors<double>::Loose*>(x); }
 ALDS_INLINE Vectors<float>::Loose& loose(float* x) { return *reinterpret_cast<Vectors<float>::Loose*>(x); }
 
-// The lower triangle of a symmetric matrix, stored as for tridiagonalise, to entries at most BAND below the diagonal.
+// The lower triangle of a symmetric matrix, stored as blocks.h says, to entries at most BAND below the diagonal.
 template <typename T>
 void to_band(T* a, int64_t n, BufferOf<T>& scratch) {
-  const Lapack<T>& l = lapack<T>();
   const int64_t end = whole_blocks<T>(n), lead = padded<T>(n);
-  T* v = grow(scratch, 2 * lead * BAND + 2 * BAND * BAND + BAND + 64 * BAND);
+  T* v = grow(scratch, 2 * lead * BAND + 2 * BAND * BAND + BAND + WORK);
   T *w = v + lead * BAND, *t = w + lead * BAND, *s = t + BAND * BAND, *tau = s + BAND * BAND, *work = tau + BAND;
   std::fill(v, t, 0.0);
-  char left = 'L', right = 'R', lower = 'L', upper = 'U', no = 'N', transposed = 'T', forward = 'F', columns = 'C';
-  T zero = 0.0, one = 1.0, minus_half = -0.5;
-  int ld = lead, band = BAND, lwork = 64 * BAND, info = 0;
   for (int64_t first = 0; first + BAND + 1 < n; first += BAND) {
     const int64_t begin = first + BAND;
-    int m = n - begin, k = std::min<int64_t>(BAND, m);
+    const int64_t m = n - begin, k = std::min(BAND, m);
     T* panel = a + first * lead + begin;
-    l.geqrf(&m, &band, panel, &ld, tau, work, &lwork, &info);
-    check(info, "geqrf");
+    geqrf(m, BAND, panel, lead, tau, work, WORK);
     for (int64_t c = 0; c < k; ++c) {
       T* column = v + c * lead + begin;
       std::fill(column, column + c, 0.0);
       column[c] = 1.0;
       std::copy(panel + c * lead + c + 1, panel + c * lead + m, column + c + 1);
     }
-    l.larft(&forward, &columns, &m, &k, v + begin, &ld, tau, t, &band);
+    larft('F', 'C', m, k, v + begin, lead, tau, t, BAND);
     // (I - V T' V') A (I - V T V') = A - V W' - W V' with W = X - V T' V' X / 2, X = A V T
-    l.symm(&left, &lower, &m, &k, &one, a + begin * lead + begin, &ld, v + begin, &ld, &zero, w + begin, &ld);
-    l.trmm(&right, &upper, &no, &no, &m, &k, &one, t, &band, w + begin, &ld);
-    l.gemm(&transposed, &no, &k, &k, &m, &one, v + begin, &ld, w + begin, &ld, &zero, s, &band);
-    l.trmm(&left, &upper, &transposed, &no, &k, &k, &one, t, &band, s, &band);
-    l.gemm(&no, &no, &m, &k, &k, &minus_half, v + begin, &ld, s, &band, &one, w + begin, &ld);
+    symm<T>('L', 'L', m, k, 1, a + begin * lead + begin, lead, v + begin, lead, 0, w + begin, lead);
+    trmm<T>('R', 'U', 'N', 'N', m, k, 1, t, BAND, w + begin, lead);
+    gemm<T>('T', 'N', k, k, m, 1, v + begin, lead, w + begin, lead, 0, s, BAND);
+    trmm<T>('L', 'U', 'T', 'N', k, k, 1, t, BAND, s, BAND);
+    gemm<T>('N', 'N', m, k, k, -0.5, v + begin, lead, s, BAND, 1, w + begin, lead);
     rank_two_update(begin, end, k, a, v, w, lead);
   }
 }

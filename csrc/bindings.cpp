@@ -3,9 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
-#include "core.h"
+#include "blas.h"
+#include "rsvd.h"
+#include "spectra.h"
 
 namespace py = pybind11;
 using alds::MatrixBatch;
@@ -17,12 +21,15 @@ namespace {
 }
 
 MatrixBatch matrix_batch(const py::array& array, const std::string& argument) {
-  if (array.ndim() != 3) reject(argument, "expected 3 dimensions (batch, rows, cols), got " + std::to_string(array.ndim()));
-  const bool is_double = py::isinstance<py::array_t<double>>(array), is_float = py::isinstance<py::array_t<float>>(array);
+  if (array.ndim() != 3)
+    reject(argument, "expected 3 dimensions (batch, rows, cols), got " + std::to_string(array.ndim()));
+  const bool is_double = py::isinstance<py::array_t<double>>(array),
+             is_float = py::isinstance<py::array_t<float>>(array);
   if (!is_double && !is_float) reject(argument, "expected float32 or float64");
   if (!(array.flags() & py::array::c_style)) reject(argument, "expected a C-contiguous array");
   if (array.size() == 0) reject(argument, "is empty");
-  if (array.shape(1) > INT32_MAX / 64 || array.shape(2) > INT32_MAX / 64) reject(argument, "is too large for 32-bit LAPACK");
+  if (array.shape(1) > INT32_MAX / 64 || array.shape(2) > INT32_MAX / 64)
+    reject(argument, "is too large for 32-bit LAPACK");
   return {array.data(), is_double, array.shape(0), array.shape(1), array.shape(2)};
 }
 
@@ -50,12 +57,12 @@ std::vector<py::array_t<double>> spectra(const std::vector<py::array>& matrices,
     int64_t size = 0;
     for (int64_t k : groups[i]) {
       check_groups(k, m, "groups[" + std::to_string(i) + "]");
-      size += k * std::min(m.rows, m.cols / k);
+      size += alds::values_per_item(m, k);
     }
     results.emplace_back(std::vector<int64_t>{m.batch, size});
     problems.push_back({m, groups[i], results.back().mutable_data()});
   }
-  alds::load_lapack();
+  alds::load_blas();
   py::gil_scoped_release release;
   alds::spectra(problems, single, threads);
   return results;
@@ -63,7 +70,8 @@ std::vector<py::array_t<double>> spectra(const std::vector<py::array>& matrices,
 
 py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector<int64_t>& groups,
                        const std::vector<int64_t>& ranks, const std::vector<py::array_t<double>>& optima, uint64_t seed,
-                       int64_t oversample, int64_t max_iterations, double tolerance, double exact_fraction, int threads) {
+                       int64_t oversample, int64_t max_iterations, double tolerance, double exact_fraction,
+                       int threads) {
   check_threads(threads);
   check_lengths(groups.size(), matrices.size(), "groups");
   check_lengths(ranks.size(), matrices.size(), "ranks");
@@ -80,7 +88,8 @@ py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector
     const int64_t width = m.cols / groups[i], slices = m.batch * groups[i], rank = ranks[i];
     if (rank < 1 || rank > std::min(m.rows, width))
       reject("ranks" + at, std::to_string(rank) + " is outside 1.." + std::to_string(std::min(m.rows, width)));
-    if (std::min(m.rows, width) > 46000) reject("matrices" + at, "slices of more than 46000 rows are too large for 32-bit LAPACK");
+    if (std::min(m.rows, width) > 46000)
+      reject("matrices" + at, "slices of more than 46000 rows are too large for 32-bit LAPACK");
     check_lengths(optima[i].size(), slices, "optima");
     const py::dtype type = m.is_double ? py::dtype::of<double>() : py::dtype::of<float>();
     lefts.emplace_back(type, std::vector<int64_t>{slices, m.rows, rank});
@@ -91,7 +100,7 @@ py::tuple batched_rsvd(const std::vector<py::array>& matrices, const std::vector
     problems.push_back({m, groups[i], rank, optima[i].data(), lefts.back().mutable_data(), rights.back().mutable_data(),
                         norms.back().mutable_data(), errors.back().mutable_data(), iterations.back().mutable_data()});
   }
-  alds::load_lapack();
+  alds::load_blas();
   {
     py::gil_scoped_release release;
     alds::batched_rsvd(problems, {seed, oversample, max_iterations, tolerance, exact_fraction}, threads);

@@ -1,8 +1,10 @@
-// The two factors of a slice from an orthonormal basis of the space that is kept: projection and certificate, in float64.
+// The two factors of a slice from an orthonormal basis of the space that is kept. All sums are in float64.
+#include "factors.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "core.h"
+#include "blas.h"
 
 namespace alds {
 namespace {
@@ -21,21 +23,19 @@ void widen(const float* single, int64_t order, int64_t rank, double* basis) {
   }
 }
 
-// Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s): balanced for training and half precision.
-// W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its factor, over ||W||
-// at first, so that nothing over- or underflows. Returns the squared norm of the projection. S: the matrix's type.
+// Split the projection U U^T W (or W V V^T) so that both factors carry sqrt(s). That is balanced for training and half
+// precision. W^T U (width x rank) or W V (rows x rank) is computed a chunk of its rows at a time, straight into its
+// factor. It is over ||W|| at first, so that nothing over- or underflows.
 template <typename S>
 double write_factors(const Slice& slice, int64_t rank, double norm, double* basis, Buffer& scratch, S* left, S* right) {
   const MatrixBatch& whole = *slice.matrix;
-  const bool wide = whole.rows <= slice.width;
+  const bool wide = slice.wide();
   const int64_t order = slice.order(), other = wide ? slice.width : whole.rows;
-  const S* base = static_cast<const S*>(whole.data) + slice.item * whole.rows * whole.cols + slice.first;
+  const S* base = static_cast<const S*>(whole.data) + slice.offset();
   const int64_t step = std::clamp<int64_t>(CHUNK / order, 1, other);
   double* dense = grow(scratch, order * step + step * rank + rank);  // a chunk of W, row-major as W is
   double *projected = dense + order * step, *squares = projected + step * rank, captured = 0.0;
   const double inverse = 1.0 / norm, root = std::sqrt(norm);
-  double one = 1.0, zero = 0.0;
-  char no = 'N', transposed = 'T';
   std::fill(squares, squares + rank, 0.0);
   S* out = wide ? right : left;
   const int64_t row = wide ? 1 : rank, column = wide ? other : 1;  // strides of the factor's entries
@@ -44,8 +44,7 @@ double write_factors(const Slice& slice, int64_t rank, double norm, double* basi
     const S* chunk = base + (wide ? start : start * whole.cols);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) dense[i * cols + j] = chunk[i * whole.cols + j] * inverse;
-    int m = count, n = rank, k = order, lda = cols;
-    lapack<double>().gemm(wide ? &no : &transposed, &no, &m, &n, &k, &one, dense, &lda, basis, &k, &zero, projected, &m);
+    gemm(wide ? 'N' : 'T', 'N', count, rank, order, 1.0, dense, cols, basis, order, 0.0, projected, count);
     for (int64_t j = 0; j < rank; ++j)
       for (int64_t i = 0; i < count; ++i) {
         const double value = projected[j * count + i];

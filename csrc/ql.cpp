@@ -4,12 +4,13 @@
 //
 // All lanes sweep from the last row up to their own first unconverged row. A coupling of zero inside restarts the
 // recurrence by itself, so blocks need not be searched for.
+#include "ql.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 
-#include "core.h"
 #include "vector.h"
 
 namespace alds {
@@ -58,7 +59,8 @@ void tridiagonal_eigenvalues(int64_t n, int64_t count, double* const* diagonal, 
   for (int64_t k = 0; k < LANES; ++k) {
     double norm = 0.0;
     for (int64_t i = 0; i < n; ++i) {
-      const double value = k < count ? diagonal[k][i] : 0.0, coupling = k < count && i < n - 1 ? off_diagonal[k][i] : 0.0;
+      const double value = k < count ? diagonal[k][i] : 0.0,
+                   coupling = k < count && i < n - 1 ? off_diagonal[k][i] : 0.0;
       d[i][k] = value;
       e2[i][k] = coupling * coupling;
       norm = std::max(norm, std::abs(value) + 2.0 * std::abs(coupling));

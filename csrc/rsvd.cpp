@@ -1,166 +1,27 @@
-// Batched randomized SVD with a certificate, on the smaller Gram matrix of each slice.
+// Batched randomized SVD: a basis and two factors for each slice, in the order of their cost.
 //
-// Q spans the sketch; T = Q^T G Q. The sum of T's `rank` largest eigenvalues is the energy that the truncated factors
-// capture, so ||W||_F^2 minus it is their exact squared error (Halko, Martinsson, Tropp 2011, sections 4.3 and 5).
-// Power iterations go on until that is within (1 + tolerance) of the optimum known from the spectrum.
-//
-// Of float32 slices with errors well above what such arithmetic loses, the basis is computed in float32. Its projection and
-// the certificate are float64 all the same; if they say that it will not do, the basis is computed in float64 too.
+// The basis of a float32 slice is computed in float32 where its error is well above what such arithmetic loses. Its
+// projection and the certificate are float64 all the same. Where the certificate fails, the basis is computed again in
+// float64.
+#include "rsvd.h"
+
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <stdexcept>
-#include <string>
+#include <vector>
 
-#include "core.h"
+#include "factors.h"
+#include "norms.h"
+#include "parallel.h"
 
 namespace alds {
 namespace {
 
 constexpr double FLOAT_EPSILONS = 8.0;  // of ||W||^2 that the tolerance must come to for float32 to be tried (measured)
 
-template <typename T>
-struct Workspace {
-  BufferOf<T> gram, basis, image, small, values, work, scratch, factor;
-  std::vector<int> integers;
-
-  int* integer(size_t size) {
-    if (integers.size() < size) integers.resize(size);
-    return integers.data();
-  }
-};
-
-// Counter-based standard normals: a hash of (seed, slice, index), so the sketch is the same for any number of threads.
-uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ULL;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return x ^ (x >> 31);
-}
-
-double uniform(uint64_t bits) { return (static_cast<double>(bits >> 11) + 0.5) * 0x1.0p-53; }
-
-template <typename T>
-void gaussian(uint64_t seed, uint64_t slice, T* out, int64_t count) {
-  const uint64_t key = mix(seed ^ mix(slice));
-  for (int64_t i = 0; i < count; i += 2) {
-    const double radius = std::sqrt(-2.0 * std::log(uniform(mix(key + i))));
-    const double angle = 6.283185307179586 * uniform(mix(key + i + 1));
-    out[i] = static_cast<T>(radius * std::cos(angle));
-    if (i + 1 < count) out[i + 1] = static_cast<T>(radius * std::sin(angle));
-  }
-}
-
-template <typename T>
-void product(char ta, char tb, int m, int n, int k, T* a, int lda, T* b, int ldb, T* c, int ldc) {
-  T one = 1, zero = 0;
-  lapack<T>().gemm(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &zero, c, &ldc);
-}
-
-// Orthonormal basis of the columns of a (rows x cols, column-major), in place.
-template <typename T>
-void orthonormalise(T* a, int rows, int cols, Workspace<T>& w) {
-  int lwork = 64 * cols, info = 0;
-  T* tau = grow(w.work, cols + lwork);
-  lapack<T>().geqrf(&rows, &cols, a, &rows, tau, tau + cols, &lwork, &info);
-  check(info, "geqrf");
-  lapack<T>().orgqr(&rows, &cols, &cols, a, &rows, tau, tau + cols, &lwork, &info);
-  check(info, "orgqr");
-}
-
-// Eigenvalues ascending into w.values; a (order x order, lower triangle) becomes the eigenvectors.
-template <typename T>
-void eigen(T* a, int order, Workspace<T>& w) {
-  char job = 'V', lower = 'L';
-  int lwork = 1 + 6 * order + 2 * order * order, liwork = 3 + 5 * order, info = 0;
-  T *values = grow(w.values, order), *work = grow(w.work, lwork);
-  lapack<T>().syevd(&job, &lower, &order, a, &order, values, work, &lwork, w.integer(liwork), &liwork, &info);
-  check(info, "syevd");
-}
-
-template <typename T>
-double top(const BufferOf<T>& ascending, int64_t order, int64_t rank) {
-  double sum = 0.0;
-  for (int64_t i = std::max<int64_t>(0, order - rank); i < order; ++i) sum += ascending[i];
-  return sum;
-}
-
-template <typename T>
-void mirror(T* a, int64_t order, int64_t ld) {  // fill the upper triangle from the lower one
-  for (int64_t j = 0; j < order; ++j)
-    for (int64_t i = j + 1; i < order; ++i) a[i * ld + j] = a[j * ld + i];
-}
-
-struct Target {
-  double total, optimum, tolerance;
-
-  bool met(double error, int64_t order) const {
-    return error <= (1.0 + tolerance) * optimum + order * std::numeric_limits<double>::epsilon() * total;
-  }
-  bool float_may_do() const { return tolerance * optimum >= FLOAT_EPSILONS * std::numeric_limits<float>::epsilon() * total; }
-};
-
-// Top `rank` eigenvectors of the Gram matrix (destroyed, entries at most 1) into w.factor (order x rank). The tridiagonal
-// problem is solved whole, by divide and conquer; only the vectors that are kept are transformed back.
-template <typename T>
-void exact(T* gram, Workspace<T>& w, int64_t order, int64_t rank) {
-  T* factor = grow(w.factor, order * rank);
-  const int64_t ld = padded<T>(order);
-  complete_blocks(gram, order);
-  T *values = grow(w.values, 3 * order), *off_diagonal = values + order, *tau = off_diagonal + order;
-  tridiagonalise(gram, order, values, off_diagonal, tau, w.scratch);
-  char vectors = 'I', side = 'L', no = 'N';
-  int n = order, k = rank, m = n - 1, lda = ld, lwork = 1 + 4 * n + n * n, liwork = 3 + 5 * n, info = 0;
-  T *z = grow(w.basis, order * order), *work = grow(w.work, lwork);
-  lapack<T>().stedc(&vectors, &n, values, off_diagonal, z, &n, work, &lwork, w.integer(liwork), &liwork, &info);
-  check(info, "stedc");
-  for (int64_t j = 0; j < rank; ++j)  // eigenvalues ascend
-    std::copy(z + (order - 1 - j) * order, z + (order - j) * order, factor + j * order);
-  lwork = std::max(64 * k, 64 * 65);
-  work = grow(w.work, lwork);
-  if (m > 0) lapack<T>().ormqr(&side, &no, &m, &k, &m, gram + 1, &lda, tau, factor + 1, &n, work, &lwork, &info);
-  check(info, "ormqr");
-}
-
-// Randomized subspace iteration into w.factor, on the Gram matrix over `target.total`; false if the certificate was not met.
-template <typename T>
-bool sketched(T* gram, Workspace<T>& w, int64_t order, int64_t rank, int64_t width, const Target& target,
-              const RsvdOptions& o, uint64_t slice, int64_t& iterations) {
-  T *basis = grow(w.basis, order * width), *image = grow(w.image, order * width), *small = grow(w.small, width * width);
-  gaussian(o.seed, slice, image, order * width);
-  product('N', 'N', order, width, order, gram, padded<T>(order), image, order, basis, order);
-  for (iterations = 1; iterations <= o.max_iterations; ++iterations) {
-    orthonormalise(basis, order, width, w);
-    product('N', 'N', order, width, order, gram, padded<T>(order), basis, order, image, order);
-    product('T', 'N', width, width, order, basis, order, image, order, small, width);
-    eigen(small, width, w);
-    if (target.met(target.total * std::max(0.0, 1.0 - top(w.values, width, rank)), order)) {
-      T* factor = grow(w.factor, order * rank);
-      product('N', 'N', order, rank, width, basis, order, small + (width - rank) * width, width, factor, order);
-      return true;
-    }
-    std::swap(w.basis, w.image);
-    basis = w.basis.data();
-    image = w.image.data();
-  }
-  return false;
-}
-
-// Orthonormal basis of a slice that is not zero, computed in T, into w.factor; returns the iterations, as Factors has them.
-template <typename T>
-int64_t basis_of(const Slice& slice, int64_t rank, const Target& target, const RsvdOptions& o, uint64_t index, Workspace<T>& w) {
-  const int64_t order = slice.order(), width = std::min(order, rank + o.oversample), ld = padded<T>(order);
-  T* g = grow(w.gram, ld * whole_blocks<T>(order));
-  gram(slice, 1.0 / std::sqrt(target.total), g, w.scratch);  // so that no square over- or underflows
-  int64_t iterations = EXACT_BY_CHOICE;
-  if (width <= o.exact_fraction * order) {
-    mirror(g, order, ld);
-    if (sketched(g, w, order, rank, width, target, o, index, iterations)) return iterations;
-    iterations = EXACT_BY_FALLBACK;
-  }
-  exact(g, w, order, rank);
-  return iterations;
+bool float_may_do(const Target& t) {
+  return t.tolerance * t.optimum >= FLOAT_EPSILONS * std::numeric_limits<float>::epsilon() * t.total;
 }
 
 struct Workspaces {
@@ -170,9 +31,8 @@ struct Workspaces {
 
 void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Workspaces& w) {
   const MatrixBatch& m = p.matrix;
-  const int64_t width = m.cols / p.groups;
-  const Slice slice{&m, index / p.groups, (index % p.groups) * width, width};
-  const int64_t order = slice.order(), left = index * m.rows * p.rank, right = index * p.rank * width;
+  const Slice slice = slice_of(m, p.groups, index / p.groups, index % p.groups);
+  const int64_t order = slice.order(), left = index * m.rows * p.rank, right = index * p.rank * slice.width;
   const double total = p.norm[index] = squared_norm(slice), norm = total > 0.0 ? std::sqrt(total) : 1.0;
   if (!std::isfinite(total)) throw std::runtime_error(NOT_FINITE);
   const Target target{total, p.optimum[index], o.tolerance};
@@ -194,7 +54,7 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
     return;
   }
   const bool sketches = o.exact_fraction > 0.0;  // else the errors are asked for to the last digit
-  if (sketches && !m.is_double && target.float_may_do()) {
+  if (sketches && !m.is_double && float_may_do(target)) {
     p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.single);
     widen(w.single.factor.data(), order, p.rank, grow(w.full.factor, order * p.rank));
     if (write()) return;
@@ -217,22 +77,9 @@ void batched_rsvd(const std::vector<RsvdProblem>& problems, const RsvdOptions& o
     const double cost = order * (double(m.rows) * m.cols / problems[p].groups + order * order);
     for (int64_t s = 0; s < m.batch * problems[p].groups; ++s) tasks.push_back({int64_t(p), s, cost});
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-  std::string failure;
-#pragma omp parallel num_threads(threads)
-  {
-    Workspaces workspaces;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
-      try {
-        factor_slice(problems[tasks[t].problem], tasks[t].slice, options, workspaces);
-      } catch (const std::exception& e) {
-#pragma omp critical
-        failure = e.what();
-      }
-    }
-  }
-  if (!failure.empty()) throw std::runtime_error(failure);
+  parallel_tasks<Workspaces>(tasks, threads, [&](const Task& t, Workspaces& workspaces) {
+    factor_slice(problems[t.problem], t.slice, options, workspaces);
+  });
 }
 
 }  // namespace alds

@@ -1,9 +1,11 @@
 // Householder tridiagonalisation of a symmetric matrix, blocked (Dongarra, Hammarling, Sorensen, "Block reduction of
-// matrices to condensed forms", 1989): what LAPACK's dsytrd computes. It is faster at the orders of channel slices because
-// every loop runs over whole aligned vectors: blocks of `lanes` rows, padding included, diagonal blocks stored in full.
+// matrices to condensed forms", 1989). It computes what LAPACK's dsytrd computes. It is faster at the orders of channel
+// slices because every loop runs over whole aligned vectors.
+#include "tridiagonal.h"
+
 #include <algorithm>
 
-#include "core.h"
+#include "blocks.h"
 #include "reflector.h"
 
 namespace alds {
@@ -71,11 +73,8 @@ ALDS_INLINE void symv(int64_t begin, int64_t end, const T* a, int64_t ld, const 
   }
 }
 
-template <typename T>
-ALDS_INLINE int64_t block_start(int64_t row) { return row / lanes<T> * lanes<T>; }
-
-// Reduce columns first .. first + width: their reflectors v replace them below the diagonal, w holds the other factor of
-// the update A -= V W^T + W V^T. Rows before the current one in its block hold finite leftovers that are never used.
+// Reduce columns first .. first + width: their reflectors v replace them below the diagonal, w holds the other factor
+// of the update A -= V W^T + W V^T. Rows before the current one in its block hold finite leftovers that are never used.
 template <typename T>
 ALDS_INLINE void panel_of(int64_t n, int64_t end, int64_t first, int64_t width, T* a, int64_t ld, T* w, T* x, T* small,
                           T* diagonal, T* off_diagonal, T* tau) {
@@ -131,13 +130,13 @@ ALDS_INLINE void update_of(int64_t begin, int64_t end, int64_t width, T* a, cons
 }
 
 // (Clones of a template are more than the compiler knows how to make.)
-#define ALDS_FOR(T)                                                                                                  \
+#define ALDS_FOR(T)                                                                                                    \
   ALDS_CLONES void panel(int64_t n, int64_t end, int64_t first, int64_t width, T* a, int64_t ld, T* w, T* x, T* small, \
-                         T* diagonal, T* off_diagonal, T* tau) {                                                     \
-    panel_of<T>(n, end, first, width, a, ld, w, x, small, diagonal, off_diagonal, tau);                              \
-  }                                                                                                                  \
-  ALDS_CLONES void update(int64_t begin, int64_t end, int64_t width, T* a, const T* v, const T* w, int64_t ld) {     \
-    update_of<T>(begin, end, width, a, v, w, ld);                                                                    \
+                         T* diagonal, T* off_diagonal, T* tau) {                                                       \
+    panel_of<T>(n, end, first, width, a, ld, w, x, small, diagonal, off_diagonal, tau);                                \
+  }                                                                                                                    \
+  ALDS_CLONES void update(int64_t begin, int64_t end, int64_t width, T* a, const T* v, const T* w, int64_t ld) {       \
+    update_of<T>(begin, end, width, a, v, w, ld);                                                                      \
   }
 ALDS_FOR(double)
 ALDS_FOR(float)
@@ -148,26 +147,6 @@ ALDS_FOR(float)
 template <typename T>
 void rank_two_update(int64_t begin, int64_t end, int64_t width, T* a, const T* v, const T* w, int64_t ld) {
   update(begin, end, width, a, v, w, ld);
-}
-
-template <typename T>
-int64_t whole_blocks(int64_t order) {
-  return (order + lanes<T> - 1) / lanes<T> * lanes<T>;
-}
-
-template <typename T>
-int64_t padded(int64_t order) {
-  const int64_t end = whole_blocks<T>(order);
-  return end * sizeof(T) % 512 == 0 ? end + lanes<T> : end;  // columns must not all start in the same cache sets
-}
-
-template <typename T>
-void complete_blocks(T* a, int64_t n) {
-  const int64_t ld = padded<T>(n), end = whole_blocks<T>(n);
-  for (int64_t j = 0; j < end; ++j) {
-    std::fill(a + j * ld + (j < n ? n : block_start<T>(j)), a + j * ld + end, T{});
-    for (int64_t i = block_start<T>(j); i < std::min(j, n); ++i) a[j * ld + i] = j < n ? a[i * ld + j] : T{};
-  }
 }
 
 template <typename T>
@@ -182,14 +161,9 @@ void tridiagonalise(T* a, int64_t n, T* diagonal, T* off_diagonal, T* tau, Buffe
   }
 }
 
-#define ALDS_FOR(T)                         \
-  template int64_t whole_blocks<T>(int64_t); \
-  template int64_t padded<T>(int64_t);       \
-  template void complete_blocks(T*, int64_t); \
-  template void tridiagonalise(T*, int64_t, T*, T*, T*, BufferOf<T>&); \
-  template void rank_two_update(int64_t, int64_t, int64_t, T*, const T*, const T*, int64_t);
-ALDS_FOR(double)
-ALDS_FOR(float)
-#undef ALDS_FOR
+template void tridiagonalise(double*, int64_t, double*, double*, double*, BufferOf<double>&);
+template void tridiagonalise(float*, int64_t, float*, float*, float*, BufferOf<float>&);
+template void rank_two_update(int64_t, int64_t, int64_t, double*, const double*, const double*, int64_t);
+template void rank_two_update(int64_t, int64_t, int64_t, float*, const float*, const float*, int64_t);
 
 }  // namespace alds

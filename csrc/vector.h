@@ -44,11 +44,17 @@ using Vector = Line<double>;
 using Integers = Vectors<double>::Integers;
 
 template <typename T>
-ALDS_INLINE Line<T>& at(T* x) { return *reinterpret_cast<Line<T>*>(x); }
+ALDS_INLINE Line<T>& at(T* x) {
+  return *reinterpret_cast<Line<T>*>(x);
+}
 template <typename T>
-ALDS_INLINE const Line<T>& at(const T* x) { return *reinterpret_cast<const Line<T>*>(x); }
+ALDS_INLINE const Line<T>& at(const T* x) {
+  return *reinterpret_cast<const Line<T>*>(x);
+}
 template <typename T>
-ALDS_INLINE Eight<T>& eight(T* x) { return *reinterpret_cast<Eight<T>*>(x); }
+ALDS_INLINE Eight<T>& eight(T* x) {
+  return *reinterpret_cast<Eight<T>*>(x);
+}
 
 // A line's values added up until eight are left.
 ALDS_INLINE Eight<double> folded(const Line<double>& x) { return x; }
@@ -71,7 +77,8 @@ ALDS_INLINE Eight<T> sums(const Line<T>* x) {
   for (int i = 0; i < 4; ++i)
     pairs[i] = __builtin_shuffle(y[2 * i], y[2 * i + 1], a1) + __builtin_shuffle(y[2 * i], y[2 * i + 1], b1);
   for (int i = 0; i < 2; ++i)
-    fours[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], a2) + __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], b2);
+    fours[i] =
+        __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], a2) + __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], b2);
   return __builtin_shuffle(fours[0], fours[1], a3) + __builtin_shuffle(fours[0], fours[1], b3);
 }
 
