@@ -341,7 +341,8 @@ def figures() -> str:
         ["Parameters saved at half a point lost, after retraining, mean of 9 networks",
          f"{saved['sensitivity p=2']:.0f} %", f"`pca`: {saved['pca']:.0f} %; the paper's search: "
          f"{saved[heuristic]:.0f} %"],
-        ["ResNet-50 of random weights at 40 %, batch 1, one CPU thread, deployed", f"{deploy['speed_up']['deployed']:.2f}x faster",
+        ["ResNet-50 of random weights at 40 %, batch 1, one CPU thread, deployed",
+         f"{deploy['speed_up']['deployed']:.2f}x faster",
          f"the dense model: {deploy['ms']['dense']:.1f} ms"],
         ["Spectra of a ResNet-50-shaped model, two CPU threads, float32 / float64",
          f"{times['alds_fast32']['wall_s']:.2f} / {times['alds_fast']['wall_s']:.2f} s",
