@@ -33,7 +33,7 @@ def configurations():
             if not heavy and t == triton_linear.tile_tiling(hidden, dtype, wide, True):
                 continue
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
-            for one in (True, False):
+            for one in (True, False) if heavy else (True,):  # several slices count as heavy
                 yield "linear", kind, {**tiles, "ONE_SLICE": one, **epilogue(heavy)}, t, wide
         yield from _few_rows(kind, dtype, wide)
         yield from _convolutions(kind, dtype, wide)
@@ -58,7 +58,7 @@ def _few_rows(kind, dtype, wide):
         tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction}
         yield "encode_vectors", kind, tiles, t, wide
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
-    for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 1024, 3072)):
+    for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 3072)):
         t = (
             triton_few_rows.vector_tiling(rank - odd, vectors, 4)
             if vectors
@@ -73,9 +73,13 @@ def _convolutions(kind, dtype, wide):
     """By taps and by rows of taps; one slice and two, one chunk and several, all tiles."""
     from alds_fast.kernels import triton_conv2d
 
-    sizes = ((16, 64), (16, 32, 64, 128), (16, 64, 128, 256), (1000, 10**6), (True, False))
+    small, large = ((16,), (16, 64), (16, 128)), ((64,), (16, 32, 64, 128), (64, 128, 256))
+    more = (1000, 10**6), (True, False)
     seen = set()
-    for channels, chunk, filters, pixels, heavy in itertools.product(*sizes):
+    for channels, chunk, filters, pixels, heavy in [
+        *itertools.product(*small, *more),
+        *itertools.product(*large, *more),
+    ]:
         if chunk == 128 and (not wide or dtype == torch.float32):
             continue
         taps = triton_conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
@@ -83,7 +87,7 @@ def _convolutions(kind, dtype, wide):
         if wide and dtype != torch.float32 and chunk <= triton_conv2d.MAX_ROWS_RANK:
             runs.append(("conv2d_rows", triton_conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
         odd = 0 if wide else 1
-        for (name, t, more), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
+        for (name, t, place), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
             key = name, t, chunk, channels, groups
             several = chunks > 1 and ((channels, filters) != (64, 256) or name == "conv2d_rows")
             if key in seen or several:  # the heavy epilogue comes first, and says more
@@ -92,7 +96,7 @@ def _convolutions(kind, dtype, wide):
             layer = {"C": groups * (channels + odd), "RANK": chunks * chunk - odd, "F": filters - odd}
             layer |= {"GROUPS": groups, "CHUNKS": chunks, "KH": 3, "PH": 1, "DH": 1, "DW": 1, "FAR": False}
             tiles = {"BM": t.rows, "BK": t.reduction, "BR": chunk, "BF": t.cols}
-            yield name, kind, {**tiles, **layer, **more, **epilogue(heavy)}, t, wide
+            yield name, kind, {**tiles, **layer, **place, **epilogue(heavy)}, t, wide
 
 
 def _kernel(name):

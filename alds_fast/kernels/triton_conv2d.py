@@ -184,7 +184,7 @@ def taps_tiling(
     if not wide:
         return Tiling(64, min(reduction, 32), min(cols, 128), 8, 2)
     rows = 128 if cols <= 128 and pixels >= 2 * 128 * FEW_PROGRAMS else 64
-    warps = 8 if (heavy and cols > 64) or (rows * max(cols, chunk) > 128 * 64 and rows == 128) else 4
+    warps = 8 if cols > 64 and (heavy or chunk == 128 or rows == 128) else 4
     return Tiling(rows, reduction, cols, warps, 3 if rows == 128 and chunk <= 32 else 4)
 
 
@@ -227,8 +227,9 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
     options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
     heavy = residual is not None or activation in ("silu", "gelu")
+    sizes: tuple[int, ...] = (h, w)
     if wide and takes_rows(x, kernel, rank, groups, stride, padding, dilation):
-        t, run, sizes = rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel, (h, w)
+        t, run = rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel
         delivered = t.rows - 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)

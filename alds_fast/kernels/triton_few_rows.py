@@ -242,7 +242,8 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
     wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
     t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide)
     last = [min(i, count - 1) for i in range(MAX_MERGED)]
-    d, o, b = ([s[i] for i in last] for s in (decoders, ys, biases))
+    d, o = ([s[i] for i in last] for s in (decoders, ys))
+    b = [biases[i] for i in last]
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
     _decode_rows_kernel[sum(triton.cdiv(w.shape[0], t.cols) for w in decoders),](
         hidden, *d, *b, residual, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),

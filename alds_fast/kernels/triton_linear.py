@@ -75,7 +75,7 @@ def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, resi
     f, q = decoder.shape
     padded = power_of_two(q)
     wide = multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
-    t = tile_tiling(padded, x.dtype, wide, residual is not None or activation in ("silu", "gelu"))
+    t = tile_tiling(padded, x.dtype, wide, groups > 1 or residual is not None or activation in ("silu", "gelu"))
     row_tiles, col_tiles = triton.cdiv(m, t.rows), triton.cdiv(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
     per_program = triton.cdiv(col_tiles, splits) * t.cols
