@@ -4,8 +4,8 @@ Here belongs what runs many compressions to compare them.
 """
 
 from .api import evaluate
-from .cells import product
 from .table import Evaluation
+from .variants import product
 
 __all__ = [
     "Evaluation",

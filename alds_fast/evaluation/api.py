@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..errors import ArgumentError, EvaluationError, MissingFileError, ModelError
-from .cells import DENSE, Build, Cell, Task, check_cells, product, read_variant
+from .cells import Cell, Task, check_cells
 from .log import Records
 from .run_cell import FAILED
 from .table import Evaluation
+from .variants import DENSE, Build, product, read_variant
 from .workers import Outcome, parallel, serial
 
 

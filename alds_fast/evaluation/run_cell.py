@@ -17,7 +17,8 @@ from ..layers import count_params
 from ..measurement import counted_inputs, inference
 from ..planning import Analysis, analyze
 from ..version import __version__
-from .cells import DENSE, Cell, Task, Variant, fingerprint
+from .cells import Cell, Task, fingerprint
+from .variants import DENSE, Variant
 
 Record = dict[str, Any]
 DONE, UNMET, FAILED = "done", "cannot be met", "failed"

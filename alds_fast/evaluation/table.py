@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..errors import ArgumentError
 from ..files import write_text
-from .cells import DENSE
 from .log import FORMAT, VERSION, Record, Records, plain
 from .plot import plot_quality
 from .run_cell import DONE, SECONDS
+from .variants import DENSE
 
 COLUMNS = (
     *("variant", "method", "criterion", "p", "budget", "share", "seed", "status", "params", "flops", "error"),

@@ -3,13 +3,16 @@
 Here belongs what makes encoders and decoders. What chooses ranks belongs in allocation.
 """
 
-from .factorization import Choice, FactorReport, factorize, plain_layers
+from .decomposition import Choice, FactorReport, params_of
+from .factorization import factorize
+from .plain import plain_layers
 from .refitting import refit
 
 __all__ = [
     "Choice",
     "FactorReport",
     "factorize",
+    "params_of",
     "plain_layers",
     "refit",
 ]

@@ -27,7 +27,7 @@ from ..layers import Layer, LowRankLayer, columns_of, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import again, call_model, explained, inference, mask_of, padded, preserved
 from .batchnorm import move_statistics
-from .factorization import FactorReport
+from .decomposition import FactorReport
 from .ridge import Sums, best_weight
 from .weighted import factors
 

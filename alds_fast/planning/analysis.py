@@ -17,8 +17,7 @@ from .budget_loop import Problem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
 from .options import check_importance, check_plan_options
 from .plan import Plan
-from .plan_rows import LayerPlan
-from .planned import planned_row
+from .plan_rows import LayerPlan, planned_row
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..allocation import MAX_LATENCY_GROUPS
+from ..allocation import MAX_LATENCY_GROUPS, Candidates
 from ..errors import PlanError
-from ..factors import Choice
-from ..linalg import WeightShape, distinct_schemes, max_rank, params_per_rank
+from ..factors import Choice, params_of
+from ..layers import Layer
+from ..linalg import WeightShape, distinct_schemes, max_rank
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,6 @@ class LayerPlan:
             return None
         shape = WeightShape(self.shape[0], self.shape[1] * self.conv_groups, self.shape[2:], self.conv_groups)
         return Choice(self.name, shape, self.scheme, self.groups, self.rank)
-
-
-def params_of(choice: Choice) -> int:
-    """Parameters of encoder and decoder."""
-    return choice.rank * params_per_rank(choice.shape, choice.scheme, choice.groups)
 
 
 _FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} | {"error_is_of"}
@@ -154,3 +150,27 @@ def _check_choice(row: LayerPlan, where: str) -> None:
     full = max_rank(choice.shape, choice.scheme, choice.groups)
     if not 1 <= choice.rank <= full:
         raise PlanError(f"{where}: rank={choice.rank} is outside 1..{full}")
+
+
+def planned_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, no_error: str | None) -> LayerPlan:
+    """The row of a layer: left out without a ``pick`` (candidates, the one chosen, why it stays dense if it does).
+
+    ``no_error`` says why it has no candidates, if the criterion is the reason.
+    """
+    groups = layer.shape.conv_groups if layer.shape else 1
+    row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
+    row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
+    row |= {"params_before": layer.params, "params_after": layer.params, "reason": layer.reason}
+    if pick is None:
+        return LayerPlan(**row)
+    choices, candidate, reason = pick
+    chosen = choices.choice(candidate)
+    if chosen is None:
+        multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
+        none = no_error or f"no factorisation{multiples} is smaller"
+        return LayerPlan(**{**row, "reason": reason if choices.curves else none})
+    scheme, groups, rank = chosen
+    assert layer.shape is not None
+    row |= {"scheme": scheme, "groups": groups, "rank": rank, "error": float(choices.errors[candidate])}
+    row["params_after"] += params_of(Choice(layer.name, layer.shape, *chosen)) - layer.shape.numel
+    return LayerPlan(**row)

@@ -16,7 +16,8 @@ from ..safetensors_writer import Entry, header, write_shard
 from .journal import JOB, PLAN, Journal
 from .output_files import OutputFile, companions, index_of, output_files
 from .source_checksums import read_record, recorded, verified
-from .spectra_and_plan import check_sums, exact_values, find_plan, find_spectra, in_doubt, kind_of, spectra_of
+from .spectra_and_plan import find_plan, find_spectra
+from .stored_spectra import check_sums, exact_values, in_doubt, kind_of, spectra_of
 from .streamed_model import Work, size_of
 
 FACTORS = "alds_factors.json"

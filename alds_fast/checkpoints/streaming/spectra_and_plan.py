@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from ...allocation import pruned_spectra
-from ...criteria import Key, LayerSpectra, all_single, exact_spectra
+from ...criteria import Key, exact_spectra
 from ...errors import FileFormatError, PlanError
 from ...files import write_whole
-from ...layers import Layer, count_params, label
+from ...layers import Layer, count_params
 from ...planning import Analysis, Plan
-from .journal import LATER, PLAN
+from .journal import PLAN
+from .stored_spectra import DOUBT, _decided, _exact, check_sums, exact_values, in_doubt, kind_of, spectra_of
 from .streamed_model import Work, size_of
-
-DOUBT = "alds_doubt.json"
-
-
-def kind_of(single: bool) -> str:
-    """What the spectra of a layer are called in the journal."""
-    return "spectra32" if single else "spectra64"
-
-
-def _exact(key: Key) -> str:
-    """What a layer's float64 spectrum of (scheme, groups) is called in the journal."""
-    return f"exact.{key[0]}.{key[1]}"
 
 
 def find_spectra(work: Work) -> None:
@@ -69,31 +57,6 @@ def _find_exact(work: Work) -> None:
     work.world.together()
 
 
-def check_sums(work: Work, known: Mapping[int, int], found: Mapping[str, int]) -> None:
-    """FileFormatError if the CRC-32 of a weight, by number, is not what was ``found`` of it, by name."""
-    for number, crc in known.items():
-        name = work.ready[number].name
-        if found[name] != crc:
-            raise FileFormatError(
-                f"layer {label(name)}: its weight has changed since it was analysed; remove "
-                f"{str(work.journal.output)!r} and begin again"
-            )
-
-
-def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
-    """The spectra of a layer out of the journal, and the CRC-32 of the weight that they are of."""
-    tensors, notes = work.journal.get(kind_of(work.settings.single), number)
-    values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
-    top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
-    found = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
-    return all_single(found) if notes["single"] else found, int(notes["crc32"])
-
-
-def exact_values(work: Work, number: int, key: Key) -> Tensor:
-    """The float64 spectrum of a layer that was in doubt."""
-    return work.journal.get(_exact(key), number)[0]["values"]
-
-
 def find_plan(work: Work) -> Plan:
     """The plan: made by one process, read by all, who compute what it asks for in float64 meanwhile."""
     path = work.journal.folder / PLAN
@@ -113,23 +76,6 @@ def find_plan(work: Work) -> Plan:
         return Plan.from_json(path.read_text())
     except (PlanError, ValueError) as e:
         raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
-
-
-def in_doubt(work: Work) -> set[tuple[int, Key]]:
-    """The float32 spectra, by the layer's number, that do not decide this job's plan: those in float64 do."""
-    path, what = work.journal.folder / DOUBT, _decided(work)
-    if not path.exists():
-        return set()
-    try:
-        found = json.loads(path.read_text())
-        return {(int(i), (int(scheme), int(k))) for i, scheme, k in found["spectra"]} if found["job"] == what else set()
-    except (KeyError, ValueError, TypeError) as e:
-        raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove {str(work.journal.output)!r}") from e
-
-
-def _decided(work: Work) -> dict[str, Any]:
-    """What of a job decides which spectra are in doubt, and may be another when it is begun again."""
-    return {name: value for name, value in work.journal.job.items() if name in LATER}
 
 
 def _sharpen(work: Work, wanted: Sequence[tuple[Layer, Key]]) -> Iterator[tuple[Layer, Key, Tensor]]:
