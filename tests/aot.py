@@ -23,12 +23,12 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "
 
 def configurations():
     """(kernel name, dtype, constants, tiling, whether sizes are multiples of 16) of everything that is reachable."""
-    from alds_fast.kernels import triton_linear
+    from alds_fast.kernels import limits, triton_linear
 
     sizes = [16, 32, 64, 128, 256]
     for kind, wide in itertools.product(TYPES, (True, False)):
         dtype = TYPES[kind]
-        for hidden, heavy in itertools.product([s for s in sizes if s <= triton_linear.MAX_HIDDEN], (True, False)):
+        for hidden, heavy in itertools.product([s for s in sizes if s <= limits.MAX_HIDDEN], (True, False)):
             t = triton_linear.tile_tiling(hidden, dtype, wide, heavy)
             if not heavy and t == triton_linear.tile_tiling(hidden, dtype, wide, True):
                 continue

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, BackendError
 from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears
-from alds_fast.kernels.op_linear import lowrank_conv2d_op, lowrank_linear_op, lowrank_linears_op
+from alds_fast.kernels.op_conv2d import lowrank_conv2d_op
+from alds_fast.kernels.op_linear import lowrank_linear_op
+from alds_fast.kernels.op_merged_linears import lowrank_linears_op
 
 CONV = {
     "encode": (conv_case(2, 8, (5, 6), 2, 3, 12, by_one(3, 3)), {"groups": 2, "padding": 1, "stride": 2}),

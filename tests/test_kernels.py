@@ -14,10 +14,10 @@ from alds_fast.errors import ArgumentError, BackendError
 from alds_fast.kernels import backend as chooser
 from alds_fast.kernels import (
     decisions,
+    limits,
     lowrank_conv2d,
     lowrank_linear,
     lowrank_linears,
-    triton_common,
     triton_conv2d,
     triton_linear,
 )
@@ -476,15 +476,15 @@ def test_wrong_type_and_device_of_the_operators():
 
 
 def test_tf32_follows_torch():
-    assert triton_common.precision() == "ieee"
+    assert limits.precision() == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert triton_common.precision() == "tf32"
+        assert limits.precision() == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # the newer way to ask for it
     try:
-        assert triton_common.precision() == "tf32"
+        assert limits.precision() == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
 

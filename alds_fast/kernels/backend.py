@@ -12,15 +12,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BackendError
+from .limits import MAX_HIDDEN, MAX_MERGED, MAX_ROWS, precision
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON:
-    import triton
-
-    from .triton_common import precision
-    from .triton_few_rows import MAX_MERGED, MAX_ROWS
-    from .triton_linear import MAX_HIDDEN
-
 FUSED_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETER_TYPES = [torch.float16, torch.float32]  # its bfloat16 products are wrong; the tests mend that
 # asked once, as torch.compile cannot trace the question on torch 2.11
@@ -34,10 +28,11 @@ def decisions() -> list[dict[str, Any]]:
 
 
 def _interpreted() -> bool:
+    import triton
+
     return bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
 def _device_reason(kind: str, index: int | None) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed (pip install triton)"
@@ -47,6 +42,10 @@ def _device_reason(kind: str, index: int | None) -> str | None:
         return f"it runs on CUDA devices, x is on {kind}"
     major = torch.cuda.get_device_capability(index)[0]
     return None if major >= 8 else f"it needs compute capability 8.0, the device has {major}.x"
+
+
+# The mark that torch.compiler.assume_constant_result sets; calling that would import torch._dynamo.
+_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _transformed(x: Tensor) -> bool:

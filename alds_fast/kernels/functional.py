@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .arguments import check_alike, check_dims, check_factors, check_input, check_options, check_rows, pair, sizes
-from .backend import HAS_TRITON, autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
+from .backend import autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
+from .limits import MAX_HIDDEN
+from .op_conv2d import lowrank_conv2d_op
+from .op_linear import lowrank_linear_op
+from .op_merged_linears import lowrank_linears_op
 from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
-
-if HAS_TRITON:
-    from . import op_linear as ops
-    from .triton_linear import MAX_HIDDEN
 
 
 def lowrank_linear(
@@ -73,7 +73,7 @@ def lowrank_linear(
     reason = None if backend == "two-op" else why_not_fused_linear(x, encoder)
 
     def fused() -> Tensor:
-        return ops.lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation)
+        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation)
 
     def two_op() -> Tensor:
         return lowrank_linear_ref(x, encoder, decoder, bias, residual, groups, activation)
@@ -137,9 +137,9 @@ def lowrank_conv2d(
         if pointwise and encoder.shape[0] <= MAX_HIDDEN:
             extra = None if residual is None else residual.permute(0, 2, 3, 1)
             factors = encoder.flatten(1), decoder.flatten(1)
-            y = ops.lowrank_linear_op(x.permute(0, 2, 3, 1), *factors, bias, extra, groups, activation)
+            y = lowrank_linear_op(x.permute(0, 2, 3, 1), *factors, bias, extra, groups, activation)
             return y.permute(0, 3, 1, 2)
-        return ops.lowrank_conv2d_op(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
+        return lowrank_conv2d_op(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
 
     def two_op() -> Tensor:
         return lowrank_conv2d_ref(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
@@ -195,7 +195,7 @@ def lowrank_linears(
     has_bias, present = [b is not None for b in biases], [b for b in biases if b is not None]
 
     def fused() -> Any:
-        return ops.lowrank_linears_op(x, encoder, decoders, present, has_bias)
+        return lowrank_linears_op(x, encoder, decoders, present, has_bias)
 
     def two_op() -> Any:
         hidden = torch.nn.functional.linear(x, encoder).split(ranks, -1)

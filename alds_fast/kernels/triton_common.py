@@ -1,10 +1,9 @@
-"""What the kernels share: tilings, the precision of float32 products, and the epilogue. Importing this needs triton."""
+"""What the kernels share: tilings and the epilogue. Importing this needs triton."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,11 +26,6 @@ def power_of_two(n: int, least: int = 16) -> int:
     (16, 16, 32)
     """
     return max(least, 1 << (n - 1).bit_length())
-
-
-def precision() -> str:
-    """How float32 products are computed: "tf32" where ``torch.backends.cuda.matmul`` asks for it, else "ieee"."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def addresses(*tensors: Tensor) -> list[int]:

@@ -1,0 +1,108 @@
+"""``alds_fast::lowrank_conv2d``: the operator of torch, with fake implementation, gradients and FLOP counts.
+
+The fused kernel runs in Triton and nothing else does. The backward pass is plain library calls that compute the hidden
+values anew: forward is fused, backward is not. On the CPU it runs only under Triton's interpreter. Importing this needs
+no triton: it is imported by the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from .op_shared import decoder_output, on_device_of, save_inputs, triton_module
+from .reference import activation_grad, halves, output_size
+
+
+def _empty_output(x: Tensor, encoder: Tensor, decoder: Tensor, stride: Sequence[int], padding: Sequence[int],
+                  dilation: Sequence[int]) -> Tensor:  # fmt: skip
+    size = output_size(x.shape, encoder.shape, decoder.shape, stride, padding, dilation)
+    shape = (x.shape[0], decoder.shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("alds_fast::lowrank_conv2d", mutates_args=(), device_types=("cuda", "cpu"))
+def lowrank_conv2d_op(
+    x: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    groups: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str | None,
+) -> Tensor:
+    """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_conv2d`, checked there."""
+    y = _empty_output(x, encoder, decoder, stride, padding, dilation)
+    bias = None if bias is None else bias.contiguous()
+    if y.numel():
+        with on_device_of(x):
+            triton_module("conv2d").run_conv2d(
+                x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation, y
+            )
+    return y
+
+
+@lowrank_conv2d_op.register_fake
+def _(
+    x: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    groups: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str | None,
+) -> Tensor:
+    return _empty_output(x, encoder, decoder, stride, padding, dilation)
+
+
+def _conv_grads(grad: Tensor, x: Tensor, weight: Tensor, options: Any, groups: int) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *options, False, [0, 0], groups, [True, True, False]
+    )
+    return found[0], found[1]
+
+
+def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, encoder, decoder, bias, residual = ctx.saved_tensors
+    groups, stride, padding, dilation, activation = ctx.options
+    first, second = halves(encoder.shape, decoder.shape, stride, padding, dilation)
+    hidden = F.conv2d(x, encoder, None, *first, groups)
+    if activation is not None:
+        column = None if bias is None else bias[:, None, None]
+        z = decoder_output(F.conv2d(hidden, decoder, None, *second), column, residual)
+        grad = activation_grad(grad, z, activation)
+    grad_hidden, grad_decoder = _conv_grads(grad, hidden, decoder, second, 1)
+    grad_x, grad_encoder = _conv_grads(grad_hidden, x, encoder, first, groups)
+    return (
+        grad_x, grad_encoder, grad_decoder, None if bias is None else grad.sum((0, 2, 3)),
+        None if residual is None else grad, None, None, None, None, None,
+    )  # fmt: skip
+
+
+lowrank_conv2d_op.register_autograd(_conv2d_backward, setup_context=save_inputs)
+
+
+@register_flop_formula(torch.ops.alds_fast.lowrank_conv2d)
+def _conv2d_flops(
+    x_shape: Sequence[int], encoder_shape: Sequence[int], decoder_shape: Sequence[int], bias: Any, residual: Any,
+    groups: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """That of the two convolutions, whatever the kernel computes twice."""
+    first, second = halves(encoder_shape, decoder_shape, stride, padding, dilation)
+    one = [1, 1, 1, 1]
+    middle = [x_shape[0], encoder_shape[0], *output_size(x_shape, encoder_shape, one, *first)]
+    out = [x_shape[0], decoder_shape[0], *output_size(middle, one, decoder_shape, *second)]
+    return conv_flop_count(list(x_shape), list(encoder_shape), middle) + conv_flop_count(
+        middle, list(decoder_shape), out
+    )

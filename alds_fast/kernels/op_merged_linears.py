@@ -1,0 +1,71 @@
+"""``alds_fast::lowrank_linears``: the operator of torch, with fake implementation, gradients and FLOP counts.
+
+The fused kernel runs in Triton and nothing else does. The backward pass is plain library calls that compute the hidden
+values anew: forward is fused, backward is not. On the CPU it runs only under Triton's interpreter. Importing this needs
+no triton: it is imported by the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .op_shared import on_device_of, rows_of, triton_module
+
+
+@torch.library.custom_op("alds_fast::lowrank_linears", mutates_args=(), device_types=("cuda", "cpu"))
+def lowrank_linears_op(
+    x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool]
+) -> list[Tensor]:
+    """Up to three layers with one encoder launch; ``biases`` holds those of the layers with ``has_bias``."""
+    ys = [x.new_empty((*x.shape[:-1], d.shape[0])) for d in decoders]
+    rest = iter([b.contiguous() for b in biases])
+    if x.numel():
+        every = [next(rest) if b else None for b in has_bias]
+        rows = [y.view(-1, y.shape[-1]) for y in ys]
+        with on_device_of(x):
+            triton_module("few_rows").run_merged(rows_of(x), encoder, decoders, every, rows)
+    return ys
+
+
+@lowrank_linears_op.register_fake
+def _(
+    x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool]
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], d.shape[0])) for d in decoders]
+
+
+def _linears_save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, encoder, decoders, _, has_bias = inputs
+    ctx.save_for_backward(x, encoder, *decoders)
+    ctx.has_bias = list(has_bias)
+
+
+def _linears_backward(ctx: Any, grads: list[Tensor]) -> tuple:
+    x, encoder, *decoders = ctx.saved_tensors
+    hidden = F.linear(x, encoder).reshape(-1, encoder.shape[0])
+    rows = [g.reshape(-1, g.shape[-1]) for g in grads]
+    parts = hidden.split([d.shape[1] for d in decoders], 1)
+    grad_hidden = torch.cat([g @ d for g, d in zip(rows, decoders, strict=True)], 1)
+    grad_decoders = [g.mT @ h for g, h in zip(rows, parts, strict=True)]
+    grad_biases = [g.sum(0) for g, b in zip(rows, ctx.has_bias, strict=True) if b]
+    grad_encoder = grad_hidden.mT @ x.reshape(-1, x.shape[-1])
+    return (grad_hidden @ encoder).view(x.shape), grad_encoder, grad_decoders, grad_biases, None
+
+
+lowrank_linears_op.register_autograd(_linears_backward, setup_context=_linears_save)
+
+
+@register_flop_formula(torch.ops.alds_fast.lowrank_linears)
+def _linears_flops(
+    x_shape: Sequence[int], encoder_shape: Sequence[int], decoder_shapes: Sequence[Sequence[int]], *_: Any, **__: Any
+) -> int:
+    rows = 1
+    for n in x_shape[:-1]:
+        rows *= n
+    return 2 * rows * (encoder_shape[0] * encoder_shape[1] + sum(a * b for a, b in decoder_shapes))

@@ -1,0 +1,39 @@
+"""What the operators share: the device of a launch, rows of a tensor, what a backward pass needs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def triton_module(name: str) -> ModuleType:
+    """The module ``triton_NAME`` beside this one, imported when a kernel first runs: only these modules need triton."""
+    return importlib.import_module(f".triton_{name}", __package__)
+
+
+def on_device_of(x: Tensor) -> Any:
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., c) as (m, c) with unit stride along the channels; a copy only where that is not a view."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= 0 else rows.contiguous()
+
+
+def save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def decoder_output(z: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    z = z if bias is None else z + bias
+    return z if residual is None else z + residual
