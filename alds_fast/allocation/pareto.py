@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ..errors import BudgetError
@@ -15,12 +15,25 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def _compiled(function: Callable) -> Callable:
-    """Compile with numba, once for all processes where there is a place to keep the result."""
+@functools.cache
+def _machine_code(function: Callable) -> Callable:
+    """The function compiled with numba, kept for all processes where there is a place to keep the result."""
+    from numba import njit  # takes as long to import as half of torch
+
     try:
         return njit(cache=True)(function)
     except RuntimeError:  # numba found no writable directory
         return njit(function)
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compile with numba at the first call."""
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        return _machine_code(function)(*args)
+
+    return call
 
 
 @dataclass(frozen=True)

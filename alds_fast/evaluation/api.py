@@ -10,8 +10,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from ..errors import ArgumentError, EvaluationError, MissingFileError, ModelError
@@ -177,6 +175,16 @@ def _run_all(task: Task, cells: Sequence[Cell], records: Records, workers: int, 
 
 @contextmanager
 def _bar(total: int, progress: bool | None) -> Iterator[Callable[[Cell], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     shown = console.is_terminal if progress is None else progress

@@ -1,10 +1,9 @@
 """Low-rank linear layers for few rows in Triton, where reading the weights is all the work.
 
-Two launches: the encoder, then the decoders of up to three layers, which on compute capability 9.0 fetch their weights
-while the encoder still runs (programmatic dependent launch). One or two rows are vector products on the ordinary units:
-a program reads all of its weights at once. Three to 16 rows use the matrix units: the encoder is split over the
-reduction so that the whole device reads, and the program that comes last adds the parts up in their order.
-Accumulates in float32 and rounds the hidden values to the type of x. Importing this needs triton.
+Two launches: the encoder, then the decoders of up to three layers, which on compute capability 9.0 start before the
+encoder has ended (programmatic dependent launch). One or two rows are vector products: a program reads all its weights
+at once. Three to 16 rows use the matrix units: the encoder is split over the reduction, and the program that comes last
+adds the parts up in their order. Accumulates in float32 and rounds the hidden values to the type of x.
 """
 
 from __future__ import annotations
@@ -100,8 +99,7 @@ def _encode_rows_kernel(
         place = rows[None, :].to(tl.int64) * stride_x + group * C_GROUP + c[:, None]
         xt = tl.load(x + place, mask=(rows[None, :] < M) & (c[:, None] < end), other=0.0)
         acc = tl.dot(et, xt, acc, input_precision=PRECISION)
-    keep = (r[:, None] < RANK) & (rows[None, :] < M)
-    place = rows[None, :] * Q + q[:, None]
+    keep, place = (r[:, None] < RANK) & (rows[None, :] < M), rows[None, :] * Q + q[:, None]
     if PARTS > 1:
         tl.store(parts + tl.program_id(0) * M * Q + place, acc, mask=keep)
         tl.debug_barrier()  # every thread has stored its part before the ticket is drawn
