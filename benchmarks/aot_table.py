@@ -16,7 +16,24 @@ import registry
 import triton
 
 RESULTS = Path(__file__).parent / "results"
-TILES = ("BM", "BK", "BQ", "BR", "BF", "LAYERS", "PARTS", "ONE_SLICE", "DECODER_TAPS", "GROUPS", "wide")
+TILES = (
+    "BM",
+    "BK",
+    "BQ",
+    "BR",
+    "BF",
+    "BN",
+    "C_GROUP",
+    "M",
+    "RANK0",
+    "LAYERS",
+    "PARTS",
+    "VECTORS",
+    "ONE_SLICE",
+    "GROUPS",
+    "CHUNKS",
+    "wide",
+)
 
 
 def rows() -> list[dict]:

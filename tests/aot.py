@@ -89,7 +89,7 @@ def _convolutions(kind, dtype, wide):
         odd = 0 if wide else 1
         for (name, t, place), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
             key = name, t, chunk, channels, groups
-            several = chunks > 1 and ((channels, filters) != (64, 256) or name == "conv2d_rows")
+            several = chunks > 1 and (not heavy or (channels, filters) != (64, 256) or name == "conv2d_rows")
             if key in seen or several:  # the heavy epilogue comes first, and says more
                 continue
             seen.add(key)

@@ -176,16 +176,16 @@ def taps_tiling(
 ) -> Tiling:
     """Tiles by pixels, channels of a slice, padded ranks of a chunk and filters; measured on an H200, none spills.
 
-    ``heavy``: the epilogue takes registers of its own, which more warps have.
+    ``heavy``: the epilogue or the loop over slices takes registers of its own, which more warps have.
     """
     cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
     if dtype == torch.float32:
         cols, reduction = min(cols, 64), min(reduction, 32)
         return Tiling(16, reduction if wide else 16, cols, 8 if cols == 64 or chunk > 32 else 4, 2)
     if not wide:
-        return Tiling(64, min(reduction, 32), min(cols, 128), 8, 2)
+        return Tiling(64, min(reduction, 32), min(cols, 64), 8, 2)
     rows = 128 if cols <= 128 and pixels >= 2 * 128 * FEW_PROGRAMS else 64
-    warps = 8 if cols > 64 and (heavy or chunk == 128 or rows == 128) else 4
+    warps = 8 if chunk == MAX_CHUNK or (cols > 64 and (heavy or rows == 128)) else 4
     return Tiling(rows, reduction, cols, warps, 3 if rows == 128 and chunk <= 32 else 4)
 
 
@@ -227,7 +227,7 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups, "KH": kernel[0]}
     options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
     options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
-    heavy = residual is not None or activation in ("silu", "gelu")
+    heavy = rank > chunk or groups > 1 or residual is not None or activation in ("silu", "gelu")
     sizes: tuple[int, ...] = (h, w)
     if wide and takes_rows(x, kernel, rank, groups, stride, padding, dilation):
         t, run = rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel

@@ -65,7 +65,7 @@ def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool, heavy: bool) -> Til
         return Tiling(16, 32, 32, 8, 2) if wide else Tiling(32, 16, 32, 8, 2)
     if wide:
         return Tiling(64, 64, 64, 4, 3) if hidden <= 128 else Tiling(64, 64, 64, 8 if heavy else 4, 4)
-    return Tiling(64 if hidden <= 64 else 32, 32, 64, 8, 2)
+    return Tiling(64, 32, 64, 8, 2) if hidden <= 64 else Tiling(32, 32, 32, 8, 2)
 
 
 def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
