@@ -32,7 +32,7 @@ def resolved_norm(p: float | None, criterion: str, shares: Mapping[str, float | 
     """p if given; else infinity with several budgets, error= or a baseline, 2 for "sensitivity", 4 otherwise.
 
     (Squares of sensitivities add up to that of the network's output. The others are errors of layers in themselves:
-    docs/choices.md has what was measured.)
+    docs/defaults.md has what was measured.)
     """
     if p is not None:
         return p
