@@ -18,7 +18,7 @@ void parallel_for(int64_t count, int threads, Body&& body) {
 #pragma omp parallel num_threads(threads)
   {
     Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait  // the region's end is a barrier
     for (int64_t i = 0; i < count; ++i) {
       try {
         body(i, scratch);
