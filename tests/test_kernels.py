@@ -18,7 +18,9 @@ from alds_fast.kernels import (
     lowrank_conv2d,
     lowrank_linear,
     lowrank_linears,
+    tickets,
     triton_conv2d,
+    triton_few_rows,
     triton_linear,
 )
 
@@ -164,6 +166,27 @@ def test_lowrank_linears(layers, dtype, present):
 
 
 # ------------------------------------------------------------------------------------- layouts and edges
+
+
+def test_tickets_are_left_as_they_were(monkeypatch):
+    """Calls that share counters, one after the other, get the same bits: a launch leaves them at 0."""
+    counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    taken = []
+    monkeypatch.setattr(triton_few_rows, "take_tickets", lambda device, count: taken.append(count) or counters)
+    case = linear_case(5, 1024, 2, 20, 16, torch.float16)
+    first, second = (lowrank_linear(**case, groups=2, backend="fused") for _ in range(2))
+    assert torch.equal(first, second) and taken == [4, 4] and not counters.any()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_graphs_and_streams_have_counters_of_their_own():
+    eager, other = tickets.take_tickets(torch.device("cuda", 0), 8), None
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = tickets.take_tickets(torch.device("cuda", 0), 8)
+    captured = []
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured += [tickets.take_tickets(torch.device("cuda", 0), 8) for _ in range(2)]
+    assert len({t.data_ptr() for t in (eager, other, *captured)}) == 4
 
 
 @pytest.mark.parametrize("rows", [3, 20])
