@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.errors import ArgumentError
+from alds_fast.errors import ArgumentError, WeightError
 from alds_fast.factors import Choice, factorize
 from alds_fast.layers import weight_shape
 from alds_fast.linalg import folding
@@ -190,3 +190,48 @@ def test_what_code_asks_of_a_weight_is_told():
 
     x = torch.randn(2, 6, 9, 9)
     torch.testing.assert_close(torch.compile(forward, backend="eager", fullgraph=True)(x), forward(x))
+
+
+@given(convolutions(), st.data())
+@settings(max_examples=20)
+def test_from_dense_of_a_convolution_is_the_factorised_layer(case, data):
+    module, _ = case
+    shape = weight_shape(module)
+    scheme = data.draw(st.sampled_from(folding.distinct_schemes((0, 1, 2, 3), shape.kernel)))
+    groups = data.draw(st.sampled_from(folding.divisors(shape.slice_channels)))
+    rank = data.draw(st.integers(1, folding.max_rank(shape, scheme, groups)))
+    cls = {1: alds.LowRankConv1d, 2: alds.LowRankConv2d, 3: alds.LowRankConv3d}[len(shape.kernel)]
+    layer = cls.from_dense(module, rank=rank, groups=groups, scheme=scheme)
+    small, _ = factorize(nn.Sequential(module), [Choice("0", shape, scheme, groups, rank)], exact=True)
+    assert str(layer) == str(small[0]) and layer.training == module.training
+    torch.testing.assert_close(layer.dense_weight(), small[0].dense_weight(), rtol=1e-4, atol=1e-5)
+    assert (layer.bias is None) == (module.bias is None) and (
+        layer.bias is None or torch.equal(layer.bias, module.bias)
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_from_dense_of_a_linear_is_the_nearest(groups):
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 12).double()
+    layer = alds.LowRankLinear.from_dense(linear, rank=3, groups=groups)
+    assert layer.encoder.dtype == torch.float64 and torch.equal(layer.bias, linear.bias)
+    off = layer.dense_weight() - linear.weight
+    tails = [torch.linalg.svdvals(part)[3:].square().sum() for part in linear.weight.chunk(groups, 1)]
+    torch.testing.assert_close(off.square().sum(), sum(tails))
+    full = alds.LowRankLinear.from_dense(linear, rank=4 if groups == 4 else 12, groups=groups)
+    torch.testing.assert_close(full.to_dense().weight, linear.weight)
+
+
+def test_from_dense_refuses():
+    with pytest.raises(ArgumentError, match=r"takes an nn\.Linear, got Conv2d"):
+        alds.LowRankLinear.from_dense(nn.Conv2d(3, 4, 1), rank=1)
+    with pytest.raises(ArgumentError, match=r"takes an nn\.Conv2d, got Conv1d"):
+        alds.LowRankConv2d.from_dense(nn.Conv1d(3, 4, 1), rank=1)
+    with pytest.raises(ArgumentError, match=r"rank=9 is outside 1\.\.4"):
+        alds.LowRankLinear.from_dense(nn.Linear(8, 4), rank=9)
+    broken = nn.Linear(8, 4)
+    with torch.no_grad():
+        broken.weight[0, 0] = float("nan")
+    with pytest.raises(WeightError, match="NaN"):
+        alds.LowRankLinear.from_dense(broken, rank=1)

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ArgumentError
-from ..linalg import WeightShape, distinct_schemes, divisors, factor_shapes, max_rank, weights_to_dense
+from ..errors import ArgumentError, WeightError
+from ..linalg import (
+    WeightShape,
+    batched_rsvd,
+    distinct_schemes,
+    divisors,
+    factor_shapes,
+    factors_to_weights,
+    matrix_shape,
+    max_rank,
+    permuted,
+    weights_to_dense,
+)
 
 
 def _check_structure(shape: WeightShape, scheme: int, groups: int, rank: int) -> None:
@@ -142,6 +153,23 @@ class LowRankLayer(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return dense.train(self.training)
+
+    def _take_factors_of(self, module: nn.Module) -> None:
+        """Best factors of the module's weight (Eckart-Young-Mirsky, slice by slice), and a copy of its bias."""
+        weight, shape = module.weight, self.weight_shape
+        assert isinstance(weight, Tensor)
+        if weight.is_meta or not bool(torch.isfinite(weight).all()):
+            raise WeightError(f"{module}: its weight has NaN, infinite or, on the meta device, no values")
+        wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        matrix = permuted(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
+        (factors,) = batched_rsvd([matrix], [self.groups], [self.rank], exact=True)
+        left, right = (f.unflatten(0, (shape.conv_groups, self.groups)) for f in (factors.left, factors.right))
+        encoder, decoder = factors_to_weights(left, right, shape, self.scheme)
+        self.encoder = nn.Parameter(encoder.to(weight), weight.requires_grad)
+        self.decoder = nn.Parameter(decoder.to(weight), weight.requires_grad)
+        if isinstance(module.bias, Tensor):
+            self.bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
+        self.train(module.training)
 
     def _structure(self) -> str:
         text = f"scheme={self.scheme}, groups={self.groups}, rank={self.rank}"

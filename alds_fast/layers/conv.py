@@ -95,6 +95,22 @@ class LowRankConv(LowRankLayer):
         self._encode = _HalfConv(self, encoder, conv_groups * groups)
         self._decode = _HalfConv(self, decoder, conv_groups)
 
+    @classmethod
+    def from_dense(cls, conv: Any, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankConv:
+        """The layer of that rank whose weight is nearest to that of ``conv`` (Frobenius), of its type and device.
+
+        ``conv`` is the nn.Conv1d, 2d or 3d of as many dimensions, of any stride, padding, dilation, padding mode and
+        groups; ``groups`` here is the number of channel slices. Raises ArgumentError for any other type and as the
+        constructor; WeightError for NaN or infinity.
+        """
+        if not isinstance(conv, cls._dense):
+            raise ArgumentError(f"from_dense takes an nn.{cls._dense.__name__}, got {type(conv).__name__}")
+        options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        options |= {"conv_groups": conv.groups, "bias": conv.bias is not None, "scheme": scheme, "groups": groups}
+        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, rank, **options, device="meta")
+        new._take_factors_of(conv)
+        return new
+
     def forward(self, input: Tensor) -> Tensor:
         if self.backend == "fused":
             reason = self.why_not_fused(input)

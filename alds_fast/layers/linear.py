@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..kernels import lowrank_linear, lowrank_linear_ref, why_not_fused_linear
 from ..linalg import WeightShape
 from .base import LowRankLayer
@@ -34,6 +35,22 @@ class LowRankLinear(LowRankLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(WeightShape(out_features, in_features), scheme, groups, rank, bias, device, dtype)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankLinear:
+        """The layer of that rank whose weight is nearest to that of ``linear`` (Frobenius), of its type and device.
+
+        Raises ArgumentError for anything but an nn.Linear and as the constructor; WeightError for NaN or infinity.
+
+        >>> LowRankLinear.from_dense(nn.Linear(64, 32), rank=4)
+        LowRankLinear(in_features=64, out_features=32, scheme=0, groups=1, rank=4)
+        """
+        if not isinstance(linear, nn.Linear):
+            raise ArgumentError(f"from_dense takes an nn.Linear, got {type(linear).__name__}")
+        sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        new = cls(*sizes, rank, scheme=scheme, groups=groups, bias=bias, device="meta")
+        new._take_factors_of(linear)
+        return new
 
     def forward(self, input: Tensor) -> Tensor:
         if self._two_op(input):
