@@ -21,7 +21,8 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, BudgetError, EvaluationError, FileFormatError, MissingFileError, ModelError
-from alds_fast.evaluation import cells, run_cell, variants, workers
+from alds_fast.evaluation import cells, run_cell, workers
+from alds_fast.evaluation import variants as variant_module
 from alds_fast.evaluation.log import Records
 from alds_fast.evaluation.table import COLUMNS
 
@@ -122,7 +123,7 @@ def test_models_data_and_retraining_get_the_seed(monkeypatch):
         given.append((model[0].weight[0, 0].item(), data))
         return alds.analyze(model, groups=groups)
 
-    monkeypatch.setattr(cells, "analyze", analyze)
+    monkeypatch.setattr(variant_module, "analyze", analyze)
     monkeypatch.setattr(run_cell, "analyze", analyze)
     variants = {"without": {}, "with": {"data": True}}
     weights = [net(seed)[0].weight[0, 0].item() for seed in (5, 6)]
@@ -195,7 +196,7 @@ def test_a_killed_process_keeps_its_cells(tmp_path):
 def test_more_variants_and_seeds_are_added_to_a_folder(tmp_path):
     alds.evaluate(net, kept, variants={"alds": {}}, out=tmp_path)
     quality = Counted()
-    quality.name = variants.callable_name(kept)
+    quality.name = variant_module.callable_name(kept)
     more = {"alds": {}, "prune": first}
     table = alds.evaluate(net, quality, variants=more, seeds=[0, 1], out=tmp_path)
     assert quality.calls == 2 + 1 + 4 and len(table.rows) == 8
@@ -241,10 +242,10 @@ def test_functions_are_told_apart_by_what_they_do(tmp_path):
         return factor * kept(model)
 
     names = {
-        variants.callable_name(f)
+        variant_module.callable_name(f)
         for f in (partial(scaled, factor=1), partial(scaled, factor=7), partial(kept), lambda m: 1.0, lambda m: 2.0)
     }
-    assert len(names) == 5 and variants.callable_name(partial(scaled, factor=7)) in names
+    assert len(names) == 5 and variant_module.callable_name(partial(scaled, factor=7)) in names
     alds.evaluate(net(), partial(scaled, factor=1), out=tmp_path)
     with pytest.raises(ArgumentError, match="was evaluated with quality=.partial"):
         alds.evaluate(net(), partial(scaled, factor=7), out=tmp_path)
@@ -295,7 +296,7 @@ def test_failed_cells_are_recorded_and_raised(tmp_path):
     assert _rows(alds.Evaluation.read(tmp_path)) == _rows(e.value.evaluation)
     text = (tmp_path / "table.md").read_text()
     assert "1 cannot be met |" in text and "1 failed |" in text
-    name = variants.callable_name(quality)
+    name = variant_module.callable_name(quality)
     quality = Counted()
     quality.name = name
     with pytest.raises(EvaluationError):  # what failed is tried again, what cannot be met is not
@@ -336,7 +337,7 @@ def test_workers_that_end_and_what_cannot_be_sent_to_them():
 
 def test_closing_the_pool_ends_its_processes():
     task = cells.Task(net(), _sleeping, {})
-    outcomes = workers.parallel(task, [(cells.Cell(variants.DENSE, 1.0, s), s == 0) for s in range(3)], 2)
+    outcomes = workers.parallel(task, [(cells.Cell(variant_module.DENSE, 1.0, s), s == 0) for s in range(3)], 2)
     assert next(outcomes)[0].seed == 0
     begin = time.perf_counter()
     outcomes.close()
@@ -390,7 +391,7 @@ def test_refused_models():
 
 def test_combinations_that_do_not_go_together_are_named():
     with pytest.warns(UserWarning, match=r"left out of the evaluation: alds-heuristic p=2 \(p=2 applies to"):
-        found = variants.product(["alds", "alds-heuristic"], ["operator"], [2, math.inf], groups=(1,))
+        found = variant_module.product(["alds", "alds-heuristic"], ["operator"], [2, math.inf], groups=(1,))
     assert list(found) == ["alds p=2", "alds p=inf", "alds-heuristic p=inf"]
     assert found["alds p=2"] == {"method": "alds", "criterion": "operator", "p": 2, "groups": (1,)}
 
