@@ -14,7 +14,7 @@ TOLERANCE = 1e-3  # squared error reached <= (1 + TOLERANCE) * optimum
 EXACT_FRACTION = 0.1  # a sketch wider than this share of the order is slower than the exact decomposition (measured)
 TINY = 1e-300
 MAX_OFF = 2.0**-21
-EXACT_BY_CHOICE, EXACT_BY_FALLBACK = -1, -2  # as in csrc/core.h
+EXACT_BY_CHOICE, EXACT_BY_FALLBACK = -1, -2  # as in csrc/basis.h
 
 
 class Factors(NamedTuple):
