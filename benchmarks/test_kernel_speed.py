@@ -11,7 +11,6 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 LAYERS = {
     "conv3x3 64 q=16": (lambda: alds.LowRankConv2d(64, 64, 3, 16, padding=1), (8, 64, 56, 56)),
     "conv3x3 128 q=32, 4 slices": (lambda: alds.LowRankConv2d(128, 128, 3, 8, groups=4, padding=1), (8, 128, 28, 28)),
-    "conv3x3 128 scheme 3 q=32": (lambda: alds.LowRankConv2d(128, 128, 3, 32, scheme=3, padding=1), (8, 128, 28, 28)),
     "linear 768 -> 3072 q=128": (lambda: alds.LowRankLinear(768, 3072, 128), (197, 768)),
     "linear 1024 -> 1024 q=256, 4 rows": (lambda: alds.LowRankLinear(1024, 1024, 256), (4, 1024)),
 }

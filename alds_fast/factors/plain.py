@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import linalg
 from ..criteria import FoldRoom, batches, for_threads, place
 from ..layers import Layer, LowRankLayer, low_rank_like
-from ..linalg import factors_to_weights
 from .decomposition import Choice, FactorReport
 
 
@@ -44,10 +43,8 @@ def _low_rank_layer(layer: Layer, choice: Choice, left: Tensor, right: Tensor) -
     """The layer with factors left (conv_groups, groups, rows, rank) and right (conv_groups, groups, rank, columns)."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
-    encoder, decoder = factors_to_weights(left, right, choice.shape, choice.scheme)
     new = low_rank_like(layer.module, choice.scheme, choice.groups, choice.rank)
-    new.encoder = nn.Parameter(encoder.to(weight), weight.requires_grad)
-    new.decoder = nn.Parameter(decoder.to(weight), weight.requires_grad)
+    new.set_factors(left, right, weight)
     return new
 
 

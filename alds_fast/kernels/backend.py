@@ -90,7 +90,7 @@ def why_not_fused_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | N
     if x.shape[1:].numel() >= 2**31:
         return f"one image of x {tuple(x.shape)} has 2^31 elements or more"
     if decoder.shape[2:].numel() > 1:
-        return "the decoder has a kernel (schemes 1, 2 and 3 run as two calls, which were measured to be faster)"
+        return "the decoder has a kernel (schemes 1, 2 and 3 run as two calls)"
     return type_reason(x)
 
 

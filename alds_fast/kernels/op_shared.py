@@ -30,10 +30,12 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """Keep x, encoder, decoder, bias and residual for the backward pass, and the options that follow them."""
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
 
 
 def decoder_output(z: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """z plus bias and residual, which may be None."""
     z = z if bias is None else z + bias
     return z if residual is None else z + residual

@@ -174,7 +174,7 @@ def reduction_tile(channels: int) -> int:
 def taps_tiling(
     pixels: int, channels: int, chunk: int, filters: int, dtype: torch.dtype, wide: bool, heavy: bool
 ) -> Tiling:
-    """Tiles by pixels, channels of a slice, padded ranks of a chunk and filters; measured on an H200, none spills.
+    """Tiles by pixels, channels of a slice, padded ranks of a chunk and filters; after an H200, none spills.
 
     ``heavy``: the epilogue or the loop over slices takes registers of its own, which more warps have.
     """
@@ -194,11 +194,9 @@ def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool) -> Tiling
     cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
     if pixels < 64 * FEW_PROGRAMS:
         return Tiling(32, reduction, min(cols, 64), 4, 3)
-    return (
-        Tiling(64, reduction, cols, 4, 2)
-        if cols <= 64 or not (heavy or cols > 128)
-        else Tiling(64, reduction, cols, 8, 3)
-    )
+    if cols > 128 or (heavy and cols > 64):
+        return Tiling(64, reduction, cols, 8, 3)
+    return Tiling(64, reduction, cols, 4, 2)
 
 
 def takes_rows(x: Tensor, kernel: Sequence[int], rank: int, groups: int, stride: Sequence[int], padding: Sequence[int],

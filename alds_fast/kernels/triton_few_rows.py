@@ -168,7 +168,7 @@ def _decode_rows_kernel(
 
 
 def vector_tiling(reduction: int, rows: int, least: int = 1) -> Tiling:
-    """Tiles of vector products: some 4096 weights a program and row, ``least`` outputs or more; measured on an H200."""
+    """Tiles of vector products: some 4096 weights a program and row, ``least`` outputs or more (after an H200)."""
     padded = power_of_two(reduction)
     warps = 8 if rows == 1 and padded == reduction else 4
     return Tiling(rows, min(padded, 1024), max(least, min(16, 4096 * rows // padded)), warps, 1)

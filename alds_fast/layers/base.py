@@ -154,6 +154,15 @@ class LowRankLayer(nn.Module):
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return dense.train(self.training)
 
+    def set_factors(self, left: Tensor, right: Tensor, like: Tensor) -> None:
+        """Take the slices' factors in the type, on the device and with the requires_grad of ``like``.
+
+        ``left``: (conv_groups, groups, rows, rank); ``right``: (conv_groups, groups, rank, cols / groups).
+        """
+        encoder, decoder = factors_to_weights(left, right, self.weight_shape, self.scheme)
+        self.encoder = nn.Parameter(encoder.to(like), like.requires_grad)
+        self.decoder = nn.Parameter(decoder.to(like), like.requires_grad)
+
     def _take_factors_of(self, module: nn.Module) -> None:
         """Best factors of the module's weight (Eckart-Young-Mirsky, slice by slice), and a copy of its bias."""
         weight, shape = module.weight, self.weight_shape
@@ -164,9 +173,7 @@ class LowRankLayer(nn.Module):
         matrix = permuted(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
         (factors,) = batched_rsvd([matrix], [self.groups], [self.rank], exact=True)
         left, right = (f.unflatten(0, (shape.conv_groups, self.groups)) for f in (factors.left, factors.right))
-        encoder, decoder = factors_to_weights(left, right, shape, self.scheme)
-        self.encoder = nn.Parameter(encoder.to(weight), weight.requires_grad)
-        self.decoder = nn.Parameter(decoder.to(weight), weight.requires_grad)
+        self.set_factors(left, right, weight)
         if isinstance(module.bias, Tensor):
             self.bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
         self.train(module.training)

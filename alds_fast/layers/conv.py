@@ -14,6 +14,7 @@ from ..linalg import WeightShape, decoder_axes
 from .base import LowRankLayer
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_OPTIONS = ("stride", "padding", "dilation", "padding_mode")
 
 
 def _tuple(value: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -96,6 +97,13 @@ class LowRankConv(LowRankLayer):
         self._decode = _HalfConv(self, decoder, conv_groups)
 
     @classmethod
+    def shaped_like(cls, conv: Any, scheme: int, groups: int, rank: int) -> LowRankConv:
+        """The layer that replaces ``conv``, its factors and bias on the meta device."""
+        options = {name: getattr(conv, name) for name in _OPTIONS}
+        options |= {"conv_groups": conv.groups, "bias": conv.bias is not None, "scheme": scheme, "groups": groups}
+        return cls(conv.in_channels, conv.out_channels, conv.kernel_size, rank, **options, device="meta")
+
+    @classmethod
     def from_dense(cls, conv: Any, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankConv:
         """The layer of that rank whose weight is nearest to that of ``conv`` (Frobenius), of its type and device.
 
@@ -105,9 +113,7 @@ class LowRankConv(LowRankLayer):
         """
         if not isinstance(conv, cls._dense):
             raise ArgumentError(f"from_dense takes an nn.{cls._dense.__name__}, got {type(conv).__name__}")
-        options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-        options |= {"conv_groups": conv.groups, "bias": conv.bias is not None, "scheme": scheme, "groups": groups}
-        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, rank, **options, device="meta")
+        new = cls.shaped_like(conv, scheme, groups, rank)
         new._take_factors_of(conv)
         return new
 
@@ -121,7 +127,7 @@ class LowRankConv(LowRankLayer):
         return f"there is no kernel for {self.ndim}-d convolutions"
 
     def _conv_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     def dense_module(self) -> nn.Module:
         shape, options = self.weight_shape, self._conv_options()

@@ -54,13 +54,10 @@ def weight_shape(module: nn.Module) -> WeightShape | None:
 
 def low_rank_like(module: nn.Module, scheme: int, groups: int, rank: int) -> LowRankLayer:
     """The low-rank layer that replaces ``module``, with its factors on the meta device and its bias not copied yet."""
-    shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
-    options: dict[str, Any] = {"scheme": scheme, "groups": groups, "bias": bias, "device": "meta"}
     if is_linear(module):
+        shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
+        options: dict[str, Any] = {"scheme": scheme, "groups": groups, "bias": bias, "device": "meta"}
         return LowRankLinear(shape.in_channels, shape.out_channels, rank, **options).train(module.training)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    for name in ("stride", "padding", "dilation", "padding_mode"):
-        options[name] = getattr(module, name)
     cls: Any = LOW_RANK[type(module)]
-    layer = cls(shape.in_channels, shape.out_channels, shape.kernel, rank, conv_groups=shape.conv_groups, **options)
+    layer: LowRankLayer = cls.shaped_like(module, scheme, groups, rank)
     return layer.train(module.training)
