@@ -20,7 +20,7 @@ from helpers import resnet50
 import alds_fast as alds
 from alds_fast.allocation import MAX_LATENCY_GROUPS, end_to_end
 from alds_fast.criteria import CRITERIA
-from alds_fast.linalg import SCHEMES, max_rank, params_per_rank
+from alds_fast.linalg import SCHEMES, Decomposition, max_rank, params_per_rank
 from alds_fast.measurement import inference, interleaved_ms, median_ratio
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +44,7 @@ def uniform(analysis: alds.Analysis, keep: float, scheme: int, groups: int) -> t
         fold = scheme if (scheme, slices) in spectra.values else 0
         rank = max(1, round(keep * max_rank(shape, fold, slices)))
         if rank * params_per_rank(shape, fold, slices) < shape.numel:
-            chosen[name] = (fold, slices, rank)
+            chosen[name] = Decomposition(fold, slices, rank)
             largest = max(largest, float(spectra.errors(fold, slices, CRITERIA["frobenius"])[rank]))
     return chosen, largest
 

@@ -8,11 +8,11 @@ from alds_fast import linalg
 from alds_fast.errors import LayerNotFoundError, PlanError, WeightError
 from alds_fast.factors import Choice, factorize
 from alds_fast.layers import replace_layers, weight_shape
-from alds_fast.linalg import torch_backend
+from alds_fast.linalg import Decomposition, torch_backend
 
 
 def _choice(model, name, rank=2):
-    return Choice(name, weight_shape(dict(model.named_modules())[name]), 0, 1, rank)
+    return Choice(name, weight_shape(dict(model.named_modules())[name]), Decomposition(0, 1, rank))
 
 
 def test_report_says_how_the_factors_were_computed():

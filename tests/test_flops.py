@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import alds_fast as alds
 from alds_fast.factors import Choice, factorize
 from alds_fast.layers import find_layers
-from alds_fast.linalg import distinct_schemes, divisors, params_per_rank
+from alds_fast.linalg import Decomposition, distinct_schemes, divisors, params_per_rank
 from alds_fast.measurement import call_model, counted_inputs, dense_flops, flops_per_rank
 
 
@@ -70,7 +70,7 @@ def test_flops_equal_torchs_for_every_scheme_and_groups(name):
             for groups in divisors(shape.slice_channels):
                 ranks = {1, (shape.numel - 1) // params_per_rank(shape, scheme, groups)}  # none: larger than dense
                 for rank in ranks if 0 not in ranks else ():
-                    small, _ = factorize(model, [Choice(layer.name, shape, scheme, groups, rank)])
+                    small, _ = factorize(model, [Choice(layer.name, shape, Decomposition(scheme, groups, rank))])
                     cost = rank * flops_per_rank(layer.module, shape, calls, scheme, groups)
                     assert counted(small, x) == total - dense + cost, (layer.name, scheme, groups, rank)
 

@@ -17,6 +17,7 @@ from alds_fast.allocation.latency import call_text, interpolated, random_low_ran
 from alds_fast.criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.layers import LowRankLayer
+from alds_fast.linalg import Decomposition
 from alds_fast.measurement import InputSpec, Timings, layer_inputs
 
 CPU = torch.device("cpu")
@@ -284,7 +285,7 @@ def test_ratios_never_fall_with_the_rank(known, top):
 def test_random_layers_have_the_weights_norm_and_leave_torchs_generator_alone(dtype):
     module = nn.Conv2d(64, 48, 3, padding=1).to(dtype)
     state = torch.get_rng_state()
-    layer = random_low_rank(module, 1, 2, 12)
+    layer = random_low_rank(module, Decomposition(1, 2, 12))
     assert torch.equal(state, torch.get_rng_state())
     assert {p.dtype for p in layer.parameters()} == {dtype} and layer.padding == (1, 1)
     assert float((layer.dense_weight().norm() / module.weight.norm()).detach()) == pytest.approx(1.0, rel=0.2)

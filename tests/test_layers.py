@@ -11,7 +11,7 @@ import alds_fast as alds
 from alds_fast.errors import ArgumentError, WeightError
 from alds_fast.factors import Choice, factorize
 from alds_fast.layers import weight_shape
-from alds_fast.linalg import folding
+from alds_fast.linalg import Decomposition, folding
 
 
 @st.composite
@@ -43,7 +43,7 @@ def _all_full_rank(module):
     for scheme in folding.SCHEMES:
         for groups in folding.divisors(shape.slice_channels):
             rank = folding.max_rank(shape, scheme, groups)
-            yield factorize(module, [Choice("", shape, scheme, groups, rank)])[0]
+            yield factorize(module, [Choice("", shape, Decomposition(scheme, groups, rank))])[0]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -142,7 +142,7 @@ def test_a_low_rank_layer_learns():
         ({"rank": 0}, r"rank=0 is outside 1\.\.6"),
         ({"rank": 7}, r"rank=7 is outside 1\.\.6"),
         ({"rank": 2.0}, r"rank=2\.0 is outside"),
-        ({"rank": 1, "groups": 5}, "groups=5 does not divide 12 channels; allowed: 1, 2, 3, 4, 6, 12"),
+        ({"rank": 1, "groups": 5}, "groups=5 does not divide its 12 channels; allowed: 1, 2, 3, 4, 6, 12"),
         ({"rank": 1, "scheme": 7}, "scheme 7 is not one of"),
     ],
 )
@@ -202,7 +202,7 @@ def test_from_dense_of_a_convolution_is_the_factorised_layer(case, data):
     rank = data.draw(st.integers(1, folding.max_rank(shape, scheme, groups)))
     cls = {1: alds.LowRankConv1d, 2: alds.LowRankConv2d, 3: alds.LowRankConv3d}[len(shape.kernel)]
     layer = cls.from_dense(module, rank=rank, groups=groups, scheme=scheme)
-    small, _ = factorize(nn.Sequential(module), [Choice("0", shape, scheme, groups, rank)], exact=True)
+    small, _ = factorize(nn.Sequential(module), [Choice("0", shape, Decomposition(scheme, groups, rank))], exact=True)
     assert str(layer) == str(small[0]) and layer.training == module.training
     torch.testing.assert_close(layer.dense_weight(), small[0].dense_weight(), rtol=1e-4, atol=1e-5)
     assert (layer.bias is None) == (module.bias is None) and (

@@ -8,7 +8,7 @@ from alds_fast.criteria import collect_moments, folded, slice_bases, tap_blocks,
 from alds_fast.criteria.weighted_errors import certificate, errors
 from alds_fast.factors.weighted import factors
 from alds_fast.layers import find_layers
-from alds_fast.linalg import distinct_schemes, divisors, max_rank, unfold
+from alds_fast.linalg import Decomposition, distinct_schemes, divisors, max_rank, unfold
 from alds_fast.linalg.torch_backend import spectra_ref
 
 LAYERS = {
@@ -84,7 +84,7 @@ def test_factors_reach_the_error_and_full_rank_is_exact(name, order):
         for scheme, groups in every_fold(layer) if order > 1 else [(0, 1)]:
             stated = errors(w, scheme, groups)
             for rank in range(1, len(stated)):
-                found = factors(w, scheme, groups, rank)
+                found = factors(w, Decomposition(scheme, groups, rank))
                 assert found.error <= float(stated[rank]) + 1e-6
             product = (found.left @ found.right).transpose(1, 2).flatten(2)
             whole = unfold(product, layer.shape, scheme).reshape(dense.shape)
@@ -109,7 +109,7 @@ def minimised(w, rank, steps=400):
 def test_output_mode_is_the_direct_minimum(rank, centred):
     layer, moments = case("linear")
     w = weighting(layer.shape, layer.module.weight, moments, centred, False)
-    stated, found = float(errors(w, 0, 1)[rank]), factors(w, 0, 1, rank)
+    stated, found = float(errors(w, 0, 1)[rank]), factors(w, Decomposition(0, 1, rank))
     assert found.error == pytest.approx(stated, rel=1e-9)
     assert minimised(w, rank) == pytest.approx(stated, rel=1e-4)
 
@@ -147,7 +147,7 @@ def test_few_samples_and_dead_channels(name):
             stated = errors(w, scheme, groups)
             assert bool(stated.isfinite().all())
             rank = min(2, len(stated) - 1)
-            found = factors(w, scheme, groups, rank)
+            found = factors(w, Decomposition(scheme, groups, rank))
             assert found.error <= float(stated[rank]) + 1e-6 and bool(found.left.isfinite().all())
     assert float(errors(w, 0, 1)[1]) < 1e-6
 
@@ -159,7 +159,7 @@ def test_sensitive_errors_predict_the_change_of_a_linear_network():
     x, layer = torch.randn(40, 8).double(), find_layers(model)[0]
     moments = collect_moments(model, [x] * 200, [layer], sensitivity=True)["0"]
     w = weighting(layer.shape, layer.module.weight, moments, False, True)
-    found = factors(w, 0, 1, 3)
+    found = factors(w, Decomposition(0, 1, 3))
     small = (found.left @ found.right)[0, 0]
     y, cut = x @ model[0].weight.T @ model[1].weight.T, x @ small.T @ model[1].weight.T
     assert found.error == pytest.approx(float((y - cut).norm() / y.norm()), rel=0.1)

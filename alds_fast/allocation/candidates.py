@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from ..linalg import WeightShape, params_per_rank
+from ..linalg import Decomposition, WeightShape, params_per_rank
 from .pareto import Floats, Front, Ints, pareto_front
 
 
@@ -71,13 +71,13 @@ class Candidates:
         """Costs of all candidates of another kind: those of the ranks of every (scheme, groups), and of dense."""
         return np.concatenate([*(by_curve[c.scheme, c.groups] for c in self.curves), [dense_cost]]).astype(np.int64)
 
-    def choice(self, candidate: int) -> tuple[int, int, int] | None:
-        """(scheme, groups, rank) of a candidate, None for dense."""
+    def decomposition(self, candidate: int) -> Decomposition | None:
+        """What a candidate stands for, None for dense."""
         curve = int(np.searchsorted(self.starts, candidate, side="right")) - 1
         if curve == len(self.curves):
             return None
         c = self.curves[curve]
-        return c.scheme, c.groups, c.align * (candidate - int(self.starts[curve]) + 1)
+        return Decomposition(c.scheme, c.groups, c.align * (candidate - int(self.starts[curve]) + 1))
 
 
 def candidates(shape: WeightShape, by_fold: Mapping[tuple[int, int], Tensor], align: int) -> Candidates:

@@ -82,15 +82,15 @@ def curves_in_doubt(
     """
 
     def single(i: int, candidate: int) -> set[tuple[int, Key]]:
-        choice = choices[i].choice(candidate)
-        return {(i, choice[:2])} if choice and choice[:2] in spectra[i].single else set()
+        taken = choices[i].decomposition(candidate)
+        return {(i, taken.fold)} if taken and taken.fold in spectra[i].single else set()
 
     doubt: set[tuple[int, Key]] = set()
     fronts = []  # of every layer, two: with the candidate taken at its worst, and at its best
     for i, (c, taken) in enumerate(zip(choices, found, strict=True)):
         squares, moves = (c.errors / (weights[i] or 1.0)) ** 2, _moves(c, spectra[i], taken)
-        choice = c.choice(taken)
-        if choice and too_small(spectra[i].values[choice[:2]], choice[2]):
+        chosen = c.decomposition(taken)
+        if chosen and too_small(spectra[i].values[chosen.fold], chosen.rank):
             doubt |= single(i, taken)
         moved = [weights[i] * np.sqrt(np.maximum(squares + sign * moves, 0.0)) for sign in (1, -1)]
         fronts.append([pareto_front(costs[i], errors) for errors in moved])

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Layer, LowRankLayer, low_rank_like, replace_layers
+from ..linalg import Decomposition
 from ..measurement import InputSpec, Ratios, Timings, call_model, inference, interleaved_ms, median_ratio
 from .candidates import Candidates, Curve
 from .costs import Calls, CostTable
@@ -36,18 +37,17 @@ MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
 LEVELS, SPACING = 4, 3
 ROUNDS = 5
 NS_PER_MS = 1_000_000
-Triple = tuple[int, int, int]  # scheme, groups, rank
 
 
-def random_low_rank(module: nn.Module, scheme: int, groups: int, rank: int) -> LowRankLayer:
+def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
     """A low-rank layer in the place of ``module``, to be timed: random factors whose product has the weight's norm.
 
     (So activations keep their scale through a deep model, and no denormal numbers distort the time.)
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
-    layer = low_rank_like(module, scheme, groups, rank).to(weight.dtype).to_empty(device=weight.device)
-    scale = (float(weight.detach().float().square().mean()) / rank) ** 0.25
+    layer = low_rank_like(module, decomposition).to(weight.dtype).to_empty(device=weight.device)
+    scale = (float(weight.detach().float().square().mean()) / decomposition.rank) ** 0.25
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for factor in (layer.encoder, layer.decoder):
@@ -68,16 +68,16 @@ def call_text(layer: Layer, spec: InputSpec) -> str:
     return json.dumps(fields, sort_keys=True)
 
 
-def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Triple], known: Ratios) -> None:
+def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Decomposition], known: Ratios) -> None:
     """Add the ratios of these choices to what is known."""
     if not wanted:
         return
     x = spec.make()
     calls = {"dense": spec.caller(module, x)}
-    calls |= {str(t): spec.caller(random_low_rank(module, *t), x) for t in wanted}
+    calls |= {str(d): spec.caller(random_low_rank(module, d), x) for d in wanted}
     times = interleaved_ms(calls, spec.device, rounds=ROUNDS)
-    for scheme, groups, rank in wanted:
-        known.setdefault((scheme, groups), {})[rank] = median_ratio(times, str((scheme, groups, rank)), "dense")
+    for d in wanted:
+        known.setdefault(d.fold, {})[d.rank] = median_ratio(times, str(d), "dense")
 
 
 def _rank(curve: Curve, level: int) -> int:
@@ -94,7 +94,7 @@ def _survey(module: nn.Module, spec: InputSpec, curves: Iterable[Curve], known: 
         for curve in curves:
             own, rank = known.get((curve.scheme, curve.groups), {}), _rank(curve, level)
             if rank not in own and not any(ratio >= 1 for r, ratio in own.items() if r < rank):
-                wanted.append((curve.scheme, curve.groups, rank))
+                wanted.append(Decomposition(curve.scheme, curve.groups, rank))
         _time(module, spec, sorted(set(wanted)), known)
         timed = timed or bool(wanted)
     return timed
@@ -171,34 +171,34 @@ class LayerTimes:
         limit = int(share * self.total_ns)
         return CostTable("latency", share, tuple(costs), self._fixed_ns, self.total_ns, limit, "ms", NS_PER_MS)
 
-    def look_closer(self, found: Sequence[int]) -> None:
+    def look_closer(self, picks: Sequence[int]) -> None:
         """Time the chosen ranks themselves and their neighbours."""
-        wanted: dict[str, set[Triple]] = {}
-        for layer, choice, candidate in zip(self._layers, self._choices, found, strict=True):
-            triple = choice.choice(candidate)
-            if triple is None:
+        wanted: dict[str, set[Decomposition]] = {}
+        for layer, choice, candidate in zip(self._layers, self._choices, picks, strict=True):
+            taken = choice.decomposition(candidate)
+            if taken is None:
                 continue
-            scheme, groups, rank = triple
-            curve = next(c for c in choice.curves if (c.scheme, c.groups) == (scheme, groups))
-            near = {r for r in (rank - curve.align, rank, rank + curve.align) if r in curve.ranks}
+            curve = next(c for c in choice.curves if (c.scheme, c.groups) == taken.fold)
+            ranks = {taken.rank - curve.align, taken.rank, taken.rank + curve.align} & set(curve.ranks.tolist())
             for spec in self._calls[layer.name]:
-                wanted.setdefault(call_text(layer, spec), set()).update((scheme, groups, r) for r in near)
-        for text, triples in wanted.items():
+                near = (taken._replace(rank=rank) for rank in ranks)
+                wanted.setdefault(call_text(layer, spec), set()).update(near)
+        for text, decompositions in wanted.items():
             module, spec, _ = self._sites[text]
-            _time(module, spec, sorted(triples), self._timings.of(text))
+            _time(module, spec, sorted(decompositions), self._timings.of(text))
         self._timings.save()
 
 
 def end_to_end(
-    model: nn.Module, replaced: Mapping[str, Triple], example_inputs: Any, device: torch.device
+    model: nn.Module, replaced: Mapping[str, Decomposition], example_inputs: Any, device: torch.device
 ) -> tuple[float, float, float]:
     """Latency of a compressed model over that of the dense one, and the milliseconds of dense and compressed.
 
-    The factors are random: what they are does not change the time. ``replaced`` is layer name to (scheme, groups,
-    rank). Raises ModelError if the model cannot be copied.
+    The factors are random: what they are does not change the time. ``replaced`` is by layer name. Raises ModelError if
+    the model cannot be copied.
     """
     modules = dict(model.named_modules())
-    small = replace_layers(model, {name: random_low_rank(modules[name], *t) for name, t in replaced.items()})
+    small = replace_layers(model, {name: random_low_rank(modules[name], d) for name, d in replaced.items()})
     with inference(model), inference(small):
         sides = {"dense": partial(call_model, model, example_inputs)}
         sides["compressed"] = partial(call_model, small, example_inputs)

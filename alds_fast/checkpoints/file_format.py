@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..files import crc32
+from ..linalg import Decomposition
 from ..planning import Plan
 
 FORMAT = "alds_fast.checkpoint"
@@ -83,10 +84,10 @@ def _check_header(header: dict[str, Any]) -> None:
     for name in ("layers", "aliases", "orders", "crc32"):
         if not isinstance(header[name], dict):
             raise ValueError(f"{name} is not an object")
-    integers = {"conv_groups", "scheme", "groups", "rank"}
     for name, spec in header["layers"].items():
-        if not isinstance(spec, dict) or any(type(spec.get(k)) is not int for k in integers) or "shape" not in spec:
+        if not isinstance(spec, dict) or type(spec.get("conv_groups")) is not int or "shape" not in spec:
             raise ValueError(f"layer {name!r} is incomplete")
+        Decomposition.from_dict(spec)
     if not all(isinstance(kept, str) for kept in header["aliases"].values()):
         raise ValueError("an alias is not a name")
     for name, order in header["orders"].items():

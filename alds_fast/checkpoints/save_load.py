@@ -16,6 +16,7 @@ from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
 from ..files import atomic, crc32, target_file
 from ..integrations import keep_when_saved
 from ..layers import LowRankLayer, MergedLinears, find_layers, label, low_rank_like, overlaps, replace_layers
+from ..linalg import Decomposition
 from ..planning import Plan
 from .file_format import FORMAT, VERSION, memory_order, owned, read_header, read_tensors
 
@@ -55,7 +56,7 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLayer))
     return {
         n: {"shape": list(m.weight_shape.weight), "conv_groups": m.weight_shape.conv_groups, "kind": type(m).__name__,
-            "scheme": m.scheme, "groups": m.groups, "rank": m.rank}
+            **m.decomposition.to_dict()}
         for n, m in layers
     }  # fmt: skip
 
@@ -105,7 +106,7 @@ def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
             raise PlanError(
                 f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {layer.weight}"
             )
-        new[name] = low_rank_like(layer.module, spec["scheme"], spec["groups"], spec["rank"])
+        new[name] = low_rank_like(layer.module, Decomposition.from_dict(spec))
     return replace_layers(model, new)
 
 

@@ -39,7 +39,7 @@ def _device(model: nn.Module) -> torch.device:
 
 def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
     """The first fields of a row."""
-    structure = f"scheme={layer.scheme}, groups={layer.groups}, rank={layer.rank}"
+    structure = str(layer.decomposition)
     return name, type(layer).__name__, layer.weight_shape.weight, structure
 
 

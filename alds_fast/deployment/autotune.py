@@ -149,7 +149,7 @@ def race_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Spec
 
 def _double(layer: LowRankLayer) -> LowRankLayer:
     """A float64 copy without hooks that runs as two calls."""
-    new = low_rank_like(layer.dense_module(), layer.scheme, layer.groups, layer.rank)
+    new = low_rank_like(layer.dense_module(), layer.decomposition)
     for name in ("encoder", "decoder", "bias"):
         old = getattr(layer, name)
         setattr(new, name, None if old is None else nn.Parameter(old.detach().double(), False))

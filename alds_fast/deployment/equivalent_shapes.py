@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..layers import LowRankLayer, low_rank_like
-from ..linalg import max_rank
+from ..linalg import Decomposition, max_rank
 
 MERGED_GROUPS = (1, 2, 4)  # slice counts that are tried in the place of a larger one
 
@@ -46,7 +46,7 @@ def regrouped(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
     full = max_rank(shape, layer.scheme, groups)
     if not layer.rank * per_group <= rank <= full:
         raise ArgumentError(f"rank={rank} is outside {layer.rank * per_group}..{full} for groups={groups}")
-    new = low_rank_like(layer.dense_module(), layer.scheme, groups, rank)
+    new = low_rank_like(layer.dense_module(), Decomposition(layer.scheme, groups, rank))
     encoder = _merged_encoder(layer.encoder.detach(), shape.conv_groups, groups, per_group, rank)
     old = layer.decoder.detach().unflatten(1, (groups, -1))
     decoder = old.new_zeros(old.shape[0], groups, rank, *old.shape[3:])

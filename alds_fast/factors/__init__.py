@@ -3,7 +3,7 @@
 Here belongs what makes encoders and decoders. What chooses ranks belongs in allocation.
 """
 
-from .decomposition import Choice, FactorReport, params_of
+from .choice import Choice, FactorReport
 from .factorization import factorize
 from .plain import plain_layers
 from .refitting import refit
@@ -12,7 +12,6 @@ __all__ = [
     "Choice",
     "FactorReport",
     "factorize",
-    "params_of",
     "plain_layers",
     "refit",
 ]

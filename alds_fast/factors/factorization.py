@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..criteria import Weighting
 from ..errors import LayerNotFoundError, PlanError
 from ..layers import Layer, LowRankLayer, check_weight, find_layers, label, replace_layers
-from .decomposition import Choice, FactorReport
+from .choice import Choice, FactorReport
 from .plain import _low_rank_layer, plain_layers
 from .weighted import factors as weighted_factors
 
@@ -62,7 +62,7 @@ def factorize(
         if weights is None:
             plain.append((choice, layer))
             continue
-        best = weighted_factors(weights, choice.scheme, choice.groups, choice.rank)
+        best = weighted_factors(weights, choice.decomposition)
         new[choice.name] = _low_rank_layer(layer, choice, best.left, best.right)
         shifts[choice.name] = best.shift
         reports[choice.name] = FactorReport("weighted", 0, best.frobenius, best.error)

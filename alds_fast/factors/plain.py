@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import linalg
 from ..criteria import FoldRoom, batches, for_threads, place
 from ..layers import Layer, LowRankLayer, low_rank_like
-from .decomposition import Choice, FactorReport
+from .choice import Choice, FactorReport
 
 
 def _factors(
@@ -18,15 +18,17 @@ def _factors(
 ) -> list[linalg.Factors]:
     """Factors of a batch; given spectra serve where their norms are those of the weights, others are computed anew."""
     known = [spectra.get(choice.name) for choice, _ in batch]
+    chosen = [choice.decomposition for choice, _ in batch]
     values = [v if v is not None else linalg.spectra([m], [[c.groups]])[0][0]
-              for v, m, (c, _) in zip(known, matrices, batch, strict=True)]  # fmt: skip
+              for v, m, c in zip(known, matrices, chosen, strict=True)]  # fmt: skip
     optima = [linalg.optimal_errors(v, c.rank).flatten().to(m.device)
-              for v, m, (c, _) in zip(values, matrices, batch, strict=True)]  # fmt: skip
-    found = linalg.batched_rsvd(matrices, [c.groups for c, _ in batch], [c.rank for c, _ in batch], optima, exact=exact)
-    for i, (factors, v) in enumerate(zip(found, values, strict=True)):
+              for v, m, c in zip(values, matrices, chosen, strict=True)]  # fmt: skip
+    groups, ranks = [c.groups for c in chosen], [c.rank for c in chosen]
+    results = linalg.batched_rsvd(matrices, groups, ranks, optima, exact=exact)
+    for i, (factors, v) in enumerate(zip(results, values, strict=True)):
         if not torch.allclose(factors.norm.cpu(), linalg.optimal_errors(v, 0).flatten(), rtol=1e-10, atol=0.0):
-            found[i] = linalg.batched_rsvd([matrices[i]], [batch[i][0].groups], [batch[i][0].rank], exact=exact)[0]
-    return found
+            results[i] = linalg.batched_rsvd([matrices[i]], [groups[i]], [ranks[i]], exact=exact)[0]
+    return results
 
 
 def _report(factors: linalg.Factors) -> FactorReport:
@@ -43,7 +45,7 @@ def _low_rank_layer(layer: Layer, choice: Choice, left: Tensor, right: Tensor) -
     """The layer with factors left (conv_groups, groups, rows, rank) and right (conv_groups, groups, rank, columns)."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
-    new = low_rank_like(layer.module, choice.scheme, choice.groups, choice.rank)
+    new = low_rank_like(layer.module, choice.decomposition)
     new.set_factors(left, right, weight)
     return new
 
@@ -57,8 +59,8 @@ def plain_layers(
     """
     room, limit = FoldRoom(), limit or for_threads([choice.shape.numel for choice, _ in work])
     for batch in batches(work, lambda w: w[0].shape.numel, lambda w: place(w[1]), limit):
-        matrices = room.matrices([(layer, choice.scheme) for choice, layer in batch])
+        matrices = room.matrices([(layer, choice.decomposition.scheme) for choice, layer in batch])
         for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra, exact), strict=True):
-            split = (choice.shape.conv_groups, choice.groups)
+            split = (choice.shape.conv_groups, choice.decomposition.groups)
             pair = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
             yield choice, _low_rank_layer(layer, choice, *pair), _report(factors)

@@ -27,7 +27,7 @@ from ..layers import Layer, LowRankLayer, columns_of, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import again, call_model, explained, inference, mask_of, padded, preserved
 from .batchnorm import move_statistics
-from .decomposition import FactorReport
+from .choice import FactorReport
 from .ridge import Sums, best_weight
 from .weighted import factors
 
@@ -142,9 +142,8 @@ def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Gradient, centre
     best = best_weight(weight, sums, centred)
     assert layer.shape is not None
     moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient[0], sums.noise(), gradient[1])
-    found = factors(
-        weighting(layer.shape, best, moments, centred, moments.gradient is not None), low.scheme, low.groups, low.rank
-    )
+    weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
+    found = factors(weights, low.decomposition)
     encoder, decoder = factors_to_weights(found.left, found.right, low.weight_shape, low.scheme)
     low.encoder.copy_(encoder)
     low.decoder.copy_(decoder)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..criteria import EIGEN_NOISE, Weighting, folded, slice_bases, tap_blocks
-from ..linalg import matrix_shape, unfold
+from ..linalg import Decomposition, matrix_shape, unfold
 
 REFIT_NOISE = 1e-6  # features with less than this share of the largest one's energy are not fitted
 
@@ -76,12 +76,13 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * scale.unsqueeze(-2), right / scale.clamp_min(1e-300).unsqueeze(-1)
 
 
-def factors(w: Weighting, scheme: int, groups: int, rank: int) -> WeightedFactors:
-    """The best factors of that rank for a layer's weighting.
+def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
+    """The best factors for a layer's weighting.
 
     Slices truncated each by its own moment; then, with several slices or taps, the decoder is fitted anew to the whole
     moment, unless that raises the error.
     """
+    scheme, groups, rank = decomposition
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases = slice_bases(w, scheme, groups, blocks)
     left = _completed(bases.slices, bases.left, bases.values, rank)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import DependencyError, FileFormatError, ModelError, PlanError
 from ..layers import LowRankLayer, MergedLinears, find_layers, label, low_rank_like
+from ..linalg import Decomposition, WeightShape
 from .transformers_keys import stored_names
 
 METHOD, VERSION = "alds_fast", 1
@@ -117,9 +118,13 @@ def checked_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:
         raise FileFormatError(f"the checkpoint has format version {version!r}, newer than {VERSION}; update alds_fast")
     whole = isinstance(layers, Mapping)
     for name, fields in layers.items() if whole else ():
-        numbers = isinstance(fields, Mapping) and all(type(fields.get(k)) is int for k in ("scheme", "groups", "rank"))
-        if not numbers or not isinstance(fields.get("shape"), list | tuple):
-            raise FileFormatError(f"config.json: quantization_config: the layer {name!r} is damaged: {fields!r}")
+        try:
+            Decomposition.from_dict(fields)
+            list(fields["shape"])
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise FileFormatError(
+                f"config.json: quantization_config: the layer {name!r} is damaged ({e}): {fields!r}"
+            ) from e
     if not whole:
         raise FileFormatError(f"config.json: quantization_config has layers={layers!r}; compress the model again")
     return {name: {**fields, "shape": list(fields["shape"])} for name, fields in layers.items()}
@@ -128,12 +133,12 @@ def checked_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:
 def choices_in(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The low-rank layers of a model by name, as its config holds them."""
     low = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-    return {n: described(m.scheme, m.groups, m.rank, m.weight_shape.weight) for n, m in low.items()}
+    return {name: described(module.decomposition, module.weight_shape) for name, module in low.items()}
 
 
-def described(scheme: int, groups: int, rank: int, shape: tuple[int, ...]) -> dict[str, Any]:
+def described(decomposition: Decomposition, shape: WeightShape) -> dict[str, Any]:
     """A low-rank layer as a config holds it."""
-    return {"scheme": scheme, "groups": groups, "rank": rank, "shape": list(shape)}
+    return {**decomposition.to_dict(), "shape": list(shape.weight)}
 
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -166,8 +171,7 @@ def put_in(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
         if layer.reason is not None:
             raise PlanError(f"the checkpoint's layer {label(stored)} cannot be replaced: {layer.reason}")
         assert isinstance(weight, Tensor)
-        choice = layers[stored]
-        low = low_rank_like(layer.module, choice["scheme"], choice["groups"], choice["rank"])
+        low = low_rank_like(layer.module, Decomposition.from_dict(layers[stored]))
         put(model, name, low.to(weight.dtype).requires_grad_(weight.requires_grad))
     ends = {tuple(name.split(".")[-3:]): name for name in found}
     alike = next((stored for stored in left if tuple(stored.split(".")[-3:]) in ends), None)

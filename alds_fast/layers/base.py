@@ -9,29 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ArgumentError, WeightError
+from ..errors import WeightError
 from ..linalg import (
+    Decomposition,
     WeightShape,
     batched_rsvd,
-    distinct_schemes,
-    divisors,
-    factor_shapes,
     factors_to_weights,
     matrix_shape,
-    max_rank,
     permuted,
     weights_to_dense,
 )
-
-
-def _check_structure(shape: WeightShape, scheme: int, groups: int, rank: int) -> None:
-    distinct_schemes((scheme,), shape.kernel)
-    if not isinstance(groups, int) or groups < 1 or shape.slice_channels % groups:
-        allowed = ", ".join(map(str, divisors(shape.slice_channels)))
-        raise ArgumentError(f"groups={groups!r} does not divide {shape.slice_channels} channels; allowed: {allowed}")
-    full = max_rank(shape, scheme, groups)
-    if not isinstance(rank, int) or not 1 <= rank <= full:
-        raise ArgumentError(f"rank={rank!r} is outside 1..{full} for scheme={scheme}, groups={groups}")
 
 
 class AbsentWeight:
@@ -84,7 +71,7 @@ class LowRankLayer(nn.Module):
     """Base of the low-rank layers.
 
     Attributes:
-        encoder, decoder: parameters, shapes by :func:`alds_fast.linalg.factor_shapes`.
+        encoder, decoder: parameters, shapes by :meth:`alds_fast.linalg.Decomposition.factor_shapes`.
         bias: parameter (out_channels,) or None.
         weight_shape: the dense weight that they replace.
         scheme, groups, rank: the fold, the number of channel slices and the rank of each.
@@ -97,17 +84,14 @@ class LowRankLayer(nn.Module):
     def __init__(
         self,
         shape: WeightShape,
-        scheme: int,
-        groups: int,
-        rank: int,
+        decomposition: Decomposition,
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        _check_structure(shape, scheme, groups, rank)
-        self.weight_shape, self.scheme, self.groups, self.rank = shape, scheme, groups, rank
-        encoder, decoder = factor_shapes(shape, scheme, groups, rank)
+        encoder, decoder = decomposition.check(shape).factor_shapes(shape)
+        self.weight_shape, (self.scheme, self.groups, self.rank) = shape, decomposition
         self.encoder = nn.Parameter(torch.empty(encoder, device=device, dtype=dtype))
         self.decoder = nn.Parameter(torch.empty(decoder, device=device, dtype=dtype))
         if bias:
@@ -128,6 +112,11 @@ class LowRankLayer(nn.Module):
         if name == "weight":
             return AbsentWeight(type(self).__name__, self.weight_shape.weight, self.encoder)
         return super().__getattr__(name)
+
+    @property
+    def decomposition(self) -> Decomposition:
+        """Its (scheme, groups, rank)."""
+        return Decomposition(self.scheme, self.groups, self.rank)
 
     def dense_weight(self) -> Tensor:
         """The dense weight that the factors stand for, of shape ``weight_shape.weight``, in their dtype."""
@@ -179,6 +168,5 @@ class LowRankLayer(nn.Module):
         self.train(module.training)
 
     def _structure(self) -> str:
-        text = f"scheme={self.scheme}, groups={self.groups}, rank={self.rank}"
-        text = text if self.bias is not None else text + ", bias=False"
+        text = str(self.decomposition) + ("" if self.bias is not None else ", bias=False")
         return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"

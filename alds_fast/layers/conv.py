@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, BackendError
 from ..kernels import lowrank_conv2d, why_not_fused_conv2d
-from ..linalg import WeightShape, decoder_axes
+from ..linalg import Decomposition, WeightShape, decoder_axes
 from .base import LowRankLayer
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -87,7 +87,7 @@ class LowRankConv(LowRankLayer):
         except (TypeError, ValueError, RuntimeError) as e:
             raise ArgumentError(f"{type(self).__name__}({in_channels}, {out_channels}, {kernel_size}): {e}") from e
         shape = WeightShape(out_channels, in_channels, _tuple(kernel_size, self.ndim), conv_groups)
-        super().__init__(shape, scheme, groups, rank, bias, device, dtype)
+        super().__init__(shape, Decomposition(scheme, groups, rank), bias, device, dtype)
         self.stride, self.dilation = _tuple(stride, self.ndim), _tuple(dilation, self.ndim)
         self.padding = padding if isinstance(padding, str) else _tuple(padding, self.ndim)
         self.padding_mode = padding_mode
@@ -97,11 +97,11 @@ class LowRankConv(LowRankLayer):
         self._decode = _HalfConv(self, decoder, conv_groups)
 
     @classmethod
-    def shaped_like(cls, conv: Any, scheme: int, groups: int, rank: int) -> LowRankConv:
+    def shaped_like(cls, conv: Any, decomposition: Decomposition) -> LowRankConv:
         """The layer that replaces ``conv``, its factors and bias on the meta device."""
-        options = {name: getattr(conv, name) for name in _OPTIONS}
-        options |= {"conv_groups": conv.groups, "bias": conv.bias is not None, "scheme": scheme, "groups": groups}
-        return cls(conv.in_channels, conv.out_channels, conv.kernel_size, rank, **options, device="meta")
+        options = {name: getattr(conv, name) for name in _OPTIONS} | decomposition.to_dict()
+        options |= {"conv_groups": conv.groups, "bias": conv.bias is not None, "device": "meta"}
+        return cls(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
 
     @classmethod
     def from_dense(cls, conv: Any, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankConv:
@@ -113,7 +113,7 @@ class LowRankConv(LowRankLayer):
         """
         if not isinstance(conv, cls._dense):
             raise ArgumentError(f"from_dense takes an nn.{cls._dense.__name__}, got {type(conv).__name__}")
-        new = cls.shaped_like(conv, scheme, groups, rank)
+        new = cls.shaped_like(conv, Decomposition(scheme, groups, rank))
         new._take_factors_of(conv)
         return new
 

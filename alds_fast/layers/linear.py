@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..kernels import lowrank_linear, lowrank_linear_ref, why_not_fused_linear
-from ..linalg import WeightShape
+from ..linalg import Decomposition, WeightShape
 from .base import LowRankLayer
 
 
@@ -34,7 +34,8 @@ class LowRankLinear(LowRankLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(WeightShape(out_features, in_features), scheme, groups, rank, bias, device, dtype)
+        decomposition = Decomposition(scheme, groups, rank)
+        super().__init__(WeightShape(out_features, in_features), decomposition, bias, device, dtype)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankLinear:

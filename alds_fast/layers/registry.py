@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..linalg import WeightShape
+from ..linalg import Decomposition, WeightShape
 from .base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .linear import LowRankLinear
@@ -52,12 +52,12 @@ def weight_shape(module: nn.Module) -> WeightShape | None:
     return _shape_of(module) if isinstance(module, tuple(LOW_RANK)) or is_transposed(module) else None
 
 
-def low_rank_like(module: nn.Module, scheme: int, groups: int, rank: int) -> LowRankLayer:
+def low_rank_like(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
     """The low-rank layer that replaces ``module``, with its factors on the meta device and its bias not copied yet."""
     if is_linear(module):
         shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
-        options: dict[str, Any] = {"scheme": scheme, "groups": groups, "bias": bias, "device": "meta"}
-        return LowRankLinear(shape.in_channels, shape.out_channels, rank, **options).train(module.training)
+        options: dict[str, Any] = {**decomposition.to_dict(), "bias": bias, "device": "meta"}
+        return LowRankLinear(shape.in_channels, shape.out_channels, **options).train(module.training)
     cls: Any = LOW_RANK[type(module)]
-    layer: LowRankLayer = cls.shaped_like(module, scheme, groups, rank)
+    layer: LowRankLayer = cls.shaped_like(module, decomposition)
     return layer.train(module.training)

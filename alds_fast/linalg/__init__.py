@@ -4,13 +4,13 @@ Here belongs what takes tensors and returns tensors. What knows of modules belon
 criteria. The C++ extension is ``_core``.
 """
 
+from .decomposition import Decomposition
 from .folding import (
     SCHEMES,
     WeightShape,
     decoder_axes,
     distinct_schemes,
     divisors,
-    factor_shapes,
     factors_to_weights,
     matrix_shape,
     max_rank,
@@ -26,13 +26,13 @@ from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors
 __all__ = [
     "EXACT_BY_FALLBACK",
     "SCHEMES",
+    "Decomposition",
     "Factors",
     "WeightShape",
     "batched_rsvd",
     "decoder_axes",
     "distinct_schemes",
     "divisors",
-    "factor_shapes",
     "factors_to_weights",
     "matrix_shape",
     "max_rank",

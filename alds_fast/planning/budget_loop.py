@@ -123,8 +123,8 @@ def _device(model: nn.Module) -> torch.device:
 def _measured(
     problem: Problem, found: Sequence[int], share: float, example_inputs: Any, device: torch.device, attempt: int
 ) -> Latency:
-    choices = [c.choice(i) for c, i in zip(problem.choices, found, strict=True)]
-    replaced = {layer.name: t for layer, t in zip(problem.layers, choices, strict=True) if t is not None}
+    taken = [c.decomposition(i) for c, i in zip(problem.choices, found, strict=True)]
+    replaced = {layer.name: d for layer, d in zip(problem.layers, taken, strict=True) if d is not None}
     ratio, dense_ms, small_ms = end_to_end(problem.model, replaced, example_inputs, device)
     return Latency(share, ratio, dense_ms, small_ms, device_name(device), attempt)
 

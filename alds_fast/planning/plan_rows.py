@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..allocation import MAX_LATENCY_GROUPS, Candidates
-from ..errors import PlanError
-from ..factors import Choice, params_of
+from ..errors import ArgumentError, PlanError
+from ..factors import Choice
 from ..layers import Layer
-from ..linalg import WeightShape, distinct_schemes, max_rank
+from ..linalg import Decomposition, WeightShape
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LayerPlan:
         if self.scheme is None or self.groups is None or self.rank is None:
             return None
         shape = WeightShape(self.shape[0], self.shape[1] * self.conv_groups, self.shape[2:], self.conv_groups)
-        return Choice(self.name, shape, self.scheme, self.groups, self.rank)
+        return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank))
 
 
 _FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} | {"error_is_of"}
@@ -132,7 +132,7 @@ def read_row(fields: dict[str, Any]) -> LayerPlan:
     if triple == fields["error_is_of"]:
         return row
     choice = row.choice
-    after = row.params_before + (params_of(choice) - choice.shape.numel if choice else 0)
+    after = row.params_before - (choice.shape.numel - choice.decomposition.params(choice.shape) if choice else 0)
     reason = None if choice else "kept dense by hand"
     return LayerPlan(**{**vars(row), "params_after": after, "error": math.nan if choice else 0.0, "reason": reason})
 
@@ -144,12 +144,10 @@ def _check_choice(row: LayerPlan, where: str) -> None:
         raise PlanError(f"{where}: shape={row.shape} with conv_groups={row.conv_groups} is not that of a layer")
     choice = row.choice
     assert choice is not None
-    distinct_schemes((choice.scheme,), choice.shape.kernel)
-    if choice.groups < 1 or choice.shape.slice_channels % choice.groups:
-        raise PlanError(f"{where}: groups={choice.groups} does not divide its {choice.shape.slice_channels} channels")
-    full = max_rank(choice.shape, choice.scheme, choice.groups)
-    if not 1 <= choice.rank <= full:
-        raise PlanError(f"{where}: rank={choice.rank} is outside 1..{full}")
+    try:
+        choice.decomposition.check(choice.shape)
+    except ArgumentError as e:
+        raise PlanError(f"{where}: {e}") from e
 
 
 def planned_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, no_error: str | None) -> LayerPlan:
@@ -164,13 +162,12 @@ def planned_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: i
     if pick is None:
         return LayerPlan(**row)
     choices, candidate, reason = pick
-    chosen = choices.choice(candidate)
+    chosen = choices.decomposition(candidate)
     if chosen is None:
         multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
         none = no_error or f"no factorisation{multiples} is smaller"
         return LayerPlan(**{**row, "reason": reason if choices.curves else none})
-    scheme, groups, rank = chosen
     assert layer.shape is not None
-    row |= {"scheme": scheme, "groups": groups, "rank": rank, "error": float(choices.errors[candidate])}
-    row["params_after"] += params_of(Choice(layer.name, layer.shape, *chosen)) - layer.shape.numel
+    row |= {**chosen.to_dict(), "error": float(choices.errors[candidate])}
+    row["params_after"] -= layer.shape.numel - chosen.params(layer.shape)
     return LayerPlan(**row)

@@ -53,7 +53,7 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
     layers, doubt = {i: work.ready[i] for i in choices}, in_doubt(work)
     known = {i: spectra_of(work, i) for i in choices}
     numbers = {layer.name: i for i, layer in layers.items()}
-    keys = {i: (choice.scheme, choice.groups) for i, choice in choices.items()}
+    keys = {i: choice.decomposition.fold for i, choice in choices.items()}
     spectra = {s.layer.name: exact_values(work, i, keys[i]) if (i, keys[i]) in doubt else s.values[keys[i]]
                for i, (s, _) in known.items()}  # fmt: skip
     with work.weights(layers.values()) as sums:
@@ -127,7 +127,7 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
     journal = work.journal
     kept = ("method", "iterations", "error")
     reports = {c.name: {k: journal.get("report", i)[1][k] for k in kept} for i, c in choices.items()}
-    layers = {work.sources[c.name].removesuffix(".weight"): described(c.scheme, c.groups, c.rank, c.shape.weight)
+    layers = {work.sources[c.name].removesuffix(".weight"): described(c.decomposition, c.shape)
               for c in choices.values()}  # fmt: skip
     config = {
         **work.shards.config,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...factors import Choice
-from ...linalg import factor_shapes
 from ..safetensors_reader import DTYPES, INDEX, SINGLE, Shards
 from ..safetensors_writer import Entry
 
@@ -52,9 +51,9 @@ def _part(source: str, shards: Shards, choice: tuple[int, Choice] | None) -> Par
     stored = shards.tensors[source]
     if choice is None:
         return Part(source, (Entry(source, stored.dtype, stored.shape, stored.size),))
-    number, (_, shape, scheme, groups, rank) = choice
+    number, replacement = choice
     stem, item = source.removesuffix("weight"), DTYPES[stored.dtype].itemsize
-    shapes = zip(("encoder", "decoder"), factor_shapes(shape, scheme, groups, rank), strict=True)
+    shapes = zip(("encoder", "decoder"), replacement.decomposition.factor_shapes(replacement.shape), strict=True)
     entries = tuple(Entry(stem + name, stored.dtype, sizes, item * math.prod(sizes)) for name, sizes in shapes)
     return Part(source, entries, number)
 

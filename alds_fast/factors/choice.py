@@ -6,17 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..linalg import WeightShape, params_per_rank
+from ..linalg import Decomposition, WeightShape
 
 
 class Choice(NamedTuple):
-    """A layer by name, the weight shape it must have, and what replaces it."""
+    """A layer by name, the weight shape it must have, and its decomposition."""
 
     name: str
     shape: WeightShape
-    scheme: int
-    groups: int
-    rank: int
+    decomposition: Decomposition
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,3 @@ class FactorReport:
     iterations: int
     error: float
     data_error: float = math.nan
-
-
-def params_of(choice: Choice) -> int:
-    """Parameters of encoder and decoder."""
-    return choice.rank * params_per_rank(choice.shape, choice.scheme, choice.groups)
