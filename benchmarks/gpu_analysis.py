@@ -70,8 +70,8 @@ def warm_steps(model: nn.Module, device: str, **options: Any) -> dict[str, float
 def in_float32(layer: nn.Module, device: str) -> dict[str, float]:
     """Seconds of the spectra in float32, and how far off squared errors of ranks are, of ||W||^2."""
     matrix = layer.weight.detach().float()[None]
-    linalg.spectra([matrix], [GROUPS], single=True)
-    time_s, (found,) = seconds(lambda: linalg.spectra([matrix], [GROUPS], single=True), device)
+    linalg.spectra([matrix], [GROUPS], float32=True)
+    time_s, (found,) = seconds(lambda: linalg.spectra([matrix], [GROUPS], float32=True), device)
     off = 0.0
     for single, double in zip(found, linalg.spectra([matrix], [GROUPS])[0], strict=True):
         tails = [v.square().flatten(0, -2).sum(0).flip(0).cumsum(0) for v in (single, double)]

@@ -124,7 +124,7 @@ def by_shape(shapes: list[tuple[int, int]]) -> list[dict[str, float]]:
         begin = time.perf_counter()
         values = linalg.spectra([w], [[1]])[0][0]
         double = time.perf_counter()
-        linalg.spectra([w], [[1]], single=True)
+        linalg.spectra([w], [[1]], float32=True)
         middle = time.perf_counter()
         linalg.batched_rsvd([w], [1], [rank], [linalg.optimal_errors(values, rank)])
         end = time.perf_counter()

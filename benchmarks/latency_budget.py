@@ -45,7 +45,7 @@ def uniform(analysis: alds.Analysis, keep: float, scheme: int, groups: int) -> t
         rank = max(1, round(keep * max_rank(shape, fold, slices)))
         if rank * params_per_rank(shape, fold, slices) < shape.numel:
             chosen[name] = Decomposition(fold, slices, rank)
-            largest = max(largest, float(spectra.errors(fold, slices, CRITERIA["frobenius"])[rank]))
+            largest = max(largest, float(spectra.errors(fold, slices, CRITERIA["frobenius"].rule)[rank]))
     return chosen, largest
 
 

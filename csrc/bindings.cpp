@@ -47,7 +47,7 @@ void check_threads(int threads) {
 }
 
 std::vector<py::array_t<double>> spectra(const std::vector<py::array>& matrices,
-                                         const std::vector<std::vector<int64_t>>& groups, bool single, int threads) {
+                                         const std::vector<std::vector<int64_t>>& groups, bool float32, int threads) {
   check_threads(threads);
   check_lengths(groups.size(), matrices.size(), "groups");
   std::vector<py::array_t<double>> results;
@@ -64,7 +64,7 @@ std::vector<py::array_t<double>> spectra(const std::vector<py::array>& matrices,
   }
   alds::load_blas();
   py::gil_scoped_release release;
-  alds::spectra(problems, single, threads);
+  alds::spectra(problems, float32, threads);
   return results;
 }
 
@@ -114,7 +114,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Batched spectra and randomized SVD of channel slices (C++, OpenMP, LAPACK through scipy).";
   m.attr("EXACT_BY_CHOICE") = alds::EXACT_BY_CHOICE;
   m.attr("EXACT_BY_FALLBACK") = alds::EXACT_BY_FALLBACK;
-  m.def("spectra", &spectra, py::arg("matrices"), py::arg("groups"), py::arg("single"), py::arg("threads"));
+  m.def("spectra", &spectra, py::arg("matrices"), py::arg("groups"), py::arg("float32"), py::arg("threads"));
   m.def("batched_rsvd", &batched_rsvd, py::arg("matrices"), py::arg("groups"), py::arg("ranks"), py::arg("optima"),
         py::arg("seed"), py::arg("oversample"), py::arg("max_iterations"), py::arg("tolerance"),
         py::arg("exact_fraction"), py::arg("threads"));

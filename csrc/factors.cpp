@@ -13,9 +13,9 @@ constexpr int64_t CHUNK = 1 << 20;  // doubles of W converted at a time: 8 MiB
 
 }  // namespace
 
-void widen(const float* single, int64_t order, int64_t rank, double* basis) {
+void widen(const float* narrow, int64_t order, int64_t rank, double* basis) {
   for (int64_t j = 0; j < rank; ++j) {
-    const float* column = single + j * order;
+    const float* column = narrow + j * order;
     double square = 0.0;
     for (int64_t i = 0; i < order; ++i) square += double(column[i]) * column[i];
     const double scale = 1.0 / std::sqrt(square);

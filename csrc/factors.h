@@ -10,7 +10,7 @@ namespace alds {
 // A basis (order x rank, column-major) that was computed in float32, in float64 and with columns of norm 1 again.
 // Its columns are not quite orthogonal. That changes the squared error by the square of float32's epsilon.
 // Throws nothing.
-void widen(const float* single, int64_t order, int64_t rank, double* basis);
+void widen(const float* narrow, int64_t order, int64_t rank, double* basis);
 
 // Factors of a slice of norm `norm`, projected onto the space of a basis (order x rank, column-major) of its smaller
 // side. left is rows x rank and right is rank x width, both row-major and of the matrix's type S: float or double.

@@ -25,7 +25,7 @@ bool float_may_do(const Target& t) {
 }
 
 struct Workspaces {
-  Workspace<float> single;
+  Workspace<float> float32;
   Workspace<double> full;
 };
 
@@ -55,8 +55,8 @@ void factor_slice(const RsvdProblem& p, int64_t index, const RsvdOptions& o, Wor
   }
   const bool sketches = o.exact_fraction > 0.0;  // else the errors are asked for to the last digit
   if (sketches && !m.is_double && float_may_do(target)) {
-    p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.single);
-    widen(w.single.factor.data(), order, p.rank, grow(w.full.factor, order * p.rank));
+    p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.float32);
+    widen(w.float32.factor.data(), order, p.rank, grow(w.full.factor, order * p.rank));
     if (write()) return;
   }
   p.iterations[index] = basis_of(slice, p.rank, target, o, index, w.full);

@@ -26,8 +26,8 @@ void recompute_in_float64(const SpectraProblem& problem, int entry, int threads)
 
 }  // namespace
 
-void spectra(const std::vector<SpectraProblem>& problems, bool single, int threads) {
-  if (!single) {
+void spectra(const std::vector<SpectraProblem>& problems, bool float32, int threads) {
+  if (!float32) {
     singular_values<double>(problems, threads);
     return;
   }

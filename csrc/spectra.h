@@ -6,9 +6,9 @@
 
 namespace alds {
 
-// Fills in every problem's `out` on `threads` threads. single: in float32, with float64 where that will not do.
+// Fills in every problem's `out` on `threads` threads. float32: in float32, with float64 where that will not do.
 // Throws std::runtime_error for values that are not finite or too large to square, and where an iteration does not
 // converge. Throws std::bad_alloc. Needs load_blas.
-void spectra(const std::vector<SpectraProblem>& problems, bool single, int threads);
+void spectra(const std::vector<SpectraProblem>& problems, bool float32, int threads);
 
 }  // namespace alds

@@ -9,7 +9,7 @@ from helpers import count, images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.criteria import CRITERIA
+from alds_fast.criteria import WEIGHT_CRITERIA
 from alds_fast.errors import AldsError, ArgumentError, BudgetError, ModelError, WeightError
 from alds_fast.layers import weight_shape
 from alds_fast.linalg.folding import fold
@@ -43,7 +43,7 @@ def test_a_budget_of_one_keeps_the_model_dense(analysis):
 
 
 @pytest.mark.parametrize("error", [0.0, 0.1, 0.5, 0.9, 5.0])
-@pytest.mark.parametrize("criterion", list(CRITERIA))
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 def test_an_error_budget_holds_for_every_layer(analysis, error, criterion):
     plan = analysis.plan(error=error, criterion=criterion)
     assert plan.error <= error and plan.criterion == criterion
@@ -152,7 +152,7 @@ def test_compress_refuses_an_unknown_option():
 # ------------------------------------------------------------------------------------------------- content
 
 
-@pytest.mark.parametrize("criterion", list(CRITERIA))
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 def test_plan_errors_are_those_of_the_compressed_weights(analysis, criterion):
     """The frobenius error of each row is the true one; the operator bounds hold for the true operator error."""
     model = small_net().double()

@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import alds_fast as alds
-from alds_fast.allocation import ONE_SLICE, Candidates
+from alds_fast.allocation import Candidates
 from alds_fast.allocation.baselines.pca import pca_ranks
-from alds_fast.allocation.baselines.rules import BASELINES, Chain, common_level, least_sum, pca_on, uniform
+from alds_fast.allocation.baselines.registry import BASELINES
+from alds_fast.allocation.baselines.rules import Chain, common_level, least_sum, pca_on, uniform
 from alds_fast.allocation.candidates import Curve
 from alds_fast.errors import ArgumentError, BudgetError
 from alds_fast.planning import METHODS
@@ -276,7 +277,7 @@ def test_errors_of_the_plan_are_those_of_the_criterion(method):
     again = alds.Plan.from_json(plan.to_json())
     assert again == plan and torch.equal(again.apply(model)(images().double()), small(images().double()))
     criteria = [alds.analyze(model).plan(params=0.5, method=method, criterion=c) for c in ("operator", "paper")]
-    if method in ONE_SLICE:  # the choice is theirs, and for one slice both errors are the same
+    if BASELINES[method].one_slice:  # the choice is theirs, and for one slice both errors are the same
         assert [r.rank for r in criteria[0].layers] == [r.rank for r in plan.layers]
         assert (
             [r.error for r in criteria[0].layers]
@@ -286,8 +287,15 @@ def test_errors_of_the_plan_are_those_of_the_criterion(method):
 
 
 def test_names_and_sources():
-    assert ("alds", *BASELINES) == METHODS and set(ONE_SLICE) < set(BASELINES)
-    assert all(f"``{name}``" in (function.__doc__ or "") for name, function in BASELINES.items())
+    assert ("alds", *BASELINES) == METHODS
+    assert [name for name, b in BASELINES.items() if b.one_slice] == [
+        "svd",
+        "svd-energy",
+        "svd-nuclear",
+        "l-rank",
+        "pca",
+    ]
+    assert all(f"``{name}``" in (b.rule.__doc__ or "") for name, b in BASELINES.items())
 
 
 def test_layers_without_a_saving_rank_and_models_without_layers():

@@ -8,7 +8,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import alds_fast as alds
-from alds_fast.cli import commands, main
+from alds_fast.cli import main
 
 MODEL = """
 from __future__ import annotations
@@ -160,9 +160,9 @@ def test_compress_draws_a_picture(model, capsys, tmp_path):
 
 def test_long_work_shows_a_progress_bar(model, capsys, monkeypatch):
     terminal = io.StringIO()
-    monkeypatch.setattr(commands, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=80))
+    monkeypatch.setattr("rich.console.Console", lambda stderr: Console(file=terminal, force_terminal=True, width=80))
     assert _run(capsys, "compress", model, "--params", "0.5", "-o", "s.safetensors")[0] == 0
-    assert "spectra of 2 layers" in terminal.getvalue() and "100%" in terminal.getvalue()
+    assert "spectra" in terminal.getvalue() and "100%" in terminal.getvalue()
 
 
 def test_plot_refuses_a_plan_of_another_analysis(tmp_path):

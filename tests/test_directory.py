@@ -252,9 +252,9 @@ def test_spectra_serve_other_budgets(llama, tmp_path, monkeypatch):
     assert before
     spectra = spectra_and_plan.pruned_spectra
 
-    def in_doubt(*arguments, single):
-        assert not single  # what the first pass found is not found again
-        return spectra(*arguments, single=single)
+    def in_doubt(*arguments, float32):
+        assert not float32  # what the first pass found is not found again
+        return spectra(*arguments, float32=float32)
 
     monkeypatch.setattr(spectra_and_plan, "pruned_spectra", in_doubt)
     alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)

@@ -23,7 +23,7 @@ from alds_fast.linalg.torch_backend import spectra_torch
 def test_float32_spectra_are_within_the_band(kind, shape, groups):
     torch.manual_seed(0)
     matrix = weight(kind, *shape)
-    pairs = zip(linalg.spectra([matrix], [groups], single=True)[0], linalg.spectra([matrix], [groups])[0], strict=True)
+    pairs = zip(linalg.spectra([matrix], [groups], float32=True)[0], linalg.spectra([matrix], [groups])[0], strict=True)
     for k, (found, expected) in zip(groups, pairs, strict=True):
         check_band(matrix, k, found, expected)
 
@@ -40,7 +40,7 @@ def test_float32_spectra_of_rank_deficient_and_repeated_weights(kind, shape, gro
 def test_float32_spectra_of_very_small_and_large_weights(scale):
     torch.manual_seed(0)
     matrix = torch.randn(1, 20, 30) * scale
-    check_band(matrix, 2, linalg.spectra([matrix], [[2]], single=True)[0][0], linalg.spectra([matrix], [[2]])[0][0])
+    check_band(matrix, 2, linalg.spectra([matrix], [[2]], float32=True)[0][0], linalg.spectra([matrix], [[2]])[0][0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +48,7 @@ def test_the_cuda_implementation_on_small_matrices(kind):
     torch.manual_seed(0)
     matrix = weight(kind, 2, 60, 80)
     for k in (1, 4):
-        found = spectra_torch(matrix, [k], single=True).unflatten(1, (k, -1))
+        found = spectra_torch(matrix, [k], float32=True).unflatten(1, (k, -1))
         check_band(matrix, k, found, linalg.spectra([matrix], [[k]])[0][0])
 
 
@@ -56,7 +56,7 @@ def test_float32_spectra_refuse_what_float64_ones_do():
     bad = torch.ones(1, 3, 4)
     bad[0, 1, 2] = math.nan
     with pytest.raises(errors.ArgumentError, match="NaN, infinite or too large to square"):
-        linalg.spectra([bad], [[1]], single=True)
+        linalg.spectra([bad], [[1]], float32=True)
 
 
 def test_float32_spectra_do_not_depend_on_the_number_of_threads_or_on_what_else_is_computed():
@@ -66,9 +66,9 @@ def test_float32_spectra_do_not_depend_on_the_number_of_threads_or_on_what_else_
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(linalg.spectra(matrices, [[1, 2], [1, 4]], single=True))
+            found.append(linalg.spectra(matrices, [[1, 2], [1, 4]], float32=True))
         found.append(
-            [linalg.spectra([m], [ks], single=True)[0] for m, ks in zip(matrices, ([1, 2], [1, 4]), strict=True)]
+            [linalg.spectra([m], [ks], float32=True)[0] for m, ks in zip(matrices, ([1, 2], [1, 4]), strict=True)]
         )
     finally:
         torch.set_num_threads(before)
@@ -99,10 +99,10 @@ def choices(plan):
 @pytest.mark.parametrize("p", [1.0, 2.0, 4.0, math.inf])
 def test_the_plan_is_that_of_float64(kind, p):
     net = network(kind)
-    single, double = alds.analyze(net, precision="float32"), alds.analyze(net)
-    assert all(s.single for s in single.spectra.values()) and not any(s.single for s in double.spectra.values())
+    narrow, double = alds.analyze(net, precision="float32"), alds.analyze(net)
+    assert all(s.float32 for s in narrow.spectra.values()) and not any(s.float32 for s in double.spectra.values())
     for params in (0.7, 0.5, 0.2):
-        found, expected = (a.plan(params=params, p=p) for a in (single, double))
+        found, expected = (a.plan(params=params, p=p) for a in (narrow, double))
         assert choices(found) == choices(expected)
         assert [r.error for r in found.layers] == pytest.approx([r.error for r in expected.layers], rel=1e-3, abs=1e-12)
         assert found.gap == pytest.approx(expected.gap, abs=1e-4)
@@ -126,7 +126,7 @@ def test_layers_in_doubt_are_computed_in_float64():
         budget = (2 * 10 + 1) * 64 / 2048  # ranks 10 and 11
         plan = analysis.plan(params=budget, p=math.inf)
         assert sorted(row.rank for row in plan.layers) == [10, 11]
-        assert {bool(s.single) for s in analysis.spectra.values()} == {not in_doubt}
+        assert {bool(s.float32) for s in analysis.spectra.values()} == {not in_doubt}
         assert choices(plan) == choices(alds.analyze(analysis.model, groups=(1,)).plan(params=budget, p=math.inf))
 
 
@@ -135,7 +135,7 @@ def test_small_errors_are_computed_in_float64():
     analysis = alds.analyze(net, precision="float32")
     plan = analysis.plan(params=0.7)
     small = [row for row in plan.layers if row.choice and row.error**2 < float32_check.SMALL]  # then some slice's is
-    assert small and not any((r.scheme, r.groups) in analysis.spectra[r.name].single for r in small)
+    assert small and not any((r.scheme, r.groups) in analysis.spectra[r.name].float32 for r in small)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_plans_that_cannot_be_checked_are_made_of_float64(options):
     net = nn.Sequential(*network("falling")[:2])
     analysis = alds.analyze(net, precision="float32")
     plan = analysis.plan(**options)
-    assert not any(s.single for s in analysis.spectra.values())
+    assert not any(s.float32 for s in analysis.spectra.values())
     expected = alds.analyze(net).plan(**options)
     assert choices(plan) == choices(expected)
     assert [row.error for row in plan.layers] == pytest.approx([row.error for row in expected.layers], rel=1e-12)
@@ -162,7 +162,7 @@ def test_importance_and_flops_are_checked_too():
 
 def test_weights_in_float64_are_never_computed_in_float32():
     analysis = alds.analyze(nn.Linear(8, 8).double(), precision="float32")
-    assert not analysis.spectra[""].single
+    assert not analysis.spectra[""].float32
 
 
 def test_a_model_that_has_changed_is_noticed():
@@ -183,7 +183,9 @@ def test_precision_is_checked():
 def test_compress_uses_float32_where_the_plan_can_be_checked(monkeypatch):
     asked = []
     spectra = linalg.spectra
-    monkeypatch.setattr(linalg, "spectra", lambda *a, single=False: asked.append(single) or spectra(*a, single=single))
+    monkeypatch.setattr(
+        linalg, "spectra", lambda *a, float32=False: asked.append(float32) or spectra(*a, float32=float32)
+    )
     net = network("flat")
     for options, first in (({"params": 0.5}, True), ({"error": 0.5}, False), ({"params": 0.5, "method": "svd"}, False),
                            ({"params": 0.5, "precision": "float64"}, False)):  # fmt: skip
@@ -220,9 +222,9 @@ def test_importance_of_any_size(weight):
 
 def test_the_largest_singular_values_too_are_computed_in_float64_when_asked_for():
     net = nn.Sequential(*network("low rank")[:2])
-    single, double = alds.analyze(net, groups=(2,), precision="float32"), alds.analyze(net, groups=(2,))
-    single.plan(params=0.7)  # errors are small: all spectra of slices are in doubt
-    found, expected = (a.plan(params=0.5, criterion="operator") for a in (single, double))
+    narrow, double = alds.analyze(net, groups=(2,), precision="float32"), alds.analyze(net, groups=(2,))
+    narrow.plan(params=0.7)  # errors are small: all spectra of slices are in doubt
+    found, expected = (a.plan(params=0.5, criterion="operator") for a in (narrow, double))
     assert [r.error for r in found.layers] == pytest.approx([r.error for r in expected.layers], rel=1e-12)
 
 

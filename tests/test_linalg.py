@@ -116,8 +116,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_spectra_torch_is_the_cuda_implementation():
     matrix = _matrix(2, 7, 12, torch.float32)
     flat = linalg.spectra([matrix], [[1, 3]])[0]
-    torch.testing.assert_close(spectra_torch(matrix, [1, 3], single=False), torch.cat([v.flatten(1) for v in flat], 1))
-    assert spectra_torch(matrix, [], single=False).shape == (2, 0)
+    torch.testing.assert_close(spectra_torch(matrix, [1, 3], float32=False), torch.cat([v.flatten(1) for v in flat], 1))
+    assert spectra_torch(matrix, [], float32=False).shape == (2, 0)
 
 
 @pytest.mark.parametrize(

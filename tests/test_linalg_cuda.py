@@ -25,11 +25,11 @@ def matrix(kind, *shape):
 def test_spectra(kind, shape, groups):
     m = matrix(kind, *shape)
     expected = spectra_ref(m, groups)
-    for single in (False, True):
-        found = linalg.spectra([m.cuda()], [groups], single=single)[0]
+    for float32 in (False, True):
+        found = linalg.spectra([m.cuda()], [groups], float32=float32)[0]
         for values, exact in zip(found, expected, strict=True):
             assert values.is_cuda
-            if single:
+            if float32:
                 assert (squared_errors(values.cpu()) - squared_errors(exact)).abs().max() <= float32_check.TAIL
             else:
                 torch.testing.assert_close(values.cpu(), exact, rtol=1e-6, atol=2e-8 * float(exact.max()))

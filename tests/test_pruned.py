@@ -76,7 +76,7 @@ def test_finer_slices_have_no_smaller_error(rows, coarse, finer, width, power, s
     layer.weight.data = falling(rows, fine * width, power, seed)
     (found,) = layer_spectra(find_layers(layer), (0,), (coarse, fine))
     for criterion in BOUNDS:
-        errors = {k: found.errors(0, k, CRITERIA[criterion]).numpy() for k in (coarse, fine)}
+        errors = {k: found.errors(0, k, CRITERIA[criterion].rule).numpy() for k in (coarse, fine)}
         ranks = np.arange(len(errors[fine]))
         bound = errors[coarse][np.minimum(ranks * finer, len(errors[coarse]) - 1)]
         assert (errors[fine] >= bound - 1e-7).all()  # singular values are resolved to 1e-8 of the largest

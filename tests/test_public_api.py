@@ -30,7 +30,7 @@ def _keywords(function):
 def test_signatures():
     seeing = {"data": None, "sensitivity": False, "mask": "attention_mask", "moment_order": 8192}
     folds = {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
-    assert _keywords(alds.analyze) == {**folds, **seeing, "precision": "float64"}
+    assert _keywords(alds.analyze) == {**folds, **seeing, "precision": "float64", "progress": None}
     planning = {"criterion": None, "p": None, "method": "alds", "align": 1, "cache": None}
     planning |= {"bias_correction": True, "importance": None}
     budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))

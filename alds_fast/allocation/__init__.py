@@ -3,7 +3,7 @@
 Here belongs what chooses among errors and costs. What a user's options mean belongs in planning.
 """
 
-from .baselines import ONE_SLICE, filter_threshold
+from .baselines import BASELINES, filter_threshold
 from .candidates import Candidates, candidates
 from .costs import SHARES, CostTable, flops_table, params_table, relaxed
 from .float32_check import curves_in_doubt, put_exact
@@ -14,8 +14,8 @@ from .slice_pruning import auto_groups, pruned_spectra
 from .solver import Solution, dense_reason, largest_error, solve, solve_baseline, solve_error
 
 __all__ = [
+    "BASELINES",
     "MAX_LATENCY_GROUPS",
-    "ONE_SLICE",
     "SHARES",
     "Candidates",
     "CostTable",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ArgumentError, BudgetError
-from ..layers import Layer
+from ..layers import DecomposableLayer
 from ..measurement import InputSpec, dense_flops, flops_per_rank
 from .candidates import Candidates
 from .pareto import Ints
@@ -72,7 +72,7 @@ def params_table(choices: Sequence[Candidates], params: int, share: float) -> Co
 
 
 def flops_table(
-    layers: Sequence[Layer], choices: Sequence[Candidates], calls: Calls, total: int, share: float
+    layers: Sequence[DecomposableLayer], choices: Sequence[Candidates], calls: Calls, total: int, share: float
 ) -> CostTable:
     """The budget on the floating-point operations of one run of the model, of which ``total`` were counted."""
     if total == 0:
@@ -81,7 +81,6 @@ def flops_table(
         )
     costs, fixed = [], total
     for layer, choice in zip(layers, choices, strict=True):
-        assert layer.shape is not None
         shape, module, own = layer.shape, layer.module, calls[layer.name]
         dense = dense_flops(module, shape, own)
         costs.append(

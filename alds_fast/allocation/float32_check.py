@@ -37,7 +37,7 @@ def put_exact(spectra: LayerSpectra, key: Key, values: Tensor) -> LayerSpectra:
         raise ModelError(f"layer {label(spectra.layer.name)}: its weight has changed since it was analysed")
     top = {**spectra.top, key[0]: float(values.max())} if key[1] == 1 else spectra.top
     new = {key: values} if key in spectra.values else {}
-    return replace(spectra, values={**spectra.values, **new}, top=top, single=spectra.single - {key})
+    return replace(spectra, values={**spectra.values, **new}, top=top, float32=spectra.float32 - {key})
 
 
 def too_small(values: Tensor, rank: int) -> bool:
@@ -51,9 +51,9 @@ def _moves(choices: Candidates, spectra: LayerSpectra, taken: int) -> Floats:
     moves = []
     for curve, start in zip(choices.curves, choices.starts, strict=False):
         values = spectra.values[curve.scheme, curve.groups]
-        single = (curve.scheme, curve.groups) in spectra.single and bool(values.any())
-        moves.append(np.full(len(curve.costs), -TAIL if single else 0.0))
-        if single and start <= taken < start + len(curve.costs):  # to its other ranks: what lies between
+        float32 = (curve.scheme, curve.groups) in spectra.float32 and bool(values.any())
+        moves.append(np.full(len(curve.costs), -TAIL if float32 else 0.0))
+        if float32 and start <= taken < start + len(curve.costs):  # to its other ranks: what lies between
             steps = VALUE * (values * values[..., :1]).flatten(0, -2).sum(0) / values.square().sum()
             reach = np.concatenate([[0.0], steps.cumsum(0).numpy()])[curve.ranks]
             moves[-1] = TAIL - np.minimum(np.abs(reach - reach[taken - start]), 2 * TAIL)
@@ -81,9 +81,9 @@ def curves_in_doubt(
     ``weights``. What is taken with an error of a slice so small that float32 says little of it is in doubt too.
     """
 
-    def single(i: int, candidate: int) -> set[tuple[int, Key]]:
+    def in_float32(i: int, candidate: int) -> set[tuple[int, Key]]:
         taken = choices[i].decomposition(candidate)
-        return {(i, taken.fold)} if taken and taken.fold in spectra[i].single else set()
+        return {(i, taken.fold)} if taken and taken.fold in spectra[i].float32 else set()
 
     doubt: set[tuple[int, Key]] = set()
     fronts = []  # of every layer, two: with the candidate taken at its worst, and at its best
@@ -91,13 +91,13 @@ def curves_in_doubt(
         squares, moves = (c.errors / (weights[i] or 1.0)) ** 2, _moves(c, spectra[i], taken)
         chosen = c.decomposition(taken)
         if chosen and too_small(spectra[i].values[chosen.fold], chosen.rank):
-            doubt |= single(i, taken)
+            doubt |= in_float32(i, taken)
         moved = [weights[i] * np.sqrt(np.maximum(squares + sign * moves, 0.0)) for sign in (1, -1)]
         fronts.append([pareto_front(costs[i], errors) for errors in moved])
     for signs in _signs(len(choices)):
         own = [pair[int(side)] for pair, side in zip(fronts, signs, strict=True)]
         other = [int(f.index[k]) for f, k in zip(own, solve(own), strict=True)]
         changed = [i for i, (a, b) in enumerate(zip(found, other, strict=True)) if a != b]
-        keys = set().union(*(single(i, found[i]) | single(i, other[i]) for i in changed))
-        doubt |= keys if keys or not changed else {(i, key) for i, s in enumerate(spectra) for key in s.single}
+        keys = set().union(*(in_float32(i, found[i]) | in_float32(i, other[i]) for i in changed))
+        doubt |= keys if keys or not changed else {(i, key) for i, s in enumerate(spectra) for key in s.float32}
     return [(spectra[i].layer.name, key) for i, key in sorted(doubt)]

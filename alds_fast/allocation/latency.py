@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers import Layer, LowRankLayer, low_rank_like, replace_layers
+from ..layers import DecomposableLayer, LowRankLayer, low_rank_like, replace_layers
 from ..linalg import Decomposition
 from ..measurement import InputSpec, Ratios, Timings, call_model, inference, interleaved_ms, median_ratio
 from .candidates import Candidates, Curve
@@ -57,7 +57,7 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
     return layer
 
 
-def call_text(layer: Layer, spec: InputSpec) -> str:
+def call_text(layer: DecomposableLayer, spec: InputSpec) -> str:
     """Everything that the time of a layer's call depends on beside the hardware, as JSON."""
     module: Any = layer.module
     names = ("stride", "padding", "dilation", "padding_mode")
@@ -123,7 +123,7 @@ class LayerTimes:
         self,
         model: nn.Module,
         example_inputs: Any,
-        layers: Sequence[Layer],
+        layers: Sequence[DecomposableLayer],
         choices: Sequence[Candidates],
         calls: Calls,
         timings: Timings,
@@ -150,10 +150,10 @@ class LayerTimes:
         self._fixed_ns = max(0, round(model_ns) - inside)
         self.total_ns = self._fixed_ns + inside
 
-    def _layer_dense_ns(self, layer: Layer) -> int:
+    def _layer_dense_ns(self, layer: DecomposableLayer) -> int:
         return round(sum(n * self._dense_ns[call_text(layer, spec)] for spec, n in self._calls[layer.name].items()))
 
-    def _curve_ns(self, layer: Layer, curve: Curve) -> Ints:
+    def _curve_ns(self, layer: DecomposableLayer, curve: Curve) -> Ints:
         """Nanoseconds of all ranks of a curve over all calls of the layer."""
         total = np.zeros(len(curve.costs))
         for spec, count in self._calls[layer.name].items():

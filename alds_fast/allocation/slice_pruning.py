@@ -19,14 +19,14 @@ from ..criteria import (
     CRITERIA,
     FoldRoom,
     LayerSpectra,
-    all_single,
+    all_float32,
     batches,
     candidate_groups,
-    in_single,
+    computed_in_float32,
     layer_spectra,
     place,
 )
-from ..layers import Layer
+from ..layers import DecomposableLayer
 from ..linalg import WeightShape, max_rank, params_per_rank
 from .candidates import candidates
 from .float32_check import TAIL
@@ -50,9 +50,9 @@ def auto_groups(channels: int) -> tuple[int, ...]:
 
 def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, criterion: str, align: int) -> bool:
     """Whether some rank of (scheme, groups) could have a smaller error than everything known of that cost or less."""
-    rule = CRITERIA[criterion]
+    rule = CRITERIA[criterion].rule
     divisors = [k for s, k in known.values if s == scheme and groups % k == 0]
-    if criterion == "reference" or not divisors:
+    if not CRITERIA[criterion].bound or not divisors:
         return True  # not a bound: nothing follows for finer slices
     coarse = max(divisors)
     found = candidates(shape, {key: known.errors(*key, rule) for key in known.values}, align)
@@ -65,39 +65,41 @@ def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, c
     bound = errors[np.minimum(ranks * (groups // coarse), len(errors) - 1)]
     at = np.searchsorted(costs, ranks * per_rank, side="right") - 1
     beaten = np.where(at >= 0, best[np.maximum(at, 0)], np.inf)
-    return bool(((bound * (1 - SLACK)) ** 2 - (2 * TAIL if known.single else 0.0) < beaten**2).any())
+    return bool(((bound * (1 - SLACK)) ** 2 - (2 * TAIL if known.float32 else 0.0) < beaten**2).any())
 
 
 def pruned_spectra(
-    layers: Sequence[Layer],
+    layers: Sequence[DecomposableLayer],
     schemes: Sequence[int],
     groups: Sequence[int] | str | None,
     criterion: str,
     align: int = 1,
     done: Callable[[int], None] = lambda n: None,
-    single: bool = False,
+    float32: bool = False,
 ) -> list[LayerSpectra]:
     """Spectra of layers under the folds and slice counts that can be on the Pareto front.
 
     ``groups``: "divisors" for all divisors of a layer's channels, None for :func:`auto_groups`, or a sequence. Budgets
     on parameters, and on the error, have the same solutions as with the spectra of all of them, by every criterion but
     "reference", for which nothing is left out. All layers are worked on together; ``done``
-    and ``single`` as for :func:`alds_fast.criteria.layer_spectra`.
+    and ``float32`` as for :func:`alds_fast.criteria.layer_spectra`.
     """
     shapes = {layer.name: layer.shape for layer in layers if layer.shape}
     wanted = {n: candidate_groups(s.slice_channels, groups) if groups else auto_groups(s.slice_channels)
               for n, s in shapes.items()}  # fmt: skip
     named = sorted({k for ks in wanted.values() for k in ks})
-    first = tuple(k for k in named if k <= FIRST or criterion == "reference") or tuple(named)
+    first = tuple(k for k in named if k <= FIRST or not CRITERIA[criterion].bound) or tuple(named)
     room, limit = FoldRoom(), sum(s.numel for s in shapes.values())
-    results = {s.layer.name: s for s in layer_spectra(layers, schemes, first, done, limit, single)}
+    results = {s.layer.name: s for s in layer_spectra(layers, schemes, first, done, limit, float32)}
     for k in sorted(set(named) - set(first)):
         left = [
             (layer, scheme) for layer in layers if k in wanted[layer.name] for scheme in results[layer.name].top
             if may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align)
         ]  # fmt: skip
         for batch in batches(left, lambda w: shapes[w[0].name].numel, lambda w: place(w[0]), limit):
-            found = linalg.spectra(room.matrices(batch), [[k]] * len(batch), single=single and in_single(batch[0][0]))
+            found = linalg.spectra(
+                room.matrices(batch), [[k]] * len(batch), float32=float32 and computed_in_float32(batch[0][0])
+            )
             for (layer, scheme), (values,) in zip(batch, found, strict=True):
                 results[layer.name].values[scheme, k] = values.cpu()
-    return [all_single(s) if s.single else s for s in results.values()]
+    return [all_float32(s) if s.float32 else s for s in results.values()]

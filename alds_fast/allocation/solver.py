@@ -11,7 +11,7 @@ import numpy as np
 from ..criteria import LayerSpectra
 from ..errors import ArgumentError, BudgetError
 from ..layers import label
-from .baselines import BASELINES, ONE_SLICE
+from .baselines import BASELINES
 from .candidates import Candidates
 from .costs import CostTable
 from .one_budget import allocate, gap
@@ -81,7 +81,7 @@ def solve_baseline(
     Raises BudgetError, naming the smallest share that the method reaches, and ArgumentError if a layer was analysed
     without the fold that it uses.
     """
-    only = (0, 1) if method in ONE_SLICE else None
+    only = (0, 1) if BASELINES[method].one_slice else None
     for spectrum in spectra if only else ():
         if only not in spectrum.values:
             raise ArgumentError(
@@ -90,7 +90,7 @@ def solve_baseline(
             )
     parts = [c.restricted(costs, only) for c, costs in zip(choices, table.costs, strict=True)]
     own = replace(table, costs=tuple(part.costs for part, _ in parts))
-    picks = BASELINES[method]([part for part, _ in parts], spectra, own.budget(f" by method={method!r}"))
+    picks = BASELINES[method].rule([part for part, _ in parts], spectra, own.budget(f" by method={method!r}"))
     found = tuple(int(numbers[i]) for (_, numbers), i in zip(parts, picks, strict=True))
     bound = allocate(_fronts(choices, table), table.budget()).bound
     return Solution(found, _relative(largest_error(choices, found), bound))

@@ -8,14 +8,13 @@ from .pretrained import from_pretrained
 from .safetensors_reader import INDEX
 from .safetensors_writer import Entry, write_shard
 from .save_load import assign, load, rebuild, save, structure, unique_tensors
-from .streaming import PLAN, CompressedCheckpoint, Progress, compress_checkpoint
+from .streaming import PLAN, CompressedCheckpoint, compress_checkpoint
 
 __all__ = [
     "INDEX",
     "PLAN",
     "CompressedCheckpoint",
     "Entry",
-    "Progress",
     "assign",
     "compress_checkpoint",
     "from_pretrained",

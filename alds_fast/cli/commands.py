@@ -6,43 +6,38 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from ..allocation import SHARES
 from ..checkpoints import PLAN, read_header, save
-from ..criteria import total_work
+from ..criteria import CRITERIA
 from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError
-from ..layers import Layer
 from ..linalg import SCHEMES
 from ..measurement import check_batches
 from ..planning import (
-    ALL_CRITERIA,
     METHODS,
     Analysis,
     Plan,
+    Progress,
     analysis_dict,
-    analyze_with_progress,
+    analyze,
     check_plot,
-    check_schemes,
     plot_plan,
     resolved_precision,
-    with_data,
 )
 from .directory import compress_directory
 from .eval import add_eval, check_data_flags
+from .progress import progress_bars
 from .targets import ModelTarget, Target
 
 TARGET_HELP = (
@@ -50,20 +45,6 @@ TARGET_HELP = (
     "config.json and safetensors files"
 )
 BUDGETS = ("params", "flops", "latency", "error")
-
-
-@contextlib.contextmanager
-def _progress(schemes: Sequence[int]) -> Iterator[Callable[[Sequence[Layer]], Callable[[int], None]]]:
-    """A progress bar on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-
-        def start(layers: Sequence[Layer]) -> Callable[[int], None]:
-            task = bar.add_task(f"spectra of {len(layers)} layers", total=total_work(layers, schemes))
-            return lambda n: bar.advance(task, n)
-
-        yield start
 
 
 def _precision(args: argparse.Namespace) -> str:
@@ -75,17 +56,16 @@ def _precision(args: argparse.Namespace) -> str:
     return resolved_precision({name: getattr(args, name) for name in SHARES}, args.criterion, args.method)
 
 
-def _analyze(args: argparse.Namespace) -> tuple[nn.Module, Analysis]:
-    model = ModelTarget(args.target, args.weights)()
-    with _progress(check_schemes(args.schemes)) as start:
-        analysis = analyze_with_progress(
-            model, args.schemes, args.groups or "divisors", args.include, args.exclude, _precision(args), start
-        )
-    return model, analysis
+def _analyze(args: argparse.Namespace, model: nn.Module, progress: Progress, **data: Any) -> Analysis:
+    return analyze(
+        model, schemes=args.schemes, groups=args.groups or "divisors", include=args.include, exclude=args.exclude,
+        precision=_precision(args), progress=progress, **data,
+    )  # fmt: skip
 
 
 def _run_analyze(args: argparse.Namespace) -> None:
-    _, analysis = _analyze(args)
+    with progress_bars() as progress:
+        analysis = _analyze(args, ModelTarget(args.target, args.weights)(), progress)
     print(json.dumps(analysis_dict(analysis)) if args.json else analysis)
 
 
@@ -113,16 +93,15 @@ def _run_compress(args: argparse.Namespace) -> None:
     if args.refit:
         check_batches(batches)
     begin = time.perf_counter()
-    model, analysis = _analyze(args)
-    if batches is not None:
-        with Console(stderr=True).status("moments of the layers' inputs"):
-            analysis = with_data(analysis, batches, args.sensitivity, groups=args.groups or "divisors")
-    budget = {name: getattr(args, name) for name in BUDGETS}
-    example = None if args.input is None else torch.randn(args.input)
-    plan = analysis.plan(
-        **budget, example_inputs=example, criterion=args.criterion, p=args.p, method=args.method, align=args.align
-    )
-    with Console(stderr=True).status("factors"):  # shown on a terminal only
+    model = ModelTarget(args.target, args.weights)()
+    with progress_bars() as progress:
+        analysis = _analyze(args, model, progress, data=batches, sensitivity=args.sensitivity)
+        budget = {name: getattr(args, name) for name in BUDGETS}
+        example = None if args.input is None else torch.randn(args.input)
+        plan = analysis.plan(
+            **budget, example_inputs=example, criterion=args.criterion, p=args.p, method=args.method, align=args.align
+        )
+        progress("factors", 0, 0)
         small = plan.apply(model, refit=batches if args.refit else None)
     save(small, args.output)
     if args.plot:
@@ -178,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--exclude", action="append", metavar="PATTERN", help="not these layers (may be repeated)")
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--json", action="store_true", help="print JSON")
-    analyze = commands.add_parser("analyze", parents=[model, output], help="list the layers and what can be done")
-    analyze.set_defaults(run=_run_analyze)
+    listing = commands.add_parser("analyze", parents=[model, output], help="list the layers and what can be done")
+    listing.set_defaults(run=_run_analyze)
     compress = commands.add_parser("compress", parents=[model, output], help="compress a model and save it")
     compress.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
     compress.add_argument("--flops", type=float, help="share of the FLOPs to keep, in (0, 1]; needs --input")
@@ -192,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--data", metavar="TARGET", help="function that returns batches of the model's inputs")
     compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
     compress.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
-    compress.add_argument("--criterion", choices=ALL_CRITERIA, default=None)
+    compress.add_argument("--criterion", choices=CRITERIA, default=None)
     compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
     compress.add_argument("--method", choices=METHODS, default="alds")
     compress.add_argument("--precision", choices=("float32", "float64"), help="of the spectra (default: what will do)")

@@ -6,33 +6,12 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-from ..checkpoints import Progress as ToldOf
 from ..checkpoints import compress_checkpoint
 from ..errors import ArgumentError
+from .progress import progress_bars
 
 _MODEL_ONLY = ("weights", "flops", "latency", "input", "data", "sensitivity", "refit", "plot")
-
-
-@contextmanager
-def _bars() -> Iterator[ToldOf]:
-    """A progress bar for each part of the work on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def told(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        yield told
 
 
 def compress_directory(args: argparse.Namespace, first: bool) -> None:
@@ -49,7 +28,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     options = {name: getattr(args, name) for name in ("params", "error", "p", "align", "schemes", "include", "exclude")}
     options |= {"criterion": args.criterion or "frobenius", "groups": args.groups or "auto", "device": args.device}
     options |= {"precision": args.precision or "float32"}
-    with _bars() as progress:
+    with progress_bars() as progress:
         done = compress_checkpoint(
             args.target, args.output, max_shard_bytes=round(args.max_shard_gb * 1e9), progress=progress, **options
         )

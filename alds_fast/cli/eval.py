@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..criteria import CRITERIA
 from ..errors import ArgumentError, EvaluationError
 from ..evaluation import evaluate, product
 from ..linalg import SCHEMES
-from ..planning import ALL_CRITERIA, METHODS
+from ..planning import METHODS
 from .targets import ModelTarget, SeededTarget, Target
 
 
@@ -31,7 +32,7 @@ def add_eval(commands: Any, parents: list[argparse.ArgumentParser], integers: Ca
     budgets.add_argument("--params", type=_list(float), metavar="SHARES", help="of the parameters: 0.5,0.3")
     budgets.add_argument("--flops", type=_list(float), metavar="SHARES", help="of the FLOPs; needs --input")
     parser.add_argument("--methods", type=_list(str), default=["alds"], help=f"out of {','.join(METHODS)}")
-    parser.add_argument("--criteria", type=_list(str), default=[None], help=f"out of {','.join(ALL_CRITERIA)}")
+    parser.add_argument("--criteria", type=_list(str), default=[None], help=f"out of {','.join(CRITERIA)}")
     parser.add_argument("--p", type=_list(float), default=[None], help="norms over the layers, 1..inf: 4,inf")
     parser.add_argument("--seeds", type=integers, default=(0,), help="0,1,2; for functions with a parameter seed")
     parser.add_argument("--data", metavar="TARGET", help="function that returns batches for the analysis")

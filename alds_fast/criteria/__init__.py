@@ -3,33 +3,33 @@
 Here belongs what turns a layer into errors by rank. What chooses among ranks belongs in allocation.
 """
 
-from .errors_by_rank import DATA_CRITERIA, MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
+from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
 from .input_rows import Wanted, masked, outputs, patches
-from .layer_batches import FoldRoom, batches, for_threads, in_single, place
+from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moment_hooks import rows_wanted
 from .moment_sums import exact_products
 from .moments import Moments, Sensitivity, collect_moments
+from .registry import CRITERIA, WEIGHT_CRITERIA
 from .spectra import (
     Groups,
     Key,
     LayerSpectra,
     Sharpen,
-    all_single,
+    all_float32,
     candidate_groups,
     exact_spectra,
     layer_spectra,
     total_work,
     with_groups,
 )
-from .spectral import CRITERIA
 from .weighted_errors import EIGEN_NOISE, folded, slice_bases, tap_blocks
 from .weights import Weighting, weighting
 
 __all__ = [
     "CRITERIA",
-    "DATA_CRITERIA",
     "EIGEN_NOISE",
     "MAX_DATA_GROUPS",
+    "WEIGHT_CRITERIA",
     "Basis",
     "Errors",
     "FoldRoom",
@@ -41,15 +41,15 @@ __all__ = [
     "Sharpen",
     "Wanted",
     "Weighting",
-    "all_single",
+    "all_float32",
     "batches",
     "candidate_groups",
     "collect_moments",
+    "computed_in_float32",
     "exact_products",
     "exact_spectra",
     "folded",
     "for_threads",
-    "in_single",
     "layer_errors",
     "layer_spectra",
     "masked",

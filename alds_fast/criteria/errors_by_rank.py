@@ -8,15 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..layers import Layer, oriented_weight
+from ..layers import DecomposableLayer, Layer, oriented_weight
 from .moments import Moments
+from .registry import CRITERIA
 from .spectra import LayerSpectra
-from .spectral import CRITERIA
-from .weighted_errors import certificate, errors
 from .weights import Weighting, weighting
-
-DATA_CRITERIA = ("output", "output-bound", "sensitivity")
-
 
 MAX_DATA_GROUPS = 8  # channel slices tried with data where groups= is "divisors"
 Errors = dict[tuple[int, int], Tensor]
@@ -24,7 +20,7 @@ Errors = dict[tuple[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Basis:
-    """What errors are measured by: a criterion, and, for those of ``DATA_CRITERIA``, the layers' moments.
+    """What errors are measured by: a criterion of ``CRITERIA`` and, where it needs data, the layers' moments.
 
     ``bias_correction``: biases take up the mean of the error, which then does not count.
     """
@@ -33,24 +29,25 @@ class Basis:
     moments: Mapping[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     bias_correction: bool = True
 
-    def weighting(self, layer: Layer) -> Weighting | None:
+    def weighting(self, layer: DecomposableLayer) -> Weighting | None:
         """How this layer's errors are weighted; None for a criterion without data."""
         if not self.used:
             return None
         weight, shape = oriented_weight(layer.module), layer.shape
         assert shape is not None
         centred = self.bias_correction and layer.own_bias
-        return weighting(shape, weight, self.moments[layer.name], centred, self.criterion == "sensitivity")
+        return weighting(shape, weight, self.moments[layer.name], centred, CRITERIA[self.criterion].needs_gradients)
 
     @property
     def used(self) -> bool:
         """Whether the criterion uses data."""
-        return self.criterion in DATA_CRITERIA
+        return CRITERIA[self.criterion].needs_data
 
     def lacks(self, name: str) -> bool:
         """Whether the criterion needs moments of this layer, or of its gradients, and there are none."""
-        found = self.moments.get(name)
-        return self.used and (found is None or (self.criterion == "sensitivity" and found.gradient is None))
+        moments = self.moments.get(name)
+        needs_gradients = CRITERIA[self.criterion].needs_gradients
+        return self.used and (moments is None or (needs_gradients and moments.gradient is None))
 
     def reason(self, layer: Layer) -> str | None:
         """Why a layer has no error by this criterion."""
@@ -63,23 +60,20 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None) ->
     With data no more than ``max_groups`` slices, and where only the output's moment is known only the encode fold with
     one slice.
     """
-    layer = spectra.layer
-    if basis.criterion in CRITERIA:
-        return {key: spectra.errors(*key, CRITERIA[basis.criterion]) for key in spectra.values}
+    layer, rule = spectra.layer, CRITERIA[basis.criterion].rule
+    if not basis.used:
+        return {key: spectra.errors(*key, rule) for key in spectra.values}
     if basis.reason(layer):
         return {}
     weights = basis.weighting(layer)
     assert weights is not None
     keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups]
     keys = [k for k in keys if weights.second is not None or k == (0, 1)]
-    rule = certificate if basis.criterion == "output-bound" else errors
     return {key: rule(weights, *key) for key in keys}
 
 
-def with_outputs(spectra: LayerSpectra, basis: Basis, method: str) -> LayerSpectra:
-    """The spectra with the eigenvalues of the output's covariance, where the method is "pca", which goes by these."""
-    if method != "pca":
-        return spectra
+def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:
+    """The spectra with the eigenvalues of the output's covariance."""
     weights = None if basis.lacks(spectra.layer.name) else basis.weighting(spectra.layer)
     values = torch.zeros(1, dtype=torch.float64) if weights is None else torch.linalg.eigvalsh(weights.output).sum(0)
     return replace(spectra, output=values.flip(0).clamp_min(0))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..layers import Layer, oriented_weight
+from ..layers import DecomposableLayer, oriented_weight
 from ..linalg import matrix_shape, permuted
 
 
@@ -30,17 +30,17 @@ def batches(problems: Sequence, size: Callable, key: Callable, limit: int = 0) -
         yield batch
 
 
-def _weight(layer: Layer) -> Tensor:
+def _weight(layer: DecomposableLayer) -> Tensor:
     return oriented_weight(layer.module)
 
 
-def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
+def place(layer: DecomposableLayer) -> tuple[torch.device, torch.dtype]:
     """Where and in which type a layer is worked on: float64 if its weight is, else float32, which holds half types."""
     weight = _weight(layer)
     return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def in_single(layer: Layer) -> bool:
+def computed_in_float32(layer: DecomposableLayer) -> bool:
     """Whether float32 may do: the weight is on the CPU, as other devices were not measured, and in no wider type."""
     return place(layer) == (torch.device("cpu"), torch.float32)
 
@@ -54,9 +54,9 @@ class FoldRoom:
     def __init__(self) -> None:
         self._room = torch.empty(0)
 
-    def matrices(self, folds: Sequence[tuple[Layer, int]]) -> list[Tensor]:
+    def matrices(self, folds: Sequence[tuple[DecomposableLayer, int]]) -> list[Tensor]:
         """Folded weights of (layer, scheme) pairs of one place, each (conv_groups, rows, cols), until the next call."""
-        sources = [permuted(_weight(layer), layer.shape, scheme) for layer, scheme in folds if layer.shape]
+        sources = [permuted(_weight(layer), layer.shape, scheme) for layer, scheme in folds]
         device, dtype = place(folds[0][0])
         sizes = [0 if s.dtype == dtype and s.is_contiguous() else s.numel() for s in sources]
         if (self._room.device, self._room.dtype) != (device, dtype) or self._room.numel() < sum(sizes):
@@ -66,6 +66,6 @@ class FoldRoom:
         for source, room in zip(sources, rooms, strict=True):
             if len(room):
                 room.view(source.shape).copy_(source)
-        shapes = [matrix_shape(layer.shape, scheme) for layer, scheme in folds if layer.shape]
+        shapes = [matrix_shape(layer.shape, scheme) for layer, scheme in folds]
         places = [room if len(room) else source for room, source in zip(rooms, sources, strict=True)]
         return [place.view(shape) for place, shape in zip(places, shapes, strict=True)]

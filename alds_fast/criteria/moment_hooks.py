@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Layer, columns_of, filters_of, is_linear
+from ..layers import DecomposableLayer, is_linear
 from .input_rows import Wanted, masked, outputs, patches
 from .moment_sums import Sum
 
@@ -23,12 +23,12 @@ ROWS_PER_COLUMN = 2  # of a moment, where the data has them
 class Collector:
     """Hooks on the layers, and what they have summed up."""
 
-    def __init__(self, layers: Sequence[Layer], order: int, gradients: bool) -> None:
+    def __init__(self, layers: Sequence[DecomposableLayer], order: int, gradients: bool) -> None:
         self.layers, self.gradients = layers, gradients
         self.keep: Tensor | None = None
         self.sums: dict[str, Sum] = {layer.name: Sum() for layer in layers}
         self.gradient_sums: dict[str, Sum] = {layer.name: Sum() for layer in layers if gradients}
-        self.by_output = {layer.name for layer in layers if columns_of(layer) > order}
+        self.by_output = {layer.name for layer in layers if layer.shape.columns > order}
         self.energy, self.seed = 0.0, 0
         self.last: tuple[Any, ...] = (lambda: None, None, [], 0)
         self.leaders: dict[str, set[str]] = {layer.name: set() for layer in layers}
@@ -50,14 +50,14 @@ class Collector:
             for handle in handles:
                 handle.remove()
 
-    def _on_input(self, layer: Layer) -> Callable[..., None]:
+    def _on_input(self, layer: DecomposableLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.back:
                 self._add_input(layer, args[0] if args else kwargs["input"])
 
         return hook
 
-    def _add_input(self, layer: Layer, x: Tensor) -> None:
+    def _add_input(self, layer: DecomposableLayer, x: Tensor) -> None:
         key = (*_geometry(layer), None if x.is_inference() else x._version)
         seen, known, products, rows = self.last
         sums, linear = self.sums[layer.name], is_linear(layer.module)
@@ -75,7 +75,7 @@ class Collector:
             self.leaders[layer.name].add(layer.name)
         sums.add(products, rows)
 
-    def _on_output(self, layer: Layer) -> Callable[..., Tensor | None]:
+    def _on_output(self, layer: DecomposableLayer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
             if layer.name in self.by_output and not self.back:
                 self._add_output(layer, y.detach())
@@ -88,22 +88,22 @@ class Collector:
 
         return hook
 
-    def _add_output(self, layer: Layer, y: Tensor) -> None:
+    def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
         found, rows = outputs(layer.module, y, masked(layer.module, y, self.keep))
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(found.shape[1:])
         sums = self.sums[layer.name]
         sums.add(sums.products(found - shift), rows)
 
-    def _add_gradient(self, layer: Layer, g: Tensor) -> None:
+    def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
         sums = self.gradient_sums[layer.name]
-        wanted = _wanted(layer, filters_of(layer), columns_of(layer), sums.drawn)
+        wanted = _wanted(layer, layer.shape.filters_per_group, layer.shape.columns, sums.drawn)
         found, rows = outputs(layer.module, g.detach(), masked(layer.module, g, self.keep), wanted, self.seed)
         self.seed += 1
         sums.add(sums.products(found, centred=False), rows)
 
 
-def _wanted(layer: Layer, width: int, other: int, drawn: int) -> Wanted:
+def _wanted(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wanted:
     """How many of a call's rows of ``width`` entries are drawn, the layer's own cost per row being width * other.
 
     All tokens. Of a convolution's patches, which overlap, so many that their product costs what the layer itself does,
@@ -116,13 +116,13 @@ def _wanted(layer: Layer, width: int, other: int, drawn: int) -> Wanted:
     return lambda rows: min(rows, max(min(round(rows * share), most), ROWS_PER_COLUMN * width - drawn))
 
 
-def rows_wanted(layer: Layer, drawn: int) -> Wanted:
+def rows_wanted(layer: DecomposableLayer, drawn: int) -> Wanted:
     """How many rows of a call's input are drawn, after ``drawn`` of the calls before."""
-    return _wanted(layer, columns_of(layer), filters_of(layer), drawn)
+    return _wanted(layer, layer.shape.columns, layer.shape.filters_per_group, drawn)
 
 
-def _geometry(layer: Layer) -> tuple[Any, ...]:
+def _geometry(layer: DecomposableLayer) -> tuple[Any, ...]:
     """Layers that agree in it make the same rows of the same input."""
     names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "groups")
     own = tuple(getattr(layer.module, name, None) for name in names)
-    return layer.kind, own, 0 if is_linear(layer.module) else filters_of(layer)
+    return layer.kind, own, 0 if is_linear(layer.module) else layer.shape.filters_per_group

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import ArgumentError, ModelError
-from ..layers import Layer, filters_of, label
+from ..layers import DecomposableLayer, label
 from ..measurement import call_model, explained, inference, mask_of, padded, preserved
 from .moment_hooks import Collector
 
@@ -92,11 +92,12 @@ def _detached(batch: Any) -> Any:
 def collect_moments(
     model: nn.Module,
     data: Iterable[Any],
-    layers: Sequence[Layer],
+    layers: Sequence[DecomposableLayer],
     *,
     sensitivity: Sensitivity = False,
     mask: str | None = "attention_mask",
     order: int = 8192,
+    done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Moments]:
     """Moments of the layers over all batches of ``data``, by name; layers that are never called are left out.
 
@@ -112,6 +113,7 @@ def collect_moments(
         mask: name of a keyword argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is
             not counted in Linear layers.
         order: layers with more columns than this get the moment of their output instead.
+        done: told the number of batches finished, after each.
 
     Raises:
         ArgumentError: no batches, a batch that is nothing that can be passed on, no layer that sees any of it, a mask
@@ -136,6 +138,7 @@ def collect_moments(
                     collector.back = True
                     collector.energy += _backward(output, batch, sensitivity, generator)
                     collector.back = False
+            done(count)
     if not count:
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     if not masks and mask not in (None, "attention_mask"):
@@ -149,7 +152,7 @@ def collect_moments(
     return found
 
 
-def _check(layer: Layer, second: Tensor, gradient: Tensor | None) -> None:
+def _check(layer: DecomposableLayer, second: Tensor, gradient: Tensor | None) -> None:
     for name, value in (("input", second), ("gradient", gradient)):
         if value is not None and not bool(value.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares
             raise ModelError(
@@ -168,8 +171,7 @@ def _moments_of(collector: Collector) -> dict[str, Moments]:
         if collector.gradients and collector.gradient_sums[layer.name].rows:
             gradient, _, gradient_noise = collector.gradient_sums[layer.name].over(collector.energy)
         elif collector.gradients:  # what matters does not depend on this layer
-            assert layer.shape is not None
-            gradient = torch.zeros(layer.shape.conv_groups, *2 * [filters_of(layer)], dtype=torch.float64)
+            gradient = torch.zeros(layer.shape.conv_groups, *2 * [layer.shape.filters_per_group], dtype=torch.float64)
         rows, (second, mean, noise) = own.rows, own.over(own.rows)
         for other in collector.leaders[layer.name] & found.keys():
             shared = found[other].second

@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .. import linalg
-from ..layers import Layer, check_weight
+from ..layers import DecomposableLayer, Layer, check_weight
 from ..linalg import distinct_schemes, divisors
-from .layer_batches import FoldRoom, batches, for_threads, in_single, place
-from .spectral import Criterion
+from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 
 Groups = str | Sequence[int]
 
 
 Key = tuple[int, int]  # (scheme, groups)
-Sharpen = Callable[[Sequence[tuple[Layer, Key]]], Iterable[tuple[Layer, Key, Tensor]]]
+Sharpen = Callable[[Sequence[tuple[DecomposableLayer, Key]]], Iterable[tuple[DecomposableLayer, Key, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -26,25 +25,25 @@ class LayerSpectra:
 
     ``values[scheme, groups]`` is (conv_groups, groups, r) float64 on the CPU, descending; ``top[scheme]`` is the
     largest singular value of the whole folded weight; ``output``, where it was asked for, the eigenvalues of the
-    covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups. ``single``
+    covariance of the layer's output on data, (filters of a group,), descending, summed over conv_groups. ``float32``
     names the (scheme, groups) that were computed in float32, (scheme, 1) for ``top`` among them:
     :mod:`alds_fast.allocation.float32_check` says how well they are known.
     """
 
-    layer: Layer
+    layer: DecomposableLayer
     values: dict[tuple[int, int], Tensor]
     top: dict[int, float]
     output: Tensor | None = None
-    single: frozenset[Key] = frozenset()
+    float32: frozenset[Key] = frozenset()
 
-    def errors(self, scheme: int, groups: int, criterion: Criterion) -> Tensor:
-        """Relative error for every rank 0..r, (r + 1,) float64."""
-        return criterion(self.values[scheme, groups], self.top[scheme])
+    def errors(self, scheme: int, groups: int, rule: Callable[[Tensor, float], Tensor]) -> Tensor:
+        """Relative error for every rank 0..r, (r + 1,) float64, by a rule of :mod:`alds_fast.criteria.spectral`."""
+        return rule(self.values[scheme, groups], self.top[scheme])
 
 
 @dataclass(frozen=True)
 class _Problem:
-    layer: Layer
+    layer: DecomposableLayer
     scheme: int
     groups: tuple[int, ...]  # candidates
     size: int
@@ -63,15 +62,14 @@ def candidate_groups(channels: int, groups: Groups) -> tuple[int, ...]:
 
 def with_groups(layer: Layer, groups: Groups) -> Layer:
     """The layer, left out if none of the groups divides its channels."""
-    if layer.reason is not None or layer.shape is None or candidate_groups(layer.shape.slice_channels, groups):
+    if not isinstance(layer, DecomposableLayer) or candidate_groups(layer.shape.slice_channels, groups):
         return layer
-    return replace(layer, reason=f"none of groups={groups} divides its {layer.shape.slice_channels} channels")
+    return layer.left_out(f"none of groups={groups} divides its {layer.shape.slice_channels} channels")
 
 
-def _problems(layers: Sequence[Layer], schemes: Sequence[int], groups: Groups) -> list[_Problem]:
+def _problems(layers: Sequence[DecomposableLayer], schemes: Sequence[int], groups: Groups) -> list[_Problem]:
     problems = []
     for layer in layers:
-        assert layer.shape is not None
         candidates = candidate_groups(layer.shape.slice_channels, groups)
         for scheme in distinct_schemes(schemes, layer.shape.kernel):
             computed = candidates if 1 in candidates else (1, *candidates)  # 1 gives the norm of the whole weight
@@ -80,62 +78,62 @@ def _problems(layers: Sequence[Layer], schemes: Sequence[int], groups: Groups) -
 
 
 def layer_spectra(
-    layers: Sequence[Layer],
+    layers: Sequence[DecomposableLayer],
     schemes: Sequence[int],
     groups: Groups,
     done: Callable[[int], None] = lambda n: None,
     limit: int = 0,
-    single: bool = False,
+    float32: bool = False,
 ) -> list[LayerSpectra]:
     """Spectra of the layers, in their order, each with a shape and a finite weight.
 
     Layers are computed together, as many as have no more weights than the largest one, than as many of median size as
     there are threads (four at most), or than ``limit`` if given. The extra memory is theirs: folds, where these are not
     the weights themselves, Gram matrices (about as many float64 as there are weights) and one eigenproblem a thread.
-    ``done`` is told the number of weights finished after each batch. ``single``: in float32, if the weight is no wider.
+    ``done`` is told the number of weights finished after each batch. ``float32``: so, where the weight is no wider.
     """
     results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
-    for problem, values in _solved(_problems(layers, schemes, groups), done, limit, single):
+    for problem, values in _solved(_problems(layers, schemes, groups), done, limit, float32):
         result = results[problem.layer.name]
         by_groups = dict(zip(problem.computed, values, strict=True))
         result.top[problem.scheme] = float(by_groups[1].max())
         result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
-    return [all_single(s) if single and in_single(s.layer) else s for s in results.values()]
+    return [all_float32(s) if float32 and computed_in_float32(s.layer) else s for s in results.values()]
 
 
-def all_single(spectra: LayerSpectra) -> LayerSpectra:
+def all_float32(spectra: LayerSpectra) -> LayerSpectra:
     """The spectra, all of them in float32."""
-    return replace(spectra, single=frozenset({*spectra.values, *((scheme, 1) for scheme in spectra.top)}))
+    return replace(spectra, float32=frozenset({*spectra.values, *((scheme, 1) for scheme in spectra.top)}))
 
 
 def _solved(
-    problems: Sequence[_Problem], done: Callable[[int], None], limit: int, single: bool
+    problems: Sequence[_Problem], done: Callable[[int], None], limit: int, float32: bool
 ) -> Iterator[tuple[_Problem, list[Tensor]]]:
     """The problems with the spectra of their ``computed`` slice counts, together as layer_spectra says."""
     room = FoldRoom()
     limit = limit or for_threads([p.size for p in problems])
     for batch in batches(problems, lambda p: p.size, lambda p: place(p.layer), limit):
         matrices = room.matrices([(p.layer, p.scheme) for p in batch])
-        found = linalg.spectra(matrices, [p.computed for p in batch], single=single and in_single(batch[0].layer))
+        found = linalg.spectra(
+            matrices, [p.computed for p in batch], float32=float32 and computed_in_float32(batch[0].layer)
+        )
         for problem, values in zip(batch, found, strict=True):
             yield problem, [v.cpu() for v in values]
         done(sum(p.size for p in batch))
 
 
-def exact_spectra(wanted: Sequence[tuple[Layer, Key]]) -> Iterator[tuple[Layer, Key, Tensor]]:
+def exact_spectra(wanted: Sequence[tuple[DecomposableLayer, Key]]) -> Iterator[tuple[DecomposableLayer, Key, Tensor]]:
     """Spectra in float64 of single folds and slice counts, which do not depend on what else is computed.
 
     Raises WeightError for a weight that has become NaN, infinite or empty.
     """
     for layer in {layer.name: layer for layer, _ in wanted}.values():
         check_weight(layer)
-    problems = [_Problem(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted if layer.shape]
-    for problem, (values,) in _solved(problems, lambda n: None, 0, single=False):
+    problems = [_Problem(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted]
+    for problem, (values,) in _solved(problems, lambda n: None, 0, float32=False):
         yield problem.layer, (problem.scheme, problem.groups[0]), values
 
 
-def total_work(layers: Sequence[Layer], schemes: Sequence[int]) -> int:
+def total_work(layers: Sequence[DecomposableLayer], schemes: Sequence[int]) -> int:
     """The number that the ``done`` reports of :func:`layer_spectra` add up to."""
-    return sum(
-        layer.shape.numel * len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers if layer.shape
-    )
+    return sum(layer.shape.numel * len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers)

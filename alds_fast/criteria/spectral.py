@@ -10,8 +10,6 @@ error is 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -60,7 +58,3 @@ def paper(values: Tensor, top: float) -> Tensor:
 def reference(values: Tensor, top: float) -> Tensor:
     """max_g s_{g,j+1} / s_1(W), what torchprune computes. NOT a bound for groups > 1: up to sqrt(groups) too low."""
     return _relative(_next_values(values).flatten(0, -2).amax(0), top)
-
-
-Criterion = Callable[[Tensor, float], Tensor]
-CRITERIA: dict[str, Criterion] = {f.__name__: f for f in (frobenius, operator, paper, reference)}

@@ -110,7 +110,7 @@ def read_variant(name: str, options: Mapping[str, Any] | Build, kind: str, examp
         if not callable(options):
             raise ArgumentError(f"variants[{name!r}] is neither a dict of options nor a function (model, share, seed)")
         return Variant(name, build=options)
-    analysis = _defaults(analyze, ())
+    analysis = _defaults(analyze, ("progress",))
     planning = _defaults(Analysis.plan, (*SHARES, "error", "example_inputs"))
     known = {**analysis, **planning, "refit": False}
     if unknown := sorted(str(option) for option in options if option not in known):

@@ -9,29 +9,29 @@ from torch import Tensor, nn
 
 from ..criteria import Weighting
 from ..errors import LayerNotFoundError, PlanError
-from ..layers import Layer, LowRankLayer, check_weight, find_layers, label, replace_layers
+from ..layers import DecomposableLayer, LowRankLayer, check_weight, find_layers, label, replace_layers
 from .choice import Choice, FactorReport
 from .plain import _low_rank_layer, plain_layers
 from .weighted import factors as weighted_factors
 
 
-def _resolve(model: nn.Module, choices: Sequence[Choice]) -> list[Layer]:
+def _resolve(model: nn.Module, choices: Sequence[Choice]) -> list[DecomposableLayer]:
     """The model's layers for the choices, checked."""
     layers = {layer.name: layer for layer in find_layers(model)}
-    found = []
+    resolved = []
     for choice in choices:
         layer = layers.get(choice.name)
         if layer is None:
             raise LayerNotFoundError(f"the plan's layer {label(choice.name)} is not in the model")
-        if layer.reason is not None:
+        if not isinstance(layer, DecomposableLayer):
             raise PlanError(f"layer {label(choice.name)} cannot be replaced: {layer.reason}")
         if layer.shape != choice.shape:
             raise PlanError(
                 f"layer {label(choice.name)}: the plan was made for {choice.shape}, the model has {layer.shape}; "
                 f"analyse this model again"
             )
-        found.append(layer)
-    return found
+        resolved.append(layer)
+    return resolved
 
 
 def factorize(
@@ -40,7 +40,7 @@ def factorize(
     spectra: Mapping[str, Tensor] | None = None,
     *,
     exact: bool = False,
-    weighted: Callable[[Layer], Weighting | None] = lambda layer: None,
+    weighted: Callable[[DecomposableLayer], Weighting | None] = lambda layer: None,
 ) -> tuple[nn.Module, dict[str, FactorReport]]:
     """A new model with the chosen layers replaced by low-rank ones, and how their factors were computed.
 

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from .. import linalg
 from ..criteria import FoldRoom, batches, for_threads, place
-from ..layers import Layer, LowRankLayer, low_rank_like
+from ..layers import DecomposableLayer, LowRankLayer, low_rank_like
 from .choice import Choice, FactorReport
 
 
 def _factors(
-    batch: Sequence[tuple[Choice, Layer]], matrices: Sequence[Tensor], spectra: Mapping[str, Tensor], exact: bool
+    batch: Sequence[tuple[Choice, DecomposableLayer]],
+    matrices: Sequence[Tensor],
+    spectra: Mapping[str, Tensor],
+    exact: bool,
 ) -> list[linalg.Factors]:
     """Factors of a batch; given spectra serve where their norms are those of the weights, others are computed anew."""
     known = [spectra.get(choice.name) for choice, _ in batch]
@@ -41,7 +44,7 @@ def _report(factors: linalg.Factors) -> FactorReport:
     return FactorReport(method, max(0, int(factors.iterations.max())), error)
 
 
-def _low_rank_layer(layer: Layer, choice: Choice, left: Tensor, right: Tensor) -> LowRankLayer:
+def _low_rank_layer(layer: DecomposableLayer, choice: Choice, left: Tensor, right: Tensor) -> LowRankLayer:
     """The layer with factors left (conv_groups, groups, rows, rank) and right (conv_groups, groups, rank, columns)."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
@@ -51,7 +54,7 @@ def _low_rank_layer(layer: Layer, choice: Choice, left: Tensor, right: Tensor) -
 
 
 def plain_layers(
-    work: Sequence[tuple[Choice, Layer]], spectra: Mapping[str, Tensor], exact: bool, limit: int = 0
+    work: Sequence[tuple[Choice, DecomposableLayer]], spectra: Mapping[str, Tensor], exact: bool, limit: int = 0
 ) -> Iterator[tuple[Choice, LowRankLayer, FactorReport]]:
     """The low-rank layer of every choice, without its bias, and how its factors were computed; as for factorize.
 

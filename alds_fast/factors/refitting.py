@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..criteria import Moments, Wanted, masked, outputs, patches, rows_wanted, weighting
 from ..errors import ArgumentError, ModelError
-from ..layers import Layer, LowRankLayer, columns_of, oriented_weight
+from ..layers import DecomposableLayer, LowRankLayer, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import again, call_model, explained, inference, mask_of, padded, preserved
 from .batchnorm import move_statistics
@@ -95,7 +95,7 @@ Gradient = tuple[Tensor | None, float]  # second moment and its noise
 class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
-    def __init__(self, layer: Layer, sums: Sums, keep: Tensor | None, seed: int) -> None:
+    def __init__(self, layer: DecomposableLayer, sums: Sums, keep: Tensor | None, seed: int) -> None:
         self.layer, self.sums, self.keep, self.seed = layer, sums, keep, seed
         self.outputs: list[tuple[Tensor, Wanted]] = []
         self.drawn = sums.drawn
@@ -120,8 +120,8 @@ class _Batch:
 
 
 def _collected(
-    stage: Mapping[str, int], layers: Mapping[str, Layer], model: nn.Module, small: nn.Module, data: Iterable[Any],
-    mask: str | None,
+    stage: Mapping[str, int], layers: Mapping[str, DecomposableLayer], model: nn.Module, small: nn.Module,
+    data: Iterable[Any], mask: str | None,
 ) -> dict[str, Sums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
     sums, calls = {name: Sums() for name in stage}, sum(stage.values())
@@ -134,13 +134,12 @@ def _collected(
     return sums
 
 
-def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Gradient, centred: bool) -> FactorReport:
+def _fit(layer: DecomposableLayer, low: LowRankLayer, sums: Sums, gradient: Gradient, centred: bool) -> FactorReport:
     """New factors and bias of a low-rank layer, in place."""
     dense: Any = layer.module
     seen = sums.means()
     weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
     best = best_weight(weight, sums, centred)
-    assert layer.shape is not None
     moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient[0], sums.noise(), gradient[1])
     weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
     found = factors(weights, low.decomposition)
@@ -159,7 +158,7 @@ def _fit(layer: Layer, low: LowRankLayer, sums: Sums, gradient: Gradient, centre
 def refit(
     small: nn.Module,
     model: nn.Module,
-    layers: Sequence[Layer],
+    layers: Sequence[DecomposableLayer],
     data: Iterable[Any],
     *,
     gradients: Mapping[str, tuple[Tensor, float]],
@@ -175,7 +174,7 @@ def refit(
     ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
-    known = {layer.name: layer for layer in layers if layer.name in low and columns_of(layer) <= ORDER}
+    known = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
     reports: dict[str, FactorReport] = {}
     with ExitStack() as stack:
         stack.enter_context(padded(model, small))

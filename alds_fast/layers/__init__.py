@@ -5,7 +5,7 @@ Here belongs what knows a type of layer. How errors are measured belongs in crit
 
 from .base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from .discovery import Layer, check_weight, columns_of, count_params, filters_of, find_layers, label, patterns
+from .discovery import DecomposableLayer, Layer, check_weight, count_params, decomposable, find_layers, label, patterns
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
@@ -14,6 +14,7 @@ from .shared_weights import overlaps, tied_names
 
 __all__ = [
     "LOW_RANK",
+    "DecomposableLayer",
     "Layer",
     "LowRankConv1d",
     "LowRankConv2d",
@@ -23,9 +24,8 @@ __all__ = [
     "MergedLinears",
     "MergedPart",
     "check_weight",
-    "columns_of",
     "count_params",
-    "filters_of",
+    "decomposable",
     "find_layers",
     "is_linear",
     "label",

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ class Layer:
     """A module with a weight of two or more dimensions, under its first name in the model.
 
     ``shape`` is None unless it is a Linear (transformers' Conv1D too) or Conv1d/2d/3d; ``reason`` says in words why it
-    is left out, None if it is not; ``params`` counts its own parameters (weight and bias); ``own_bias`` is true for a
-    bias that it shares with no other module.
+    is left out, None for a :class:`DecomposableLayer`; ``params`` counts its own parameters (weight and bias);
+    ``own_bias`` is true for a bias that it shares with no other module.
     """
 
     name: str
@@ -37,6 +38,26 @@ class Layer:
     reason: str | None
     module: nn.Module = field(repr=False, compare=False)
     own_bias: bool = False
+
+    def left_out(self, reason: str) -> Layer:
+        """The layer, left out for that reason."""
+        return Layer(**{**vars(self), "reason": reason})
+
+
+@dataclass(frozen=True)
+class DecomposableLayer(Layer):
+    """A layer that a low-rank one can take the place of: its shape is known and its ``reason`` is None."""
+
+    shape: WeightShape
+
+
+def decomposable(layers: Iterable[Layer]) -> list[DecomposableLayer]:
+    """Those of the layers that are not left out.
+
+    >>> [layer.name for layer in decomposable(find_layers(nn.Sequential(nn.Linear(4, 2), nn.Embedding(5, 2))))]
+    ['0']
+    """
+    return [layer for layer in layers if isinstance(layer, DecomposableLayer)]
 
 
 def count_params(model: nn.Module) -> int:
@@ -83,10 +104,10 @@ def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...
     """Name patterns as a tuple, None for none given; ArgumentError for anything else."""
     if value is None:
         return None
-    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (0,)
-    if not all(isinstance(p, str) for p in found):
+    several = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (0,)
+    if not all(isinstance(p, str) for p in several):
         raise ArgumentError(f"{argument}={value!r}: expected a name pattern or several")
-    return found
+    return several
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -120,12 +141,12 @@ def find_layers(
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
     wanted, unwanted = patterns(include, "include") or (), patterns(exclude, "exclude") or ()
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    found = [
+    weighted = [
         (n, m, w)
         for n, m in model.named_modules()
         if (w := _weight_of(m)) is not None and "parametrizations" not in n.split(".")
     ]
-    names = [n for n, _, _ in found]
+    names = [n for n, _, _ in weighted]
     _check_patterns(wanted, names, "include")
     _check_patterns(unwanted, names, "exclude")
     tied = tied_names(model)
@@ -143,19 +164,20 @@ def find_layers(
         other = next(n for n in tied[id(weight)] if n != f"{name}.weight".lstrip("."))
         return f"its weight is shared with {other!r} and stays tied"
 
-    layers = []
-    for name, module, weight in found:
+    layers: list[Layer] = []
+    for name, module, weight in weighted:
         ready = not isinstance(weight, UninitializedParameter)
         shape = weight_shape(module) if ready else None
         sizes = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape) if ready else ()
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
         own = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
         why = reason(name, module, weight)
-        layers.append(Layer(name, type(module).__name__, sizes, shape, params, why, module, own))
+        fields: Any = (name, type(module).__name__, sizes, shape, params, why, module, own)
+        layers.append(Layer(*fields) if why else DecomposableLayer(*fields))
     return layers
 
 
-def check_weight(layer: Layer) -> None:
+def check_weight(layer: DecomposableLayer) -> None:
     """Raise WeightError unless the layer's weight has finite values."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
@@ -175,15 +197,3 @@ def check_weight(layer: Layer) -> None:
             f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend "
             f"them, or leave the layer out with exclude={[layer.name]!r}"
         )
-
-
-def columns_of(layer: Layer) -> int:
-    """Columns of the encode fold."""
-    assert layer.shape is not None
-    return layer.shape.numel // layer.shape.out_channels
-
-
-def filters_of(layer: Layer) -> int:
-    """Filters of one of a convolution's groups."""
-    assert layer.shape is not None
-    return layer.shape.out_channels // layer.shape.conv_groups

@@ -58,6 +58,21 @@ class WeightShape:
         """Channels that ``groups`` must divide: in_channels / conv_groups."""
         return self.in_channels // self.conv_groups
 
+    @property
+    def filters_per_group(self) -> int:
+        """Filters of one of a convolution's groups: out_channels / conv_groups."""
+        return self.out_channels // self.conv_groups
+
+    @property
+    def columns(self) -> int:
+        """Columns of the encode fold (scheme 0): slice_channels times the kernel's area."""
+        return self.slice_channels * math.prod(self.kernel)
+
+    @property
+    def smaller_side(self) -> int:
+        """The full rank of the encode fold with one slice."""
+        return min(self.filters_per_group, self.columns)
+
 
 def divisors(n: int) -> tuple[int, ...]:
     """All divisors of ``n``, ascending.
@@ -106,7 +121,7 @@ def _split_kernel(scheme: int, kernel: Sequence[int]) -> tuple[tuple[int, ...], 
 def matrix_shape(shape: WeightShape, scheme: int) -> tuple[int, int, int]:
     """(conv_groups, rows, cols) of the folded weight."""
     encoder, decoder = _split_kernel(scheme, shape.kernel)
-    rows = shape.out_channels // shape.conv_groups * math.prod(decoder)
+    rows = shape.filters_per_group * math.prod(decoder)
     return shape.conv_groups, rows, shape.slice_channels * math.prod(encoder)
 
 
@@ -139,8 +154,7 @@ def unfold(matrix: Tensor, shape: WeightShape, scheme: int) -> Tensor:
     axes = decoder_axes(scheme, shape.kernel)
     rest = [a for a in range(len(shape.kernel)) if a not in axes]
     sizes = [shape.kernel[a] for a in axes], [shape.kernel[a] for a in rest]
-    filters = shape.out_channels // shape.conv_groups
-    split = matrix.reshape(shape.conv_groups, filters, *sizes[0], shape.slice_channels, *sizes[1])
+    split = matrix.reshape(shape.conv_groups, shape.filters_per_group, *sizes[0], shape.slice_channels, *sizes[1])
     order = [2 + i for i in range(len(axes))], [3 + len(axes) + i for i in range(len(rest))]
     place = dict(zip([*axes, *rest], [*order[0], *order[1]], strict=True))
     kernel = [place[a] for a in range(len(shape.kernel))]
@@ -166,7 +180,7 @@ def factors_to_weights(left: Tensor, right: Tensor, shape: WeightShape, scheme: 
     g0, groups, _, rank = left.shape
     encoder_shape, decoder_shape = factor_shapes(shape, scheme, groups, rank)
     kernel = [shape.kernel[a] for a in decoder_axes(scheme, shape.kernel)]
-    split = left.reshape(g0, groups, shape.out_channels // g0, *kernel, rank)
+    split = left.reshape(g0, groups, shape.filters_per_group, *kernel, rank)
     axes = range(3, 3 + len(kernel))
     decoder = split.permute(0, 2, 1, 3 + len(kernel), *axes).reshape(decoder_shape)
     return right.reshape(encoder_shape).contiguous(), decoder.contiguous()
@@ -177,7 +191,7 @@ def weights_to_dense(encoder: Tensor, decoder: Tensor, shape: WeightShape, schem
     g0, rows, cols = matrix_shape(shape, scheme)
     rank = encoder.shape[0] // (g0 * groups)
     kernel = [shape.kernel[a] for a in decoder_axes(scheme, shape.kernel)]
-    split = decoder.reshape(g0, shape.out_channels // g0, groups, rank, *kernel)
+    split = decoder.reshape(g0, shape.filters_per_group, groups, rank, *kernel)
     axes = range(4, 4 + len(kernel))
     left = split.permute(0, 2, 1, *axes, 3).reshape(g0, groups, rows, rank)
     right = encoder.reshape(g0, groups, rank, cols // groups)

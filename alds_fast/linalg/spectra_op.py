@@ -30,12 +30,12 @@ def _row_size(matrix: Tensor, groups: Sequence[int]) -> int:
 
 
 def _spectra_cpu(
-    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], single: bool = False
+    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], float32: bool = False
 ) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     check_matrices(matrices, per_matrix)
     with one_blas_thread(), refusals():
-        rows = core().spectra(arrays(matrices), per_matrix, single, torch.get_num_threads())
+        rows = core().spectra(arrays(matrices), per_matrix, float32, torch.get_num_threads())
     return [torch.from_numpy(r) for r in rows]
 
 
@@ -44,7 +44,7 @@ _spectra_op = torch.library.custom_op("alds_fast::spectra", _spectra_cpu, mutate
 
 @_spectra_op.register_fake
 def _spectra_fake(
-    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], single: bool = False
+    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], float32: bool = False
 ) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     check_matrices(matrices, per_matrix)
@@ -55,23 +55,25 @@ def _spectra_fake(
 
 
 def _spectra_cuda(
-    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], single: bool = False
+    matrices: Sequence[Tensor], groups: Sequence[int], counts: Sequence[int], float32: bool = False
 ) -> list[Tensor]:
     per_matrix = _unflatten(groups, counts)
     check_matrices(matrices, per_matrix)
-    return [spectra_torch(m, ks, single) for m, ks in zip(matrices, per_matrix, strict=True)]
+    return [spectra_torch(m, ks, float32) for m, ks in zip(matrices, per_matrix, strict=True)]
 
 
 _spectra_op.register_kernel("cuda")(_spectra_cuda)
 
 
-def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]], *, single: bool = False) -> list[list[Tensor]]:
+def spectra(
+    matrices: Sequence[Tensor], groups: Sequence[Sequence[int]], *, float32: bool = False
+) -> list[list[Tensor]]:
     """Singular values of all channel slices of folded weights, for all candidate ``groups``.
 
     Args:
         matrices: folded weights, each (batch, rows, cols), float32 or float64, CPU or CUDA.
         groups: for every matrix, the slice counts; each divides cols.
-        single: compute in float32, about twice as fast; squared norms of the slices are right to float64 all the same.
+        float32: compute in float32, about twice as fast; squared norms of the slices are right to float64 all the same.
 
     Returns:
         For every matrix and every k of its ``groups`` a float64 tensor (batch, k, min(rows, cols / k)), descending.
@@ -90,7 +92,7 @@ def spectra(matrices: Sequence[Tensor], groups: Sequence[Sequence[int]], *, sing
     """
     flat = [k for ks in groups for k in ks]
     run = implementation(matrices, _spectra_op, {"cpu": _spectra_cpu, "cuda": _spectra_cuda})
-    rows = run(list(matrices), flat, [len(ks) for ks in groups], single) if len(matrices) else []
+    rows = run(list(matrices), flat, [len(ks) for ks in groups], float32) if len(matrices) else []
     results = []
     for m, ks, row in zip(matrices, groups, rows, strict=True):
         sizes = [k * min(m.shape[1], m.shape[2] // k) for k in ks]

@@ -42,9 +42,9 @@ def _gram(slices: Tensor) -> Tensor:
     return slices @ slices.mT if slices.shape[-2] <= slices.shape[-1] else slices.mT @ slices
 
 
-def _eigenvalues(gram: Tensor, single: bool) -> Tensor:
-    """Eigenvalues of Gram matrices, ascending, >= 0, computed in float32 if ``single``; their sum is the trace then."""
-    if not single:
+def _eigenvalues(gram: Tensor, float32: bool) -> Tensor:
+    """Eigenvalues of Gram matrices, ascending, >= 0, computed in ``float32`` or not; their sum is the trace then."""
+    if not float32:
         return torch.linalg.eigvalsh(gram).clamp_min(0)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     values = torch.linalg.eigvalsh((gram / trace.clamp_min(TINY).unsqueeze(-1)).float()).double().clamp_min(0)
@@ -56,12 +56,12 @@ def _eigenvalues(gram: Tensor, single: bool) -> Tensor:
     return values * (trace / total.clamp_min(TINY))
 
 
-def spectra_torch(matrix: Tensor, groups: Sequence[int], single: bool) -> Tensor:
+def spectra_torch(matrix: Tensor, groups: Sequence[int], float32: bool) -> Tensor:
     """Singular values of the slices for all ``groups``, side by side as the operator has them: (batch, total).
 
-    (Gram matrices are float64 even if ``single``: a product in float32 may be one in TensorFloat-32.)
+    (Gram matrices are float64 even if ``float32``: a product in float32 may be one in TensorFloat-32.)
     """
-    values = [_eigenvalues(_gram(_slices(matrix, k)), single).sqrt().flip(-1).flatten(1) for k in groups]
+    values = [_eigenvalues(_gram(_slices(matrix, k)), float32).sqrt().flip(-1).flatten(1) for k in groups]
     return torch.cat(values, 1) if values else matrix.new_empty((matrix.shape[0], 0), dtype=torch.float64)
 
 

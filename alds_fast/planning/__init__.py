@@ -6,30 +6,28 @@ Here belongs what ties the steps together and checks users' options. The steps t
 from .analysis import Analysis
 from .compression import compress
 from .defaults import check_is_possible, resolved_norm, resolved_precision
-from .options import ALL_CRITERIA, METHODS, check_groups, check_plan_options, check_schemes, is_single
+from .options import METHODS, check_groups, check_plan_options, check_schemes, is_float32
 from .plan import Plan
 from .plan_rows import LayerPlan
 from .plots import analysis_dict, check_plot, plot_plan
-from .run_analysis import analyze, analyze_with_progress, with_data
+from .run_analysis import Progress, analyze
 
 __all__ = [
-    "ALL_CRITERIA",
     "METHODS",
     "Analysis",
     "LayerPlan",
     "Plan",
+    "Progress",
     "analysis_dict",
     "analyze",
-    "analyze_with_progress",
     "check_groups",
     "check_is_possible",
     "check_plan_options",
     "check_plot",
     "check_schemes",
     "compress",
-    "is_single",
+    "is_float32",
     "plot_plan",
     "resolved_norm",
     "resolved_precision",
-    "with_data",
 ]

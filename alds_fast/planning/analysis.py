@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..allocation import Candidates, candidates, dense_reason, put_exact
+from ..allocation import BASELINES, Candidates, candidates, dense_reason, put_exact
 from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Sharpen, exact_spectra, layer_errors, with_outputs
-from ..layers import Layer
+from ..layers import DecomposableLayer, Layer, decomposable
 from ..text import shape_text, table
 from .budget_loop import Problem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
@@ -107,20 +107,22 @@ class Analysis:
                 in float32.
         """
         shares = {"params": params, "flops": flops, "latency": latency}
-        basis = Basis(resolved_criterion(criterion, self.moments, method), self.moments, bool(bias_correction))
-        p = resolved_norm(p, basis.criterion, shares, method)
-        options = {"criterion": basis.criterion, "p": p, "method": method, "align": align, "cache": cache}
+        options: dict[str, Any] = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
         options |= {"bias_correction": bias_correction, "importance": importance}
         check_plan_options(shares, error, example_inputs, **options)
-        layers = [layer for layer in self.layers if layer.name in self.spectra]
+        basis = Basis(resolved_criterion(criterion, self.moments, method), self.moments, bias_correction)
+        p = resolved_norm(p, basis.criterion, shares, method)
+        layers = decomposable(self.layers)
         weights = {layer.name: 1.0 for layer in layers}
         weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
         budgets = [name for name, share in shares.items() if share is not None]
         if not check_is_possible(budgets, basis.criterion, method):
-            self._sharpen([(name, key) for name, s in self.spectra.items() for key in sorted(s.single)])
+            self._sharpen([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
         while True:
             choices = self._choices(layers, basis, align, weights)
-            spectra = [with_outputs(self.spectra[layer.name], basis, method) for layer in layers]
+            spectra = [self.spectra[layer.name] for layer in layers]
+            if method in BASELINES and BASELINES[method].needs_data:
+                spectra = [with_outputs(s, basis) for s in spectra]
             problem = Problem(self.model, self.params, layers, choices, spectra, method)
             if error is not None:
                 outcome = problem.within(float(error))
@@ -144,7 +146,7 @@ class Analysis:
         self._errors.clear()
 
     def _choices(
-        self, layers: Sequence[Layer], basis: Basis, align: int, weights: Mapping[str, float]
+        self, layers: Sequence[DecomposableLayer], basis: Basis, align: int, weights: Mapping[str, float]
     ) -> list[Candidates]:
         """Every choice of the layers; their errors are kept for the next plan."""
         key = basis.criterion, basis.bias_correction
@@ -152,7 +154,6 @@ class Analysis:
             self._errors[key] = [layer_errors(self.spectra[layer.name], basis, self.max_groups) for layer in layers]
         found = []
         for layer, errors in zip(layers, self._errors[key], strict=True):
-            assert layer.shape is not None
             found.append(candidates(layer.shape, {k: weights[layer.name] * e for k, e in errors.items()}, align))
         return found
 
@@ -171,6 +172,6 @@ class Analysis:
             folds = f"{len(found.top)} x {len(found.values) // len(found.top)}" if found else "-"
             cells = [layer.name or "(model)", layer.kind, shape_text(layer.weight), f"{layer.params:,}", folds]
             rows.append([*cells, layer.reason or ""])
-        inside = sum(s.layer.shape.numel for s in self.spectra.values() if s.layer.shape)
+        inside = sum(s.layer.shape.numel for s in self.spectra.values())
         total = f"{self.params:,} parameters, {inside:,} of them in {len(self.spectra)} layers that can be factorised"
         return table(headers, rows, left=(0, 1, 5)) + "\n" + total

@@ -32,7 +32,7 @@ from ..allocation import (
 )
 from ..criteria import Key, LayerSpectra
 from ..errors import BudgetError
-from ..layers import Layer
+from ..layers import DecomposableLayer
 from ..measurement import Timings, counted_inputs, device_name
 from .plan_rows import Latency
 
@@ -45,7 +45,7 @@ class Problem:
 
     model: nn.Module
     params: int
-    layers: Sequence[Layer]
+    layers: Sequence[DecomposableLayer]
     choices: Sequence[Candidates]
     spectra: Sequence[LayerSpectra] = ()
     method: str = "alds"
@@ -64,7 +64,7 @@ class Problem:
 
     def doubt(self, outcome: Outcome, weights: Sequence[float], p: float) -> list[tuple[str, Key]]:
         """The float32 spectra, by layer, errors times ``weights``, that might not decide as float64 ones."""
-        if not any(s.single for s in self.spectra):
+        if not any(s.float32 for s in self.spectra):
             return []
         (table,), found = outcome.tables, outcome.solution.found
 

@@ -7,13 +7,12 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 
-from ..allocation import SHARES
-from ..criteria import CRITERIA, DATA_CRITERIA, Groups
+from ..allocation import BASELINES, SHARES
+from ..criteria import CRITERIA, Groups
 from ..errors import ArgumentError, BudgetError, LayerNotFoundError
 from ..linalg import SCHEMES
 
-METHODS = ("alds", "alds-heuristic", "svd", "svd-energy", "svd-nuclear", "l-rank", "sum", "uniform", "pca")
-ALL_CRITERIA = (*CRITERIA, *DATA_CRITERIA)
+METHODS = ("alds", *BASELINES)
 
 
 def check_schemes(schemes: Sequence[int]) -> tuple[int, ...]:
@@ -35,7 +34,7 @@ def check_groups(groups: Groups) -> Groups:
     return groups
 
 
-def is_single(precision: str) -> bool:
+def is_float32(precision: str) -> bool:
     """Whether ``precision`` is "float32", not "float64"; ArgumentError if it is neither."""
     if precision not in ("float32", "float64"):
         raise ArgumentError(f"precision={precision!r} is neither 'float32' nor 'float64'")
@@ -107,12 +106,12 @@ def check_plan_options(
     """
     if method == "pca" and criterion not in (None, "output"):
         raise ArgumentError(f"method='pca' is made for criterion='output', not {criterion!r}; leave criterion out")
-    criterion, p = ALL_CRITERIA[0] if criterion is None else criterion, math.inf if p is None else p
+    criterion, p = "frobenius" if criterion is None else criterion, math.inf if p is None else p
     given = _check_budgets(shares, error, example_inputs)
     if not _is_number(p) or not p >= 1:  # type: ignore[operator]
         raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
-    if not isinstance(criterion, str) or criterion not in ALL_CRITERIA:
-        raise ArgumentError(f"criterion={criterion!r} is not one of {', '.join(ALL_CRITERIA)}")
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
+        raise ArgumentError(f"criterion={criterion!r} is not one of {', '.join(CRITERIA)}")
     if not isinstance(bias_correction, bool):
         raise ArgumentError(f"bias_correction={bias_correction!r} is not True or False")
     if importance is not None and not isinstance(importance, Mapping):

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..criteria import Basis, Moments
+from ..criteria import CRITERIA, Basis, Moments
 from ..errors import AldsError, ModelError, PlanError
 from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved
-from ..layers import count_params, find_layers, label
+from ..layers import count_params, decomposable, find_layers, label
 from ..measurement import check_batches
 from ..text import number, shape_text, table
 from .plan_rows import Latency, LayerPlan, checked, read_latency, read_row, real
@@ -71,7 +71,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
-        return self.criterion != "frobenius" or self.budget.startswith("error")
+        return not CRITERIA[self.criterion].certified or self.budget.startswith("error")
 
     def apply(
         self,
@@ -124,10 +124,10 @@ class Plan:
         basis = self._basis(moments)
         gradients = {
             name: (m.gradient, m.gradient_noise) for name, m in basis.moments.items()
-            if self.criterion == "sensitivity" and m.gradient is not None
+            if CRITERIA[self.criterion].needs_gradients and m.gradient is not None
         }  # fmt: skip
         names = [row.name for row in self.layers if row.choice]
-        layers = [layer for layer in find_layers(model) if layer.name in names]
+        layers = [layer for layer in decomposable(find_layers(model)) if layer.name in names]
         return refit_layers(
             small, model, layers, data, gradients=gradients, bias_correction=self.bias_correction, mask=mask
         )
@@ -194,6 +194,8 @@ class Plan:
                 raise PlanError("not a plan: layers is not a list")
             layers = tuple(read_row(fields) for fields in data["layers"])
             budget, criterion, method = (checked(data, "plan", n, str) for n in ("budget", "criterion", "method"))
+            if criterion not in CRITERIA:
+                raise PlanError(f"plan: criterion={criterion!r} is not one of {', '.join(CRITERIA)}; update alds_fast")
             before, align = (checked(data, "plan", n, int) for n in ("params_before", "align"))
             p, gap = (real(data, "plan", n) for n in ("p", "gap"))
             gap = math.nan if any(math.isnan(row.error) for row in layers) else gap

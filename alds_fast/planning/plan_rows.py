@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..allocation import MAX_LATENCY_GROUPS, Candidates
 from ..errors import ArgumentError, PlanError
 from ..factors import Choice
-from ..layers import Layer
+from ..layers import DecomposableLayer, Layer
 from ..linalg import Decomposition, WeightShape
 
 
@@ -159,7 +159,7 @@ def planned_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: i
     row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
     row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
     row |= {"params_before": layer.params, "params_after": layer.params, "reason": layer.reason}
-    if pick is None:
+    if pick is None or not isinstance(layer, DecomposableLayer):
         return LayerPlan(**row)
     choices, candidate, reason = pick
     chosen = choices.decomposition(candidate)
@@ -167,7 +167,6 @@ def planned_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: i
         multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
         none = no_error or f"no factorisation{multiples} is smaller"
         return LayerPlan(**{**row, "reason": reason if choices.curves else none})
-    assert layer.shape is not None
     row |= {**chosen.to_dict(), "error": float(choices.errors[candidate])}
     row["params_after"] -= layer.shape.numel - chosen.params(layer.shape)
     return LayerPlan(**row)

@@ -21,9 +21,8 @@ def analysis_dict(analysis: Analysis) -> dict[str, Any]:
     """The analysis as JSON-ready data: every layer with its candidates (scheme, groups, full rank) or its reason."""
     layers = []
     for layer in analysis.layers:
-        found = analysis.spectra.get(layer.name)
-        options = sorted(found.values) if found and layer.shape else []
-        triples = [[scheme, groups, max_rank(layer.shape, scheme, groups)] for scheme, groups in options if layer.shape]
+        spectra = analysis.spectra.get(layer.name)
+        triples = [[*fold, max_rank(spectra.layer.shape, *fold)] for fold in sorted(spectra.values)] if spectra else []
         row = {"name": layer.name, "kind": layer.kind, "shape": list(layer.weight), "params": layer.params}
         layers.append({**row, "candidates": triples, "reason": layer.reason})
     return {"params": analysis.params, "layers": layers}

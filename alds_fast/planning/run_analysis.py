@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
 from torch import nn
 
-from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, layer_spectra, with_groups
-from ..layers import Layer, check_weight, count_params, find_layers
+from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, layer_spectra, total_work, with_groups
+from ..layers import check_weight, count_params, decomposable, find_layers
 from ..linalg import SCHEMES
 from .analysis import Analysis
-from .options import check_groups, check_schemes, is_single
+from .options import check_groups, check_schemes, is_float32
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 def analyze(
@@ -27,6 +29,7 @@ def analyze(
     mask: str | None = "attention_mask",
     moment_order: int = 8192,
     precision: str = "float64",
+    progress: Progress | None = None,
 ) -> Analysis:
     """Spectra of every layer under every fold and number of channel slices; the model is not changed.
 
@@ -45,6 +48,7 @@ def analyze(
             which allows the encode fold with one slice only.
         precision: "float64", or "float32" for weights on the CPU of no wider type: spectra in half the time, for plans
             that come to the same (:meth:`Analysis.plan`); leave the model as it is until these are made.
+        progress: told (what, done, total) as the work goes on; total is 0 where ``data`` has no length.
 
     Raises:
         WeightError: a layer has NaN or infinite weights, or none at all (meta device).
@@ -57,40 +61,26 @@ def analyze(
     >>> plan.params <= 0.5 * analysis.params
     True
     """
-    found = analyze_with_progress(model, schemes, groups, include, exclude, precision)
-    return found if data is None else with_data(found, data, sensitivity, mask, moment_order, groups)
-
-
-def with_data(
-    analysis: Analysis,
-    data: Iterable[Any],
-    sensitivity: Sensitivity,
-    mask: str | None = "attention_mask",
-    order: int = 8192,
-    groups: Groups = "divisors",
-) -> Analysis:
-    """The analysis, made with these ``groups``, with moments collected on ``data``; arguments as of analyze."""
-    limit = MAX_DATA_GROUPS if groups == "divisors" else None
-    layers = [layer for layer in analysis.layers if layer.name in analysis.spectra]
-    found = collect_moments(analysis.model, data, layers, sensitivity=sensitivity, mask=mask, order=order)
-    own = dict(analysis.spectra)  # plans may put others in their place
-    return dataclasses.replace(analysis, spectra=own, moments=found, max_groups=limit, _errors={})
-
-
-def analyze_with_progress(
-    model: nn.Module,
-    schemes: Sequence[int],
-    groups: Groups,
-    include: str | Iterable[str] | None,
-    exclude: str | Iterable[str] | None,
-    precision: str = "float64",
-    start: Callable[[Sequence[Layer]], Callable[[int], None]] = lambda layers: lambda n: None,
-) -> Analysis:
-    """:func:`analyze` that calls ``start(layers)`` before the work and what that returns after each part of it."""
-    schemes, groups, single = check_schemes(schemes), check_groups(groups), is_single(precision)
+    schemes, groups, float32 = check_schemes(schemes), check_groups(groups), is_float32(precision)
     layers = [with_groups(layer, groups) for layer in find_layers(model, include, exclude)]
-    ready = [layer for layer in layers if layer.reason is None]
+    ready = decomposable(layers)
     for layer in ready:
         check_weight(layer)
-    found = layer_spectra(ready, schemes, groups, start(ready), single=single)
-    return Analysis(tuple(layers), {s.layer.name: s for s in found}, count_params(model), model)
+    told = progress or (lambda what, done, total: None)
+    weights, finished = total_work(ready, schemes), 0
+
+    def done(count: int) -> None:
+        nonlocal finished
+        finished += count
+        told("spectra", finished, weights)
+
+    spectra = {s.layer.name: s for s in layer_spectra(ready, schemes, groups, done, float32=float32)}
+    analysis = Analysis(tuple(layers), spectra, count_params(model), model)
+    if data is None:
+        return analysis
+    batches = len(data) if isinstance(data, Sized) else 0
+    moments = collect_moments(
+        model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order,
+        done=lambda count: told("moments", count, batches),
+    )  # fmt: skip
+    return dataclasses.replace(analysis, moments=moments, max_groups=MAX_DATA_GROUPS if groups == "divisors" else None)

@@ -4,10 +4,9 @@ Here belongs a method that others published. What this package uses by default b
 """
 
 from .filter_pruning import filter_threshold
-from .rules import BASELINES, ONE_SLICE
+from .registry import BASELINES
 
 __all__ = [
     "BASELINES",
-    "ONE_SLICE",
     "filter_threshold",
 ]

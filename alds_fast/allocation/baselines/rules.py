@@ -1,8 +1,8 @@
 """Other ways to share one budget among the layers, to compare the exact allocator against.
 
 Every baseline gets the layers' candidates with their costs under the budget, the layers' singular values, and what the
-layers may cost together; it returns the candidate that each layer takes, never above the budget. :data:`BASELINES` has
-them by name; those in :data:`ONE_SLICE` use the encode fold with one slice, the others whatever was analysed.
+layers may cost together; it returns the candidate that each layer takes, never above the budget. the registry has them
+by name.
 
 Most are rules of one parameter: every layer has a chain of points of rising cost and takes the last one whose level is
 at most t, which is the same for all layers and the largest that meets the budget. What such a rule leaves of the
@@ -12,7 +12,7 @@ among are its multiples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +22,7 @@ from ...errors import ArgumentError, BudgetError
 from ..candidates import Candidates
 from ..one_budget import allocate
 from ..pareto import Floats, Ints, _lower_hull, pareto_front
-from .paper_search import alds_heuristic
 from .pca import pca_ranks
-
-ONE_SLICE = ("svd", "svd-energy", "svd-nuclear", "l-rank", "pca")
-Baseline = Callable[[Sequence[Candidates], Sequence[LayerSpectra], int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -190,20 +186,3 @@ def pca(layers: Sequence[Candidates], spectra: Sequence[LayerSpectra], budget: i
             raise ArgumentError("method='pca' needs data: analyze(model, data=batches)")
         found.append(spectrum.output.numpy())
     return pca_on(layers, found, budget)
-
-
-def _heuristic(layers: Sequence[Candidates], spectra: Sequence[LayerSpectra], budget: int) -> list[int]:
-    """``alds-heuristic``: :func:`alds_fast.allocation.baselines.paper_search.alds_heuristic`."""
-    return alds_heuristic(layers, budget)
-
-
-BASELINES: dict[str, Baseline] = {
-    "alds-heuristic": _heuristic,
-    "svd": svd,
-    "svd-energy": svd_energy,
-    "svd-nuclear": svd_nuclear,
-    "l-rank": l_rank,
-    "sum": least_sum,
-    "uniform": uniform,
-    "pca": pca,
-}

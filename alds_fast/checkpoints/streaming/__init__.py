@@ -5,11 +5,9 @@ Here belongs what works through a checkpoint a part at a time. Formats of files 
 
 from .api import CompressedCheckpoint, compress_checkpoint
 from .journal import PLAN
-from .streamed_model import Progress
 
 __all__ = [
     "PLAN",
     "CompressedCheckpoint",
-    "Progress",
     "compress_checkpoint",
 ]

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...criteria import CRITERIA
+from ...criteria import WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
 from ...factors import FactorReport
 from ...layers import patterns
 from ...linalg import SCHEMES
-from ...planning import Plan, check_groups, check_plan_options, check_schemes, is_single, resolved_norm
+from ...planning import Plan, Progress, check_groups, check_plan_options, check_schemes, is_float32, resolved_norm
 from ...version import __version__
 from ..safetensors_reader import CONFIG, Stored, open_shards
 from .factors_and_files import FACTORS, compress_streamed
@@ -23,7 +23,7 @@ from .journal import JOB, PLAN, Journal
 from .output_files import companions
 from .processes import joined, own_device
 from .source_checksums import check_unchanged
-from .streamed_model import Progress, Settings, Work
+from .streamed_model import Settings, Work
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def _settings(
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
     check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align)
-    if criterion not in CRITERIA:
+    if criterion not in WEIGHT_CRITERIA:
         raise ArgumentError(
             f"criterion={criterion!r} needs data, which is not collected from checkpoint directories; choose from "
-            f"{', '.join(CRITERIA)}, or load the model and use analyze(data=)"
+            f"{', '.join(WEIGHT_CRITERIA)}, or load the model and use analyze(data=)"
         )
     named = None if isinstance(groups, str) and groups == "auto" else check_groups(groups)
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
@@ -53,7 +53,7 @@ def _settings(
     return Settings(
         budget, criterion, float(resolved_norm(p, criterion, {"params": params}, "alds")), int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
-        patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, is_single(precision),
+        patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, is_float32(precision),
     )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def compress_checkpoint(
     max_shard_bytes: int = 5 * 10**9,
     precision: str = "float32",
     device: str = "cpu",
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress | None = None,
 ) -> CompressedCheckpoint:
     """Compress a checkpoint directory into another one, with no more than a few layers in memory.
 
@@ -120,7 +120,11 @@ def compress_checkpoint(
     journal = Journal(output, json.loads(json.dumps({**job, **asdict(settings)})))
     with joined() as world, ExitStack() as stack:
         finished = journal.check()
-        work = None if finished else Work(shards, settings, world, place, journal, progress)
+        work = (
+            None
+            if finished
+            else Work(shards, settings, world, place, journal, progress or (lambda what, done, total: None))
+        )
         if world.first and not finished:
             stack.enter_context(journal.locked())
             journal.begin()

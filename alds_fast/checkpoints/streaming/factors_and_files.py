@@ -18,7 +18,7 @@ from .output_files import OutputFile, companions, index_of, output_files
 from .source_checksums import read_record, recorded, verified
 from .spectra_and_plan import find_plan, find_spectra
 from .stored_spectra import check_sums, exact_values, in_doubt, kind_of, spectra_of
-from .streamed_model import Work, size_of
+from .streamed_model import Work
 
 FACTORS = "alds_factors.json"
 
@@ -30,13 +30,8 @@ def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: M
     wanted = [part.layer for file in missing for part in file.parts if part.layer is not None]
     todo = [i for i in wanted if not (journal.has("factors", i) and journal.has("report", i))]
     _check_room(work, missing, todo)
-    own = work.shared(todo)
-    done, total = 0, sum(size_of(work.ready[i]) for i in own)
-    for batch in work.batches(own):
+    for batch in work.in_batches("factors", todo):
         _factorise(work, plan, {i: choices[i] for i in batch})
-        done += sum(size_of(work.ready[i]) for i in batch)
-        work.progress("factors", done, total)
-    work.world.together()
 
 
 def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) -> None:
@@ -58,7 +53,7 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
                for i, (s, _) in known.items()}  # fmt: skip
     with work.weights(layers.values()) as sums:
         check_sums(work, {i: crc for i, (_, crc) in known.items()}, sums)
-        limit = sum(map(size_of, layers.values()))
+        limit = sum(layer.shape.numel for layer in layers.values())
         for choice, low, report in plain_layers([(choices[i], layers[i]) for i in choices], spectra, plan.exact, limit):
             number = numbers[choice.name]
             dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
@@ -153,7 +148,7 @@ def compress_streamed(work: Work) -> None:
     numbers = {layer.name: i for i, layer in work.ready.items()}
     if work.world.first:
         own = {work.sources[name] for name in numbers}
-        found = [i for i in work.ready if work.journal.has(kind_of(work.settings.single), i)]
+        found = [i for i in work.ready if work.journal.has(kind_of(work.settings.float32_first), i)]
         known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in found}
         recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in own], known)
     work.world.together()

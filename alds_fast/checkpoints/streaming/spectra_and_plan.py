@@ -11,30 +11,25 @@ from ...allocation import pruned_spectra
 from ...criteria import Key, exact_spectra
 from ...errors import FileFormatError, PlanError
 from ...files import write_whole
-from ...layers import Layer, count_params
+from ...layers import DecomposableLayer, count_params
 from ...planning import Analysis, Plan
 from .journal import PLAN
 from .stored_spectra import DOUBT, _decided, _exact, check_sums, exact_values, in_doubt, kind_of, spectra_of
-from .streamed_model import Work, size_of
+from .streamed_model import Work
 
 
 def find_spectra(work: Work) -> None:
     """The spectra of all layers, in the journal."""
-    ready, settings, journal, kind = work.ready, work.settings, work.journal, kind_of(work.settings.single)
+    ready, settings, journal, kind = work.ready, work.settings, work.journal, kind_of(work.settings.float32_first)
     options = (settings.schemes, settings.groups, settings.criterion, settings.align)
-    own = work.shared([i for i in ready if not journal.has(kind, i)])
-    done, total = 0, sum(size_of(ready[i]) for i in own)
-    for batch in work.batches(own):
+    for batch in work.in_batches("spectra", [i for i in ready if not journal.has(kind, i)]):
         layers = [ready[i] for i in batch]
         with work.weights(layers) as sums:
-            found = pruned_spectra(layers, *options, single=settings.single)
+            found = pruned_spectra(layers, *options, float32=settings.float32_first)
         for number, spectra in zip(batch, found, strict=True):
             tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
-            notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.single)}
+            notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.float32)}
             journal.put(kind, number, tensors, notes)
-        done += sum(map(size_of, layers))
-        work.progress("spectra", done, total)
-    work.world.together()
 
 
 def _find_exact(work: Work) -> None:
@@ -44,17 +39,12 @@ def _find_exact(work: Work) -> None:
     for number, key in sorted(in_doubt(work)):
         if not journal.has(_exact(key), number):
             left.setdefault(number, []).append(key)
-    own = work.shared(list(left))
-    done, total = 0, sum(size_of(ready[i]) for i in own)
-    for batch in work.batches(own):
+    for batch in work.in_batches("spectra in doubt", list(left)):
         numbers = {ready[i].name: i for i in batch}
         with work.weights([ready[i] for i in batch]) as sums:
             check_sums(work, {i: spectra_of(work, i)[1] for i in batch}, sums)
             for layer, key, values in exact_spectra([(ready[i], key) for i in batch for key in left[i]]):
                 journal.put(_exact(key), numbers[layer.name], {"values": values}, {})
-        done += sum(size_of(ready[i]) for i in batch)
-        work.progress("spectra in doubt", done, total)
-    work.world.together()
 
 
 def find_plan(work: Work) -> Plan:
@@ -78,7 +68,9 @@ def find_plan(work: Work) -> Plan:
         raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
 
-def _sharpen(work: Work, wanted: Sequence[tuple[Layer, Key]]) -> Iterator[tuple[Layer, Key, Tensor]]:
+def _sharpen(
+    work: Work, wanted: Sequence[tuple[DecomposableLayer, Key]]
+) -> Iterator[tuple[DecomposableLayer, Key, Tensor]]:
     """Spectra in float64, computed by all processes; the first one asks."""
     numbers = {layer.name: i for i, layer in work.ready.items()}
     known, asked = in_doubt(work), {(numbers[layer.name], key) for layer, key in wanted}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...criteria import Key, LayerSpectra, all_single
+from ...criteria import Key, LayerSpectra, all_float32
 from ...errors import FileFormatError
 from ...layers import label
 from .journal import LATER
@@ -17,9 +17,9 @@ from .streamed_model import Work
 DOUBT = "alds_doubt.json"
 
 
-def kind_of(single: bool) -> str:
+def kind_of(float32: bool) -> str:
     """What the spectra of a layer are called in the journal."""
-    return "spectra32" if single else "spectra64"
+    return "spectra32" if float32 else "spectra64"
 
 
 def _exact(key: Key) -> str:
@@ -40,11 +40,11 @@ def check_sums(work: Work, known: Mapping[int, int], found: Mapping[str, int]) -
 
 def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
     """The spectra of a layer out of the journal, and the CRC-32 of the weight that they are of."""
-    tensors, notes = work.journal.get(kind_of(work.settings.single), number)
+    tensors, notes = work.journal.get(kind_of(work.settings.float32_first), number)
     values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
     top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
     found = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
-    return all_single(found) if notes["single"] else found, int(notes["crc32"])
+    return all_float32(found) if notes["single"] else found, int(notes["crc32"])
 
 
 def exact_values(work: Work, number: int, key: Key) -> Tensor:

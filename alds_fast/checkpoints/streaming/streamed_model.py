@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,14 +14,13 @@ from ...allocation import auto_groups
 from ...criteria import for_threads, with_groups
 from ...files import crc32
 from ...integrations import stored_names
-from ...layers import Layer, check_weight, find_layers
-from ...planning import check_is_possible
+from ...layers import DecomposableLayer, Layer, check_weight, find_layers
+from ...linalg import WeightShape
+from ...planning import Progress, check_is_possible
 from ..safetensors_reader import DTYPES, Shards
 from .journal import Journal
 from .meta_model import check_stored, skeleton, untie
 from .processes import World
-
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings:
     float32: bool  # spectra, where that can be checked
 
     @property
-    def single(self) -> bool:
+    def float32_first(self) -> bool:
         """Whether spectra are computed in float32 first."""
         return self.float32 and check_is_possible(list(self.budget), self.criterion, "alds")
 
@@ -71,26 +70,23 @@ class Work:
 
     def _checked(self, layer: Layer) -> Layer:
         """The layer, left out if its weight cannot be streamed; FileFormatError if its shape is another."""
-        if layer.reason is not None:
+        if not isinstance(layer, DecomposableLayer):
             return layer
         source = self.sources.get(layer.name)
         if source is None:
-            return replace(layer, reason="its weight is not stored as a tensor of its own")
-        assert layer.shape is not None
+            return layer.left_out("its weight is not stored as a tensor of its own")
         groups, stored = self.settings.groups, self.shards.tensors[source]
-        layer = layer if groups is None else with_groups(layer, groups)
-        if layer.reason is not None:
-            return layer
-        floating = stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
-        return layer if floating else replace(layer, reason=f"its weight is stored as {stored.dtype}")
+        if stored.dtype not in DTYPES or not DTYPES[stored.dtype].is_floating_point:
+            return layer.left_out(f"its weight is stored as {stored.dtype}")
+        return layer if groups is None else with_groups(layer, groups)
 
     @property
-    def ready(self) -> dict[int, Layer]:
+    def ready(self) -> dict[int, DecomposableLayer]:
         """The layers that can be factorised, by number: their place among all, by which the journal knows them."""
-        return {i: layer for i, layer in enumerate(self.layers) if layer.reason is None}
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, DecomposableLayer)}
 
     @contextmanager
-    def weights(self, layers: Iterable[Layer]) -> Iterator[dict[str, int]]:
+    def weights(self, layers: Iterable[DecomposableLayer]) -> Iterator[dict[str, int]]:
         """The layers with their weights, checked, on the device, half types as float32; their CRC-32 by name."""
         layers, sums = list(layers), {}
         empty = [layer.module.weight for layer in layers]
@@ -114,7 +110,7 @@ class Work:
         of the free memory has room for those. (What comes out does not depend on it.)
         """
         ready = self.ready
-        memory = {i: memory_of(layer) for i, layer in ready.items()}
+        memory = {i: memory_of(layer.shape) for i, layer in ready.items()}
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         room = max(*memory.values(), min(for_threads(list(memory.values()), most=64), free // 2), 0)
         batch: list[int] = []
@@ -126,38 +122,33 @@ class Work:
         if batch:
             yield batch
 
+    def in_batches(self, what: str, numbers: list[int]) -> Iterator[list[int]]:
+        """This process's part of the layers, a few at a time, and the progress told; then all processes meet."""
+        own = self.shared(numbers)
+        done, total = 0, sum(self.ready[i].shape.numel for i in own)
+        for batch in self.batches(own):
+            yield batch
+            done += sum(self.ready[i].shape.numel for i in batch)
+            self.progress(what, done, total)
+        self.world.together()
+
     def shared(self, numbers: list[int]) -> list[int]:
         """This process's part of the layers; all processes have looked what is left before one begins."""
         self.world.together()
         ready = self.ready
-        return self.world.share(numbers, lambda i: cost_of(ready[i]))
+        return self.world.share(numbers, lambda i: cost_of(ready[i].shape))
 
 
-def size_of(layer: Layer) -> int:
-    """Weights of a layer."""
-    assert layer.shape is not None
-    return layer.shape.numel
-
-
-def _order_of(layer: Layer) -> int:
-    """The smaller side of a layer's matrix."""
-    assert layer.shape is not None
-    return min(layer.shape.out_channels // layer.shape.conv_groups, layer.shape.numel // layer.shape.out_channels)
-
-
-def memory_of(layer: Layer) -> int:
+def memory_of(shape: WeightShape) -> int:
     """Bytes of a layer that is worked on: weight, in float32 and as stored, fold, Gram matrices of all slice counts."""
-    assert layer.shape is not None
-    return 10 * size_of(layer) + 12 * layer.shape.conv_groups * _order_of(layer) ** 2
+    return 10 * shape.numel + 12 * shape.conv_groups * shape.smaller_side**2
 
 
-def cost_of(layer: Layer) -> float:
+def cost_of(shape: WeightShape) -> float:
     """What a layer costs, up to a factor: products with itself, the factors, the eigenproblems of all slice counts.
 
     (Their shares are those measured of float32 matrices from 1024 x 1024 to 16384 x 4096.)
     """
-    assert layer.shape is not None
-    order, groups = _order_of(layer), layer.shape.conv_groups
-    filters, columns = layer.shape.out_channels // groups, layer.shape.numel // layer.shape.out_channels
-    slices = sum(k * min(filters, columns // k) ** 3 for k in auto_groups(layer.shape.slice_channels))
-    return float(order * size_of(layer)) + groups * (1.4 * order**3 + 0.75 * slices)
+    filters, columns, order = shape.filters_per_group, shape.columns, shape.smaller_side
+    slices = sum(k * min(filters, columns // k) ** 3 for k in auto_groups(shape.slice_channels))
+    return float(order * shape.numel) + shape.conv_groups * (1.4 * order**3 + 0.75 * slices)
