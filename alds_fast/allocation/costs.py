@@ -42,9 +42,9 @@ class CostTable:
         """The smallest cost that the compressed model can have."""
         return self.fixed + sum(int(c.min()) for c in self.costs)
 
-    def cost(self, found: Sequence[int]) -> int:
+    def cost(self, picks: Sequence[int]) -> int:
         """What the model costs with these candidates."""
-        return self.fixed + sum(int(c[i]) for c, i in zip(self.costs, found, strict=True))
+        return self.fixed + sum(int(c[i]) for c, i in zip(self.costs, picks, strict=True))
 
     def share_text(self, cost: int) -> str:
         """name=share of a cost, rounded up, as it would be asked for."""
@@ -81,12 +81,12 @@ def flops_table(
         )
     costs, fixed = [], total
     for layer, choice in zip(layers, choices, strict=True):
-        shape, module, own = layer.shape, layer.module, calls[layer.name]
-        dense = dense_flops(module, shape, own)
+        shape, module, inputs = layer.shape, layer.module, calls[layer.name]
+        dense = dense_flops(module, shape, inputs)
         costs.append(
             choice.costed(
                 {
-                    (c.scheme, c.groups): c.ranks * flops_per_rank(module, shape, own, c.scheme, c.groups)
+                    (c.scheme, c.groups): c.ranks * flops_per_rank(module, shape, inputs, c.scheme, c.groups)
                     for c in choice.curves
                 },
                 dense,

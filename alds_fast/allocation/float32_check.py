@@ -71,11 +71,11 @@ def curves_in_doubt(
     spectra: Sequence[LayerSpectra],
     choices: Sequence[Candidates],
     weights: Sequence[float],
-    found: Sequence[int],
+    picks: Sequence[int],
     costs: Sequence[Ints],
     solve: Callable[[Sequence[Front]], Ints],
 ) -> list[tuple[str, Key]]:
-    """Layer and (scheme, groups) of the float32 spectra that might have another candidate taken than the ``found`` one.
+    """Layer and (scheme, groups) of the float32 spectra that might have another candidate taken than those of ``picks``.
 
     ``solve`` finds the points to take of the layers' Pareto fronts; errors are those of the spectra times the layers'
     ``weights``. What is taken with an error of a slice so small that float32 says little of it is in doubt too.
@@ -87,7 +87,7 @@ def curves_in_doubt(
 
     doubt: set[tuple[int, Key]] = set()
     fronts = []  # of every layer, two: with the candidate taken at its worst, and at its best
-    for i, (c, taken) in enumerate(zip(choices, found, strict=True)):
+    for i, (c, taken) in enumerate(zip(choices, picks, strict=True)):
         squares, moves = (c.errors / (weights[i] or 1.0)) ** 2, _moves(c, spectra[i], taken)
         chosen = c.decomposition(taken)
         if chosen and too_small(spectra[i].values[chosen.fold], chosen.rank):
@@ -95,9 +95,9 @@ def curves_in_doubt(
         moved = [weights[i] * np.sqrt(np.maximum(squares + sign * moves, 0.0)) for sign in (1, -1)]
         fronts.append([pareto_front(costs[i], errors) for errors in moved])
     for signs in _signs(len(choices)):
-        own = [pair[int(side)] for pair, side in zip(fronts, signs, strict=True)]
-        other = [int(f.index[k]) for f, k in zip(own, solve(own), strict=True)]
-        changed = [i for i, (a, b) in enumerate(zip(found, other, strict=True)) if a != b]
-        keys = set().union(*(in_float32(i, found[i]) | in_float32(i, other[i]) for i in changed))
+        side_fronts = [pair[int(side)] for pair, side in zip(fronts, signs, strict=True)]
+        other = [int(f.index[k]) for f, k in zip(side_fronts, solve(side_fronts), strict=True)]
+        changed = [i for i, (a, b) in enumerate(zip(picks, other, strict=True)) if a != b]
+        keys = set().union(*(in_float32(i, picks[i]) | in_float32(i, other[i]) for i in changed))
         doubt |= keys if keys or not changed else {(i, key) for i, s in enumerate(spectra) for key in s.float32}
     return [(spectra[i].layer.name, key) for i, key in sorted(doubt)]

@@ -92,8 +92,8 @@ def _survey(module: nn.Module, spec: InputSpec, curves: Iterable[Curve], known: 
     for level in range(LEVELS):
         wanted = []
         for curve in curves:
-            own, rank = known.get((curve.scheme, curve.groups), {}), _rank(curve, level)
-            if rank not in own and not any(ratio >= 1 for r, ratio in own.items() if r < rank):
+            ratios, rank = known.get((curve.scheme, curve.groups), {}), _rank(curve, level)
+            if rank not in ratios and not any(ratio >= 1 for r, ratio in ratios.items() if r < rank):
                 wanted.append(Decomposition(curve.scheme, curve.groups, rank))
         _time(module, spec, sorted(set(wanted)), known)
         timed = timed or bool(wanted)

@@ -25,7 +25,7 @@ class Allocation:
 
 
 @_compiled
-def _sweep(layers: Ints, deltas: Ints, left: int, count: int) -> tuple[Ints, int]:
+def _sweep(layers: Ints, deltas: Ints, remaining: int, count: int) -> tuple[Ints, int]:
     """Take the moves in order; a layer whose move is not affordable stays where it is for good.
 
     Returns the number of moves taken by each layer and the index of the first move refused (or the number of moves).
@@ -37,8 +37,8 @@ def _sweep(layers: Ints, deltas: Ints, left: int, count: int) -> tuple[Ints, int
         layer = layers[e]
         if frozen[layer]:
             continue
-        if deltas[e] <= left:
-            left -= deltas[e]
+        if deltas[e] <= remaining:
+            remaining -= deltas[e]
             moves[layer] += 1
         else:
             frozen[layer] = True
@@ -59,34 +59,34 @@ def minimax(fronts: Sequence[Front], budget: int) -> Allocation:
     layers = np.repeat(np.arange(len(fronts)), [len(f.costs) - 1 for f in fronts])
     deltas = np.concatenate([np.diff(f.costs) for f in fronts] or [np.empty(0, dtype=np.int64)])
     order = np.argsort(-triggers, kind="stable")
-    left = budget - sum(int(f.costs[0]) for f in fronts)
-    picks, _ = _sweep(layers[order], deltas[order], left, len(fronts))
+    remaining = budget - sum(int(f.costs[0]) for f in fronts)
+    picks, _ = _sweep(layers[order], deltas[order], remaining, len(fronts))
     return Allocation(picks, float(errors_of(fronts, picks).max(initial=0.0)))
 
 
 @_compiled
-def _best_gain(costs: Ints, gains: Floats, starts: Ints, picks: Ints, left: int) -> tuple[int, int]:
+def _best_gain(costs: Ints, gains: Floats, starts: Ints, picks: Ints, remaining: int) -> tuple[int, int]:
     """The affordable move with the largest fall of the objective: (layer, point), layer -1 if there is none."""
     best, point, fall = -1, 0, -1.0
     for layer in range(len(picks)):
         begin, end = starts[layer], starts[layer + 1]
         here = begin + picks[layer]
-        reach = np.searchsorted(costs[begin:end], costs[here] + left, side="right") - 1
+        reach = np.searchsorted(costs[begin:end], costs[here] + remaining, side="right") - 1
         value = gains[here] - gains[begin + reach]
         if value > fall and reach > picks[layer]:
             best, point, fall = layer, reach, value
     return best, point
 
 
-def _fill(fronts: Sequence[Front], powers: Sequence[Floats], picks: Ints, left: int) -> Ints:
+def _fill(fronts: Sequence[Front], powers: Sequence[Floats], picks: Ints, remaining: int) -> Ints:
     """Spend what is left on the move that lowers the objective most, again and again."""
     costs, gains = np.concatenate([f.costs for f in fronts]), np.concatenate(powers)
     starts = np.concatenate([[0], np.cumsum([len(f.costs) for f in fronts])])
     while True:
-        layer, point = _best_gain(costs, gains, starts, picks, left)
+        layer, point = _best_gain(costs, gains, starts, picks, remaining)
         if layer < 0:
             return picks
-        left -= int(fronts[layer].costs[point] - fronts[layer].costs[picks[layer]])
+        remaining -= int(fronts[layer].costs[point] - fronts[layer].costs[picks[layer]])
         picks[layer] = point
 
 
@@ -107,12 +107,12 @@ def least_p_norm(fronts: Sequence[Front], budget: int, p: float, scale: float) -
     layers = np.repeat(np.arange(len(fronts)), [len(h) - 1 for h in hulls])
     order = np.argsort(-falls / deltas, kind="stable")
     layers, deltas, falls = layers[order], deltas[order], falls[order]
-    left = budget - sum(int(f.costs[0]) for f in fronts)
-    moves, first = _sweep(layers, deltas, left, len(fronts))
+    remaining = budget - sum(int(f.costs[0]) for f in fronts)
+    moves, first = _sweep(layers, deltas, remaining, len(fronts))
     whole = np.bincount(layers[:first], minlength=len(fronts))  # moves of the relaxation that are taken entirely
     relaxed = sum(float(y[h[m]]) for y, h, m in zip(powers, hulls, whole, strict=True))
     if first < len(falls):
-        relaxed -= float(falls[first]) * (left - int(deltas[:first].sum())) / float(deltas[first])
+        relaxed -= float(falls[first]) * (remaining - int(deltas[:first].sum())) / float(deltas[first])
     picks = np.array([h[m] for h, m in zip(hulls, moves, strict=True)], dtype=np.int64)
     if len(fronts):
         picks = _fill(fronts, powers, picks, budget - total_cost(fronts, picks))
@@ -131,9 +131,9 @@ def allocate(fronts: Sequence[Front], budget: int, p: float = np.inf) -> Allocat
     limit = exact.bound * len(fronts) ** (1.0 / p)
     starts = threshold(fronts, limit)
     trimmed = [Front(f.costs[i:], f.errors[i:], f.index[i:]) for f, i in zip(fronts, starts, strict=True)]
-    found = least_p_norm(trimmed, budget, p, exact.bound)
-    picks = min(starts + found.picks, exact.picks, key=lambda picks: p_norm(errors_of(fronts, picks), p))
-    return Allocation(picks, max(found.bound, exact.bound))  # no p-norm is below the least largest error
+    smaller = least_p_norm(trimmed, budget, p, exact.bound)
+    picks = min(starts + smaller.picks, exact.picks, key=lambda picks: p_norm(errors_of(fronts, picks), p))
+    return Allocation(picks, max(smaller.bound, exact.bound))  # no p-norm is below the least largest error
 
 
 def gap(fronts: Sequence[Front], picks: Ints, bound: float, p: float) -> float:

@@ -44,19 +44,19 @@ def _cheapest(shares: Floats, starts: Ints, ends: Ints, weights: Floats) -> Ints
 @_compiled
 def _best_repair(shares: Floats, starts: Ints, ends: Ints, picks: Ints, excess: Floats) -> tuple[int, int]:
     """The one change that leaves the least largest excess: (layer, candidate), layer -1 if none lowers it."""
-    layer_found, found, least = -1, 0, excess.max()
+    best_layer, best, least = -1, 0, excess.max()
     for layer in range(len(starts)):
         for c in range(starts[layer], ends[layer]):
             worst = -np.inf
             for k in range(len(excess)):
                 worst = max(worst, excess[k] + shares[k, c] - shares[k, picks[layer]])
             if worst < least:
-                layer_found, found, least = layer, c, worst
-    return layer_found, found
+                best_layer, best, least = layer, c, worst
+    return best_layer, best
 
 
 @_compiled
-def _spend(costs: Ints, shares: Floats, errors: Floats, starts: Ints, picks: Ints, left: Ints) -> None:
+def _spend(costs: Ints, shares: Floats, errors: Floats, starts: Ints, picks: Ints, remaining: Ints) -> None:
     """Improve the worst layer by its cheapest affordable step, again and again; one that cannot is left alone."""
     open_ = np.ones(len(picks), dtype=np.bool_)
     while True:
@@ -66,18 +66,18 @@ def _spend(costs: Ints, shares: Floats, errors: Floats, starts: Ints, picks: Int
                 layer, worst = i, errors[picks[i]]
         if layer < 0:
             return
-        here, found, least = picks[layer], -1, np.inf
+        here, best, least = picks[layer], -1, np.inf
         for c in range(starts[layer], here):
             dearest, affordable = -np.inf, errors[c] < worst
-            for k in range(len(left)):
-                affordable = affordable and costs[k, c] - costs[k, here] <= left[k]
+            for k in range(len(remaining)):
+                affordable = affordable and costs[k, c] - costs[k, here] <= remaining[k]
                 dearest = max(dearest, shares[k, c] - shares[k, here])
             if affordable and dearest < least:
-                found, least = c, dearest
-        open_[layer] = found >= 0
-        if found >= 0:
-            left += costs[:, here] - costs[:, found]
-            picks[layer] = found
+                best, least = c, dearest
+        open_[layer] = best >= 0
+        if best >= 0:
+            remaining += costs[:, here] - costs[:, best]
+            picks[layer] = best
 
 
 def _cut(corners: list[Floats], normal: Floats) -> list[Floats]:
@@ -118,7 +118,7 @@ class _Instance:
         pairs = zip(self.starts, self.stops, strict=True)
         return np.array([a + np.searchsorted(self.errors[a:b], error, side="right") for a, b in pairs])
 
-    def left(self, picks: Ints) -> Ints:
+    def remaining(self, picks: Ints) -> Ints:
         """What the picks leave of every budget; negative where one is exceeded."""
         return self.budgets - self.costs[:, picks].sum(axis=1)
 
@@ -131,7 +131,7 @@ class _Instance:
         for _ in range(MAX_CUTS):
             weights = np.mean(corners, axis=0)
             picks = _cheapest(self.shares, self.starts, ends, weights)
-            excess = -self.left(picks) / np.maximum(self.budgets, 1)
+            excess = -self.remaining(picks) / np.maximum(self.budgets, 1)
             if excess.max() <= 0:
                 return picks, False
             if weights @ excess > CERTAIN * weights.sum():
@@ -146,10 +146,10 @@ class _Instance:
     def _repaired(self, picks: Ints, ends: Ints) -> Ints | None:
         """The picks with a few layers changed so that they keep the budgets, None if that is not found."""
         for _ in range(MAX_REPAIRS):
-            left = self.left(picks)
-            if left.min() >= 0:
+            remaining = self.remaining(picks)
+            if remaining.min() >= 0:
                 return picks
-            excess = -left / np.maximum(self.budgets, 1)
+            excess = -remaining / np.maximum(self.budgets, 1)
             layer, candidate = _best_repair(self.shares, self.starts, ends, picks, excess)
             if layer < 0:
                 return None
@@ -174,7 +174,7 @@ def least_largest(costs: Sequence[Ints], errors: Sequence[Floats], budgets: Ints
     if found is None:
         return None
     picks = found.copy()
-    _spend(instance.costs, instance.shares, instance.errors, instance.starts, picks, instance.left(picks))
+    _spend(instance.costs, instance.shares, instance.errors, instance.starts, picks, instance.remaining(picks))
     return instance.index[picks], float(levels[possible])
 
 

@@ -55,9 +55,9 @@ def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, c
     if not CRITERIA[criterion].bound or not divisors:
         return True  # not a bound: nothing follows for finer slices
     coarse = max(divisors)
-    found = candidates(shape, {key: known.errors(*key, rule) for key in known.values}, align)
-    order = np.argsort(found.costs, kind="stable")
-    costs, best = found.costs[order], np.minimum.accumulate(found.errors[order])
+    known_candidates = candidates(shape, {key: known.errors(*key, rule) for key in known.values}, align)
+    order = np.argsort(known_candidates.costs, kind="stable")
+    costs, best = known_candidates.costs[order], np.minimum.accumulate(known_candidates.errors[order])
     per_rank = params_per_rank(shape, scheme, groups)
     last = min(max_rank(shape, scheme, groups), (shape.numel - 1) // per_rank)
     ranks = np.arange(align, last + 1, align, dtype=np.int64)
@@ -92,14 +92,14 @@ def pruned_spectra(
     room, limit = FoldRoom(), sum(s.numel for s in shapes.values())
     results = {s.layer.name: s for s in layer_spectra(layers, schemes, first, done, limit, float32)}
     for k in sorted(set(named) - set(first)):
-        left = [
+        folds = [
             (layer, scheme) for layer in layers if k in wanted[layer.name] for scheme in results[layer.name].top
             if may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align)
         ]  # fmt: skip
-        for batch in batches(left, lambda w: shapes[w[0].name].numel, lambda w: place(w[0]), limit):
-            found = linalg.spectra(
+        for batch in batches(folds, lambda w: shapes[w[0].name].numel, lambda w: place(w[0]), limit):
+            solved = linalg.spectra(
                 room.matrices(batch), [[k]] * len(batch), float32=float32 and computed_in_float32(batch[0][0])
             )
-            for (layer, scheme), (values,) in zip(batch, found, strict=True):
+            for (layer, scheme), (values,) in zip(batch, solved, strict=True):
                 results[layer.name].values[scheme, k] = values.cpu()
     return [all_float32(s) if s.float32 else s for s in results.values()]

@@ -23,7 +23,7 @@ from .several_budgets import least_budget, least_largest
 class Solution:
     """The candidate taken of every layer, and the certified relative distance from the optimum."""
 
-    found: tuple[int, ...]
+    picks: tuple[int, ...]
     gap: float
 
 
@@ -35,9 +35,9 @@ def _relative(value: float, bound: float) -> float:
     return 0.0 if value <= bound else value / bound - 1.0 if bound > 0 else math.inf
 
 
-def largest_error(choices: Sequence[Candidates], found: Sequence[int]) -> float:
+def largest_error(choices: Sequence[Candidates], picks: Sequence[int]) -> float:
     """The largest error of the candidates taken."""
-    return max((float(c.errors[i]) for c, i in zip(choices, found, strict=True)), default=0.0)
+    return max((float(c.errors[i]) for c, i in zip(choices, picks, strict=True)), default=0.0)
 
 
 def _together(choices: Sequence[Candidates], tables: Sequence[CostTable]) -> Solution:
@@ -54,8 +54,8 @@ def _together(choices: Sequence[Candidates], tables: Sequence[CostTable]) -> Sol
         raise BudgetError(
             f"{names} cannot be met at once: keeping the others, the smallest found is {' or '.join(reach)}"
         )
-    found = tuple(int(i) for i in result[0])
-    return Solution(found, _relative(largest_error(choices, found), result[1]))
+    picks = tuple(int(i) for i in result[0])
+    return Solution(picks, _relative(largest_error(choices, picks), result[1]))
 
 
 def solve(choices: Sequence[Candidates], tables: Sequence[CostTable], p: float = math.inf) -> Solution:
@@ -67,8 +67,8 @@ def solve(choices: Sequence[Candidates], tables: Sequence[CostTable], p: float =
         return _together(choices, tables)
     fronts = _fronts(choices, tables[0])
     result = allocate(fronts, tables[0].budget(), p)
-    found = tuple(int(f.index[i]) for f, i in zip(fronts, result.picks, strict=True))
-    return Solution(found, gap(fronts, result.picks, result.bound, p))
+    picks = tuple(int(f.index[i]) for f, i in zip(fronts, result.picks, strict=True))
+    return Solution(picks, gap(fronts, result.picks, result.bound, p))
 
 
 def solve_baseline(
@@ -89,11 +89,11 @@ def solve_baseline(
                 f"{label(spectrum.layer.name)}; analyze with 0 in schemes= and 1 in groups="
             )
     parts = [c.restricted(costs, only) for c, costs in zip(choices, table.costs, strict=True)]
-    own = replace(table, costs=tuple(part.costs for part, _ in parts))
-    picks = BASELINES[method].rule([part for part, _ in parts], spectra, own.budget(f" by method={method!r}"))
-    found = tuple(int(numbers[i]) for (_, numbers), i in zip(parts, picks, strict=True))
+    restricted = replace(table, costs=tuple(part.costs for part, _ in parts))
+    picks = BASELINES[method].rule([part for part, _ in parts], spectra, restricted.budget(f" by method={method!r}"))
+    taken = tuple(int(numbers[i]) for (_, numbers), i in zip(parts, picks, strict=True))
     bound = allocate(_fronts(choices, table), table.budget()).bound
-    return Solution(found, _relative(largest_error(choices, found), bound))
+    return Solution(taken, _relative(largest_error(choices, taken), bound))
 
 
 def solve_error(choices: Sequence[Candidates], error: float) -> Solution:

@@ -34,7 +34,7 @@ def memory_order(tensor: Tensor) -> list[int] | None:
 
 def owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors, each the whole of a storage of its own, as safetensors wants them."""
-    found: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
@@ -43,8 +43,8 @@ def owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             tensor if whole and storage.data_ptr() not in taken else tensor.clone(memory_format=torch.contiguous_format)
         )
         taken.add(storage.data_ptr())
-        found[name] = owned
-    return found
+        copies[name] = owned
+    return copies
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ def class_of(config: Mapping[str, Any]) -> Any:
     names = config.get("architectures") or []
     package = transformers_format().package
     for name in names:
-        found = getattr(package, str(name), None)
-        if isinstance(found, type) and issubclass(found, package.PreTrainedModel):
-            return found
+        cls = getattr(package, str(name), None)
+        if isinstance(cls, type) and issubclass(cls, package.PreTrainedModel):
+            return cls
     remote = ", and code that comes with a checkpoint is never run" if "auto_map" in config else ""
     raise ModelError(
         f"config.json names the architectures {names}, none of which transformers {package.__version__} has{remote}; "
@@ -77,9 +77,9 @@ def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]
 
     (That of a part of the model, say; or one that the user passes.)
     """
-    own = getattr(cls, "config_class", None)
-    if config is None and own is not None:
-        config = own.from_pretrained(shards.folder, local_files_only=True)
+    config_class = getattr(cls, "config_class", None)
+    if config is None and config_class is not None:
+        config = config_class.from_pretrained(shards.folder, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
             return {}
     if config is None:

@@ -61,14 +61,14 @@ class Stored:
         """Its bytes, a piece at a time."""
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            left = self.size
-            while left:
-                piece = file.read(min(left, CHUNK))
+            remaining = self.size
+            while remaining:
+                piece = file.read(min(remaining, CHUNK))
                 if not piece:
                     raise FileFormatError(
                         f"{str(self.file)!r} ends in the middle of a tensor; it changed while it was read"
                     )
-                left -= len(piece)
+                remaining -= len(piece)
                 yield piece
 
 
@@ -89,14 +89,14 @@ class Shards:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise FileFormatError(f"{str(path)!r} is not JSON ({e}); copy the checkpoint again") from e
     except FileNotFoundError as e:
         raise MissingFileError(f"{str(path)!r} does not exist: a checkpoint directory holds it") from e
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{str(path)!r} holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(content, dict):
+        raise FileFormatError(f"{str(path)!r} holds a {type(content).__name__}, not an object")
+    return content
 
 
 def _shard_names(folder: Path) -> dict[str, list[str]]:
@@ -139,11 +139,11 @@ def _header(path: Path) -> tuple[dict[str, Stored], str]:
         raise FileFormatError(f"{str(path)!r} is not a whole safetensors file ({e}); copy it again") from e
     entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
     ordered = sorted(entries.items(), key=lambda item: (*item[1]["data_offsets"], item[0]))
-    found = {}
+    tensors = {}
     for name, entry in ordered:
         begin, end = entry["data_offsets"]
-        found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-    return found, f"{path.name} {os.path.getsize(path)} {hashlib.sha256(raw).hexdigest()}"
+        tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return tensors, f"{path.name} {os.path.getsize(path)} {hashlib.sha256(raw).hexdigest()}"
 
 
 def open_shards(folder: str | os.PathLike[str]) -> Shards:
@@ -160,14 +160,14 @@ def open_shards(folder: str | os.PathLike[str]) -> Shards:
     tensors: dict[str, Stored] = {}
     identities = []
     for file, names in _shard_names(folder).items():
-        found, identity = _header(folder / file)
+        in_file, identity = _header(folder / file)
         identities.append(identity)
-        lost = [name for name in names if name not in found]
+        lost = [name for name in names if name not in in_file]
         if lost:
             raise FileFormatError(f"{str(folder / file)!r} lacks the tensor {lost[0]!r} that {INDEX} places in it")
-        twice = [name for name in found if name in tensors]
+        twice = [name for name in in_file if name in tensors]
         if twice:
             raise FileFormatError(f"the tensor {twice[0]!r} is in {tensors[twice[0]].file.name!r} and in {file!r}")
-        tensors |= found
+        tensors |= in_file
     whole = json.dumps([identities, config], sort_keys=True)
     return Shards(folder, tensors, config, hashlib.sha256(whole.encode()).hexdigest())

@@ -94,10 +94,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """A copy of the dense model with empty low-rank layers where the file has them."""
-    found = {layer.name: layer for layer in find_layers(model)}
+    dense_layers = {layer.name: layer for layer in find_layers(model)}
     new = {}
     for name, spec in layers.items():
-        layer = found.get(name)
+        layer = dense_layers.get(name)
         if layer is None or layer.shape is None:
             raise LayerNotFoundError(f"the file's layer {label(name)} is not a Linear or convolution of the model")
         if layer.reason is not None:
@@ -122,13 +122,13 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     fresh: dict[int, Tensor] = {}
     shared = {key for pair in overlaps({id(t): t for t in expected.values()}) for key in pair}
     for path, module in model.named_modules():
-        for own, old in [*module._parameters.items(), *module._buffers.items()]:
-            name = f"{path}.{own}" if path else own
+        for attribute, old in [*module._parameters.items(), *module._buffers.items()]:
+            name = f"{path}.{attribute}" if path else attribute
             if old is None or name not in tensors:
                 continue
             if id(old) not in fresh:
                 fresh[id(old)] = _filled(name, old, tensors[name], id(old) in shared)
-            (module._parameters if own in module._parameters else module._buffers)[own] = fresh[id(old)]
+            (module._parameters if attribute in module._parameters else module._buffers)[attribute] = fresh[id(old)]
     for name, old in expected.items():  # tied in the model means equal in the file
         if id(old) in fresh and not _same(fresh[id(old)], tensors[name]):
             raise PlanError(
@@ -178,9 +178,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
         raise ModelError("model: pass the dense torch.nn.Module or a function without arguments that returns it")
     small = rebuild(dense, header["layers"])
     assign(small, read_tensors(path, header))
-    left = [n for n, t in [*small.named_parameters(), *small.named_buffers()] if t.is_meta]
-    if left:
-        raise ModelError(f"{left[0]!r} is on the meta device and not in the file; build the model on a real device")
+    without_values = [n for n, t in [*small.named_parameters(), *small.named_buffers()] if t.is_meta]
+    if without_values:
+        raise ModelError(
+            f"{without_values[0]!r} is on the meta device and not in the file; build the model on a real device"
+        )
     keep_when_saved(small)
     if header["plan"] is not None:
         object.__setattr__(small, "alds_plan", header["plan"])

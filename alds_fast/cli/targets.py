@@ -56,8 +56,8 @@ class Target:
     def function(self) -> Callable[..., Any]:
         """The function itself; ModelError, with the traceback on standard error, if it cannot be loaded."""
         place, _, function = self.name.rpartition(":")
-        found: Callable[..., Any] = self._guarded(lambda: getattr(_module(place), function))
-        return found
+        loaded: Callable[..., Any] = self._guarded(lambda: getattr(_module(place), function))
+        return loaded
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         try:

@@ -66,8 +66,8 @@ class Collector:
             self.leaders[layer.name].add(self.last_name)
         else:
             keep = masked(layer.module, x, self.keep)
-            found, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer, sums.drawn), self.seed)
-            products = sums.products(found)
+            samples, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer, sums.drawn), self.seed)
+            products = sums.products(samples)
             if linear:  # convolutions rarely share an input, and their strips may be large
                 products = [replace(product, strips=list(product.strips)) for product in products]
                 self.last, self.last_name = (weakref.ref(x), key, products, rows), layer.name
@@ -89,18 +89,18 @@ class Collector:
         return hook
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
-        found, rows = outputs(layer.module, y, masked(layer.module, y, self.keep))
+        samples, rows = outputs(layer.module, y, masked(layer.module, y, self.keep))
         bias: Any = layer.module.bias
-        shift = 0.0 if bias is None else bias.detach().view(found.shape[1:])
+        shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
         sums = self.sums[layer.name]
-        sums.add(sums.products(found - shift), rows)
+        sums.add(sums.products(samples - shift), rows)
 
     def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
         sums = self.gradient_sums[layer.name]
         wanted = _wanted(layer, layer.shape.filters_per_group, layer.shape.columns, sums.drawn)
-        found, rows = outputs(layer.module, g.detach(), masked(layer.module, g, self.keep), wanted, self.seed)
+        samples, rows = outputs(layer.module, g.detach(), masked(layer.module, g, self.keep), wanted, self.seed)
         self.seed += 1
-        sums.add(sums.products(found, centred=False), rows)
+        sums.add(sums.products(samples, centred=False), rows)
 
 
 def _wanted(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wanted:
@@ -124,5 +124,5 @@ def rows_wanted(layer: DecomposableLayer, drawn: int) -> Wanted:
 def _geometry(layer: DecomposableLayer) -> tuple[Any, ...]:
     """Layers that agree in it make the same rows of the same input."""
     names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "groups")
-    own = tuple(getattr(layer.module, name, None) for name in names)
-    return layer.kind, own, 0 if is_linear(layer.module) else layer.shape.filters_per_group
+    options = tuple(getattr(layer.module, name, None) for name in names)
+    return layer.kind, options, 0 if is_linear(layer.module) else layer.shape.filters_per_group

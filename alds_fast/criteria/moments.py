@@ -143,13 +143,13 @@ def collect_moments(
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     if not masks and mask not in (None, "attention_mask"):
         raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
-    found = _moments_of(collector)
-    if layers and not found:
+    moments = _moments_of(collector)
+    if layers and not moments:
         raise ArgumentError(
             "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "
             "without calling them"
         )
-    return found
+    return moments
 
 
 def _check(layer: DecomposableLayer, second: Tensor, gradient: Tensor | None) -> None:
@@ -163,22 +163,22 @@ def _check(layer: DecomposableLayer, second: Tensor, gradient: Tensor | None) ->
 
 def _moments_of(collector: Collector) -> dict[str, Moments]:
     """By name, for the layers that were called; layers with one and the same input share its moment."""
-    found: dict[str, Moments] = {}
+    moments: dict[str, Moments] = {}
     for layer in collector.layers:
-        own, gradient, gradient_noise = collector.sums[layer.name], None, 0.0
-        if not own.rows:
+        sums, gradient, gradient_noise = collector.sums[layer.name], None, 0.0
+        if not sums.rows:
             continue
         if collector.gradients and collector.gradient_sums[layer.name].rows:
             gradient, _, gradient_noise = collector.gradient_sums[layer.name].over(collector.energy)
         elif collector.gradients:  # what matters does not depend on this layer
             gradient = torch.zeros(layer.shape.conv_groups, *2 * [layer.shape.filters_per_group], dtype=torch.float64)
-        rows, (second, mean, noise) = own.rows, own.over(own.rows)
-        for other in collector.leaders[layer.name] & found.keys():
-            shared = found[other].second
+        rows, (second, mean, noise) = sums.rows, sums.over(sums.rows)
+        for other in collector.leaders[layer.name] & moments.keys():
+            shared = moments[other].second
             if shared is not None and torch.equal(shared, second):
                 second = shared
         _check(layer, second, gradient)
         by_output = layer.name in collector.by_output
         inner, outer = (None, second) if by_output else (second, None)
-        found[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise)
-    return found
+        moments[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise)
+    return moments

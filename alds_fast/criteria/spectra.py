@@ -114,10 +114,10 @@ def _solved(
     limit = limit or for_threads([p.size for p in problems])
     for batch in batches(problems, lambda p: p.size, lambda p: place(p.layer), limit):
         matrices = room.matrices([(p.layer, p.scheme) for p in batch])
-        found = linalg.spectra(
+        solved = linalg.spectra(
             matrices, [p.computed for p in batch], float32=float32 and computed_in_float32(batch[0].layer)
         )
-        for problem, values in zip(batch, found, strict=True):
+        for problem, values in zip(batch, solved, strict=True):
             yield problem, [v.cpu() for v in values]
         done(sum(p.size for p in batch))
 

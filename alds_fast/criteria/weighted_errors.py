@@ -68,11 +68,11 @@ def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -
         gram = w.output if w.root is None else w.root @ w.output @ w.root
         values, left = torch.linalg.eigh(gram.unsqueeze(1))
         return Bases(slices, left.flip(-1), values.flip(-1).clamp_min(0))
-    own = _slice_moments(blocks, groups)
+    moments = _slice_moments(blocks, groups)
     if rows <= cols:
-        values, left = torch.linalg.eigh(slices @ own @ slices.mT)
+        values, left = torch.linalg.eigh(slices @ moments @ slices.mT)
         return Bases(slices, left.flip(-1), values.flip(-1).clamp_min(0))
-    energy, vectors = torch.linalg.eigh(own)
+    energy, vectors = torch.linalg.eigh(moments)
     seen = slices @ (vectors * energy.clamp_min(0).sqrt().unsqueeze(-2))  # (rows, cols): S = its product with itself
     values, right = torch.linalg.eigh(seen.mT @ seen)
     values, left = values.flip(-1).clamp_min(0), seen @ right.flip(-1)

@@ -85,7 +85,7 @@ def _merged_rows(
     rows: Sequence[DeployRow], known: dict[str, DeployRow], rounds: int,
 ) -> list[DeployRow]:  # fmt: skip
     """A row for every group of two or three linear layers that read the same tensors."""
-    won, found = {row.name: row for row in rows}, []
+    won, merged = {row.name: row for row in rows}, []
     for group in groups:
         for names in (group[i : i + MAX_MERGED] for i in range(0, len(group), MAX_MERGED)):
             members = [layer for n in names if isinstance(layer := layers[n], LowRankLinear)]
@@ -97,8 +97,8 @@ def _merged_rows(
                 shape = (sum(m.weight_shape.out_channels for m in members), members[0].weight_shape.in_channels)
                 ranks = ", ".join(str(m.rank) for m in members)
                 known[call] = DeployRow("", MERGED, shape, f"ranks {ranks}", call, *result, "measured")
-            found.append(replace(known[call], name=" + ".join(names), members=names))
-    return found
+            merged.append(replace(known[call], name=" + ".join(names), members=names))
+    return merged
 
 
 def _merge_candidates(
@@ -221,16 +221,16 @@ def deploy(
         rows += _merged_rows(
             _merge_candidates(model, example_inputs, layers, cases), layers, cases, rows, known, rounds
         )
-    own = [row for row in rows if row.kind != MERGED]
+    unmerged = [row for row in rows if row.kind != MERGED]
     sides = {
-        "dense": [replace(row, won="dense" if cases[row.name][1] else "two-op") for row in own],
-        "two-op": [replace(row, won="two-op") for row in own],
+        "dense": [replace(row, won="dense" if cases[row.name][1] else "two-op") for row in unmerged],
+        "two-op": [replace(row, won="two-op") for row in unmerged],
         "deployed": rows,
     }
     times = _whole_model_ms({name: _built(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
     kept = _best(times) if backend is None and changed else "deployed"
-    found = DeployTable(tuple(rows), environment(_device(model)), {n: median(ms) for n, ms in times.items()}, kept)
+    deployed = DeployTable(tuple(rows), environment(_device(model)), {n: median(ms) for n, ms in times.items()}, kept)
     result = _built(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
-    object.__setattr__(result, "alds_deployed", found)
-    return (result, found) if report else result
+    object.__setattr__(result, "alds_deployed", deployed)
+    return (result, deployed) if report else result

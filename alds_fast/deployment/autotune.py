@@ -61,7 +61,7 @@ def candidates_of(layer: LowRankLayer, specs: Specs, plain: bool) -> tuple[dict[
     A layer that is not plain keeps its own form.
     """
     note = ""
-    found: dict[str, nn.Module] = {"dense": layer.to_dense()} if plain else {}
+    forms: dict[str, nn.Module] = {"dense": layer.to_dense()} if plain else {}
     kind = torch.device(next(iter(specs)).device).type
     others = variants(layer, MULTIPLE.get(kind, 8)) if plain else {}
     shapes = {"": layer} | {f", {text}": other for text, other in others.items()}
@@ -70,8 +70,8 @@ def candidates_of(layer: LowRankLayer, specs: Specs, plain: bool) -> tuple[dict[
             reasons = [shape.why_not_fused(spec.empty()) for spec in specs] if backend == "fused" else []
             note = note or next((r for r in reasons if r), "")
             if not any(reasons):
-                found[backend + text] = with_backend(shape, backend)
-    return found, note
+                forms[backend + text] = with_backend(shape, backend)
+    return forms, note
 
 
 def module_for(layer: LowRankLayer, won: str) -> nn.Module:
@@ -89,9 +89,9 @@ def module_for(layer: LowRankLayer, won: str) -> nn.Module:
     return with_backend(regrouped(layer, groups, rank), backend)
 
 
-def _distance(found: Tensor, reference: Tensor) -> float:
+def _distance(output: Tensor, reference: Tensor) -> float:
     norm = float(reference.norm())
-    return float((found.double() - reference).norm()) / norm if norm > 0 else float(found.double().norm())
+    return float((output.double() - reference).norm()) / norm if norm > 0 else float(output.double().norm())
 
 
 def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Specs, rounds: int, note: str) -> Result:
@@ -114,8 +114,8 @@ def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Sp
                     note = f"{name} failed: {type(e).__name__}: {e}"
                     del times[name], errors[name], calls[name]
                     continue
-                for found, y in zip(outputs, reference, strict=True):
-                    errors[name] = max(errors[name], _distance(found, y))
+                for output, y in zip(outputs, reference, strict=True):
+                    errors[name] = max(errors[name], _distance(output, y))
         for name, ms in interleaved_ms(calls, spec.device, rounds=rounds).items():
             times[name] = [total + count * one for total, one in zip(times[name], ms, strict=True)]
     first = won = next(iter(times))

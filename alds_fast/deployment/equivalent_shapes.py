@@ -69,7 +69,7 @@ def variants(layer: LowRankLayer, multiple: int) -> dict[str, LowRankLayer]:
     Ranks are rounded up to ``multiple``; several slices may become 1, 2 or 4. What would be as large as the dense
     weight is left out.
     """
-    shape, found = layer.weight_shape, {}
+    shape, forms = layer.weight_shape, {}
     for groups in sorted({g for g in MERGED_GROUPS if layer.groups % g == 0} | {layer.groups}):
         least = layer.rank * layer.groups // groups
         rank = -(-least // multiple) * multiple
@@ -77,5 +77,5 @@ def variants(layer: LowRankLayer, multiple: int) -> dict[str, LowRankLayer]:
             continue
         new = regrouped(layer, groups, rank)
         if new.encoder.numel() + new.decoder.numel() < shape.numel:
-            found[f"groups={groups}, rank={rank}"] = new
-    return found
+            forms[f"groups={groups}, rank={rank}"] = new
+    return forms

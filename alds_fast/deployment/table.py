@@ -133,8 +133,8 @@ def _row(fields: Mapping[str, Any]) -> DeployRow:
 
 def _cells(row: DeployRow) -> list[str]:
     def best(kind: str) -> str:
-        found = [ms for name, ms in row.times_ms.items() if name.split(",")[0] == kind]
-        return f"{min(found):.3f}" if found else "-"
+        of_kind = [ms for name, ms in row.times_ms.items() if name.split(",")[0] == kind]
+        return f"{min(of_kind):.3f}" if of_kind else "-"
 
     ratio = "-" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
     error = f"{row.errors[row.won]:.1e}" if row.won in row.errors else "-"

@@ -20,8 +20,8 @@ Means = dict[str, Any]
 
 def _ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten that lie in the range, in percent, or its ends if fewer than two do."""
-    found = [m * 10.0**e for e in range(-6, 3) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-    return found if len(found) > 1 else [low, high]
+    ticks = [m * 10.0**e for e in range(-6, 3) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    return ticks if len(ticks) > 1 else [low, high]
 
 
 def _scale(axes: Any, shares: Sequence[float]) -> None:

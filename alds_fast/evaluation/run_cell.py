@@ -140,8 +140,8 @@ class Runner:
     def _batches(self, seed: int) -> Any:
         """The data of a seed, in a list if they can be used once only."""
         assert self.task.data is not None
-        found = self.task.data(seed)
-        return list(found) if isinstance(found, Iterator) else found
+        batches = self.task.data(seed)
+        return list(batches) if isinstance(batches, Iterator) else batches
 
     def _analysis(self, variant: Variant, dense: nn.Module, seed: int) -> tuple[Analysis, float]:
         """The analysis with the variant's options, and the seconds it took; made once for all cells of a seed."""
@@ -151,8 +151,8 @@ class Runner:
             if variant.data:
                 options["data"] = self._batches(seed)
             begin = time.perf_counter()
-            found = analyze(dense, **options)
-            self.analyses[key] = found, time.perf_counter() - begin
+            analysis = analyze(dense, **options)
+            self.analyses[key] = analysis, time.perf_counter() - begin
         return self.analyses[key]
 
     def _quality(self, model: nn.Module) -> float:

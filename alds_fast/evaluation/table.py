@@ -113,11 +113,11 @@ class Evaluation:
         """
         _check_axis(x)
         name = self.final.replace("quality", "drop")
-        found = dict.fromkeys(self.variants, 0.0)
+        reductions = dict.fromkeys(self.variants, 0.0)
         for s in self.summary():
             if s["done"] == s["cells"] and None not in (s[x], s[name]) and s[name] <= drop + ROUNDING:
-                found[s["variant"]] = max(found[s["variant"]], 1.0 - s[x])
-        return found
+                reductions[s["variant"]] = max(reductions[s["variant"]], 1.0 - s[x])
+        return reductions
 
     def to_csv(self) -> str:
         """The rows as CSV, one line a cell; nothing for what is None."""
@@ -197,13 +197,14 @@ def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def _means(rows: Sequence[Record]) -> Record:
     done = [row for row in rows if row["status"] == DONE]
-    left = [row["status"] for row in rows if row["status"] != DONE]
-    note = ", ".join([f"{len(done)} of {len(rows)}", *(f"{left.count(s)} {s}" for s in dict.fromkeys(left))])
-    found: Record = {"cells": len(rows), "done": len(done), "note": note if left else str(len(rows))}
+    unfinished = [row["status"] for row in rows if row["status"] != DONE]
+    reasons = [f"{unfinished.count(status)} {status}" for status in dict.fromkeys(unfinished)]
+    note = ", ".join([f"{len(done)} of {len(rows)}", *reasons])
+    means: Record = {"cells": len(rows), "done": len(done), "note": note if unfinished else str(len(rows))}
     for name in AVERAGED:
         values = [row[name] for row in done if row[name] is not None]
-        found[name], found[f"{name}_spread"] = _mean(values)
-    return found
+        means[name], means[f"{name}_spread"] = _mean(values)
+    return means
 
 
 def _text(mean: float | None, spread: float | None) -> str:

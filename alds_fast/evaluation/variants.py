@@ -150,7 +150,7 @@ def product(
         check_plan_options(shares, None, example_inputs, method=method)
     for criterion, p in itertools.product(criteria, ps):
         check_plan_options(shares, None, example_inputs, criterion=criterion, p=p)
-    found, refused = {}, []
+    variants, refused = {}, []
     for method, criterion, p in itertools.product(methods, criteria, ps):
         norm = "p" if p is None else f"p={p:g}"
         words = [method, *([str(criterion)] if len(criteria) > 1 else []), *([norm] if len(ps) > 1 else [])]
@@ -159,9 +159,9 @@ def product(
         except ArgumentError as e:
             refused.append(f"{' '.join(words)} ({e})")
             continue
-        found[" ".join(words)] = {**options, "method": method, "criterion": criterion, "p": p}
+        variants[" ".join(words)] = {**options, "method": method, "criterion": criterion, "p": p}
     if refused:
         warnings.warn(f"left out of the evaluation: {'; '.join(refused)}", stacklevel=3)
-    if not found:
+    if not variants:
         raise ArgumentError(f"no combination of methods={methods}, criteria={criteria}, ps={ps} goes together")
-    return found
+    return variants

@@ -49,9 +49,9 @@ def _statistics(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> 
     return seen
 
 
-def _means(name: str, found: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def _means(name: str, moments: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Mean of the means and of the variances; ModelError unless finite."""
-    means = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
+    means = [torch.stack(parts).mean(0) for parts in zip(*moments, strict=True)]
     if not all(bool(mean.isfinite().all()) for mean in means):
         raise ModelError(f"BatchNorm {name!r} sees NaN or infinite values on the batches of refit=; mend the data")
     return means

@@ -40,14 +40,14 @@ class _Reached(BaseException):
 
 def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str) -> None:
     """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
-    left = calls
+    remaining = calls
 
     def counted(hook: Callable[..., None]) -> Callable[..., None]:
         def count(*args: Any) -> None:
-            nonlocal left
+            nonlocal remaining
             hook(*args)
-            left -= 1
-            if left == 0:
+            remaining -= 1
+            if remaining == 0:
                 raise _Reached
 
         return count
@@ -61,8 +61,8 @@ def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]]
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else kwargs["input"]
-    return found
+    tensor: Tensor = args[0] if args else kwargs["input"]
+    return tensor
 
 
 def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
@@ -103,20 +103,20 @@ class _Batch:
     def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         """After a call of the dense layer."""
         wanted = rows_wanted(self.layer, self.drawn)
-        found, _ = outputs(module, y, masked(module, y, self.keep), wanted, self.seed)
+        samples, _ = outputs(module, y, masked(module, y, self.keep), wanted, self.seed)
         bias: Any = module.bias
-        self.outputs.append((found.clone() if bias is None else found - bias.view(found.shape[1:]), wanted))
-        self.drawn += len(found)
+        self.outputs.append((samples.clone() if bias is None else samples - bias.view(samples.shape[1:]), wanted))
+        self.drawn += len(samples)
 
     def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
         x, dense = _first(args, kwargs), self.layer.module
         if self.outputs:
             y, wanted = self.outputs.pop(0)
-            found, rows = patches(dense, x, masked(dense, x, self.keep), wanted, self.seed)
-            self.sums.paired &= len(y) == len(found)
+            samples, rows = patches(dense, x, masked(dense, x, self.keep), wanted, self.seed)
+            self.sums.paired &= len(y) == len(samples)
             if self.sums.paired:
-                self.sums.add(y, found, rows)
+                self.sums.add(y, samples, rows)
 
 
 def _collected(
@@ -142,12 +142,12 @@ def _fit(layer: DecomposableLayer, low: LowRankLayer, sums: Sums, gradient: Grad
     best = best_weight(weight, sums, centred)
     moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient[0], sums.noise(), gradient[1])
     weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
-    found = factors(weights, low.decomposition)
-    encoder, decoder = factors_to_weights(found.left, found.right, low.weight_shape, low.scheme)
+    fitted = factors(weights, low.decomposition)
+    encoder, decoder = factors_to_weights(fitted.left, fitted.right, low.weight_shape, low.scheme)
     low.encoder.copy_(encoder)
     low.decoder.copy_(decoder)
     if centred:
-        moved = found.shift + (seen.mean_y - (best @ seen.mean.unsqueeze(-1)).squeeze(-1)).flatten()
+        moved = fitted.shift + (seen.mean_y - (best @ seen.mean.unsqueeze(-1)).squeeze(-1)).flatten()
         assert low.bias is not None
         low.bias.copy_(dense.bias.detach().double().cpu() + moved)
     cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())

@@ -26,7 +26,7 @@ def stored_names(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, str]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     expected, prefix = model.state_dict(), any_model.base_model_prefix
-    found: dict[str, str] = {}
+    stored: dict[str, str] = {}
     assembled: set[str] = set()
     for name in names:
         target, converted = rename_source_key(name, renamings, converters, prefix, expected)
@@ -35,5 +35,5 @@ def stored_names(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, str]
         if converted is not None:
             assembled.add(target)
         elif target in expected:
-            found[target] = name
-    return found, assembled
+            stored[target] = name
+    return stored, assembled

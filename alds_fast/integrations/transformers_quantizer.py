@@ -143,8 +143,8 @@ def described(decomposition: Decomposition, shape: WeightShape) -> dict[str, Any
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of another one."""
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, layer)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
 
 
 def put_in(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -155,26 +155,26 @@ def put_in(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
     look like the model's.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    found = {layer.name: layer for layer in find_layers(model)}
+    dense_layers = {layer.name: layer for layer in find_layers(model)}
     by_target, _ = stored_names(model, [f"{name}.weight" for name in layers])
     renamed = {stored.removesuffix(".weight"): target.removesuffix(".weight") for target, stored in by_target.items()}
-    left, new = [], {}
+    unknown, new = [], {}
     for stored, choice in layers.items():
         names = [renamed.get(stored, stored), stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"]
-        name = next((n for n in names if n in found), None)
+        name = next((n for n in names if n in dense_layers), None)
         if name is None:
-            left.append(stored)
-        elif list(found[name].weight) == list(choice["shape"]):
+            unknown.append(stored)
+        elif list(dense_layers[name].weight) == list(choice["shape"]):
             new[name] = stored
     for name, stored in new.items():
-        layer, weight = found[name], found[name].module.weight
+        layer, weight = dense_layers[name], dense_layers[name].module.weight
         if layer.reason is not None:
             raise PlanError(f"the checkpoint's layer {label(stored)} cannot be replaced: {layer.reason}")
         assert isinstance(weight, Tensor)
         low = low_rank_like(layer.module, Decomposition.from_dict(layers[stored]))
         put(model, name, low.to(weight.dtype).requires_grad_(weight.requires_grad))
-    ends = {tuple(name.split(".")[-3:]): name for name in found}
-    alike = next((stored for stored in left if tuple(stored.split(".")[-3:]) in ends), None)
+    ends = {tuple(name.split(".")[-3:]): name for name in dense_layers}
+    alike = next((stored for stored in unknown if tuple(stored.split(".")[-3:]) in ends), None)
     if alike is not None and not new:
         raise PlanError(
             f"the checkpoint's layer {label(alike)} is not in {type(model).__name__}, whose layer "

@@ -24,7 +24,7 @@ _decisions: dict[tuple, dict[str, Any]] = {}
 
 def decisions() -> list[dict[str, Any]]:
     """What ``backend="auto"`` has measured in this process: operation, shapes, milliseconds of both, and the winner."""
-    return [dict(found) for found in _decisions.values()]
+    return [dict(decision) for decision in _decisions.values()]
 
 
 def _interpreted() -> bool:

@@ -67,10 +67,10 @@ def _(
 
 
 def _conv_grads(grad: Tensor, x: Tensor, weight: Tensor, options: Any, groups: int) -> tuple[Tensor, Tensor]:
-    found = torch.ops.aten.convolution_backward(
+    gradients = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *options, False, [0, 0], groups, [True, True, False]
     )
-    return found[0], found[1]
+    return gradients[0], gradients[1]
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple:

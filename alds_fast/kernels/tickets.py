@@ -37,8 +37,8 @@ def take_tickets(device: torch.device, count: int) -> Tensor:
 def _take_for_graph(device: torch.device, count: int) -> Tensor:
     """Counters of the slab, or, where there is none or it is used up, some that each replay sets to 0 itself."""
     with _lock:
-        left = _for_graphs.get(device)
-        if left is None or len(left) < count:
+        free = _for_graphs.get(device)
+        if free is None or len(free) < count:
             return torch.zeros(count, dtype=torch.int32, device=device)
-        _for_graphs[device] = left[count:]
-        return left[:count]
+        _for_graphs[device] = free[count:]
+        return free[:count]

@@ -63,8 +63,8 @@ class AbsentWeight:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = next(a for a in tree_leaves([args, kwargs]) if isinstance(a, AbsentWeight))
-        return found._refuse()
+        absent = next(a for a in tree_leaves([args, kwargs]) if isinstance(a, AbsentWeight))
+        return absent._refuse()
 
 
 class LowRankLayer(nn.Module):

@@ -122,11 +122,11 @@ def _check_patterns(patterns: Iterable[str], names: Sequence[str], argument: str
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
-    own = [p for p in module._parameters.values() if p is not None]
-    own = [p for p in own if isinstance(p, UninitializedParameter) or p.dim() >= 2]
+    weights = [p for p in module._parameters.values() if p is not None]
+    weights = [p for p in weights if isinstance(p, UninitializedParameter) or p.dim() >= 2]
     if parametrize.is_parametrized(module):
         return next(iter(module.parameters()))
-    return own[0] if own else None
+    return weights[0] if weights else None
 
 
 def find_layers(
@@ -170,9 +170,9 @@ def find_layers(
         shape = weight_shape(module) if ready else None
         sizes = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape) if ready else ()
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
-        own = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
+        own_bias = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
         why = reason(name, module, weight)
-        fields: Any = (name, type(module).__name__, sizes, shape, params, why, module, own)
+        fields: Any = (name, type(module).__name__, sizes, shape, params, why, module, own_bias)
         layers.append(Layer(*fields) if why else DecomposableLayer(*fields))
     return layers
 

@@ -14,9 +14,9 @@ def _owners(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
     names: dict[int, list[str]] = {}
     parameters: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
-        for own, p in [*module._parameters.items(), *module._buffers.items()]:
+        for attribute, p in [*module._parameters.items(), *module._buffers.items()]:
             if p is not None:
-                names.setdefault(id(p), []).append(f"{prefix}.{own}" if prefix else own)
+                names.setdefault(id(p), []).append(f"{prefix}.{attribute}" if prefix else attribute)
                 parameters[id(p)] = p
     return names, parameters
 

@@ -95,10 +95,10 @@ def _sketched(gram: Tensor, rank: int, bound: Tensor, seed: int) -> tuple[Tensor
         q = torch.linalg.qr(image)[0]
         image = gram @ q
         rotation, captured = _top_eigenvectors(q.mT @ image, rank)
-        left = (total - captured).clamp_min(0)
-        fresh = (left <= bound) & (iterations == EXACT_BY_FALLBACK)
+        lost = (total - captured).clamp_min(0)
+        fresh = (lost <= bound) & (iterations == EXACT_BY_FALLBACK)
         basis = torch.where(fresh[:, None, None], q @ rotation, basis)
-        error, iterations = torch.where(fresh, left, error), torch.where(fresh, step, iterations)
+        error, iterations = torch.where(fresh, lost, error), torch.where(fresh, step, iterations)
         if bool((iterations > 0).all()):
             break
     return basis, error, iterations

@@ -14,15 +14,15 @@ from ..errors import ArgumentError, ModelError
 
 def mask_of(batch: Any, mask: str | None) -> Tensor | None:
     """The keyword argument that is false at padding, if the batch has it; ArgumentError if it is not such a mask."""
-    found = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
-    if not isinstance(found, Tensor):
+    value = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
+    if not isinstance(value, Tensor):
         return None
-    if found.dim() != 2 or not bool(((found == 0) | (found == 1)).all()):
+    if value.dim() != 2 or not bool(((value == 0) | (value == 1)).all()):
         raise ArgumentError(
             f"{mask}: expected (samples, tokens) of 1 or True at tokens and 0 or False at padding, got shape "
-            f"{tuple(found.shape)}, values from {found.min()} to {found.max()}; with mask=None all tokens count"
+            f"{tuple(value.shape)}, values from {value.min()} to {value.max()}; with mask=None all tokens count"
         )
-    return found.bool()
+    return value.bool()
 
 
 @contextmanager

@@ -30,10 +30,10 @@ def counted_inputs(
     mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter:
-            found = layer_inputs(model, example_inputs, names)
+            inputs = layer_inputs(model, example_inputs, names)
     finally:
         mha.set_fastpath_enabled(fast)
-    return found, int(counter.get_total_flops())
+    return inputs, int(counter.get_total_flops())
 
 
 def _output_size(size: int, axis: int, module: nn.Module) -> int:

@@ -103,8 +103,8 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
     _check_example(example_inputs, "example_inputs")
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, dict[InputSpec, int]] = {name: {} for name in names}
-    for name in found:
+    inputs: dict[str, dict[InputSpec, int]] = {name: {} for name in names}
+    for name in inputs:
         if name not in modules:
             raise LayerNotFoundError(f"layer {name!r} is not in the model; analyse this model again")
 
@@ -117,7 +117,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
 
         return record
 
-    handles = [modules[n].register_forward_pre_hook(recorder(c), with_kwargs=True) for n, c in found.items()]
+    handles = [modules[n].register_forward_pre_hook(recorder(c), with_kwargs=True) for n, c in inputs.items()]
     try:
         with preserved(model), inference(model):
             call_model(model, example_inputs)
@@ -128,7 +128,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs
 
 
 def shared_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> list[tuple[str, ...]]:

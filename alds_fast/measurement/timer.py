@@ -83,15 +83,15 @@ def interleaved_ms(
     device = torch.device(device)
     cuda = device.type == "cuda"
     sample = _cuda_ms if cuda else _cpu_ms
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad(), torch.cuda.device(device if cuda else -1):
         if cuda:
             calls = _all_captured(calls)
         counts = {name: _calls_per_sample(sample, call, min_ms) for name, call in calls.items()}
         for i in range(rounds):
             for name in list(calls) if i % 2 == 0 else reversed(list(calls)):
-                found[name].append(sample(calls[name], counts[name]))
-    return found
+                times[name].append(sample(calls[name], counts[name]))
+    return times
 
 
 def median_ratio(times: Mapping[str, Sequence[float]], side: str, baseline: str) -> float:

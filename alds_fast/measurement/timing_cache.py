@@ -41,8 +41,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     else:
         backend = torch.backends.mkldnn
         precision = backend.matmul.fp32_precision, backend.conv.fp32_precision, backend.enabled
-    found = {"device": device_name(device), "torch": torch.__version__, "threads": threads}
-    return {**found, "settings": list(precision)}
+    facts = {"device": device_name(device), "torch": torch.__version__, "threads": threads}
+    return {**facts, "settings": list(precision)}
 
 
 def _folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
@@ -105,10 +105,10 @@ class Timings:
 
 
 def _ratios(rows: Any) -> Ratios:
-    found: Ratios = {}
+    ratios: Ratios = {}
     for scheme, groups, rank, ratio in rows:
         whole = all(type(n) is int and n >= 0 for n in (scheme, groups, rank))
         if not whole or not isinstance(ratio, float) or not 0 < ratio < math.inf:
             raise ValueError(f"{[scheme, groups, rank, ratio]} is not scheme, groups, rank and a ratio above 0")
-        found.setdefault((scheme, groups), {})[rank] = ratio
-    return found
+        ratios.setdefault((scheme, groups), {})[rank] = ratio
+    return ratios

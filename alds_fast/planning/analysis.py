@@ -132,7 +132,7 @@ class Analysis:
             if not doubt:
                 break
             self._sharpen(doubt)
-        picks = enumerate(zip(layers, outcome.choices, outcome.solution.found, strict=True))
+        picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
         rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
@@ -152,10 +152,10 @@ class Analysis:
         key = basis.criterion, basis.bias_correction
         if key not in self._errors:
             self._errors[key] = [layer_errors(self.spectra[layer.name], basis, self.max_groups) for layer in layers]
-        found = []
+        choices = []
         for layer, errors in zip(layers, self._errors[key], strict=True):
-            found.append(candidates(layer.shape, {k: weights[layer.name] * e for k, e in errors.items()}, align))
-        return found
+            choices.append(candidates(layer.shape, {k: weights[layer.name] * e for k, e in errors.items()}, align))
+        return choices
 
     def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
         return {
@@ -168,8 +168,8 @@ class Analysis:
         headers = ["layer", "kind", "shape", "params", "folds x groups", "reason left out"]
         rows = []
         for layer in self.layers:
-            found = self.spectra.get(layer.name)
-            folds = f"{len(found.top)} x {len(found.values) // len(found.top)}" if found else "-"
+            spectra = self.spectra.get(layer.name)
+            folds = f"{len(spectra.top)} x {len(spectra.values) // len(spectra.top)}" if spectra else "-"
             cells = [layer.name or "(model)", layer.kind, shape_text(layer.weight), f"{layer.params:,}", folds]
             rows.append([*cells, layer.reason or ""])
         inside = sum(s.layer.shape.numel for s in self.spectra.values())

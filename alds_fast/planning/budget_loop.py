@@ -66,12 +66,12 @@ class Problem:
         """The float32 spectra, by layer, errors times ``weights``, that might not decide as float64 ones."""
         if not any(s.float32 for s in self.spectra):
             return []
-        (table,), found = outcome.tables, outcome.solution.found
+        (table,), picks = outcome.tables, outcome.solution.picks
 
         def again(fronts: Sequence[Front]) -> Ints:
             return allocate(fronts, table.budget(), p).picks
 
-        return curves_in_doubt(self.spectra, outcome.choices, weights, found, table.costs, again)
+        return curves_in_doubt(self.spectra, outcome.choices, weights, picks, table.costs, again)
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _measured(
-    problem: Problem, found: Sequence[int], share: float, example_inputs: Any, device: torch.device, attempt: int
+    problem: Problem, picks: Sequence[int], share: float, example_inputs: Any, device: torch.device, attempt: int
 ) -> Latency:
-    taken = [c.decomposition(i) for c, i in zip(problem.choices, found, strict=True)]
+    taken = [c.decomposition(i) for c, i in zip(problem.choices, picks, strict=True)]
     replaced = {layer.name: d for layer, d in zip(problem.layers, taken, strict=True) if d is not None}
     ratio, dense_ms, small_ms = end_to_end(problem.model, replaced, example_inputs, device)
     return Latency(share, ratio, dense_ms, small_ms, device_name(device), attempt)
@@ -154,12 +154,12 @@ def _refined(
             if not outcomes:
                 raise
             break  # the corrected limit cannot be met together with the other budgets
-        latency = _measured(problem, solution.found, share, example_inputs, device, attempt)
+        latency = _measured(problem, solution.picks, share, example_inputs, device, attempt)
         outcomes.append(Outcome(problem.choices, solution, [*tables, table], latency))
         if _settled(outcomes, tables):
             break
-        predicted = table.cost(solution.found) / table.total
-        times.look_closer(solution.found)
+        predicted = table.cost(solution.picks) / table.total
+        times.look_closer(solution.picks)
         table = times.table(share)
         table = relaxed(table, share * predicted / latency.measured * table.total)
     best = min(outcomes, key=_distance)
@@ -175,15 +175,15 @@ def _distance(outcome: Outcome) -> float:
 def _free(outcome: Outcome, tables: Sequence[CostTable]) -> bool:
     """Whether less latency than asked for is no loss: nothing is left to win, or other budgets hold it down."""
     assert outcome.latency is not None
-    exact = largest_error(outcome.choices, outcome.solution.found) == 0.0
+    exact = largest_error(outcome.choices, outcome.solution.picks) == 0.0
     return outcome.latency.measured < outcome.latency.asked and (exact or bool(tables))
 
 
 def _settled(outcomes: Sequence[Outcome], tables: Sequence[CostTable]) -> bool:
     """Within the tolerance; or nothing else can be done, the same choice having come out before."""
     last = outcomes[-1]
-    seen = [o.solution.found for o in outcomes[:-1]]
-    return _distance(last) <= Latency.TOLERANCE or last.solution.found in seen or _free(last, tables)
+    seen = [o.solution.picks for o in outcomes[:-1]]
+    return _distance(last) <= Latency.TOLERANCE or last.solution.picks in seen or _free(last, tables)
 
 
 def _warn_if_off(outcome: Outcome, tables: Sequence[CostTable]) -> None:

@@ -33,9 +33,9 @@ def compress(
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
     moment_order, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align,
-    bias_correction, importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`. ``precision`` is "float32" if
-    it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`. Raises what these raise, and
-    ArgumentError for an unknown option.
+    bias_correction, importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
+    ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
+    Raises what these raise, and ArgumentError for an unknown option.
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))

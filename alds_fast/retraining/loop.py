@@ -95,13 +95,13 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0)
     """
     logits = isinstance(student, Tensor) and isinstance(teacher, Tensor) and student.dim() == 2
     if not logits or student.shape != teacher.shape:
-        found = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (student, teacher)]
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (student, teacher)]
         raise ArgumentError(
-            f"distill= compares logits of shape (N, C), the models return {found[0]} and {found[1]}; give "
+            f"distill= compares logits of shape (N, C), the models return {shapes[0]} and {shapes[1]}; give "
             f"distill_loss=, a function (output, teacher's output) -> scalar, for other outputs"
         )
-    own, target = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
-    return temperature**2 * F.kl_div(own, target, reduction="batchmean", log_target=True)
+    predicted, target = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    return temperature**2 * F.kl_div(predicted, target, reduction="batchmean", log_target=True)
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
@@ -113,8 +113,8 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     optimizer = recipe.optimizer(model)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(f"optimizer= returned a {type(optimizer).__name__}: expected a torch.optim.Optimizer")
-    own = {id(p) for p in model.parameters()}
-    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+    parameters = {id(p) for p in model.parameters()}
+    if any(id(p) not in parameters for group in optimizer.param_groups for p in group["params"]):
         raise ArgumentError(
             "optimizer= returned an optimizer of other parameters than those of the model that it was given; "
             "write it as lambda model: torch.optim.SGD(model.parameters(), ...)"
@@ -166,8 +166,8 @@ def _batch_loss(recipe: Recipe, model: nn.Module, batch: Any, teacher: nn.Module
 
 def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ArgumentError(f"the loss is {found}: expected a tensor with one element")
+        kind = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ArgumentError(f"the loss is {kind}: expected a tensor with one element")
     if not loss.requires_grad:
         raise ArgumentError(
             "the loss has no gradient: do not detach it, and leave some parameter with requires_grad=True"

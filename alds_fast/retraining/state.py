@@ -54,8 +54,8 @@ def plain(value: Any) -> Any:
 def _generators(loader: Any) -> list[torch.Generator]:
     """The generators of a ``DataLoader`` and its samplers, each once."""
     holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 def random_state(device: torch.device, loader: Iterable[Any] | None) -> dict[str, Any]:
@@ -83,8 +83,8 @@ def set_random_state(state: Mapping[str, Any], device: torch.device, loader: Ite
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-    for generator, own in zip(generators, state["loader"], strict=True):
-        generator.set_state(own)
+    for generator, state_of_loader in zip(generators, state["loader"], strict=True):
+        generator.set_state(state_of_loader)
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -100,9 +100,9 @@ def _settings(saved: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put a saved state back; ArgumentError if it is of another kind or other settings, learning rates too."""
-    kind, own, stored = type(optimizer).__name__, _settings(optimizer_state(optimizer)), _settings(saved)
-    if (kind, own) != (saved["kind"], stored):
-        pairs = zip(own, stored, strict=False)
+    kind, current, stored = type(optimizer).__name__, _settings(optimizer_state(optimizer)), _settings(saved)
+    if (kind, current) != (saved["kind"], stored):
+        pairs = zip(current, stored, strict=False)
         differ = sorted({k for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)})
         raise ArgumentError(
             f"the checkpoint was made with {saved['kind']} and other settings ({', '.join(differ) or 'groups'}) than "

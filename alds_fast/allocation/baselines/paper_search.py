@@ -51,9 +51,9 @@ def alds_heuristic(layers: Sequence[Candidates], budget: int) -> list[int]:
     best: list[int] | None = None
     best_error = np.inf
     for seed in range(SEEDS):
-        found = _search(layers, budget, np.random.default_rng(seed))
-        if found is not None and (best is None or found[1] < best_error):
-            best, best_error = found
+        attempt = _search(layers, budget, np.random.default_rng(seed))
+        if attempt is not None and (best is None or attempt[1] < best_error):
+            best, best_error = attempt
     if best is None:
         raise BudgetError(
             f"alds-heuristic found no allocation with a cost of at most {budget} in {SEEDS} starts; use method='alds'"

@@ -180,9 +180,9 @@ def pca(layers: Sequence[Candidates], spectra: Sequence[LayerSpectra], budget: i
 
     See :func:`alds_fast.allocation.baselines.pca.pca_ranks`. Raises ArgumentError without the outputs' covariances.
     """
-    found = []
+    eigenvalues = []
     for spectrum in spectra:
         if spectrum.output is None:
             raise ArgumentError("method='pca' needs data: analyze(model, data=batches)")
-        found.append(spectrum.output.numpy())
-    return pca_on(layers, found, budget)
+        eigenvalues.append(spectrum.output.numpy())
+    return pca_on(layers, eigenvalues, budget)

@@ -137,7 +137,7 @@ def compress_checkpoint(
         world.together()
     try:
         reports = json.loads((output / FACTORS).read_text())
-        found = {name: FactorReport(**fields) for name, fields in reports.items()}
-        return CompressedCheckpoint(output, Plan.from_json((output / PLAN).read_text()), found)
+        factors = {name: FactorReport(**fields) for name, fields in reports.items()}
+        return CompressedCheckpoint(output, Plan.from_json((output / PLAN).read_text()), factors)
     except (OSError, ValueError, TypeError) as e:
         raise FileFormatError(f"{str(output)!r} is damaged ({e}); remove it and begin again") from e

@@ -68,12 +68,12 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
 def write_files(work: Work, files: Sequence[OutputFile]) -> None:
     """The output's safetensors files, each whole or not there; the factors in them leave the journal."""
     journal = work.journal
-    left = unwritten(journal, files)
+    missing = unwritten(journal, files)
     work.world.together()
-    own = work.world.share(left, lambda file: float(file.size))
-    for number, file in enumerate(own, 1):
+    share = work.world.share(missing, lambda file: float(file.size))
+    for number, file in enumerate(share, 1):
         _write_file(work, file)
-        work.progress("files", number, len(own))
+        work.progress("files", number, len(share))
     work.world.together()
 
 
@@ -147,10 +147,10 @@ def compress_streamed(work: Work) -> None:
     """All of it; what is there already is not done again."""
     numbers = {layer.name: i for i, layer in work.ready.items()}
     if work.world.first:
-        own = {work.sources[name] for name in numbers}
-        found = [i for i in work.ready if work.journal.has(kind_of(work.settings.float32_first), i)]
-        known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in found}
-        recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in own], known)
+        weights = {work.sources[name] for name in numbers}
+        analysed = [i for i in work.ready if work.journal.has(kind_of(work.settings.float32_first), i)]
+        known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in analysed}
+        recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in weights], known)
     work.world.together()
     find_spectra(work)
     plan = find_plan(work)

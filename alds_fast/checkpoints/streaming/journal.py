@@ -70,8 +70,8 @@ class Journal:
 
     def _read(self, place: Path) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(place.read_text())
-            return dict(found)
+            content: dict[str, Any] = json.loads(place.read_text())
+            return dict(content)
         except (ValueError, TypeError) as e:
             raise FileFormatError(f"{str(place)!r} is damaged ({e}); remove {str(self.output)!r}") from e
 
@@ -95,8 +95,8 @@ class Journal:
     def begin(self) -> None:
         """Make the journal, or go on with the one there; in the process that has locked it."""
         with writing(self.output):
-            for left in [*self.folder.glob("*.partial"), *self.output.glob("*.partial")]:
-                left.unlink()
+            for partial in [*self.folder.glob("*.partial"), *self.output.glob("*.partial")]:
+                partial.unlink()
         if not (self.folder / JOB).exists() or self._read(self.folder / JOB) != self.job:
             write_whole(self.folder / JOB, [_text(self.job).encode()])
 

@@ -75,5 +75,5 @@ def untie(model: nn.Module, shards: Shards, names: Mapping[str, str]) -> None:
             continue
         first = seen.setdefault(id(parameter), target)
         if first != target and shards.tensors[names[first]].crc32() != shards.tensors[names[target]].crc32():
-            parent, _, own = target.rpartition(".")
-            setattr(model.get_submodule(parent), own, nn.Parameter(parameter.detach().clone(), False))
+            parent, _, attribute = target.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, nn.Parameter(parameter.detach().clone(), False))

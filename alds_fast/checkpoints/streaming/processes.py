@@ -48,13 +48,13 @@ class World:
         All processes must pass the same items.
         """
         loads = [0.0] * self.size
-        own = []
+        share = []
         for item in sorted(items, key=cost, reverse=True):
             rank = loads.index(min(loads))
             loads[rank] += cost(item)
             if rank == self.rank:
-                own.append(item)
-        return own
+                share.append(item)
+        return share
 
 
 @contextmanager
@@ -83,13 +83,13 @@ def joined() -> Iterator[World]:
 def own_device(device: str) -> torch.device:
     """The device named; "cuda" is the GPU of this process's LOCAL_RANK. ArgumentError if there is no such device."""
     try:
-        found = torch.device(device)
+        place = torch.device(device)
     except RuntimeError as e:
         raise ArgumentError(f"device={device!r}: {e}") from e
-    if found.type not in ("cpu", "cuda"):
+    if place.type not in ("cpu", "cuda"):
         raise ArgumentError(f"device={device!r} is not cpu or cuda")
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device={device!r}, but torch finds no CUDA device here; use device='cpu'")
     if device == "cuda":
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return found
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return place

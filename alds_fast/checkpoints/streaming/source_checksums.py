@@ -53,8 +53,8 @@ def recorded(shards: Shards, journal: Journal, passing: Iterable[str], known: Ma
 
 def read_record(journal: Journal) -> dict[str, int]:
     """What :func:`recorded` has kept."""
-    found: dict[str, int] = json.loads((journal.folder / RECORD).read_text())["tensors"]
-    return found
+    record: dict[str, int] = json.loads((journal.folder / RECORD).read_text())["tensors"]
+    return record
 
 
 def check_unchanged(shards: Shards, journal: Journal) -> None:

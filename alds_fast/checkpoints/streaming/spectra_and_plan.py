@@ -25,8 +25,8 @@ def find_spectra(work: Work) -> None:
     for batch in work.in_batches("spectra", [i for i in ready if not journal.has(kind, i)]):
         layers = [ready[i] for i in batch]
         with work.weights(layers) as sums:
-            found = pruned_spectra(layers, *options, float32=settings.float32_first)
-        for number, spectra in zip(batch, found, strict=True):
+            results = pruned_spectra(layers, *options, float32=settings.float32_first)
+        for number, spectra in zip(batch, results, strict=True):
             tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
             notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.float32)}
             journal.put(kind, number, tensors, notes)
@@ -35,15 +35,15 @@ def find_spectra(work: Work) -> None:
 def _find_exact(work: Work) -> None:
     """The float64 spectra that are in doubt, in the journal."""
     ready, journal = work.ready, work.journal
-    left: dict[int, list[Key]] = {}
+    missing: dict[int, list[Key]] = {}
     for number, key in sorted(in_doubt(work)):
         if not journal.has(_exact(key), number):
-            left.setdefault(number, []).append(key)
-    for batch in work.in_batches("spectra in doubt", list(left)):
+            missing.setdefault(number, []).append(key)
+    for batch in work.in_batches("spectra in doubt", list(missing)):
         numbers = {ready[i].name: i for i in batch}
         with work.weights([ready[i] for i in batch]) as sums:
             check_sums(work, {i: spectra_of(work, i)[1] for i in batch}, sums)
-            for layer, key, values in exact_spectra([(ready[i], key) for i in batch for key in left[i]]):
+            for layer, key, values in exact_spectra([(ready[i], key) for i in batch for key in missing[i]]):
                 journal.put(_exact(key), numbers[layer.name], {"values": values}, {})
 
 
@@ -51,9 +51,9 @@ def find_plan(work: Work) -> Plan:
     """The plan: made by one process, read by all, who compute what it asks for in float64 meanwhile."""
     path = work.journal.folder / PLAN
     if work.world.first and not path.exists():
-        found = {layer.name: spectra_of(work, i)[0] for i, layer in work.ready.items()}
-        own = tuple(work.layers), found, count_params(work.model), work.model
-        analysis = Analysis(*own, sharpen=lambda wanted: _sharpen(work, wanted))
+        spectra = {layer.name: spectra_of(work, i)[0] for i, layer in work.ready.items()}
+        parts = tuple(work.layers), spectra, count_params(work.model), work.model
+        analysis = Analysis(*parts, sharpen=lambda wanted: _sharpen(work, wanted))
         s = work.settings
         plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
         write_whole(path, [plan.to_json().encode()])

@@ -27,11 +27,11 @@ def _exact(key: Key) -> str:
     return f"exact.{key[0]}.{key[1]}"
 
 
-def check_sums(work: Work, known: Mapping[int, int], found: Mapping[str, int]) -> None:
-    """FileFormatError if the CRC-32 of a weight, by number, is not what was ``found`` of it, by name."""
+def check_sums(work: Work, known: Mapping[int, int], sums: Mapping[str, int]) -> None:
+    """FileFormatError if the CRC-32 of a weight, ``known`` by number, is not that in ``sums``, by name."""
     for number, crc in known.items():
         name = work.ready[number].name
-        if found[name] != crc:
+        if sums[name] != crc:
             raise FileFormatError(
                 f"layer {label(name)}: its weight has changed since it was analysed; remove "
                 f"{str(work.journal.output)!r} and begin again"
@@ -43,8 +43,8 @@ def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
     tensors, notes = work.journal.get(kind_of(work.settings.float32_first), number)
     values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
     top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
-    found = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
-    return all_float32(found) if notes["single"] else found, int(notes["crc32"])
+    spectra = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
+    return all_float32(spectra) if notes["single"] else spectra, int(notes["crc32"])
 
 
 def exact_values(work: Work, number: int, key: Key) -> Tensor:
@@ -58,8 +58,9 @@ def in_doubt(work: Work) -> set[tuple[int, Key]]:
     if not path.exists():
         return set()
     try:
-        found = json.loads(path.read_text())
-        return {(int(i), (int(scheme), int(k))) for i, scheme, k in found["spectra"]} if found["job"] == what else set()
+        content = json.loads(path.read_text())
+        spectra = content["spectra"] if content["job"] == what else ()
+        return {(int(i), (int(scheme), int(k))) for i, scheme, k in spectra}
     except (KeyError, ValueError, TypeError) as e:
         raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove {str(work.journal.output)!r}") from e
 

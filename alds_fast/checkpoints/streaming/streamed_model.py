@@ -65,8 +65,8 @@ class Work:
         untie(self.model, self.shards, names)
         self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
-        found = find_layers(self.model, self.settings.include, self.settings.exclude)
-        self.layers = [self._checked(layer) for layer in found]
+        layers = find_layers(self.model, self.settings.include, self.settings.exclude)
+        self.layers = [self._checked(layer) for layer in layers]
 
     def _checked(self, layer: Layer) -> Layer:
         """The layer, left out if its weight cannot be streamed; FileFormatError if its shape is another."""
@@ -124,9 +124,9 @@ class Work:
 
     def in_batches(self, what: str, numbers: list[int]) -> Iterator[list[int]]:
         """This process's part of the layers, a few at a time, and the progress told; then all processes meet."""
-        own = self.shared(numbers)
-        done, total = 0, sum(self.ready[i].shape.numel for i in own)
-        for batch in self.batches(own):
+        share = self.shared(numbers)
+        done, total = 0, sum(self.ready[i].shape.numel for i in share)
+        for batch in self.batches(share):
             yield batch
             done += sum(self.ready[i].shape.numel for i in batch)
             self.progress(what, done, total)
