@@ -55,7 +55,7 @@ def atomic(target: Path) -> Iterator[str]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def whole_or_nothing(path: Path) -> Iterator[None]:
     """FileWriteError, saying what to do, where the system refuses to write."""
     try:
         yield
@@ -81,7 +81,7 @@ def sync_folder(folder: Path) -> None:
 def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write a file under another name, put it on disk, then give it its own; what stood there before is replaced."""
     partial = path.with_name(path.name + ".partial")
-    with writing(path):
+    with whole_or_nothing(path):
         try:
             with open(partial, "wb") as file:
                 for piece in pieces:

@@ -13,7 +13,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.allocation import candidates, latency
-from alds_fast.allocation.latency import call_text, interpolated, random_low_rank
+from alds_fast.allocation.latency import call_key, interpolated, random_low_rank
 from alds_fast.criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.layers import LowRankLayer
@@ -96,7 +96,7 @@ def test_the_cost_table_holds_the_times(timer, tmp_path):
             own = costs[start : start + len(curve.costs)]
             assert (np.diff(own) >= 0).all()
             true = (0.01 + 1e-4 * curve.costs) * 1e6
-            timed = np.isin(curve.ranks, list(timings.of(call_text(layer, next(iter(calls[layer.name]))))[
+            timed = np.isin(curve.ranks, list(timings.of(call_key(layer, next(iter(calls[layer.name]))))[
                 curve.scheme, curve.groups]))  # fmt: skip
             assert timed.any() and np.allclose(own[timed], true[timed], atol=3)
             inside = curve.ranks <= curve.ranks[timed].max()
@@ -296,7 +296,7 @@ def test_the_description_of_a_call_tells_what_matters():
     spec = InputSpec((1, 4, 8, 8), torch.float32, "cpu", False)
     other = InputSpec((1, 4, 8, 8), torch.float32, "cpu", True)
     strided = alds.analyze(nn.Conv2d(4, 4, 3, stride=2)).layers[0]
-    assert len({call_text(layer, spec), call_text(layer, other), call_text(strided, spec)}) == 3
+    assert len({call_key(layer, spec), call_key(layer, other), call_key(strided, spec)}) == 3
 
 
 def test_plans_with_a_latency_survive_json_and_old_ones_load(timer, tmp_path):

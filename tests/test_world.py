@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast.checkpoints.streaming.processes import World, joined, own_device
+from alds_fast.checkpoints.streaming.processes import World, join_processes, own_device
 from alds_fast.errors import ArgumentError, WorkerError
 
 
@@ -22,19 +22,22 @@ def test_every_item_once_and_even(costs, size):
 
 def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined() as world:
+    with join_processes() as world:
         assert (world.rank, world.size, world.first) == (0, 1, True)
         world.together()
 
 
 def test_environments_that_are_none(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(ArgumentError, match="WORLD_SIZE are set, as torchrun does, but not to numbers"), joined():
+    with (
+        pytest.raises(ArgumentError, match="WORLD_SIZE are set, as torchrun does, but not to numbers"),
+        join_processes(),
+    ):
         pass
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(WorkerError, match="rank 1 of 2 cannot reach the others"), joined():
+    with pytest.raises(WorkerError, match="rank 1 of 2 cannot reach the others"), join_processes():
         pass
 
 

@@ -6,7 +6,7 @@ Here belongs what chooses among errors and costs. What a user's options mean bel
 from .baselines import BASELINES, filter_threshold
 from .candidates import Candidates, candidates
 from .costs import SHARES, CostTable, flops_table, params_table, relaxed
-from .float32_check import curves_in_doubt, put_exact
+from .float32_check import curves_in_doubt, with_exact_values
 from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
 from .one_budget import allocate
 from .pareto import Front, Ints, pareto_front
@@ -35,9 +35,9 @@ __all__ = [
     "params_table",
     "pareto_front",
     "pruned_spectra",
-    "put_exact",
     "relaxed",
     "solve",
     "solve_baseline",
     "solve_error",
+    "with_exact_values",
 ]

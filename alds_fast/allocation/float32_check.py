@@ -30,7 +30,7 @@ SMALL = 2.0**-9  # squared errors of slices below it, 4.4 %, are asked for in fl
 Bools = NDArray[np.bool_]
 
 
-def put_exact(spectra: LayerSpectra, key: Key, values: Tensor) -> LayerSpectra:
+def with_exact_values(spectra: LayerSpectra, key: Key, values: Tensor) -> LayerSpectra:
     """The spectra with those of ``key`` in float64; ModelError if they are not of the same weight."""
     squares = next(v.square().sum() for (scheme, _), v in spectra.values.items() if scheme == key[0])
     if not torch.isclose(squares, values.square().sum(), rtol=1e-9, atol=0.0):
@@ -75,7 +75,7 @@ def curves_in_doubt(
     costs: Sequence[Ints],
     solve: Callable[[Sequence[Front]], Ints],
 ) -> list[tuple[str, Key]]:
-    """Layer and (scheme, groups) of the float32 spectra that might have another candidate taken than those of ``picks``.
+    """(layer, (scheme, groups)) of float32 spectra that might have another candidate taken than those of ``picks``.
 
     ``solve`` finds the points to take of the layers' Pareto fronts; errors are those of the spectra times the layers'
     ``weights``. What is taken with an error of a slice so small that float32 says little of it is in doubt too.

@@ -57,7 +57,7 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
     return layer
 
 
-def call_text(layer: DecomposableLayer, spec: InputSpec) -> str:
+def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
     """Everything that the time of a layer's call depends on beside the hardware, as JSON."""
     module: Any = layer.module
     names = ("stride", "padding", "dilation", "padding_mode")
@@ -133,7 +133,7 @@ class LayerTimes:
         self._sites: dict[str, tuple[nn.Module, InputSpec, list[Curve]]] = {}
         for layer, choice in zip(layers, choices, strict=True):
             for spec in calls[layer.name]:
-                curves = self._sites.setdefault(call_text(layer, spec), (layer.module, spec, []))[2]
+                curves = self._sites.setdefault(call_key(layer, spec), (layer.module, spec, []))[2]
                 curves += choice.curves
         for text, (module, spec, curves) in self._sites.items():
             if _survey(module, spec, curves, timings.of(text)):
@@ -151,13 +151,13 @@ class LayerTimes:
         self.total_ns = self._fixed_ns + inside
 
     def _layer_dense_ns(self, layer: DecomposableLayer) -> int:
-        return round(sum(n * self._dense_ns[call_text(layer, spec)] for spec, n in self._calls[layer.name].items()))
+        return round(sum(n * self._dense_ns[call_key(layer, spec)] for spec, n in self._calls[layer.name].items()))
 
     def _curve_ns(self, layer: DecomposableLayer, curve: Curve) -> Ints:
         """Nanoseconds of all ranks of a curve over all calls of the layer."""
         total = np.zeros(len(curve.costs))
         for spec, count in self._calls[layer.name].items():
-            text = call_text(layer, spec)
+            text = call_key(layer, spec)
             known = self._timings.of(text)[curve.scheme, curve.groups]
             total += count * self._dense_ns[text] * interpolated(known, curve.ranks)
         return np.rint(total).astype(np.int64)
@@ -182,7 +182,7 @@ class LayerTimes:
             ranks = {taken.rank - curve.align, taken.rank, taken.rank + curve.align} & set(curve.ranks.tolist())
             for spec in self._calls[layer.name]:
                 near = (taken._replace(rank=rank) for rank in ranks)
-                wanted.setdefault(call_text(layer, spec), set()).update(near)
+                wanted.setdefault(call_key(layer, spec), set()).update(near)
         for text, decompositions in wanted.items():
             module, spec, _ = self._sites[text]
             _time(module, spec, sorted(decompositions), self._timings.of(text))

@@ -19,11 +19,11 @@ from ..criteria import (
     CRITERIA,
     FoldRoom,
     LayerSpectra,
-    all_float32,
     batches,
     candidate_groups,
     computed_in_float32,
     layer_spectra,
+    marked_float32,
     place,
 )
 from ..layers import DecomposableLayer
@@ -102,4 +102,4 @@ def pruned_spectra(
             )
             for (layer, scheme), (values,) in zip(batch, solved, strict=True):
                 results[layer.name].values[scheme, k] = values.cpu()
-    return [all_float32(s) if s.float32 else s for s in results.values()]
+    return [marked_float32(s) if s.float32 else s for s in results.values()]

@@ -32,18 +32,16 @@ def memory_order(tensor: Tensor) -> list[int] | None:
     return order if tensor.permute(order).is_contiguous() else None
 
 
-def owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors, each the whole of a storage of its own, as safetensors wants them."""
     copies: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
         whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
-        owned = (
-            tensor if whole and storage.data_ptr() not in taken else tensor.clone(memory_format=torch.contiguous_format)
-        )
+        kept = whole and storage.data_ptr() not in taken
+        copies[name] = tensor if kept else tensor.clone(memory_format=torch.contiguous_format)
         taken.add(storage.data_ptr())
-        copies[name] = owned
     return copies
 
 

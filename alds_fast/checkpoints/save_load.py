@@ -18,7 +18,7 @@ from ..integrations import keep_when_saved
 from ..layers import LowRankLayer, MergedLinears, find_layers, label, low_rank_like, overlaps, replace_layers
 from ..linalg import Decomposition
 from ..planning import Plan
-from .file_format import FORMAT, VERSION, memory_order, owned, read_header, read_tensors
+from .file_format import FORMAT, VERSION, memory_order, own_storages, read_header, read_tensors
 
 
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -77,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ModelError("the model has no low-rank layer and no plan: it was not made by compress() or Plan.apply()")
     tensors, aliases = unique_tensors(model)
     orders = {n: order for n, t in tensors.items() if (order := memory_order(t)) is not None}
-    stored = owned({n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()})
+    stored = own_storages({n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()})
     metadata = {
         "format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers), "aliases": json.dumps(aliases),
         "orders": json.dumps(orders), "crc32": json.dumps({n: crc32(t) for n, t in stored.items()}),

@@ -4,7 +4,7 @@ Here belongs what turns a layer into errors by rank. What chooses among ranks be
 """
 
 from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
-from .input_rows import Wanted, masked, outputs, patches
+from .input_rows import Wanted, fitting_mask, outputs, patches
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moment_hooks import rows_wanted
 from .moment_sums import exact_products
@@ -14,11 +14,11 @@ from .spectra import (
     Groups,
     Key,
     LayerSpectra,
-    Sharpen,
-    all_float32,
+    Recompute,
     candidate_groups,
     exact_spectra,
     layer_spectra,
+    marked_float32,
     total_work,
     with_groups,
 )
@@ -37,22 +37,22 @@ __all__ = [
     "Key",
     "LayerSpectra",
     "Moments",
+    "Recompute",
     "Sensitivity",
-    "Sharpen",
     "Wanted",
     "Weighting",
-    "all_float32",
     "batches",
     "candidate_groups",
     "collect_moments",
     "computed_in_float32",
     "exact_products",
     "exact_spectra",
+    "fitting_mask",
     "folded",
     "for_threads",
     "layer_errors",
     "layer_spectra",
-    "masked",
+    "marked_float32",
     "outputs",
     "patches",
     "place",

@@ -14,12 +14,12 @@ from ..layers import is_linear
 Wanted = Callable[[int], int]
 
 
-def every(rows: int) -> int:
+def all_rows(rows: int) -> int:
     """All of them."""
     return rows
 
 
-def batched(module: nn.Module, x: Tensor) -> Tensor:
+def with_batch_dimension(module: nn.Module, x: Tensor) -> Tensor:
     """The input or output of a convolution with its batch dimension, which may have been left out."""
     if is_linear(module):
         return x
@@ -27,7 +27,7 @@ def batched(module: nn.Module, x: Tensor) -> Tensor:
     return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
 
 
-def masked(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | None:
+def fitting_mask(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | None:
     """The batch's mask (samples, tokens) for the leading dimensions of a Linear's input or output, where it fits.
 
     Those are (samples, tokens), (tokens, samples) or both in one; of as many tokens as samples the first.
@@ -51,7 +51,7 @@ def _windows(module: Any, x: Tensor) -> Tensor:
 
 
 def patches(
-    module: nn.Module, x: Tensor, keep: Tensor | None = None, wanted: Wanted = every, seed: int = 0
+    module: nn.Module, x: Tensor, keep: Tensor | None = None, wanted: Wanted = all_rows, seed: int = 0
 ) -> tuple[Tensor, int]:
     """Rows (rows, conv_groups, columns of the encode fold) that the layer's weight is multiplied with.
 
@@ -71,7 +71,7 @@ def patches(
     if is_linear(module):
         rows = x[keep] if keep is not None else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
         return rows[_drawn(len(rows), wanted, seed, x.device)].unsqueeze(1), len(rows)
-    windows: Any = _windows(module, batched(module, x))
+    windows: Any = _windows(module, with_batch_dimension(module, x))
     sizes = windows.shape[: windows.dim() - len(module.kernel_size) - 1]  # type: ignore[arg-type]
     drawn = _drawn(sizes.numel(), wanted, seed, x.device)
     at = drawn if isinstance(drawn, Tensor) else torch.arange(sizes.numel(), device=x.device)
@@ -80,12 +80,12 @@ def patches(
 
 
 def outputs(
-    module: nn.Module, y: Tensor, keep: Tensor | None = None, wanted: Wanted = every, seed: int = 0
+    module: nn.Module, y: Tensor, keep: Tensor | None = None, wanted: Wanted = all_rows, seed: int = 0
 ) -> tuple[Tensor, int]:
     """Rows (rows, conv_groups, filters of a group) of the layer's output or of a gradient at it, as :func:`patches`."""
     if is_linear(module):
         return patches(module, y, keep, wanted, seed)
-    channels_last = batched(module, y).movedim(1, -1)
+    channels_last = with_batch_dimension(module, y).movedim(1, -1)
     drawn = _drawn(channels_last.shape[:-1].numel(), wanted, seed, y.device)
     rows = channels_last.flatten(0, -2)
     return rows[drawn].unflatten(1, (module.groups, -1)), len(rows)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DecomposableLayer, is_linear
-from .input_rows import Wanted, masked, outputs, patches
-from .moment_sums import Sum
+from .input_rows import Wanted, fitting_mask, outputs, patches
+from .moment_sums import ProductSums
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
@@ -26,8 +26,8 @@ class Collector:
     def __init__(self, layers: Sequence[DecomposableLayer], order: int, gradients: bool) -> None:
         self.layers, self.gradients = layers, gradients
         self.keep: Tensor | None = None
-        self.sums: dict[str, Sum] = {layer.name: Sum() for layer in layers}
-        self.gradient_sums: dict[str, Sum] = {layer.name: Sum() for layer in layers if gradients}
+        self.sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers}
+        self.gradient_sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers if gradients}
         self.by_output = {layer.name for layer in layers if layer.shape.columns > order}
         self.energy, self.seed = 0.0, 0
         self.last: tuple[Any, ...] = (lambda: None, None, [], 0)
@@ -65,7 +65,7 @@ class Collector:
         if same and (sums.second is None or sums.shift is products[0].shift):
             self.leaders[layer.name].add(self.last_name)
         else:
-            keep = masked(layer.module, x, self.keep)
+            keep = fitting_mask(layer.module, x, self.keep)
             samples, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer, sums.drawn), self.seed)
             products = sums.products(samples)
             if linear:  # convolutions rarely share an input, and their strips may be large
@@ -89,7 +89,7 @@ class Collector:
         return hook
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
-        samples, rows = outputs(layer.module, y, masked(layer.module, y, self.keep))
+        samples, rows = outputs(layer.module, y, fitting_mask(layer.module, y, self.keep))
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
         sums = self.sums[layer.name]
@@ -98,7 +98,7 @@ class Collector:
     def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
         sums = self.gradient_sums[layer.name]
         wanted = _wanted(layer, layer.shape.filters_per_group, layer.shape.columns, sums.drawn)
-        samples, rows = outputs(layer.module, g.detach(), masked(layer.module, g, self.keep), wanted, self.seed)
+        samples, rows = outputs(layer.module, g.detach(), fitting_mask(layer.module, g, self.keep), wanted, self.seed)
         self.seed += 1
         sums.add(sums.products(samples, centred=False), rows)
 

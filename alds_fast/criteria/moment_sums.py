@@ -64,7 +64,7 @@ def _in_float64(strip: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, strip[:, start : start + step].double()
 
 
-class Sum:
+class ProductSums:
     """Float64 sums of the products of all batches, each scaled up to all the rows that it was drawn from."""
 
     def __init__(self) -> None:

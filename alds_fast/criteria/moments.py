@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, label
-from ..measurement import call_model, explained, inference, mask_of, padded, preserved
+from ..measurement import call_model, inference, keeping_buffers, mask_of, naming_batch, without_nested_tensors
 from .moment_hooks import Collector
 
 Sensitivity = bool | Callable[[Any, Any], Tensor]
@@ -128,11 +128,11 @@ def collect_moments(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
         )
     count, masks = 0, 0
-    with collector.hooked(), preserved(model), inference(model), padded(model), _frozen(model):
+    with collector.hooked(), keeping_buffers(model), inference(model), without_nested_tensors(model), _frozen(model):
         for count, batch in enumerate(data, 1):
             collector.keep = mask_of(batch, mask)
             masks += collector.keep is not None
-            with explained(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
+            with naming_batch(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
                 output = call_model(model, _detached(batch), f"batch {count} of data=")
                 if sensitivity:
                     collector.back = True

@@ -16,7 +16,7 @@ Groups = str | Sequence[int]
 
 
 Key = tuple[int, int]  # (scheme, groups)
-Sharpen = Callable[[Sequence[tuple[DecomposableLayer, Key]]], Iterable[tuple[DecomposableLayer, Key, Tensor]]]
+Recompute = Callable[[Sequence[tuple[DecomposableLayer, Key]]], Iterable[tuple[DecomposableLayer, Key, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LayerSpectra:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _FoldedLayer:
     layer: DecomposableLayer
     scheme: int
     groups: tuple[int, ...]  # candidates
@@ -67,13 +67,13 @@ def with_groups(layer: Layer, groups: Groups) -> Layer:
     return layer.left_out(f"none of groups={groups} divides its {layer.shape.slice_channels} channels")
 
 
-def _problems(layers: Sequence[DecomposableLayer], schemes: Sequence[int], groups: Groups) -> list[_Problem]:
+def _problems(layers: Sequence[DecomposableLayer], schemes: Sequence[int], groups: Groups) -> list[_FoldedLayer]:
     problems = []
     for layer in layers:
         candidates = candidate_groups(layer.shape.slice_channels, groups)
         for scheme in distinct_schemes(schemes, layer.shape.kernel):
             computed = candidates if 1 in candidates else (1, *candidates)  # 1 gives the norm of the whole weight
-            problems.append(_Problem(layer, scheme, candidates, layer.shape.numel, computed))
+            problems.append(_FoldedLayer(layer, scheme, candidates, layer.shape.numel, computed))
     return problems
 
 
@@ -98,17 +98,17 @@ def layer_spectra(
         by_groups = dict(zip(problem.computed, values, strict=True))
         result.top[problem.scheme] = float(by_groups[1].max())
         result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
-    return [all_float32(s) if float32 and computed_in_float32(s.layer) else s for s in results.values()]
+    return [marked_float32(s) if float32 and computed_in_float32(s.layer) else s for s in results.values()]
 
 
-def all_float32(spectra: LayerSpectra) -> LayerSpectra:
+def marked_float32(spectra: LayerSpectra) -> LayerSpectra:
     """The spectra, all of them in float32."""
     return replace(spectra, float32=frozenset({*spectra.values, *((scheme, 1) for scheme in spectra.top)}))
 
 
 def _solved(
-    problems: Sequence[_Problem], done: Callable[[int], None], limit: int, float32: bool
-) -> Iterator[tuple[_Problem, list[Tensor]]]:
+    problems: Sequence[_FoldedLayer], done: Callable[[int], None], limit: int, float32: bool
+) -> Iterator[tuple[_FoldedLayer, list[Tensor]]]:
     """The problems with the spectra of their ``computed`` slice counts, together as layer_spectra says."""
     room = FoldRoom()
     limit = limit or for_threads([p.size for p in problems])
@@ -129,7 +129,7 @@ def exact_spectra(wanted: Sequence[tuple[DecomposableLayer, Key]]) -> Iterator[t
     """
     for layer in {layer.name: layer for layer, _ in wanted}.values():
         check_weight(layer)
-    problems = [_Problem(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted]
+    problems = [_FoldedLayer(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted]
     for problem, (values,) in _solved(problems, lambda n: None, 0, float32=False):
         yield problem.layer, (problem.scheme, problem.groups[0]), values
 

@@ -19,12 +19,12 @@ from ..measurement import (
     environment,
     inference,
     interleaved_ms,
+    keeping_buffers,
     layer_inputs,
     median_ratio,
-    preserved,
     shared_inputs,
 )
-from .autotune import SEPARATE, TIE, Specs, call_text, is_plain, module_for, race, race_merged
+from .autotune import SEPARATE, TIE, Specs, autotune_layer, autotune_merged, calls_key, is_plain, module_for
 from .table import DeployRow, DeployTable
 
 BACKENDS = ("dense", "two-op", "fused")
@@ -47,10 +47,10 @@ def _row(name: str, layer: LowRankLayer, case: Case, known: Mapping[str, DeployR
     specs, plain = case
     if not specs:
         return DeployRow(*_head(name, layer), "", {}, {}, "two-op", "not called with the example inputs", "forced")
-    call = call_text(layer, specs, plain)
+    call = calls_key(layer, specs, plain)
     if call in known:
         return replace(known[call], name=name)
-    return DeployRow(*_head(name, layer), call, *race(layer, specs, rounds, plain), "measured")
+    return DeployRow(*_head(name, layer), call, *autotune_layer(layer, specs, rounds, plain), "measured")
 
 
 def _rows(
@@ -77,7 +77,7 @@ def _forced(name: str, layer: LowRankLayer, case: Case, backend: str) -> DeployR
     for spec in specs if backend == "fused" else ():
         if reason := layer.why_not_fused(spec.empty()):
             raise BackendError(f"layer {label(name)}: backend='fused' cannot run it: {reason}")
-    return DeployRow(*_head(name, layer), call_text(layer, specs, plain), {}, {}, backend, "", "forced")
+    return DeployRow(*_head(name, layer), calls_key(layer, specs, plain), {}, {}, backend, "", "forced")
 
 
 def _merged_rows(
@@ -93,7 +93,7 @@ def _merged_rows(
                 continue
             call = json.dumps([[won[n].call, won[n].won] for n in names])
             if call not in known:
-                result = race_merged(members, [won[n].won for n in names], cases[names[0]][0], rounds)
+                result = autotune_merged(members, [won[n].won for n in names], cases[names[0]][0], rounds)
                 shape = (sum(m.weight_shape.out_channels for m in members), members[0].weight_shape.in_channels)
                 ranks = ", ".join(str(m.rank) for m in members)
                 known[call] = DeployRow("", MERGED, shape, f"ranks {ranks}", call, *result, "measured")
@@ -148,7 +148,7 @@ def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds:
 
         return run
 
-    with preserved(next(iter(sides.values()))):
+    with keeping_buffers(next(iter(sides.values()))):
         return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
 
 

@@ -31,7 +31,7 @@ class Result(NamedTuple):
     note: str
 
 
-def call_text(layer: LowRankLayer, specs: Specs, plain: bool) -> str:
+def calls_key(layer: LowRankLayer, specs: Specs, plain: bool) -> str:
     """Everything that the time of a layer's calls depends on beside the hardware, as JSON."""
     factors = [[list(f.shape), list(f.stride()), str(f.dtype)] for f in (layer.encoder, layer.decoder)]
     inputs = [[spec.to_dict(), count] for spec, count in specs.items()]
@@ -94,7 +94,9 @@ def _distance(output: Tensor, reference: Tensor) -> float:
     return float((output.double() - reference).norm()) / norm if norm > 0 else float(output.double().norm())
 
 
-def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Specs, rounds: int, note: str) -> Result:
+def _fastest(
+    sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Specs, rounds: int, note: str
+) -> Result:
     """Time all sides over all inputs; the simplest, which come first, win ties. A kernel that fails is left out."""
     times: dict[str, list[float]] = {name: [0.0] * rounds for name in sides}
     errors = dict.fromkeys(sides, 0.0)
@@ -126,15 +128,15 @@ def _race(sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Sp
     return Result(typical, errors, won, note)
 
 
-def race(layer: LowRankLayer, specs: Specs, rounds: int, plain: bool) -> Result:
+def autotune_layer(layer: LowRankLayer, specs: Specs, rounds: int, plain: bool) -> Result:
     """All ways to run one layer, on random inputs like those that it gets."""
     made, note = candidates_of(layer, specs, plain)
     exact = _double(layer)
     sides = {name: lambda x, m=module: (m(x),) for name, module in made.items()}
-    return _race(sides, lambda x: (exact(x),), specs, rounds, note)
+    return _fastest(sides, lambda x: (exact(x),), specs, rounds, note)
 
 
-def race_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Specs, rounds: int) -> Result:
+def autotune_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Specs, rounds: int) -> Result:
     """Layers that read the same input, each as it won, against one encoder call for all of them."""
     alone = [module_for(layer, name) for layer, name in zip(layers, won, strict=True)]
     exact = [_double(layer) for layer in layers]
@@ -144,7 +146,7 @@ def race_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Spec
     reasons = [fused.why_not_fused(spec.empty()) for spec in specs]
     if not any(reasons):
         sides["fused"] = fused
-    return _race(sides, lambda x: [m(x) for m in exact], specs, rounds, next((r for r in reasons if r), ""))
+    return _fastest(sides, lambda x: [m(x) for m in exact], specs, rounds, next((r for r in reasons if r), ""))
 
 
 def _double(layer: LowRankLayer) -> LowRankLayer:

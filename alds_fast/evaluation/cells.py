@@ -47,7 +47,7 @@ class Task:
         return {"budget": self.kind, **calls, "inputs": _digest(self.example_inputs)}
 
     def key(self, cell: Cell) -> str:
-        """A hash of what the cell's result depends on beside the setting and the weights (:func:`fingerprint`)."""
+        """A hash of what the cell's result depends on beside the setting and the weights (:func:`model_mark`)."""
         known: dict[str, Any] = {"variant": DENSE, "share": cell.share, "seed": cell.seed}
         if cell.variant != DENSE:
             variant = self.variants[cell.variant]
@@ -56,7 +56,7 @@ class Task:
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def fingerprint(model: nn.Module) -> str:
+def model_mark(model: nn.Module) -> str:
     """Class, number of parameters and CRC-32 of names and values of the state dict."""
     total = 0
     for name, value in model.state_dict().items():

@@ -18,7 +18,7 @@ NAME = "results.jsonl"
 Record = dict[str, Any]
 
 
-def plain(record: Record) -> Record:
+def json_record(record: Record) -> Record:
     """A record as JSON takes it: "inf" for infinity, null for NaN."""
     return {k: number(v) if isinstance(v, float) else v for k, v in record.items()}
 
@@ -28,7 +28,7 @@ class Records:
 
     Attributes:
         by_key: the latest record of every cell.
-        marks: the fingerprint of the dense model by seed.
+        marks: the mark of the dense model by seed.
         setting: :attr:`alds_fast.cells.Task.setting` of all its runs, None in a new file.
         variants: names in the order in which they were first asked for.
     """
@@ -112,7 +112,7 @@ class Records:
             self._write(self._head)
             self._head = None
         self._keep(record)
-        self._write({**plain(record), "model": self.marks[record["seed"]]})
+        self._write({**json_record(record), "model": self.marks[record["seed"]]})
 
     def _write(self, data: Record) -> None:
         if self.path is None:

@@ -17,7 +17,7 @@ from ..layers import count_params
 from ..measurement import counted_inputs, inference
 from ..planning import Analysis, analyze
 from ..version import __version__
-from .cells import Cell, Task, fingerprint
+from .cells import Cell, Task, model_mark
 from .variants import DENSE, Variant
 
 Record = dict[str, Any]
@@ -67,13 +67,13 @@ class Runner:
         self.analyses: dict[str, tuple[Analysis, float]] = {}
 
     def model(self, seed: int) -> nn.Module:
-        """The dense model of a seed, and its fingerprint in ``mark``."""
+        """The dense model of a seed, and what it is known by in ``mark``."""
         fixed = isinstance(self.task.model, nn.Module)
         if self.built is None or (self.seed != seed and not fixed):
             self.analyses.clear()
             self.built = None  # free it before the next one is built
             self.built = _module(self.task.model if fixed else self.task.model(seed), "model")
-            self.mark = fingerprint(self.built)
+            self.mark = model_mark(self.built)
             self.dense_flops = self._flops(self.built)
         if self.seed != seed and self.task.data is not None:
             self.analyses.clear()
@@ -81,13 +81,13 @@ class Runner:
         return self.built
 
     def mark_of(self, seed: int) -> str:
-        """The fingerprint of a seed's model."""
+        """What a seed's model is known by."""
         with _seeded(seed):
             self.model(seed)
         return self.mark
 
     def run(self, cell: Cell) -> tuple[Record, str, Exception | None]:
-        """What came out, the model's fingerprint, and the exception if the cell failed for anything but its budget."""
+        """What came out, the model's mark, and the exception if the cell failed for anything but its budget."""
         record: Record = {"variant": cell.variant, "share": cell.share, "seed": cell.seed, "key": self.task.key(cell)}
         planning = self.task.variants[cell.variant].planning if cell.variant != DENSE else {}
         record |= {"status": DONE, "message": "", **{n: planning.get(n) for n in ("method", "criterion", "p")}}

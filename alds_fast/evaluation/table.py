@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import ArgumentError
 from ..files import write_text
-from .log import FORMAT, VERSION, Record, Records, plain
+from .log import FORMAT, VERSION, Record, Records, json_record
 from .plot import plot_quality
 from .run_cell import DONE, SECONDS
 from .variants import DENSE
@@ -130,7 +130,7 @@ class Evaluation:
     def to_json(self) -> str:
         """Rows and means as JSON; null for None, "inf" for infinity."""
         head = {"format": FORMAT, "version": VERSION, "budget": self.budget}
-        return json.dumps({**head, "rows": [plain(r) for r in self.rows], "summary": self.summary()}, indent=1)
+        return json.dumps({**head, "rows": [json_record(r) for r in self.rows], "summary": self.summary()}, indent=1)
 
     def to_markdown(self) -> str:
         """One table per budget, mean ± spread over the seeds, the best quality in bold."""

@@ -23,7 +23,7 @@ _runner: Runner | None = None  # of this worker process
 
 
 def serial(task: Task, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
-    """The cells in this process: each with its record, its model's fingerprint and the exception if it failed."""
+    """The cells in this process: each with its record, its model's mark and the exception if it failed."""
     runner = Runner(task)
     for cell, look in jobs:
         yield _outcome(runner, cell, look)

@@ -21,14 +21,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..criteria import Moments, Wanted, masked, outputs, patches, rows_wanted, weighting
+from ..criteria import Moments, Wanted, fitting_mask, outputs, patches, rows_wanted, weighting
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, LowRankLayer, oriented_weight
 from ..linalg import factors_to_weights
-from ..measurement import again, call_model, explained, inference, mask_of, padded, preserved
+from ..measurement import (
+    call_model,
+    inference,
+    keeping_buffers,
+    mask_of,
+    naming_batch,
+    numbered_batches,
+    without_nested_tensors,
+)
 from .batchnorm import move_statistics
 from .choice import FactorReport
-from .ridge import Sums, best_weight
+from .ridge import CrossSums, best_weight
 from .weighted import factors
 
 ORDER = 8192  # columns of a layer, at most
@@ -95,7 +103,7 @@ Gradient = tuple[Tensor | None, float]  # second moment and its noise
 class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
-    def __init__(self, layer: DecomposableLayer, sums: Sums, keep: Tensor | None, seed: int) -> None:
+    def __init__(self, layer: DecomposableLayer, sums: CrossSums, keep: Tensor | None, seed: int) -> None:
         self.layer, self.sums, self.keep, self.seed = layer, sums, keep, seed
         self.outputs: list[tuple[Tensor, Wanted]] = []
         self.drawn = sums.drawn
@@ -103,7 +111,7 @@ class _Batch:
     def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         """After a call of the dense layer."""
         wanted = rows_wanted(self.layer, self.drawn)
-        samples, _ = outputs(module, y, masked(module, y, self.keep), wanted, self.seed)
+        samples, _ = outputs(module, y, fitting_mask(module, y, self.keep), wanted, self.seed)
         bias: Any = module.bias
         self.outputs.append((samples.clone() if bias is None else samples - bias.view(samples.shape[1:]), wanted))
         self.drawn += len(samples)
@@ -113,28 +121,30 @@ class _Batch:
         x, dense = _first(args, kwargs), self.layer.module
         if self.outputs:
             y, wanted = self.outputs.pop(0)
-            samples, rows = patches(dense, x, masked(dense, x, self.keep), wanted, self.seed)
+            samples, rows = patches(dense, x, fitting_mask(dense, x, self.keep), wanted, self.seed)
             self.sums.paired &= len(y) == len(samples)
             if self.sums.paired:
                 self.sums.add(y, samples, rows)
 
 
-def _collected(
+def _collect_sums(
     stage: Mapping[str, int], layers: Mapping[str, DecomposableLayer], model: nn.Module, small: nn.Module,
     data: Iterable[Any], mask: str | None,
-) -> dict[str, Sums]:  # fmt: skip
+) -> dict[str, CrossSums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
-    sums, calls = {name: Sums() for name in stage}, sum(stage.values())
-    for number, batch in again(data):
+    sums, calls = {name: CrossSums() for name in stage}, sum(stage.values())
+    for number, batch in numbered_batches(data):
         keep = mask_of(batch, mask)
         hooks = {name: _Batch(layers[name], sums[name], keep, number) for name in stage}
-        with explained(number, "refit="):
+        with naming_batch(number, "refit="):
             _pass(model, batch, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
             _pass(small, batch, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
     return sums
 
 
-def _fit(layer: DecomposableLayer, low: LowRankLayer, sums: Sums, gradient: Gradient, centred: bool) -> FactorReport:
+def _fit(
+    layer: DecomposableLayer, low: LowRankLayer, sums: CrossSums, gradient: Gradient, centred: bool
+) -> FactorReport:
     """New factors and bias of a low-rank layer, in place."""
     dense: Any = layer.module
     seen = sums.means()
@@ -177,22 +187,22 @@ def refit(
     known = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
     reports: dict[str, FactorReport] = {}
     with ExitStack() as stack:
-        stack.enter_context(padded(model, small))
+        stack.enter_context(without_nested_tensors(model, small))
         for net in (model, small):
             stack.enter_context(inference(net))
-            stack.enter_context(preserved(net))
+            stack.enter_context(keeping_buffers(net))
         first = next(iter(data), _Reached)
         if first is _Reached:
             raise ArgumentError("refit= has no batches")
-        with explained(1, "refit="):
+        with naming_batch(1, "refit="):
             stages = _stages(model, first, list(known))
         for stage in stages:
-            for name, sums in _collected(stage, known, model, small, data, mask).items():
+            for name, sums in _collect_sums(stage, known, model, small, data, mask).items():
                 if sums.rows and not sums.finite():
                     raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
                 if sums.rows and sums.paired:
                     centred = bias_correction and known[name].own_bias and low[name].bias is not None
                     reports[name] = _fit(known[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)
-    with padded(model, small):
+    with without_nested_tensors(model, small):
         move_statistics(model, small, data)
     return reports

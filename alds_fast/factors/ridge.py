@@ -44,7 +44,7 @@ class Means(NamedTuple):
         return self.energy - float(explained) - (float(self.mean_y.square().sum()) if centred else 0.0)
 
 
-class Sums:
+class CrossSums:
     """Float64 sums over rows, for each half of the samples; a call counts by all its rows, drawn or not."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ def _towards(weight: Tensor, seen: Means, ridge: float, centred: bool) -> Tensor
     return weight + torch.linalg.solve(ridged, (cross - weight @ second).mT).mT
 
 
-def best_weight(weight: Tensor, sums: Sums, centred: bool) -> Tensor:
+def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:
     """W' for the dense W (g0, f, n), float64, with the ridge that does best on the halves that it was not made from."""
     ridge = RIDGES[0]
     if len(RIDGES) > 1 and all(sums.counts):

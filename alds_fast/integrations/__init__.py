@@ -4,14 +4,14 @@ Here belongs what has to follow another library's releases. Files of this packag
 """
 
 from .transformers_keys import stored_names
-from .transformers_quantizer import METHOD, VERSION, checked_layers, described, keep_when_saved, transformers_format
+from .transformers_quantizer import METHOD, VERSION, checked_layers, keep_when_saved, layer_config, transformers_format
 
 __all__ = [
     "METHOD",
     "VERSION",
     "checked_layers",
-    "described",
     "keep_when_saved",
+    "layer_config",
     "stored_names",
     "transformers_format",
 ]

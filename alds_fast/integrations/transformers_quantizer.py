@@ -57,7 +57,7 @@ def transformers_format() -> _Format:
         requires_calibration = True  # nothing is compressed while it is loaded
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            put_in(model, self.quantization_config.layers)
+            put_low_rank_layers(model, self.quantization_config.layers)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             # These are plain floating-point layers: what transformers forbids quantized models (half, float,
@@ -81,7 +81,7 @@ def transformers_format() -> _Format:
 
         def _dequantize(self, model: Any, dtype: Any = None) -> Any:
             for name in choices_in(model):
-                put(model, name, model.get_submodule(name).to_dense())
+                set_module(model, name, model.get_submodule(name).to_dense())
             dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as saving leaves it in the config
             return model if dtype is None else model.to(dtype)
 
@@ -133,21 +133,21 @@ def checked_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:
 def choices_in(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The low-rank layers of a model by name, as its config holds them."""
     low = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-    return {name: described(module.decomposition, module.weight_shape) for name, module in low.items()}
+    return {name: layer_config(module.decomposition, module.weight_shape) for name, module in low.items()}
 
 
-def described(decomposition: Decomposition, shape: WeightShape) -> dict[str, Any]:
+def layer_config(decomposition: Decomposition, shape: WeightShape) -> dict[str, Any]:
     """A low-rank layer as a config holds it."""
     return {**decomposition.to_dict(), "shape": list(shape.weight)}
 
 
-def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of another one."""
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
 
 
-def put_in(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+def put_low_rank_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Put empty low-rank layers, on the meta device, in a transformers model that is about to be loaded.
 
     The model may be a part of the one that was compressed, or have another head; layers that it does not have, or has
@@ -172,7 +172,7 @@ def put_in(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
             raise PlanError(f"the checkpoint's layer {label(stored)} cannot be replaced: {layer.reason}")
         assert isinstance(weight, Tensor)
         low = low_rank_like(layer.module, Decomposition.from_dict(layers[stored]))
-        put(model, name, low.to(weight.dtype).requires_grad_(weight.requires_grad))
+        set_module(model, name, low.to(weight.dtype).requires_grad_(weight.requires_grad))
     ends = {tuple(name.split(".")[-3:]): name for name in dense_layers}
     alike = next((stored for stored in unknown if tuple(stored.split(".")[-3:]) in ends), None)
     if alike is not None and not new:

@@ -3,10 +3,10 @@
 Here belongs what observes models. What is decided by the observations belongs in allocation and deployment.
 """
 
-from .data_batches import again, check_batches, explained, mask_of
+from .data_batches import check_batches, mask_of, naming_batch, numbered_batches
 from .flops import counted_inputs, dense_flops, flops_per_rank
 from .inputs import InputSpec, layer_inputs, shared_inputs
-from .run_model import call_model, inference, padded, preserved
+from .run_model import call_model, inference, keeping_buffers, without_nested_tensors
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
 
@@ -14,21 +14,21 @@ __all__ = [
     "InputSpec",
     "Ratios",
     "Timings",
-    "again",
     "call_model",
     "check_batches",
     "counted_inputs",
     "dense_flops",
     "device_name",
     "environment",
-    "explained",
     "flops_per_rank",
     "inference",
     "interleaved_ms",
+    "keeping_buffers",
     "layer_inputs",
     "mask_of",
     "median_ratio",
-    "padded",
-    "preserved",
+    "naming_batch",
+    "numbered_batches",
     "shared_inputs",
+    "without_nested_tensors",
 ]

@@ -26,7 +26,7 @@ def mask_of(batch: Any, mask: str | None) -> Tensor | None:
 
 
 @contextmanager
-def explained(number: int, name: str) -> Iterator[None]:
+def naming_batch(number: int, name: str) -> Iterator[None]:
     """What a model raises on a batch, by its number from 1, becomes a ModelError."""
     try:
         yield
@@ -39,7 +39,7 @@ def explained(number: int, name: str) -> Iterator[None]:
         ) from e
 
 
-def again(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+def numbered_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """The batches, one more time, with their numbers from 1; ArgumentError if there are none any more."""
     number = 0
     for number, batch in enumerate(data, 1):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, LayerNotFoundError, ModelError
-from .run_model import _check_example, call_model, inference, preserved
+from .run_model import _check_example, call_model, inference, keeping_buffers
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -119,7 +119,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
 
     handles = [modules[n].register_forward_pre_hook(recorder(c), with_kwargs=True) for n, c in inputs.items()]
     try:
-        with preserved(model), inference(model):
+        with keeping_buffers(model), inference(model):
             call_model(model, example_inputs)
     except Exception as e:
         raise ModelError(
@@ -150,7 +150,7 @@ def shared_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -
         modules[name].register_forward_pre_hook(recorder(seen), with_kwargs=True) for name, seen in calls.items()
     ]
     try:
-        with preserved(model), inference(model):
+        with keeping_buffers(model), inference(model):
             call_model(model, example_inputs)
     finally:
         for handle in handles:

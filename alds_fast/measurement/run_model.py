@@ -51,7 +51,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
     """The model's buffers and torch's random state are put back at the end."""
     buffers = [b for b in model.buffers() if not b.is_meta and b.layout == torch.strided]
     saved = [(b, b._version, b.detach().clone()) for b in buffers if not b.is_inference()]
@@ -66,7 +66,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def padded(*models: nn.Module) -> Iterator[None]:
+def without_nested_tensors(*models: nn.Module) -> Iterator[None]:
     """Transformer encoders work on padded tensors, not on nested ones, whose rows are other tokens to each layer."""
     encoders = [m for model in models for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
     flags = [(m, m.use_nested_tensor) for m in encoders]

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..allocation import BASELINES, Candidates, candidates, dense_reason, put_exact
-from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Sharpen, exact_spectra, layer_errors, with_outputs
+from ..allocation import BASELINES, Candidates, candidates, dense_reason, with_exact_values
+from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Recompute, exact_spectra, layer_errors, with_outputs
 from ..layers import DecomposableLayer, Layer, decomposable
 from ..text import shape_text, table
-from .budget_loop import Problem, solve_shares
+from .budget_loop import PlanProblem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
 from .options import check_importance, check_plan_options
 from .plan import Plan
@@ -31,7 +31,7 @@ class Analysis:
         model: the model itself, which budgets on operations and latency run.
         moments: by layer name, what the layers called with ``data`` see; empty without.
         max_groups: most channel slices tried by criteria that use them, None for no limit.
-        sharpen: computes spectra in float64.
+        recompute_in_float64: computes single spectra of (layer, (scheme, groups)) in float64.
     """
 
     layers: tuple[Layer, ...]
@@ -40,7 +40,7 @@ class Analysis:
     model: nn.Module = field(repr=False, compare=False)
     moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     max_groups: int | None = None
-    sharpen: Sharpen = field(default=exact_spectra, repr=False)
+    recompute_in_float64: Recompute = field(default=exact_spectra, repr=False)
     _errors: dict[tuple[str, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
@@ -117,13 +117,13 @@ class Analysis:
         weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
         budgets = [name for name, share in shares.items() if share is not None]
         if not check_is_possible(budgets, basis.criterion, method):
-            self._sharpen([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
+            self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
         while True:
             choices = self._choices(layers, basis, align, weights)
             spectra = [self.spectra[layer.name] for layer in layers]
             if method in BASELINES and BASELINES[method].needs_data:
                 spectra = [with_outputs(s, basis) for s in spectra]
-            problem = Problem(self.model, self.params, layers, choices, spectra, method)
+            problem = PlanProblem(self.model, self.params, layers, choices, spectra, method)
             if error is not None:
                 outcome = problem.within(float(error))
                 break
@@ -131,7 +131,7 @@ class Analysis:
             doubt = problem.doubt(outcome, list(weights.values()), p)
             if not doubt:
                 break
-            self._sharpen(doubt)
+            self._recompute(doubt)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
         rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
@@ -139,10 +139,10 @@ class Analysis:
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
         return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
 
-    def _sharpen(self, wanted: Sequence[tuple[str, Key]]) -> None:
+    def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
         """These spectra in float64, in the place of those there are."""
-        for layer, key, values in self.sharpen([(self.spectra[name].layer, key) for name, key in wanted]):
-            self.spectra[layer.name] = put_exact(self.spectra[layer.name], key, values)
+        for layer, key, values in self.recompute_in_float64([(self.spectra[name].layer, key) for name, key in wanted]):
+            self.spectra[layer.name] = with_exact_values(self.spectra[layer.name], key, values)
         self._errors.clear()
 
     def _choices(

@@ -40,7 +40,7 @@ MAX_REFINEMENTS = 4
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanProblem:
     """A model, and the layers of it that can be factorised with their candidates."""
 
     model: nn.Module
@@ -57,12 +57,12 @@ class Problem:
         (table,) = tables
         return solve_baseline(self.method, self.choices, table, self.spectra)
 
-    def within(self, error: float) -> Outcome:
+    def within(self, error: float) -> PlanOutcome:
         """The fewest parameters with errors of at most ``error``."""
         table = params_table(self.choices, self.params, 1.0)
-        return Outcome(self.choices, solve_error(self.choices, error), [table])
+        return PlanOutcome(self.choices, solve_error(self.choices, error), [table])
 
-    def doubt(self, outcome: Outcome, weights: Sequence[float], p: float) -> list[tuple[str, Key]]:
+    def doubt(self, outcome: PlanOutcome, weights: Sequence[float], p: float) -> list[tuple[str, Key]]:
         """The float32 spectra, by layer, errors times ``weights``, that might not decide as float64 ones."""
         if not any(s.float32 for s in self.spectra):
             return []
@@ -75,7 +75,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PlanOutcome:
     """The solution in terms of ``choices``, the budgets' costs, and the latency where there is a budget on it."""
 
     choices: Sequence[Candidates]
@@ -85,12 +85,12 @@ class Outcome:
 
 
 def solve_shares(
-    problem: Problem,
+    problem: PlanProblem,
     shares: Mapping[str, float | None],
     example_inputs: Any,
     p: float,
     cache: str | os.PathLike[str] | bool | None,
-) -> Outcome:
+) -> PlanOutcome:
     """Least p-norm of the errors within all the shares given, of "params", "flops" and "latency".
 
     Raises BudgetError where they cannot be met and ModelError where the model does not run; warns where the latency
@@ -104,12 +104,12 @@ def solve_shares(
     if params is not None:
         tables.append(params_table(choices, problem.params, float(params)))
     if flops is None and latency is None:
-        return Outcome(choices, problem.solve(tables, p), tables)
+        return PlanOutcome(choices, problem.solve(tables, p), tables)
     calls, operations = counted_inputs(problem.model, example_inputs, [layer.name for layer in layers])
     if flops is not None:
         tables.append(flops_table(layers, choices, calls, operations, float(flops)))
     if latency is None:
-        return Outcome(choices, problem.solve(tables, p), tables)
+        return PlanOutcome(choices, problem.solve(tables, p), tables)
     device = _device(problem.model)
     times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
     return _refined(problem, tables, times, float(latency), example_inputs, p, device)
@@ -121,7 +121,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _measured(
-    problem: Problem, picks: Sequence[int], share: float, example_inputs: Any, device: torch.device, attempt: int
+    problem: PlanProblem, picks: Sequence[int], share: float, example_inputs: Any, device: torch.device, attempt: int
 ) -> Latency:
     taken = [c.decomposition(i) for c, i in zip(problem.choices, picks, strict=True)]
     replaced = {layer.name: d for layer, d in zip(problem.layers, taken, strict=True) if d is not None}
@@ -130,20 +130,20 @@ def _measured(
 
 
 def _refined(
-    problem: Problem,
+    problem: PlanProblem,
     tables: Sequence[CostTable],
     times: LayerTimes,
     share: float,
     example_inputs: Any,
     p: float,
     device: torch.device,
-) -> Outcome:
+) -> PlanOutcome:
     """Solve, measure, and where that is off look closer and correct the limit by how far the prediction was off.
 
     The outcome whose measured latency is nearest to the one asked for is kept. A share whose smallest prediction is
     above it by no more than the tolerance is tried; what is measured decides.
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[PlanOutcome] = []
     table = times.table(share)
     if table.least <= (1 + Latency.TOLERANCE) * table.limit:
         table = relaxed(table, table.limit)
@@ -155,7 +155,7 @@ def _refined(
                 raise
             break  # the corrected limit cannot be met together with the other budgets
         latency = _measured(problem, solution.picks, share, example_inputs, device, attempt)
-        outcomes.append(Outcome(problem.choices, solution, [*tables, table], latency))
+        outcomes.append(PlanOutcome(problem.choices, solution, [*tables, table], latency))
         if _settled(outcomes, tables):
             break
         predicted = table.cost(solution.picks) / table.total
@@ -167,26 +167,26 @@ def _refined(
     return best
 
 
-def _distance(outcome: Outcome) -> float:
+def _distance(outcome: PlanOutcome) -> float:
     assert outcome.latency is not None
     return outcome.latency.distance
 
 
-def _free(outcome: Outcome, tables: Sequence[CostTable]) -> bool:
+def _free(outcome: PlanOutcome, tables: Sequence[CostTable]) -> bool:
     """Whether less latency than asked for is no loss: nothing is left to win, or other budgets hold it down."""
     assert outcome.latency is not None
     exact = largest_error(outcome.choices, outcome.solution.picks) == 0.0
     return outcome.latency.measured < outcome.latency.asked and (exact or bool(tables))
 
 
-def _settled(outcomes: Sequence[Outcome], tables: Sequence[CostTable]) -> bool:
+def _settled(outcomes: Sequence[PlanOutcome], tables: Sequence[CostTable]) -> bool:
     """Within the tolerance; or nothing else can be done, the same choice having come out before."""
     last = outcomes[-1]
     seen = [o.solution.picks for o in outcomes[:-1]]
     return _distance(last) <= Latency.TOLERANCE or last.solution.picks in seen or _free(last, tables)
 
 
-def _warn_if_off(outcome: Outcome, tables: Sequence[CostTable]) -> None:
+def _warn_if_off(outcome: PlanOutcome, tables: Sequence[CostTable]) -> None:
     if _distance(outcome) > Latency.TOLERANCE and not _free(outcome, tables):
         warnings.warn(
             f"the plan was not brought within {Latency.TOLERANCE:.0%} of the latency asked for: {outcome.latency}",

@@ -18,7 +18,7 @@ from ..integrations import keep_when_saved
 from ..layers import count_params, decomposable, find_layers, label
 from ..measurement import check_batches
 from ..text import number, shape_text, table
-from .plan_rows import Latency, LayerPlan, checked, read_latency, read_row, real
+from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row
 
 FORMAT = "alds_fast.plan"
 VERSION = 1
@@ -193,11 +193,11 @@ class Plan:
             if not isinstance(data["layers"], list):
                 raise PlanError("not a plan: layers is not a list")
             layers = tuple(read_row(fields) for fields in data["layers"])
-            budget, criterion, method = (checked(data, "plan", n, str) for n in ("budget", "criterion", "method"))
+            budget, criterion, method = (read_field(data, "plan", n, str) for n in ("budget", "criterion", "method"))
             if criterion not in CRITERIA:
                 raise PlanError(f"plan: criterion={criterion!r} is not one of {', '.join(CRITERIA)}; update alds_fast")
-            before, align = (checked(data, "plan", n, int) for n in ("params_before", "align"))
-            p, gap = (real(data, "plan", n) for n in ("p", "gap"))
+            before, align = (read_field(data, "plan", n, int) for n in ("params_before", "align"))
+            p, gap = (read_number(data, "plan", n) for n in ("p", "gap"))
             gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
             latency = None if _edited(data["layers"]) else read_latency(data.get("latency"))
             correction = data.get("bias_correction", False)

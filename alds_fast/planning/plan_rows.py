@@ -82,14 +82,17 @@ def read_latency(fields: Any) -> Latency | None:
         return None
     if not isinstance(fields, dict) or set(fields) != {field.name for field in dataclasses.fields(Latency)}:
         raise PlanError(f"not a plan: latency={fields!r} does not have the fields of a measured latency")
-    shares = {n: real(fields, "latency", n) for n in ("asked", "measured", "dense_ms", "compressed_ms")}
+    shares = {n: read_number(fields, "latency", n) for n in ("asked", "measured", "dense_ms", "compressed_ms")}
     if not all(0 < value < math.inf for value in shares.values()):
         raise PlanError(f"not a plan: latency={fields!r} has shares or times that are not above 0")
-    device, refinements = checked(fields, "latency", "device", str), checked(fields, "latency", "refinements", int)
+    device, refinements = (
+        read_field(fields, "latency", "device", str),
+        read_field(fields, "latency", "refinements", int),
+    )
     return Latency(**shares, device=device, refinements=refinements)
 
 
-def checked(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
+def read_field(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
     """A field of that type; integers must not be negative."""
     value = fields[name]
     if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
@@ -97,7 +100,7 @@ def checked(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
     return value
 
 
-def real(fields: dict[str, Any], where: str, name: str) -> float:
+def read_number(fields: dict[str, Any], where: str, name: str) -> float:
     """A number >= 0; null is NaN, "inf" infinity."""
     value = fields[name]
     if value is None or value == "inf":
@@ -111,18 +114,18 @@ def read_row(fields: dict[str, Any]) -> LayerPlan:
     """A row from its JSON fields; where the choice was edited, the parameters are counted anew and the error is NaN."""
     if not isinstance(fields, dict) or set(fields) != _FIELDS:
         raise PlanError(f"not a plan: a layer has the fields {sorted(fields)}, expected {sorted(_FIELDS)}")
-    where = f"layer {checked(fields, 'a layer', 'name', str)!r}"
+    where = f"layer {read_field(fields, 'a layer', 'name', str)!r}"
     shape, triple = fields["shape"], [fields[name] for name in ("scheme", "groups", "rank")]
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise PlanError(f"{where}: shape={shape!r} is not a list of integers >= 0")
     if any(v is None for v in triple) != all(v is None for v in triple):
         raise PlanError(f"{where}: scheme, groups and rank must be all null or all integers, got {triple}")
     if fields["reason"] is not None:
-        checked(fields, where, "reason", str)
-    counts = {n: checked(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
+        read_field(fields, where, "reason", str)
+    counts = {n: read_field(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
     known: dict[str, Any] = {
-        "kind": checked(fields, where, "kind", str),
-        "error": real(fields, where, "error"),
+        "kind": read_field(fields, where, "kind", str),
+        "error": read_number(fields, where, "error"),
         **counts,
     }
     known |= {n: v for n, v in fields.items() if n != "error_is_of" and n not in known}

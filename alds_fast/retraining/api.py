@@ -16,7 +16,7 @@ from ..planning import Plan
 from .cycles import Compress, Log, Pipeline, Train
 from .loop import Recipe, soft_target_loss
 from .options import check_compress, check_dense, check_distillation, check_epochs, check_source, cycle_shares
-from .state import Store, fingerprint, plain
+from .state import Store, state_crc32, json_value
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def retrain(
         recipe = Recipe(loader, optimizer, epochs, retrained, loss, train_step, scheduler, distill, teach)
     store = None
     if checkpoint is not None:
-        arguments = {"model": fingerprint(model), "keep": list(shares), "epochs": plain([epochs, retrained])}
-        arguments |= {"compress": plain(options), "distill": plain([distill, temperature])}
+        arguments = {"model": state_crc32(model), "keep": list(shares), "epochs": json_value([epochs, retrained])}
+        arguments |= {"compress": json_value(options), "distill": json_value([distill, temperature])}
         ways = [
             name for name, value in {**parts, "train": train, "distill_loss": distill_loss}.items() if value is not None
         ]

@@ -32,22 +32,22 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**kept, **{name: kept[first] for name, first in aliases.items()}}
 
 
-def fingerprint(model: nn.Module) -> int:
+def state_crc32(model: nn.Module) -> int:
     """CRC-32 of names, types, shapes and values of the model's state."""
     rows = [(name, str(t.dtype), list(t.shape), crc32(t)) for name, t in tensors_of(model).items()]
     return zlib.crc32(json.dumps(rows).encode())
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value as JSON can hold it, to be compared; only the type of an object that has no such form."""
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): json_value(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [plain(v) for v in value]
+        return [json_value(v) for v in value]
     return f"a {type(value).__name__}"
 
 

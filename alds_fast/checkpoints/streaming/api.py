@@ -21,7 +21,7 @@ from ..safetensors_reader import CONFIG, Stored, open_shards
 from .factors_and_files import FACTORS, compress_streamed
 from .journal import JOB, PLAN, Journal
 from .output_files import companions
-from .processes import joined, own_device
+from .processes import join_processes, own_device
 from .source_checksums import check_unchanged
 from .streamed_model import Settings, Work
 
@@ -118,7 +118,7 @@ def compress_checkpoint(
               for name, path in companions(source, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
     job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
     journal = Journal(output, json.loads(json.dumps({**job, **asdict(settings)})))
-    with joined() as world, ExitStack() as stack:
+    with join_processes() as world, ExitStack() as stack:
         finished = journal.check()
         work = (
             None

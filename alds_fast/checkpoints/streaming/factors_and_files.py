@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ...errors import FileFormatError, FileWriteError
 from ...factors import Choice, plain_layers
-from ...files import crc32, write_whole, writing
-from ...integrations import METHOD, VERSION, described
+from ...files import crc32, whole_or_nothing, write_whole
+from ...integrations import METHOD, VERSION, layer_config
 from ...planning import Plan
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
 from .journal import JOB, PLAN, Journal
 from .output_files import OutputFile, companions, index_of, output_files
-from .source_checksums import read_record, recorded, verified
+from .source_checksums import check_crc32, read_record, record_checksums
 from .spectra_and_plan import find_plan, find_spectra
 from .stored_spectra import check_sums, exact_values, in_doubt, kind_of, spectra_of
 from .streamed_model import Work
@@ -26,7 +26,7 @@ FACTORS = "alds_factors.json"
 def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
     """The factors of all layers that are factorised and not in a finished file, in the journal."""
     journal = work.journal
-    missing = unwritten(journal, files)
+    missing = files_to_write(journal, files)
     wanted = [part.layer for file in missing for part in file.parts if part.layer is not None]
     todo = [i for i in wanted if not (journal.has("factors", i) and journal.has("report", i))]
     _check_room(work, missing, todo)
@@ -68,7 +68,7 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
 def write_files(work: Work, files: Sequence[OutputFile]) -> None:
     """The output's safetensors files, each whole or not there; the factors in them leave the journal."""
     journal = work.journal
-    missing = unwritten(journal, files)
+    missing = files_to_write(journal, files)
     work.world.together()
     share = work.world.share(missing, lambda file: float(file.size))
     for number, file in enumerate(share, 1):
@@ -89,7 +89,7 @@ def _write_file(work: Work, file: OutputFile) -> None:
         number = numbers.get(part.source)
         crc = passing[part.source] if number is None else spectra_of(work, number)[1]
         changed = f"the tensor {part.source!r} has changed since this job began; remove {str(journal.output)!r}"
-        return verified(work.shards.tensors[part.source].chunks(), crc, changed)
+        return check_crc32(work.shards.tensors[part.source].chunks(), crc, changed)
 
     write_shard(journal.output / file.name, file.entries, content)
     for part in file.parts:
@@ -107,10 +107,10 @@ def _factor(journal: Journal, layer: int, entry: Entry) -> Iterator[bytes]:
         raise FileFormatError(damaged) from e
     if (stored.dtype, stored.shape) != (entry.dtype, entry.shape):
         raise FileFormatError(damaged)
-    return verified(stored.chunks(), int(journal.get("report", layer)[1][f"crc32.{name}"]), damaged)
+    return check_crc32(stored.chunks(), int(journal.get("report", layer)[1][f"crc32.{name}"]), damaged)
 
 
-def unwritten(journal: Journal, files: Sequence[OutputFile]) -> list[OutputFile]:
+def files_to_write(journal: Journal, files: Sequence[OutputFile]) -> list[OutputFile]:
     """The output's safetensors files that are not there, or not of their size."""
     sizes = {f.name: len(header(f.entries, {})) + f.size for f in files}
     paths = {f.name: journal.output / f.name for f in files}
@@ -122,7 +122,7 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
     journal = work.journal
     kept = ("method", "iterations", "error")
     reports = {c.name: {k: journal.get("report", i)[1][k] for k in kept} for i, c in choices.items()}
-    layers = {work.sources[c.name].removesuffix(".weight"): described(c.decomposition, c.shape)
+    layers = {work.sources[c.name].removesuffix(".weight"): layer_config(c.decomposition, c.shape)
               for c in choices.values()}  # fmt: skip
     config = {
         **work.shards.config,
@@ -136,7 +136,7 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
         content[name] = Stored(path, "U8", (), 0, path.stat().st_size).chunks()
     for name, pieces in content.items():
         if not (journal.output / name).exists():
-            with writing(journal.output / name):
+            with whole_or_nothing(journal.output / name):
                 (journal.output / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(journal.output / name, pieces)
     sums = {work.sources[layer.name]: spectra_of(work, i)[1] for i, layer in work.ready.items()}
@@ -150,7 +150,9 @@ def compress_streamed(work: Work) -> None:
         weights = {work.sources[name] for name in numbers}
         analysed = [i for i in work.ready if work.journal.has(kind_of(work.settings.float32_first), i)]
         known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in analysed}
-        recorded(work.shards, work.journal, [name for name in work.shards.tensors if name not in weights], known)
+        record_checksums(
+            work.shards, work.journal, [name for name in work.shards.tensors if name not in weights], known
+        )
     work.world.together()
     find_spectra(work)
     plan = find_plan(work)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ArgumentError, FileFormatError, MissingFileError
-from ...files import sync_folder, write_whole, writing
+from ...files import sync_folder, write_whole, whole_or_nothing
 from ..safetensors_reader import CODES
 from ..safetensors_writer import Entry, write_shard
 
@@ -94,7 +94,7 @@ class Journal:
 
     def begin(self) -> None:
         """Make the journal, or go on with the one there; in the process that has locked it."""
-        with writing(self.output):
+        with whole_or_nothing(self.output):
             for partial in [*self.folder.glob("*.partial"), *self.output.glob("*.partial")]:
                 partial.unlink()
         if not (self.folder / JOB).exists() or self._read(self.folder / JOB) != self.job:
@@ -103,7 +103,7 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """No other job works in this directory meanwhile; ArgumentError if one does already."""
-        with writing(self.output):
+        with whole_or_nothing(self.output):
             self.output.mkdir(exist_ok=True)
             self.folder.mkdir(exist_ok=True)
         with open(self.folder / "lock", "w") as lock:

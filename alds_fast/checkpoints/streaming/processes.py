@@ -58,7 +58,7 @@ class World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def join_processes() -> Iterator[World]:
     """The processes that torchrun started with this one (by RANK and WORLD_SIZE), or just this one.
 
     Raises ArgumentError where the variables are no numbers, WorkerError where the others cannot be reached.

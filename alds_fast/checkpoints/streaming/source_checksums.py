@@ -20,14 +20,16 @@ def _stamps(shards: Shards) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _changed(name: str, journal: Journal) -> ArgumentError:
+def _changed_error(name: str, journal: Journal) -> ArgumentError:
     return ArgumentError(
         f"the tensor {name!r} has changed since this job began; remove {str(journal.output)!r} and begin again, or "
         f"name another directory"
     )
 
 
-def recorded(shards: Shards, journal: Journal, passing: Iterable[str], known: Mapping[str, int]) -> dict[str, int]:
+def record_checksums(
+    shards: Shards, journal: Journal, passing: Iterable[str], known: Mapping[str, int]
+) -> dict[str, int]:
     """CRC-32 of the tensors that pass through as they are, made when the job begins and kept in the journal.
 
     Where a file has been written since, its tensors are compared with that, and with what is ``known`` of the weights
@@ -45,14 +47,14 @@ def recorded(shards: Shards, journal: Journal, passing: Iterable[str], known: Ma
         expected = old.get(name, known.get(name))
         touched = record["files"].get(stored.file.name) != stamps[stored.file.name]
         if expected is not None and touched and stored.crc32() != expected:
-            raise _changed(name, journal)
+            raise _changed_error(name, journal)
     sums = {name: old[name] if name in old else shards.tensors[name].crc32() for name in passing}
     write_whole(path, [json.dumps({"files": stamps, "tensors": {**old, **sums}}).encode()])
     return sums
 
 
 def read_record(journal: Journal) -> dict[str, int]:
-    """What :func:`recorded` has kept."""
+    """What :func:`record_checksums` has kept."""
     record: dict[str, int] = json.loads((journal.folder / RECORD).read_text())["tensors"]
     return record
 
@@ -61,10 +63,10 @@ def check_unchanged(shards: Shards, journal: Journal) -> None:
     """ArgumentError unless all tensors are those of the finished job; reads all of them."""
     for name, crc in journal.finished().items():
         if name not in shards.tensors or shards.tensors[name].crc32() != crc:
-            raise _changed(name, journal)
+            raise _changed_error(name, journal)
 
 
-def verified(pieces: Iterable[bytes], crc: int, message: str) -> Iterator[bytes]:
+def check_crc32(pieces: Iterable[bytes], crc: int, message: str) -> Iterator[bytes]:
     """The pieces; FileFormatError at their end if their CRC-32 is another."""
     total = 0
     for piece in pieces:

@@ -14,7 +14,7 @@ from ...files import write_whole
 from ...layers import DecomposableLayer, count_params
 from ...planning import Analysis, Plan
 from .journal import PLAN
-from .stored_spectra import DOUBT, _decided, _exact, check_sums, exact_values, in_doubt, kind_of, spectra_of
+from .stored_spectra import DOUBT, _deciding_settings, _exact, check_sums, exact_values, in_doubt, kind_of, spectra_of
 from .streamed_model import Work
 
 
@@ -53,7 +53,7 @@ def find_plan(work: Work) -> Plan:
     if work.world.first and not path.exists():
         spectra = {layer.name: spectra_of(work, i)[0] for i, layer in work.ready.items()}
         parts = tuple(work.layers), spectra, count_params(work.model), work.model
-        analysis = Analysis(*parts, sharpen=lambda wanted: _sharpen(work, wanted))
+        analysis = Analysis(*parts, recompute_in_float64=lambda wanted: _recompute_by_all(work, wanted))
         s = work.settings
         plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
         write_whole(path, [plan.to_json().encode()])
@@ -68,7 +68,7 @@ def find_plan(work: Work) -> Plan:
         raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
 
-def _sharpen(
+def _recompute_by_all(
     work: Work, wanted: Sequence[tuple[DecomposableLayer, Key]]
 ) -> Iterator[tuple[DecomposableLayer, Key, Tensor]]:
     """Spectra in float64, computed by all processes; the first one asks."""
@@ -76,7 +76,9 @@ def _sharpen(
     known, asked = in_doubt(work), {(numbers[layer.name], key) for layer, key in wanted}
     if not known.issuperset(asked):
         told = sorted((i, *key) for i, key in known | asked)
-        write_whole(work.journal.folder / DOUBT, [json.dumps({"job": _decided(work), "spectra": told}).encode()])
+        write_whole(
+            work.journal.folder / DOUBT, [json.dumps({"job": _deciding_settings(work), "spectra": told}).encode()]
+        )
     work.world.together()
     _find_exact(work)
     return ((layer, key, exact_values(work, numbers[layer.name], key)) for layer, key in wanted)

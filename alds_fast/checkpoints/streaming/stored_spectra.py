@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...criteria import Key, LayerSpectra, all_float32
+from ...criteria import Key, LayerSpectra, marked_float32
 from ...errors import FileFormatError
 from ...layers import label
 from .journal import LATER
@@ -44,7 +44,7 @@ def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
     values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
     top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
     spectra = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
-    return all_float32(spectra) if notes["single"] else spectra, int(notes["crc32"])
+    return marked_float32(spectra) if notes["single"] else spectra, int(notes["crc32"])
 
 
 def exact_values(work: Work, number: int, key: Key) -> Tensor:
@@ -54,7 +54,7 @@ def exact_values(work: Work, number: int, key: Key) -> Tensor:
 
 def in_doubt(work: Work) -> set[tuple[int, Key]]:
     """The float32 spectra, by the layer's number, that do not decide this job's plan: those in float64 do."""
-    path, what = work.journal.folder / DOUBT, _decided(work)
+    path, what = work.journal.folder / DOUBT, _deciding_settings(work)
     if not path.exists():
         return set()
     try:
@@ -65,6 +65,6 @@ def in_doubt(work: Work) -> set[tuple[int, Key]]:
         raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove {str(work.journal.output)!r}") from e
 
 
-def _decided(work: Work) -> dict[str, Any]:
+def _deciding_settings(work: Work) -> dict[str, Any]:
     """What of a job decides which spectra are in doubt, and may be another when it is begun again."""
     return {name: value for name, value in work.journal.job.items() if name in LATER}
