@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from .op_shared import decoder_output, on_device_of, save_inputs, triton_module
+from .op_shared import decoder_output, flop_formula, on_device_of, save_inputs, triton_module
 from .reference import activation_grad, halves, output_size
 
 
@@ -93,12 +92,14 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple:
 lowrank_conv2d_op.register_autograd(_conv2d_backward, setup_context=save_inputs)
 
 
-@register_flop_formula(torch.ops.alds_fast.lowrank_conv2d)
+@flop_formula("lowrank_conv2d")
 def _conv2d_flops(
     x_shape: Sequence[int], encoder_shape: Sequence[int], decoder_shape: Sequence[int], bias: Any, residual: Any,
     groups: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """That of the two convolutions, whatever the kernel computes twice."""
+    from torch.utils.flop_counter import conv_flop_count
+
     first, second = halves(encoder_shape, decoder_shape, stride, padding, dilation)
     one = [1, 1, 1, 1]
     middle = [x_shape[0], encoder_shape[0], *output_size(x_shape, encoder_shape, one, *first)]

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .op_shared import decoder_output, on_device_of, rows_of, save_inputs, triton_module
+from .op_shared import decoder_output, flop_formula, on_device_of, rows_of, save_inputs, triton_module
 from .reference import activation_grad, encode_linear
 
 
@@ -75,7 +74,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
 lowrank_linear_op.register_autograd(_linear_backward, setup_context=save_inputs)
 
 
-@register_flop_formula(torch.ops.alds_fast.lowrank_linear)
+@flop_formula("lowrank_linear")
 def _linear_flops(
     x_shape: Sequence[int], encoder_shape: Sequence[int], decoder_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:

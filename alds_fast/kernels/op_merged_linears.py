@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .op_shared import on_device_of, rows_of, triton_module
+from .op_shared import flop_formula, on_device_of, rows_of, triton_module
 
 
 @torch.library.custom_op("alds_fast::lowrank_linears", mutates_args=(), device_types=("cuda", "cpu"))
@@ -61,7 +60,7 @@ def _linears_backward(ctx: Any, grads: list[Tensor]) -> tuple:
 lowrank_linears_op.register_autograd(_linears_backward, setup_context=_linears_save)
 
 
-@register_flop_formula(torch.ops.alds_fast.lowrank_linears)
+@flop_formula("lowrank_linears")
 def _linears_flops(
     x_shape: Sequence[int], encoder_shape: Sequence[int], decoder_shapes: Sequence[Sequence[int]], *_: Any, **__: Any
 ) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -11,11 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..import_hooks import when_imported
+
 
 @functools.cache
 def triton_module(name: str) -> ModuleType:
     """The module ``triton_NAME`` beside this one, imported when a kernel first runs: only these modules need triton."""
     return importlib.import_module(f".triton_{name}", __package__)
+
+
+def flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Tell torch's counter, once it is imported (it imports triton), how ``torch.ops.alds_fast.NAME`` counts."""
+
+    def decorate(formula: Callable[..., int]) -> Callable[..., int]:
+        def register() -> None:
+            counter = sys.modules["torch.utils.flop_counter"]
+            counter.register_flop_formula(getattr(torch.ops.alds_fast, name))(formula)
+
+        when_imported("torch.utils.flop_counter", register)
+        return formula
+
+    return decorate
 
 
 def on_device_of(x: Tensor) -> Any:

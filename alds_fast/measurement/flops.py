@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..linalg import WeightShape, decoder_axes
 from .inputs import InputSpec, layer_inputs
@@ -25,6 +24,8 @@ def counted_inputs(
 
     (torch's transformer layers and attention are kept off their fused inference paths, in which torch counts nothing.)
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
     mha = torch.backends.mha
     fast = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)

@@ -16,7 +16,7 @@ from ..planning import Plan
 from .cycles import Compress, Log, Pipeline, Train
 from .loop import Recipe, soft_target_loss
 from .options import check_compress, check_dense, check_distillation, check_epochs, check_source, cycle_shares
-from .state import Store, state_crc32, json_value
+from .state import Store, json_value, state_crc32
 
 
 @dataclass(frozen=True)

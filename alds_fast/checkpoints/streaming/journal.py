@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ArgumentError, FileFormatError, MissingFileError
-from ...files import sync_folder, write_whole, whole_or_nothing
+from ...files import sync_folder, whole_or_nothing, write_whole
 from ..safetensors_reader import CODES
 from ..safetensors_writer import Entry, write_shard
 

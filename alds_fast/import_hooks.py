@@ -1,0 +1,63 @@
+"""Work that waits until somebody imports a module, so that ``import alds_fast`` does not have to."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+class _LoaderThenCalls(Loader):
+    """The module's own loader; when it has run the module, the calls are made and it takes its place again."""
+
+    def __init__(self, loader: Any, calls: Sequence[Callable[[], None]]) -> None:
+        self._loader, self._calls = loader, calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        for call in self._calls:
+            call()
+
+
+class _Finder(MetaPathFinder):
+    """Lets the other finders find a module that is waited for, once."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Callable[[], None]]] = {}
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        calls = self.waiting.pop(name, None)
+        if calls is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            self.waiting[name] = calls
+            return None
+        spec.loader = _LoaderThenCalls(spec.loader, calls)
+        return spec
+
+
+_finder = _Finder()
+
+
+def when_imported(name: str, call: Callable[[], None]) -> None:
+    """Call when that module has been imported: at once if it is, else right after its code has run."""
+    if name in sys.modules:
+        call()
+        return
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    _finder.waiting.setdefault(name, []).append(call)
