@@ -13,6 +13,11 @@ class BudgetError(ArgumentError):
     """A budget is missing, given twice, out of range, or cannot be met."""
 
 
+def unreachable(budget: int, least: int) -> BudgetError:
+    """The error for a budget below the smallest cost that can be reached."""
+    return BudgetError(f"a cost of {budget} cannot be met; the smallest reachable one is {least}")
+
+
 class WeightError(AldsError, ValueError):
     """A weight cannot be analysed: NaN or infinite entries, or no values at all (meta device)."""
 

@@ -21,7 +21,7 @@ WINGS = (
     *("criteria", "allocation", "factors", "planning"),
     *("deployment", "checkpoints", "retraining", "evaluation", "cli"),
 )
-LEAVES = ("errors", "files", "import_hooks", "text", "version")
+LEAVES = ("checks", "errors", "files", "import_hooks", "text", "version")
 LONGEST, MOST_FILES, DOOR_LINES = 260, 15, 12
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BudgetError
+from ..errors import unreachable
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -90,7 +90,7 @@ def check_budget(fronts: Sequence[Front], budget: int) -> None:
     """BudgetError, naming the smallest reachable cost, if even the cheapest points do not fit."""
     least = total_cost(fronts, np.zeros(len(fronts), dtype=np.int64))
     if least > budget:
-        raise BudgetError(f"a cost of {budget} cannot be met; the smallest reachable one is {least}")
+        raise unreachable(budget, least)
 
 
 @_compiled

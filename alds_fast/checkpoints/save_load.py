@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checks import check_model
 from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
 from ..files import atomic, crc32, target_file
 from ..integrations import keep_when_saved
-from ..layers import LowRankLayer, MergedLinears, find_layers, label, low_rank_like, overlaps, replace_layers
+from ..layers import LowRankLayer, MergedLinears, annotate, find_layers, label, low_rank_like, overlaps, replace_layers
 from ..linalg import Decomposition
 from ..planning import Plan
 from .file_format import FORMAT, VERSION, memory_order, own_storages, read_header, read_tensors
@@ -68,8 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     the metadata. Raises ModelError if the model is not a compressed one or holds state that is not a tensor,
     MissingFileError if the directory does not exist, FileWriteError if the file cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    check_model(model)
     target = target_file(path)
     _refuse_merged(model)
     layers, plan = structure(model), getattr(model, "alds_plan", None)
@@ -185,5 +185,5 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
         )
     keep_when_saved(small)
     if header["plan"] is not None:
-        object.__setattr__(small, "alds_plan", header["plan"])
+        annotate(small, plan=header["plan"])
     return small

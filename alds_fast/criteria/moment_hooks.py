@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DecomposableLayer, is_linear
+from ..measurement import first_input
 from .input_rows import Wanted, fitting_mask, outputs, patches
 from .moment_sums import ProductSums
 
@@ -53,7 +54,7 @@ class Collector:
     def _on_input(self, layer: DecomposableLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.back:
-                self._add_input(layer, args[0] if args else kwargs["input"])
+                self._add_input(layer, first_input(args, kwargs))
 
         return hook
 

@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, label
-from ..measurement import call_model, inference, keeping_buffers, mask_of, naming_batch, without_nested_tensors
+from ..measurement import (
+    attribute_set,
+    call_model,
+    inference,
+    keeping_buffers,
+    mask_of,
+    naming_batch,
+    without_nested_tensors,
+)
 from .moment_hooks import Collector
 
 Sensitivity = bool | Callable[[Any, Any], Tensor]
@@ -49,14 +57,8 @@ class Moments:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient; the flags are put back at the end."""
-    flags = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(False)
+    with attribute_set((p for p in model.parameters() if not p.is_inference()), "requires_grad", False):
         yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 def _first_floating(output: Any) -> Tensor | None:

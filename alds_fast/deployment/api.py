@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, BackendError, ModelError
-from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, label, replace_layers, tied_names
+from ..checks import check_model
+from ..errors import ArgumentError, BackendError
+from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
 from ..measurement import (
     call_model,
+    device_of,
     environment,
     inference,
     interleaved_ms,
@@ -31,10 +33,6 @@ BACKENDS = ("dense", "two-op", "fused")
 Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
 MERGED = "merged"  # kind of a row that stands for several layers
 MAX_MERGED = 3  # layers with one encoder call; no more than the few-rows kernel takes
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
@@ -139,7 +137,7 @@ def _best(times: Mapping[str, Sequence[float]]) -> str:
 
 
 def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: int) -> dict[str, list[float]]:
-    device = _device(next(iter(sides.values())))
+    device = device_of(next(iter(sides.values())))
 
     def call(model: nn.Module) -> Callable[[], object]:
         def run() -> object:
@@ -204,13 +202,12 @@ def deploy(
     >>> sorted(found.model_ms), found.rows[0].won in found.rows[0].times_ms
     (['dense', 'deployed', 'two-op'], True)
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    check_model(model)
     if backend is not None and backend not in BACKENDS:
         raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(BACKENDS)}")
     if not isinstance(rounds, int) or rounds < 1:
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
-    known = _known(table, _device(model))
+    known = _known(table, device_of(model))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
@@ -230,7 +227,7 @@ def deploy(
     times = _whole_model_ms({name: _built(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
     kept = _best(times) if backend is None and changed else "deployed"
-    deployed = DeployTable(tuple(rows), environment(_device(model)), {n: median(ms) for n, ms in times.items()}, kept)
+    deployed = DeployTable(tuple(rows), environment(device_of(model)), {n: median(ms) for n, ms in times.items()}, kept)
     result = _built(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
-    object.__setattr__(result, "alds_deployed", deployed)
+    annotate(result, deployed=deployed)
     return (result, deployed) if report else result

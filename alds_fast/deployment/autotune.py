@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import LOW_RANK, LowRankLayer, LowRankLinear, MergedLinears, low_rank_like
+from ..layers import LOW_RANK, LowRankLayer, LowRankLinear, MergedLinears, has_hooks, low_rank_like
 from ..measurement import InputSpec, interleaved_ms, median_ratio
 from .equivalent_shapes import regrouped, variants
 
@@ -49,10 +49,9 @@ def with_backend(layer: LowRankLayer, backend: str) -> LowRankLayer:
 
 def is_plain(layer: LowRankLayer, tied: Container[int]) -> bool:
     """Whether another module can take its place: no subclass, hooks, forward of its own or factors held elsewhere."""
-    hooks = any(name.endswith("hooks") and len(v) for name, v in vars(layer).items() if isinstance(v, dict))
     factors = (layer.encoder, layer.decoder)
     known = type(layer) in LOW_RANK.values() and "forward" not in vars(layer)
-    return known and not hooks and not any(id(f) in tied for f in factors)
+    return known and not has_hooks(layer) and not any(id(f) in tied for f in factors)
 
 
 def candidates_of(layer: LowRankLayer, specs: Specs, plain: bool) -> tuple[dict[str, nn.Module], str]:

@@ -7,12 +7,12 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..allocation import SHARES
+from ..checks import is_count, is_share
 from ..errors import ArgumentError, BudgetError
 from ..files import crc32
 from ..layers import count_params
@@ -75,10 +75,9 @@ def check_cells(budgets: Sequence[float], budget: str, seeds: Sequence[int], exa
     if isinstance(budgets, str) or not isinstance(budgets, Sequence) or not budgets:
         raise BudgetError(f"budgets={budgets!r}: expected a list of shares in (0, 1], for example (0.5, 0.3)")
     for share in budgets:
-        if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1:
+        if not is_share(share):
             raise BudgetError(f"budgets: {share!r} is outside (0, 1]: it is the share of {SHARES[budget]}")
-    whole = isinstance(seeds, Sequence) and all(isinstance(s, Integral) and not isinstance(s, bool) for s in seeds)
-    if not whole or not seeds or any(s < 0 for s in seeds):
+    if not isinstance(seeds, Sequence) or not seeds or not all(is_count(seed, 0) for seed in seeds):
         raise ArgumentError(f"seeds={seeds!r}: expected a list of integers >= 0")
     for name, values in (("budgets", budgets), ("seeds", seeds)):
         if len(set(values)) < len(values):

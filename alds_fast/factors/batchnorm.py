@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..measurement import call_model, inference, keeping_buffers, naming_batch, numbered_batches
+from ..measurement import call_model, first_input, inference, keeping_buffers, naming_batch, numbered_batches
 
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by name: mean and variance, call by call
@@ -29,7 +29,7 @@ def _statistics(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> 
 
     def hook(name: str) -> Callable[..., Tensor | None]:
         def normalise(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            x: Tensor = args[0] if args else kwargs["input"]
+            x: Tensor = first_input(args, kwargs)
             if x.numel() <= x.shape[1]:
                 return None
             var, mean = torch.var_mean(x.double(), [d for d in range(x.dim()) if d != 1])

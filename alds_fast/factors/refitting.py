@@ -27,6 +27,7 @@ from ..layers import DecomposableLayer, LowRankLayer, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import (
     call_model,
+    first_input,
     inference,
     keeping_buffers,
     mask_of,
@@ -68,18 +69,13 @@ def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]]
             call_model(model, batch, "a batch of refit=")
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    tensor: Tensor = args[0] if args else kwargs["input"]
-    return tensor
-
-
 def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
     """Layers in the order of their first calls, with the number of their calls; those that read one tensor together."""
     order: list[tuple[str, Tensor, int]] = []  # with the version: an input changed in place is another one
 
     def hook(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _first(args, kwargs)
+            x = first_input(args, kwargs)
             order.append((name, x, 0 if x.is_inference() else x._version))
 
         return note
@@ -118,7 +114,7 @@ class _Batch:
 
     def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
-        x, dense = _first(args, kwargs), self.layer.module
+        x, dense = first_input(args, kwargs), self.layer.module
         if self.outputs:
             y, wanted = self.outputs.pop(0)
             samples, rows = patches(dense, x, fitting_mask(dense, x, self.keep), wanted, self.seed)

@@ -3,9 +3,20 @@
 Here belongs what knows a type of layer. How errors are measured belongs in criteria, how factors are made in factors.
 """
 
+from .annotations import annotate
 from .base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from .discovery import DecomposableLayer, Layer, check_weight, count_params, decomposable, find_layers, label, patterns
+from .discovery import (
+    DecomposableLayer,
+    Layer,
+    check_weight,
+    count_params,
+    decomposable,
+    find_layers,
+    has_hooks,
+    label,
+    patterns,
+)
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
@@ -23,10 +34,12 @@ __all__ = [
     "LowRankLinear",
     "MergedLinears",
     "MergedPart",
+    "annotate",
     "check_weight",
     "count_params",
     "decomposable",
     "find_layers",
+    "has_hooks",
     "is_linear",
     "label",
     "low_rank_like",

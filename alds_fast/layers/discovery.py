@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from ..errors import ArgumentError, LayerNotFoundError, ModelError, WeightError
+from ..checks import check_model
+from ..errors import ArgumentError, LayerNotFoundError, WeightError
 from ..linalg import WeightShape
 from .registry import LOW_RANK, is_transposed, oriented_weight, weight_shape
 from .shared_weights import tied_names
@@ -70,6 +71,11 @@ def label(name: str) -> str:
     return repr(name) if name else "the model itself"
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks of any kind, which a replacement would drop."""
+    return any(name.endswith("hooks") and len(value) for name, value in vars(module).items() if isinstance(value, dict))
+
+
 def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | None:
     """Why this module cannot be replaced whatever its values are."""
     if not isinstance(module, tuple(LOW_RANK)) and not is_transposed(module):
@@ -84,7 +90,7 @@ def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
         return f"{type(module).__name__} is a subclass with a forward of its own"
     if "forward" in vars(module):
         return "it has a forward of its own set on the instance"
-    if any(name.endswith("hooks") and len(value) for name, value in vars(module).items() if isinstance(value, dict)):
+    if has_hooks(module):
         return "it has hooks, which a replacement would drop; remove them first"
     if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
         return "it has parameters, buffers or modules beside weight and bias"
@@ -137,8 +143,7 @@ def find_layers(
     ``include`` and ``exclude`` are shell-style name patterns (``"encoder.*"``). Raises ModelError if ``model`` is not
     an ``nn.Module`` and LayerNotFoundError for a pattern that matches nothing.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    check_model(model)
     wanted, unwanted = patterns(include, "include") or (), patterns(exclude, "exclude") or ()
     parents = {id(child): module for module in model.modules() for child in module.children()}
     weighted = [

@@ -6,7 +6,15 @@ Here belongs what observes models. What is decided by the observations belongs i
 from .data_batches import check_batches, mask_of, naming_batch, numbered_batches
 from .flops import counted_inputs, dense_flops, flops_per_rank
 from .inputs import InputSpec, layer_inputs, shared_inputs
-from .run_model import call_model, inference, keeping_buffers, without_nested_tensors
+from .run_model import (
+    attribute_set,
+    call_model,
+    device_of,
+    first_input,
+    inference,
+    keeping_buffers,
+    without_nested_tensors,
+)
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
 
@@ -14,12 +22,15 @@ __all__ = [
     "InputSpec",
     "Ratios",
     "Timings",
+    "attribute_set",
     "call_model",
     "check_batches",
     "counted_inputs",
     "dense_flops",
     "device_name",
+    "device_of",
     "environment",
+    "first_input",
     "flops_per_rank",
     "inference",
     "interleaved_ms",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_model
 from ..errors import ArgumentError, LayerNotFoundError, ModelError
-from .run_model import _check_example, call_model, inference, keeping_buffers
+from .run_model import _check_example, call_model, first_input, inference, keeping_buffers
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -99,8 +100,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
         LayerNotFoundError: a name is not in the model.
         ModelError: the model is not a module, or raised an exception of its own.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    check_model(model)
     _check_example(example_inputs, "example_inputs")
     modules = dict(model.named_modules(remove_duplicate=False))
     inputs: dict[str, dict[InputSpec, int]] = {name: {} for name in names}
@@ -138,7 +138,7 @@ def shared_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -
 
     def recorder(seen: list[tuple[int, int]]) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input")
+            x = first_input(args, kwargs)
             if isinstance(x, Tensor):
                 alive.append(x)
                 seen.append((id(x), 0 if x.is_inference() else x._version))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,21 +33,27 @@ def call_model(model: nn.Module, example_inputs: Any, name: str = "example_input
 
 
 @contextmanager
+def attribute_set(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """The attribute has that value on all objects; what it was on each is put back at the end."""
+    before = [(obj, getattr(obj, name)) for obj in objects]
+    try:
+        for obj, _ in before:
+            setattr(obj, name, value)
+        yield
+    finally:
+        for obj, old in before:
+            setattr(obj, name, old)
+
+
+@contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, without gradients; every module's ``training`` flag is put back at the end.
 
     The flags are set directly, so that a ``train`` method of the model's own (one that merges weights, say) is not
     called.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    with attribute_set(model.modules(), "training", False), torch.no_grad():
+        yield
 
 
 @contextmanager
@@ -69,11 +75,15 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
 def without_nested_tensors(*models: nn.Module) -> Iterator[None]:
     """Transformer encoders work on padded tensors, not on nested ones, whose rows are other tokens to each layer."""
     encoders = [m for model in models for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    flags = [(m, m.use_nested_tensor) for m in encoders]
-    try:
-        for encoder, _ in flags:
-            encoder.use_nested_tensor = False
+    with attribute_set(encoders, "use_nested_tensor", False):
         yield
-    finally:
-        for encoder, flag in flags:
-            encoder.use_nested_tensor = flag
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is; the CPU without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a hooked layer was called with; None if it was given under another name than torch's ``input``."""
+    return args[0] if args else kwargs.get("input")

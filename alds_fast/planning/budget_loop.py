@@ -33,7 +33,7 @@ from ..allocation import (
 from ..criteria import Key, LayerSpectra
 from ..errors import BudgetError
 from ..layers import DecomposableLayer
-from ..measurement import Timings, counted_inputs, device_name
+from ..measurement import Timings, counted_inputs, device_name, device_of
 from .plan_rows import Latency
 
 MAX_REFINEMENTS = 4
@@ -110,14 +110,9 @@ def solve_shares(
         tables.append(flops_table(layers, choices, calls, operations, float(flops)))
     if latency is None:
         return PlanOutcome(choices, problem.solve(tables, p), tables)
-    device = _device(problem.model)
+    device = device_of(problem.model)
     times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
     return _refined(problem, tables, times, float(latency), example_inputs, p, device)
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _measured(

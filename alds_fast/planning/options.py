@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral, Real
 
 from ..allocation import BASELINES, SHARES
+from ..checks import is_count, is_number, is_share
 from ..criteria import CRITERIA, Groups
 from ..errors import ArgumentError, BudgetError, LayerNotFoundError
 from ..linalg import SCHEMES
@@ -28,7 +28,7 @@ def check_groups(groups: Groups) -> Groups:
         valid = groups == "divisors"
     else:
         valid = isinstance(groups, Sequence) and len(groups) > 0
-        valid = valid and all(isinstance(k, Integral) and not isinstance(k, bool) and k >= 1 for k in groups)
+        valid = valid and all(map(is_count, groups))
     if not valid:
         raise ArgumentError(f"groups={groups!r}: expected 'divisors' or a non-empty sequence of integers >= 1")
     return groups
@@ -47,19 +47,9 @@ def check_importance(importance: Mapping[str, float] | None, names: Collection[s
     for name, value in importance.items():
         if name not in names:
             raise LayerNotFoundError(f"importance= names {name!r}, which is no layer that can be factorised")
-        if not (_is_number(value) and 0 <= value < math.inf):
+        if not (is_number(value) and 0 <= value < math.inf):
             raise ArgumentError(f"importance[{name!r}]={value!r} is outside [0, inf)")
     return importance
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True
 
 
 def _check_budgets(shares: Mapping[str, object], error: object, example_inputs: object) -> list[str]:
@@ -73,13 +63,13 @@ def _check_budgets(shares: Mapping[str, object], error: object, example_inputs: 
         )
     for name in given:
         share = shares[name]
-        if not (_is_number(share) and 0 < share <= 1):  # type: ignore[operator]
+        if not is_share(share):
             raise BudgetError(
                 f"{name}={share!r} is outside (0, 1]: it is the share of {SHARES[name]}, for example {name}=0.5"
             )
         if name != "params" and example_inputs is None:
             raise ArgumentError(f"{name}= needs example_inputs=, a tensor, tuple or dict as model(...) takes it")
-    if error is not None and not (_is_number(error) and 0 <= error < math.inf):  # type: ignore[operator]
+    if error is not None and not (is_number(error) and 0 <= error < math.inf):
         raise BudgetError(
             f"error={error!r} is outside [0, inf): it is the largest relative error allowed, for example error=0.3"
         )
@@ -108,7 +98,7 @@ def check_plan_options(
         raise ArgumentError(f"method='pca' is made for criterion='output', not {criterion!r}; leave criterion out")
     criterion, p = "frobenius" if criterion is None else criterion, math.inf if p is None else p
     given = _check_budgets(shares, error, example_inputs)
-    if not _is_number(p) or not p >= 1:  # type: ignore[operator]
+    if not is_number(p) or not p >= 1:
         raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
     if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ArgumentError(f"criterion={criterion!r} is not one of {', '.join(CRITERIA)}")
@@ -118,9 +108,9 @@ def check_plan_options(
         raise ArgumentError(f"importance is a {type(importance).__name__}: expected numbers >= 0 by layer name")
     if not isinstance(method, str) or method not in METHODS:
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if not isinstance(align, Integral) or isinstance(align, bool) or align < 1:
+    if not is_count(align):
         raise ArgumentError(f"align={align!r} is not an integer >= 1")
-    if not math.isinf(p) and (len(given) != 1 or method != "alds"):  # type: ignore[arg-type]
+    if not math.isinf(p) and (len(given) != 1 or method != "alds"):
         raise ArgumentError(
             f"p={p!r} applies to one budget of params=, flops= or latency= with method='alds' only; leave it at "
             f"math.inf"

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_model
 from ..criteria import CRITERIA, Basis, Moments
-from ..errors import AldsError, ModelError, PlanError
+from ..errors import AldsError, PlanError
 from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved
-from ..layers import count_params, decomposable, find_layers, label
+from ..layers import annotate, count_params, decomposable, find_layers, label
 from ..measurement import check_batches
 from ..text import number, shape_text, table
 from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row
@@ -99,8 +100,7 @@ class Plan:
         ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises LayerNotFoundError, PlanError or
         WeightError where the plan does not fit the model, ModelError if the model cannot be copied.
         """
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+        check_model(model)
         if count_params(model) != self.params_before:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
         if refit is not None:
@@ -113,8 +113,7 @@ class Plan:
         if refit is not None:
             reports |= self._refitted(small, model, refit, mask, moments)
         keep_when_saved(small)
-        object.__setattr__(small, "alds_plan", self)
-        object.__setattr__(small, "alds_factors", reports)
+        annotate(small, plan=self, factors=reports)
         return small
 
     def _refitted(

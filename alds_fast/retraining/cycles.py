@@ -13,10 +13,11 @@ from torch import nn
 
 from ..checkpoints import assign, rebuild, structure
 from ..errors import ArgumentError, ModelError
-from ..layers import LowRankLayer, count_params, replace_layers
+from ..layers import LowRankLayer, annotate, count_params, replace_layers
+from ..measurement import device_of
 from ..planning import Plan
 from ..planning import compress as compress_once
-from .loop import Recipe, device_of, learning_rates, rewound, run_epoch, training
+from .loop import Recipe, learning_rates, rewound, run_epoch, training
 from .state import Store, load_optimizer, optimizer_state, random_state, set_random_state, tensors_of
 
 Log = Callable[[dict[str, Any]], Any]
@@ -149,7 +150,7 @@ class Pipeline:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in saved["frozen"])
         if plans[-1] is not None:
-            object.__setattr__(model, "alds_plan", plans[-1])
+            annotate(model, plan=plans[-1])
         set_random_state(saved["random"], *self.random_place)
         state = State(model, saved["cycle"], saved["epoch"], plans, saved["history"])
         state.optimizer, state.starts = saved["optimizer"], saved["starts"]

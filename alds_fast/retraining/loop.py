@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..errors import ArgumentError, ModelError, TrainingError
-from ..measurement import call_model, inference
+from ..errors import ArgumentError, TrainingError
+from ..measurement import call_model, device_of, inference
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,6 @@ class Recipe:
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     distill: float = 0.0
     teach: Callable[[Any, Any], Tensor] | None = None
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter; ModelError if there is none."""
-    first = next(model.parameters(), None)
-    if first is None:
-        raise ModelError("the model has no parameters: there is nothing to train")
-    return first.device
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

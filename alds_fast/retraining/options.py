@@ -5,32 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
 
+from ..checks import check_model, is_count, is_number, is_share
 from ..errors import ArgumentError, BudgetError, ModelError
 from ..layers import LowRankLayer, count_params
 
 
-def check_dense(model: object) -> None:
+def check_dense(model: nn.Module) -> None:
     """ModelError unless it is a model with parameters and without low-rank layers."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    check_model(model)
     if not count_params(model):
         raise ModelError("the model has no parameters: there is nothing to compress or train")
     low = [name for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
     if low:
         raise ModelError(f"{low[0]!r} is a low-rank layer; pass the trained dense model, which the shares refer to")
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def cycle_shares(keep: float | Sequence[float], cycles: int) -> tuple[float, ...]:
@@ -42,11 +33,11 @@ def cycle_shares(keep: float | Sequence[float], cycles: int) -> tuple[float, ...
     >>> cycle_shares(0.25, 2), cycle_shares([0.6, 0.3], 1)
     ((0.5, 0.25), (0.6, 0.3))
     """
-    if not _is_count(cycles):
+    if not is_count(cycles):
         raise ArgumentError(f"cycles={cycles!r} is not an integer >= 1")
-    if _is_share(keep):
-        return tuple(float(keep) ** (i / cycles) for i in range(1, cycles + 1))  # type: ignore[arg-type]
-    if not isinstance(keep, Sequence) or isinstance(keep, str) or not len(keep) or not all(map(_is_share, keep)):
+    if is_share(keep):
+        return tuple(float(keep) ** (i / cycles) for i in range(1, cycles + 1))
+    if not isinstance(keep, Sequence) or isinstance(keep, str) or not len(keep) or not all(map(is_share, keep)):
         raise BudgetError(
             f"keep={keep!r} is outside (0, 1]: it is the share of the dense model's parameters that is left in the "
             f"end, for example keep=0.3, or one share for each cycle"
@@ -60,9 +51,9 @@ def cycle_shares(keep: float | Sequence[float], cycles: int) -> tuple[float, ...
 
 def check_epochs(epochs: object, epochs_retrain: object) -> None:
     """ArgumentError unless 1 <= epochs_retrain <= epochs."""
-    if not _is_count(epochs):
+    if not is_count(epochs):
         raise ArgumentError(f"epochs={epochs!r} is not an integer >= 1: the epochs of the original training")
-    if not _is_count(epochs_retrain) or epochs_retrain > epochs:  # type: ignore[operator]
+    if not is_count(epochs_retrain) or epochs_retrain > epochs:
         raise ArgumentError(
             f"epochs_retrain={epochs_retrain!r} is outside 1..{epochs}: a retraining repeats the last epochs of the "
             f"original training, all of them at most; repeat it with cycles= for more"
@@ -92,9 +83,9 @@ def check_source(train: object, plain: Mapping[str, object]) -> None:
 
 def check_distillation(distill: object, temperature: object, distill_loss: object, loss: object) -> None:
     """ArgumentError unless the weight is in [0, 1], the temperature > 0 and there is a loss(output, targets)."""
-    if isinstance(distill, bool) or not isinstance(distill, Real) or not 0 <= float(distill) <= 1:
+    if not is_number(distill) or not 0 <= distill <= 1:
         raise ArgumentError(f"distill={distill!r} is outside [0, 1]: it is the weight of the dense model's part")
-    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
+    if not is_number(temperature) or not 0 < temperature < math.inf:
         raise ArgumentError(f"temperature={temperature!r} is outside (0, inf); 2 to 5 is usual")
     if distill_loss is not None and not callable(distill_loss):
         raise ArgumentError(f"distill_loss= is a {type(distill_loss).__name__}: expected a function")

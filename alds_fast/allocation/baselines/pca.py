@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...errors import BudgetError
+from ...errors import unreachable
 from ..pareto import Floats, Ints
 
 
@@ -51,7 +51,7 @@ def pca_ranks(
     values = [np.maximum(np.asarray(e, dtype=np.float64), 0.0) for e in eigenvalues]  # rounding leaves small negatives
     least = sum(map(min, costs_per_rank, dense_costs))
     if least > budget:
-        raise BudgetError(f"a cost of {budget} cannot be met; the smallest reachable one is {least}")
+        raise unreachable(budget, least)
     removals = [_removals(v, cost) for v, cost in zip(values, costs_per_rank, strict=True)]
     saved = [
         np.minimum(ranks * cost, dense) - np.minimum((ranks - 1) * cost, dense)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...criteria import LayerSpectra
-from ...errors import ArgumentError, BudgetError
+from ...errors import ArgumentError, unreachable
 from ..candidates import Candidates
 from ..one_budget import allocate
 from ..pareto import Floats, Ints, _lower_hull, pareto_front
@@ -49,7 +49,7 @@ def common_level(chains: Sequence[Chain], budget: int) -> list[int]:
     """
     least = sum(int(c.costs[0]) for c in chains)
     if least > budget:
-        raise BudgetError(f"a cost of {budget} cannot be met; the smallest reachable one is {least}")
+        raise unreachable(budget, least)
     levels = np.unique(np.concatenate([[-np.inf], *(c.levels[c.levels < np.inf] for c in chains)]))
     low, high = 0, len(levels) - 1  # at levels[low] the budget is met, above levels[high] it is not
     while low < high:

@@ -1,0 +1,37 @@
+"""Questions about arguments that several functions ask."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import TypeGuard
+
+from torch import nn
+
+from .errors import ModelError
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, of any type but bool, that a float can hold."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def is_share(value: object) -> TypeGuard[float]:
+    """Whether it is a number in (0, 1]."""
+    return is_number(value) and 0 < value <= 1
+
+
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether it is an integer of at least ``least``, of any type but bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_model(model: object) -> None:
+    """ModelError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
