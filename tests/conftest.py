@@ -11,7 +11,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import interpreter
+    from support import interpreter
 
     interpreter.mend()
 else:

@@ -1,6 +1,6 @@
 """How results of run.py differ from the committed ones, cell by cell: after a change, without running everything again.
 
-``python benchmarks/quality/compare.py RESULTS`` compares the cells in the folders that run.py wrote with those of
+``python -m benchmarks.quality.compare RESULTS`` compares the cells in the folders that run.py wrote with those of
 benchmarks/results/quality/quality.csv of the same network, variant, share and seed, and prints, by variant and share
 (the largest first), the mean and the extreme differences of the quality over networks and seeds.
 """
@@ -13,9 +13,11 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from summary import rows_of
+from benchmarks.common.results import RESULTS, table
 
-COMMITTED = Path(__file__).parents[1] / "results" / "quality" / "quality.csv"
+from .summary import rows_of
+
+COMMITTED = RESULTS / "quality" / "quality.csv"
 Key = tuple[str, str, float, int]
 
 
@@ -37,11 +39,12 @@ def main() -> None:
             key = folder.name, row["variant"], round(row["share"], 6), row["seed"]
             if row["variant"] != "dense" and row["quality"] is not None and key in known:
                 found[row["variant"], key[2]].append((row["quality"] - known[key], f"{key[0]} seed {key[3]}"))
-    print("| variant | share | cells | mean difference | least | largest |\n|---|---|---|---|---|---|")
+    rows = []
     for (variant, share), values in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1])):
         mean, low, high = statistics.mean(v for v, _ in values), min(values), max(values)
-        ends = " | ".join(f"{value:+.4f} ({where})" for value, where in (low, high))
-        print(f"| {variant} | {share:g} | {len(values)} | {mean:+.4f} | {ends} |")
+        ends = [f"{value:+.4f} ({where})" for value, where in (low, high)]
+        rows.append([variant, f"{share:g}", len(values), f"{mean:+.4f}", *ends])
+    print("\n".join(table(["variant", "share", "cells", "mean difference", "least", "largest"], rows)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What collecting moments costs: time against the plain forward passes, memory against the largest moment.
 
-``python benchmarks/quality/moments_cost.py`` writes benchmarks/results/quality/moments_cost.md. Time: medians over
+``python -m benchmarks.quality.moments_cost`` writes benchmarks/results/quality/moments_cost.md. Time: medians over
 rounds in which plain passes, moments, and moments with gradients take turns on one thread; what is given are ratios
 to the plain passes. Memory: growth of the peak resident set while moments are collected, less the moments themselves,
 over the size of the largest of them (Linux).
@@ -13,25 +13,21 @@ import ctypes
 import gc
 import platform
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from cpu_suite import peak_mb
-from networks import NETWORKS
 from torch import nn
 
 from alds_fast.criteria import Moments, collect_moments
 from alds_fast.layers import find_layers
 from alds_fast.measurement import call_model, inference
+from benchmarks.common.measure import peak_mb
+from benchmarks.common.results import RESULTS, commit
+from benchmarks.common.results import table as markdown_table
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality" / "moments_cost.md"
+from .networks import NETWORKS
+
+OUTPUT = RESULTS / "quality" / "moments_cost.md"
 
 
 def wide() -> tuple[nn.Module, list[torch.Tensor]]:
@@ -102,22 +98,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     lines = [
         "# What collecting moments costs", "",
-        f"{platform.machine()} CPU, one thread, torch {torch.__version__}, commit {commit}; "
-        "`python benchmarks/quality/moments_cost.py`.", "",
-        "| network | plain passes, s | with moments | with gradients too | memory beside the moments, MB | largest |",
-        "|---|---|---|---|---|---|",
+        f"{platform.machine()} CPU, one thread, torch {torch.__version__}, commit {commit()}; "
+        "`python -m benchmarks.quality.moments_cost`.", "",
     ]  # fmt: skip
+    rows = []
     for name, (model, batches, include) in cases(args.only).items():
         layers = [layer for layer in find_layers(model, include) if layer.reason is None]
         beside, largest = memory(model, batches, layers)
         t = times(model, batches, layers, args.rounds)
-        ratios = f"{t['moments']:.1f}x | {t['gradients']:.1f}x"
-        lines.append(f"| {name} | {t['plain']:.2f} | {ratios} | {beside:.0f} | {largest:.1f} |")
-        print(lines[-1], flush=True)
-    RESULTS.write_text("\n".join(lines) + "\n")
+        ratios = [f"{t['moments']:.1f}x", f"{t['gradients']:.1f}x"]
+        rows.append([name, f"{t['plain']:.2f}", *ratios, f"{beside:.0f}", f"{largest:.1f}"])
+        print(*rows[-1], sep=", ", flush=True)
+    passes = ["plain passes, s", "with moments", "with gradients too"]
+    lines += markdown_table(["network", *passes, "memory beside the moments, MB", "largest"], rows)
+    OUTPUT.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import architectures
-import data
 import torch
-from tasks import DigitTask, PitchTask, SentenceTask, as_svhn, as_usps, crepe, pooled, standard
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from training import Recipe, adam, sgd, trained
+
+from . import architectures, data
+from .tasks import DigitTask, PitchTask, SentenceTask, as_svhn, as_usps, crepe, pooled, standard
+from .training import Recipe, adam, sgd, trained
 
 
 @dataclass(frozen=True)

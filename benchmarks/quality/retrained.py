@@ -1,6 +1,6 @@
 """The evaluation after retraining, by the paper's measure: the largest reduction that costs half a point at most.
 
-``python benchmarks/quality/retrained.py`` goes on where an earlier run stopped. Every network that has labels is
+``python -m benchmarks.quality.retrained`` goes on where an earlier run stopped. Every network that has labels is
 compressed by every variant and retrained with the learning rates of the last quarter of its training (rewinding, Renda
 et al. 2020). The shares of a grid are searched by bisection, network by network and seed by seed: three retrainings
 tell eight outcomes apart. ``retrained_table.py`` makes the table from the folders in ``--out``.
@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from networks import NETWORKS
 from torch import nn
-from training import fit
-from variants import variants
 
 import alds_fast as alds
+
+from .networks import NETWORKS
+from .training import fit
+from .variants import variants
 
 GRID = (0.5, 0.3, 0.2, 0.13, 0.08, 0.05, 0.03)
 DROP = 0.005  # half a point, as in the paper

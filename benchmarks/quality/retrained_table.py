@@ -1,6 +1,6 @@
 """Tables of the evaluation after retraining, from the folders that retrained.py wrote.
 
-``python benchmarks/quality/retrained_table.py RESULTS`` writes benchmarks/results/quality/retrained.csv, every cell,
+``python -m benchmarks.quality.retrained_table RESULTS`` writes benchmarks/results/quality/retrained.csv, every cell,
 and retrained.md: by network and variant the largest reduction of the grid that loses half a point at most, the mean
 over the seeds.
 """
@@ -12,12 +12,15 @@ import csv
 import os
 import platform
 import statistics
-import subprocess
 from pathlib import Path
 
 import torch
-from retrained import CHOSEN, DROP, GRID, PART
-from summary import KEPT, rows_of
+
+from benchmarks.common.results import RESULTS, commit
+from benchmarks.common.results import table as markdown_table
+
+from .retrained import CHOSEN, DROP, GRID, PART
+from .summary import KEPT, rows_of
 
 Reductions = dict[tuple[str, str], dict[int, float]]  # network, variant: by seed
 
@@ -46,13 +49,12 @@ def table(found: Reductions, seeds: dict[str, list[int]]) -> str:
     variants = [v for v in CHOSEN if any(v == variant for _, variant in found)]
     mean = {key: statistics.mean(by_seed.values()) for key, by_seed in found.items()}
     best = {n: max(m for (network, _), m in mean.items() if network == n) for n in networks}
-    lines = ["| variant | " + " | ".join(f"{n} ({len(seeds[n])})" for n in networks) + " |"]
-    lines.append("|---|" + "---|" * len(networks))
+    rows = []
     for v in variants:
         texts = [f"{100 * mean[n, v]:.0f}" if (n, v) in mean else "-" for n in networks]
         texts = [f"**{t}**" if mean.get((n, v)) == best[n] else t for n, t in zip(networks, texts, strict=True)]
-        lines.append(f"| {v} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        rows.append([v, *texts])
+    return "\n".join(markdown_table(["variant", *(f"{n} ({len(seeds[n])})" for n in networks)], rows))
 
 
 def complete(rows: list[dict], found: Reductions) -> tuple[Reductions, dict[str, list[int]]]:
@@ -76,7 +78,7 @@ def complete(rows: list[dict], found: Reductions) -> tuple[Reductions, dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder that retrained.py wrote")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "quality")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality")
     parser.add_argument("--commit", help="that made the results; the present one by default")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -86,12 +88,11 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     ended, seeds = complete(rows, found)
-    describe = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, Python"
     text = (
-        f"# The largest reduction after retraining\n\n{hardware} {platform.python_version()}, commit {commit}; `python "
-        f"benchmarks/quality/retrained.py`. Percent of the parameters saved at a loss of {100 * DROP:g} points at most "
+        f"# The largest reduction after retraining\n\n{hardware} {platform.python_version()}, commit "
+        f"{commit(args.commit)}; `python -m benchmarks.quality.retrained`. Percent of the parameters saved at a loss "
+        f"of {100 * DROP:g} points at most "
         f"(the measure of the ALDS paper), after retraining over the last {100 * PART:g} % of the epochs. Out of the "
         f"shares {', '.join(f'{share:g}' for share in GRID)}, found by bisection; 0: none of them. Means over the "
         f"seeds, whose number is in brackets; bold: the network's best.\n\n{table(ended, seeds)}\n"

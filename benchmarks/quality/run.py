@@ -1,6 +1,6 @@
 """The evaluation: every network of the suite by every variant, before retraining.
 
-``python benchmarks/quality/run.py`` fetches and trains what is missing, goes on where an earlier run stopped, and
+``python -m benchmarks.quality.run`` fetches and trains what is missing, goes on where an earlier run stopped, and
 writes one folder per network to ``--out``; ``summary.py`` makes the tables of benchmarks/results/quality from them.
 """
 
@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from networks import NETWORKS
-from variants import variants
-
 import alds_fast as alds
+
+from .networks import NETWORKS
+from .variants import variants
 
 BUDGETS = (0.5, 0.3, 0.15)
 MORE = {"minilm": (0.8, 0.6)}  # a transformer that is not retrained has nothing left below

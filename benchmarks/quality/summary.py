@@ -1,6 +1,6 @@
 """Tables of the evaluation over all networks, from the folders that run.py wrote.
 
-``python benchmarks/quality/summary.py RESULTS`` writes benchmarks/results/quality: ``quality.csv`` with every cell,
+``python -m benchmarks.quality.summary RESULTS`` writes benchmarks/results/quality: ``quality.csv`` with every cell,
 ``quality.md`` with the mean over the seeds (and the spread, largest minus smallest, where it exceeds half a point),
 and the picture of every network.
 """
@@ -13,12 +13,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 from pathlib import Path
 
 import torch
 
 import alds_fast as alds
+from benchmarks.common.results import RESULTS, commit
+from benchmarks.common.results import table as markdown_table
 
 KEPT = "variant", "share", "seed", "status", "params", "flops", "error", "quality", "quality_after", "seconds_analyze"
 KEPT += "seconds_plan", "seconds_apply"
@@ -62,11 +63,8 @@ def table(cells: Cells, networks: list[str], level: int) -> str:
     variants = list(dict.fromkeys(variant for _, variant, _ in cells))
     mean = {(n, v): statistics.mean(cells[n, v, level]) for n in networks for v in variants if (n, v, level) in cells}
     best = {n: max((q for (network, _), q in mean.items() if network == n), default=0.0) for n in networks}
-    lines = ["| variant | " + " | ".join(networks) + " |", "|---|" + "---|" * len(networks)]
-    for v in variants:
-        texts = [cell_text(cells.get((n, v, level)), best[n]) for n in networks]
-        lines.append(f"| {v} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+    rows = [[v, *(cell_text(cells.get((n, v, level)), best[n]) for n in networks)] for v in variants]
+    return "\n".join(markdown_table(["variant", *networks], rows))
 
 
 def by_shares(rows: list[dict]) -> dict[tuple[float, ...], list[str]]:
@@ -83,18 +81,18 @@ def by_shares(rows: list[dict]) -> dict[tuple[float, ...], list[str]]:
 
 def drops(cells: Cells, dense: dict[str, float], level: int) -> str:
     """Of ours and of the others, the drop in quality: median and largest over the networks."""
-    lines = ["| variant | median drop | largest drop | networks |", "|---|---|---|---|"]
+    rows = []
     for v in (*OURS, *OTHERS):
         lost = [dense[n] - statistics.mean(q) for (n, variant, at), q in cells.items() if variant == v and at == level]
         if lost:
-            lines.append(f"| {v} | {statistics.median(lost):.4f} | {max(lost):.4f} | {len(lost)} |")
-    return "\n".join(lines)
+            rows.append([v, f"{statistics.median(lost):.4f}", f"{max(lost):.4f}", len(lost)])
+    return "\n".join(markdown_table(["variant", "median drop", "largest drop", "networks"], rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder that run.py wrote")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "quality")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality")
     parser.add_argument("--commit", help="that made the results; the present one by default")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -107,11 +105,9 @@ def main() -> None:
         every = alds.Evaluation.read(folder)
         drawn = [row for row in every.rows if row["variant"] in (*OURS, *OTHERS, "dense")]
         alds.Evaluation(drawn, every.budget).plot(args.out / f"{folder.name}.png")
-    describe = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, Python"
-    parts = [f"# Quality without retraining\n\n{hardware} {platform.python_version()}, commit {commit}; "
-             f"`python benchmarks/quality/run.py`. Means over the seeds, ± largest minus smallest where above .005; "
+    parts = [f"# Quality without retraining\n\n{hardware} {platform.python_version()}, commit {commit(args.commit)}; "
+             f"`python -m benchmarks.quality.run`. Means over the seeds, ± largest minus smallest where above .005; "
              f"bold: within .002 of the network's best."]  # fmt: skip
     parts.append("Dense: " + ", ".join(f"{name} {quality:.4f}" for name, quality in dense.items()) + ".")
     for shares, networks in by_shares(rows).items():

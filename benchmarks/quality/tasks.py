@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import data
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from examples import crepe
 
-import crepe
+from . import data
 
 CALIBRATION, BATCH = 1024, 128
 Images = Callable[[Tensor], Tensor]

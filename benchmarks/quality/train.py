@@ -1,4 +1,4 @@
-"""Train the networks of the suite that no package ships: python benchmarks/quality/train.py [--only NAME] [--seeds 3].
+"""Train the networks of the suite that no package ships: python -m benchmarks.quality.train [--only NAME] [--seeds 3].
 
 What is in the cache already is not trained again; an interrupted network starts anew.
 """
@@ -11,9 +11,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from data import cache
-from networks import NETWORKS
-from training import weights_file
+
+from benchmarks.common.results import table as markdown_table
+
+from .data import cache
+from .networks import NETWORKS
+from .training import weights_file
 
 
 def main() -> None:
@@ -38,14 +41,14 @@ def main() -> None:
 
 def table() -> str:
     """Markdown: what every network in the cache reached on all 10,000 test images, by seed, and its seconds."""
-    rows = ["| network | test accuracy by seed | seconds of one training |", "|---|---|---|"]
+    rows = []
     for name in NETWORKS:
         logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in logs_of(name)]
         if logs:
             reached = ", ".join(f"{log[-1]['test']:.4f}" for log in logs)
             seconds = statistics.median(sum(line.get("seconds", 0) for line in log) for log in logs)
-            rows.append(f"| {name} | {reached} | {seconds:.0f} |")
-    return "\n".join(rows)
+            rows.append([name, reached, f"{seconds:.0f}"])
+    return "\n".join(markdown_table(["network", "test accuracy by seed", "seconds of one training"], rows))
 
 
 def logs_of(name: str) -> list[Path]:

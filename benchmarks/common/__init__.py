@@ -1,0 +1,1 @@
+"""What all benchmarks need: where results go, hardware and commit, turns, tables, networks."""

@@ -1,0 +1,1 @@
+"""Speed on GPUs, and what their compiler says of the kernels."""

@@ -1,0 +1,172 @@
+"""Spectra, plan and factors on a GPU: a ResNet-50, and the linear layers of a Llama-7B in bf16.
+
+    python -m benchmarks.gpu.analysis                         # writes benchmarks/results/analysis_<device>.json, .md
+    python -m benchmarks.gpu.analysis --quick --device cpu    # tiny sizes: shows that it works
+
+Every step is kept as soon as it is done. Of the Llama's three shapes one matrix each is measured first, against
+torch.linalg.svdvals of every slice, its spectra in float32 too; then all 224, if by these times they fit into what is
+left of ``--minutes``. Weights are random, spectra flat; singular values of 1, 2 and 4 slices. Seconds are wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import alds_fast as alds
+from alds_fast import linalg
+from benchmarks.common.networks import SHAPED
+from benchmarks.common.results import RESULTS, environment, table
+
+GROUPS, KEEP = (1, 2, 4), 0.8
+Results = dict[str, Any]
+
+
+def seconds(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Wall time of a call until the device has done its part, and what it returned."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
+
+
+def linear(rows: int, cols: int, seed: int, device: str) -> nn.Module:
+    """A bf16 layer with random weights."""
+    with torch.device("meta"):
+        layer = nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16)
+    layer.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
+    return layer
+
+
+def steps(model: nn.Module, device: str, **options: Any) -> dict[str, float]:
+    """Seconds of analysis, plan and factors."""
+    analysed, analysis = seconds(lambda: alds.analyze(model, **options), device)
+    planned, plan = seconds(lambda: analysis.plan(params=KEEP), device)
+    applied, small = seconds(lambda: plan.apply(model), device)
+    found = {"spectra_s": analysed, "plan_s": planned, "factors_s": applied, "all_s": analysed + planned + applied}
+    reports = vars(small)["alds_factors"].values()
+    return found | {"randomized": sum(r.method == "randomized" for r in reports)}
+
+
+def warm_steps(model: nn.Module, device: str, **options: Any) -> dict[str, float]:
+    """The steps, after a warm-up."""
+    steps(model, device, **options)
+    return steps(model, device, **options)
+
+
+def in_float32(layer: nn.Module, device: str) -> dict[str, float]:
+    """Seconds of the spectra in float32, and how far off squared errors of ranks are, of ||W||^2."""
+    matrix = layer.weight.detach().float()[None]
+    linalg.spectra([matrix], [GROUPS], float32=True)
+    time_s, (found,) = seconds(lambda: linalg.spectra([matrix], [GROUPS], float32=True), device)
+    off = 0.0
+    for single, double in zip(found, linalg.spectra([matrix], [GROUPS])[0], strict=True):
+        tails = [v.square().flatten(0, -2).sum(0).flip(0).cumsum(0) for v in (single, double)]
+        off = max(off, float(((tails[0] - tails[1]) / tails[1][-1]).abs().max()))
+    return {"spectra32_s": time_s, "off32": off}
+
+
+def slice_by_slice(layer: nn.Module, device: str) -> float:
+    """Seconds of torch.linalg.svdvals of every slice, one after the other, in float32."""
+    weight = layer.weight.detach().float()
+    parts = [part for k in GROUPS for part in weight.chunk(k, 1)]
+    return seconds(lambda: [torch.linalg.svdvals(part) for part in parts], device)[0]
+
+
+def measure(args: argparse.Namespace, results: Results, save: Callable[[], None]) -> None:
+    """Everything, as far as the time goes."""
+    torch.manual_seed(0)
+    resnet = SHAPED["resnet18" if args.quick else "resnet50"]().to(args.device)
+    if not args.quick:
+        results["resnet50"] = warm_steps(resnet, args.device)
+        save()
+    width, inner, blocks = (64, 176, 2) if args.quick else (4096, 11008, 32)
+    counts = {(width, width): 4 * blocks, (inner, width): 2 * blocks, (width, inner): blocks}
+    results["llama"] = {"counts": {f"{r}x{c}": n for (r, c), n in counts.items()}, "one": {}, "all": None}
+    one = results["llama"]["one"]
+    for (rows, cols), count in counts.items():
+        layer = linear(rows, cols, 0, args.device)
+        found = warm_steps(layer, args.device, schemes=(0,), groups=GROUPS) | in_float32(layer, args.device)
+        found["svdvals32_s"] = slice_by_slice(layer, args.device)
+        found["spectra_ratio"] = found["svdvals32_s"] / found["spectra_s"]
+        one[f"{rows}x{cols}"] = found | {"count": count}
+        save()
+    expected = sum(f["count"] * f["all_s"] for f in one.values())
+    left = args.deadline - time.time()
+    results["llama"]["expected_s"] = expected
+    if expected > 0.8 * left:
+        results["llama"]["not_run"] = f"all layers: {expected:.0f} s expected, {left:.0f} s left"
+        return
+    shapes = [shape for shape, count in counts.items() for _ in range(count)]
+    model = nn.ModuleList(linear(*shape, seed, args.device) for seed, shape in enumerate(shapes))
+    results["llama"]["all"] = steps(model, args.device, schemes=(0,), groups=GROUPS)
+
+
+def markdown(results: Results) -> str:
+    """The results as Markdown."""
+    about = results["about"]
+    lines = [
+        f"{about['device']}, torch {about['torch']}, commit {about['commit']}; `python -m benchmarks.gpu.analysis`",
+        "",
+        f"Seconds, {KEEP:.0%} of the parameters kept:",
+        "",
+    ]
+    cases = {"ResNet-50, all schemes": results["resnet50"]} if "resnet50" in results else {}
+    cases |= {f"{shape}, one of {f['count']}": f for shape, f in results.get("llama", {}).get("one", {}).items()}
+    llama = results.get("llama", {})
+    if llama.get("all"):
+        cases[f"all {sum(llama['counts'].values())}"] = llama["all"]
+    parts = ("spectra", "plan", "factors", "all")
+    lines += table(["", *parts], [[n, *(f"{f[f'{part}_s']:.3f}" for part in parts)] for n, f in cases.items()])
+    lines += ["", *table(
+        ["", "svdvals of every slice, float32, s", "our spectra are", "in float32, s", "squared errors then off by"],
+        [[shape, f"{f['svdvals32_s']:.3f}", f"{f['spectra_ratio']:.1f}x faster", f"{f['spectra32_s']:.3f}",
+          f"{f['off32']:.1e}"] for shape, f in llama.get("one", {}).items()],
+    )]  # fmt: skip
+    lines += ["", f"Not run: {llama['not_run']}."] if llama.get("not_run") else []
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu needs --quick")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --quick --device cpu runs without one")
+    args.deadline = time.time() + 60 * args.minutes
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    about = {**environment(), "device": name, "quick": args.quick}
+    results: Results = {"about": about}
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    path = args.out / f"analysis_{slug}{'_quick' if args.quick else ''}.json"
+
+    def save() -> None:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(results))
+
+    measure(args, results, save)
+    save()
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

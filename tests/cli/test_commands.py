@@ -1,0 +1,181 @@
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from support.models import count, small_net
+
+import alds_fast as alds
+from alds_fast.cli import main
+
+MODEL = """
+from __future__ import annotations
+import dataclasses
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2400, 10))
+
+def broken():
+    raise ValueError("this model is broken")
+
+def nothing():
+    return None
+
+def leaves():
+    raise SystemExit(5)
+
+@dataclasses.dataclass
+class Settings:
+    size: int = 3
+"""
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    (tmp_path / "my_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    return f"{tmp_path}/my_model.py:net"
+
+
+def _run(capsys, *args):
+    code = main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_analyze_lists_the_layers(model, capsys):
+    code, out, _ = _run(capsys, "analyze", model)
+    assert code == 0 and "24x3x3x3" in out and "2 layers that can be factorised" in out
+
+
+def test_analyze_json(model, capsys):
+    code, out, _ = _run(capsys, "analyze", model, "--json", "--schemes", "0,3", "--groups", "1,2", "--exclude", "0")
+    data = json.loads(out)
+    assert code == 0 and data["layers"][0]["reason"] == "matched by exclude="
+    assert data["layers"][1]["candidates"] == [[0, 1, 10], [0, 2, 10]]
+
+
+def test_compress_writes_a_model_that_loads(model, capsys, tmp_path):
+    code, out, _ = _run(capsys, "compress", model, "--params", "0.4", "-o", "small.safetensors")
+    assert code == 0 and "largest frobenius error" in out and "factors: " in out and "wrote small.safetensors" in out
+    namespace = {}
+    exec(MODEL, namespace)
+    loaded = alds.load(tmp_path / "small.safetensors", namespace["net"])
+    assert count(loaded) <= 0.4 * count(namespace["net"]())
+
+
+def test_compress_json_and_show(model, capsys, tmp_path):
+    args = "--error", "0.5", "-o", "s.safetensors", "--p", "inf", "--align", "2", "--criterion", "operator", "--json"
+    code, out, _ = _run(capsys, "compress", model, *args)
+    data = json.loads(out)
+    assert code == 0 and data["file_bytes"] == (tmp_path / "s.safetensors").stat().st_size and data["seconds"] > 0
+    plan = alds.Plan.from_json(json.dumps(data["plan"]))
+    assert plan.error <= 0.5 and plan.criterion == "operator" and plan.params == data["params"]
+    assert _run(capsys, "show", "s.safetensors")[:2] == (0, str(plan) + "\n")
+    assert alds.Plan.from_json(_run(capsys, "show", "s.safetensors", "--json")[1]) == plan
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert _run(capsys, "show", "plan.json")[:2] == (0, str(plan) + "\n")
+
+
+def test_module_by_dotted_name_and_weights(model, capsys, tmp_path):
+    torch.manual_seed(5)
+    weights = {"0.weight": torch.randn(24, 3, 3, 3), "0.bias": torch.zeros(24)}
+    weights |= {"3.weight": torch.randn(10, 2400), "3.bias": torch.zeros(10)}
+    save_file(weights, tmp_path / "w.safetensors")
+    options = "--params", "1.0", "-o", "m.safetensors", "--weights", "w.safetensors"
+    assert _run(capsys, "compress", "my_model:net", *options)[0] == 0
+    namespace = {}
+    exec(MODEL, namespace)
+    assert torch.equal(alds.load(tmp_path / "m.safetensors", namespace["net"])[3].weight, weights["3.weight"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["analyze", "my_model.py"], "expected package.module:function or file.py:function"),
+        (["analyze", "nowhere.py:net"], "'nowhere.py' does not exist"),
+        (["analyze", "no_such_module:net"], "No module named 'no_such_module'"),
+        (["analyze", "my_model.py:missing"], "has no attribute 'missing'"),
+        (["analyze", "my_model.py:broken"], "ValueError: this model is broken"),
+        (["analyze", "my_model.py:nothing"], "returned a NoneType, not a torch.nn.Module"),
+        (["analyze", "my_model.py:net", "--include", "zzz"], "include='zzz' matches no layer"),
+        (["analyze", "my_model.py:net", "--schemes", "0,9"], "schemes=(0, 9)"),
+        (["analyze", "my_model.py:net", "--weights", "none.safetensors"], "'none.safetensors' does not exist"),
+        (["analyze", "my_model.py:net", "--weights", "my_model.py"], "is not a whole safetensors file"),
+        (["analyze", "my_model.py:net", "--weights", "other.safetensors"], "does not fit the model"),
+        (["compress", "my_model.py:net", "--params", "1.5", "-o", "x.safetensors"], "params=1.5 is outside (0, 1]"),
+        (["compress", "my_model.py:net", "--params", "0.5", "-o", "no/x.safetensors"], "the directory of"),
+        (["compress", "my_model.py:net", "--params", "0.5", "--p", "0", "-o", "x.safetensors"], "p=0.0 is outside"),
+        (
+            ["compress", "my_model.py:net", "--params", "0.5", "-o", "x.safetensors", "--plot", "p.xyz"],
+            "does not end in",
+        ),
+        (
+            ["compress", "my_model.py:net", "--params", "0.5", "-o", "x.safetensors", "--plot", "no/p.png"],
+            "the directory",
+        ),
+        (["analyze", "my_model.py:leaves"], "SystemExit: 5"),
+        (["show", "none.safetensors"], "does not exist"),
+        (["show", "my_model.py"], "is not a whole safetensors file"),
+        (["show", "other.safetensors"], "was not written by alds_fast.save"),
+        (["show", "bad.json"], "not a plan"),
+    ],
+)
+def test_refusals_exit_with_one_and_a_message(model, capsys, tmp_path, args, message):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "bad.json").write_text("{}")
+    code, out, err = _run(capsys, *args)
+    assert code == 1 and out == "" and f"alds-fast: {err.split('alds-fast: ')[-1]}" in err and message in err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["melt"],
+        ["compress", "m:f", "-o", "x"],
+        ["compress", "m:f", "--params", "0.5", "--error", "0.5", "-o", "x"],
+        ["compress", "m:f", "--params", "half", "-o", "x"],
+        ["compress", "m:f", "--params", "0.5"],
+        ["compress", "m:f", "--params", "0.5", "-o", "x", "--criterion", "best"],
+        ["analyze", "m:f", "--schemes", "a"],
+    ],
+)
+def test_wrong_usage_exits_with_two(args, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(args)
+    assert e.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_compress_draws_a_picture(model, capsys, tmp_path):
+    assert _run(capsys, "compress", model, "--params", "0.5", "-o", "s.safetensors", "--plot", "p.png")[0] == 0
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_long_work_shows_a_progress_bar(model, capsys, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda stderr: Console(file=terminal, force_terminal=True, width=80))
+    assert _run(capsys, "compress", model, "--params", "0.5", "-o", "s.safetensors")[0] == 0
+    assert "spectra" in terminal.getvalue() and "100%" in terminal.getvalue()
+
+
+def test_plot_refuses_a_plan_of_another_analysis(tmp_path):
+    one, other = alds.analyze(small_net()), alds.analyze(torch.nn.Linear(32, 32))
+    with pytest.raises(alds.AldsError, match="not made from this analysis"):
+        alds.plot_plan(one, other.plan(params=0.5), tmp_path / "p.png")
+    alds.plot_plan(one, one.plan(params=1.0), tmp_path / "dense.png")
+    assert (tmp_path / "dense.png").stat().st_size > 1000
+
+
+def test_budgets_that_need_an_input(tmp_path, capsys):
+    target, out = "support.models:small_net", str(tmp_path / "s.safetensors")
+    assert main(["compress", target, "--flops", "0.6", "-o", out]) == 1
+    assert "need --input" in capsys.readouterr().err
+    assert main(["compress", target, "--flops", "0.6", "--params", "0.6", "--input", "2,3,12,12", "-o", out]) == 0
+    assert "flops=0.6" in capsys.readouterr().out
