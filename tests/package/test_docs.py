@@ -143,7 +143,8 @@ def test_commands_parse(command, monkeypatch):
         assert words[0] == "install" and set(asked) <= set(extras)
     else:
         assert program in ("python", "bash"), command
-        source = (ROOT / words[0]).read_text()
+        script = f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0]
+        source = (ROOT / script).read_text()
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
 
 
