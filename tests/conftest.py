@@ -21,3 +21,5 @@ from hypothesis import settings
 
 settings.register_profile("alds_fast", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("alds_fast")
+
+collect_ignore_glob = ["*conftest.py"]  # of one name, they cannot all be searched for doctests

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_kernels import DEVICE, by_one, conv_case, linear_case, ran, random
+from support.kernel_cases import DEVICE, by_one, conv_case, linear_case, ran, random
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
