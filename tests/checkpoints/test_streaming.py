@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import checkpoints
 from support.checkpoints import OPTIONS
+from support.marks import slow
 
 import alds_fast as alds
 from alds_fast import errors
@@ -22,8 +23,8 @@ def tensors(folder):
     return {k: v for path in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
+@pytest.mark.parametrize("kind", ["llama", slow("qwen"), "gpt2", slow("bert"), "vit"])
 def test_same_as_in_memory(kind, dtype, tmp_path):
     dense = type(checkpoints.make(kind, tmp_path / "dense", dtype)).from_pretrained(tmp_path / "dense", dtype=dtype)
     before = checkpoints.contents(tmp_path / "dense")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import checkpoints
 from support.checkpoints import OPTIONS, first_shard, poison
+from support.marks import slow
 
 import alds_fast as alds
 from alds_fast import errors
@@ -22,6 +23,7 @@ from alds_fast.checkpoints.streaming.journal import FOLDER
 KILLED = Path(__file__).parents[1] / "support" / "killed.py"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, llama):
     command = [sys.executable, KILLED, llama / "dense", tmp_path / "small"]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -37,6 +39,7 @@ def torchrun(processes, *arguments):
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_three_processes(tmp_path, llama):
     run = torchrun(3, llama / "dense", "-o", tmp_path / "small", "--params", 0.7, "--max-shard-gb", 0.00006)
     assert run.returncode == 0, run.stderr
@@ -44,6 +47,7 @@ def test_three_processes(tmp_path, llama):
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_all(tmp_path, copied, llama):
     name, good = poison(copied, b"\x00\x00\xc0\x7f")
     arguments = (copied, "-o", tmp_path / "small", "--params", 0.7, "--max-shard-gb", 0.00006)
@@ -110,7 +114,7 @@ def rewrite(folder, change, *names):
 
 
 @pytest.mark.parametrize("phase", ["find_plan", "find_factors", "write_files", "write_rest", None])
-@pytest.mark.parametrize("names", ["embed_tokens", "up_proj", "norm"])
+@pytest.mark.parametrize("names", [slow("embed_tokens"), "up_proj", slow("norm")])
 def test_an_input_that_has_changed_is_refused(copied, tmp_path, monkeypatch, phase, names):
     if phase is None:
         alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
@@ -140,10 +144,10 @@ def flip(path):
     ("phase", "pattern", "damage"),
     [
         ("write_files", "*.factors.safetensors", flip),
-        ("write_files", "*.factors.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
-        ("write_files", "*.report.safetensors", lambda p: p.write_bytes(b"")),
-        ("find_factors", "*.exact.*.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
-        ("write_files", "*.spectra32.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
+        slow("write_files", "*.factors.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
+        slow("write_files", "*.report.safetensors", lambda p: p.write_bytes(b"")),
+        slow("find_factors", "*.exact.*.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
+        slow("write_files", "*.spectra32.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9])),
         ("find_factors", "alds_plan.json", lambda p: p.write_text("{}")),
         ("find_factors", "input.json", lambda p: p.write_text("[")),
     ],
@@ -201,6 +205,7 @@ def _can_make_hosts():
     return bool(made) and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _can_make_hosts(), reason="no network namespaces can be made here (needs ip and root)")
 def test_two_hosts(tmp_path, llama):
     names = {"a": f"alds{os.getpid()}a", "b": f"alds{os.getpid()}b"}

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.marks import slow
 from support.models import images, small_net
 from torch import nn
 
@@ -43,7 +44,7 @@ def by_backend(dense, two_op, fused, deployed=0.9):
     "times, won",
     [
         ((3.0, 2.0, 4.0), "two-op"), ((1.0, 2.0, 4.0), "dense"), ((3.0, 2.0, 1.5), "fused"),
-        ((2.0, 2.0, 2.0), "dense"), ((2.0, 1.99, 1.97), "dense"), ((3.0, 2.0, 1.99), "two-op"),
+        slow((2.0, 2.0, 2.0), "dense"), slow((2.0, 1.99, 1.97), "dense"), ((3.0, 2.0, 1.99), "two-op"),
     ],
 )  # fmt: skip
 @pytest.mark.skipif(not INTERPRETED, reason="schemes 1 and 2 and types differ there")
@@ -63,6 +64,7 @@ def test_the_fastest_is_kept_and_ties_go_to_the_simpler(monkeypatch, times, won)
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_reshaped_forms_can_win(monkeypatch):
     fake_timer(monkeypatch, lambda name: 0.5 if "groups=1" in name or name == "deployed" else 1.0)
     layer = alds.LowRankConv2d(32, 64, 3, 3, groups=4, padding=1)
@@ -80,6 +82,7 @@ def test_a_model_that_is_slower_as_a_whole_stays_dense(monkeypatch):
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_measured_for_real():
     small, x = compressed(), images(1)[..., :8, :8]
     before = copy.deepcopy(small.state_dict())
@@ -250,6 +253,7 @@ def test_training_mode_and_tied_biases_survive(monkeypatch):
     assert fast.training and fast[0].bias is fast[1].bias and fast[0].bias is not layers[0].bias
 
 
+@pytest.mark.slow
 def test_a_deployed_model_trains_compiles_and_is_saved(tmp_path):
     torch._dynamo.reset()
     small, x = compressed(), images(1)[..., :8, :8]
@@ -315,6 +319,7 @@ def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
         assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
 
 
+@pytest.mark.slow
 def test_other_numbers_of_rows_run_after_a_fused_win(monkeypatch):
     fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))
     model = nn.Sequential(alds.LowRankLinear(700, 700, 520))

@@ -150,6 +150,7 @@ def test_cells_do_not_depend_on_each_other():
     assert torch.equal(model[0].weight, before) and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {"variants": VARIANTS, "seeds": [0, 1], "after": widened}
@@ -175,6 +176,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
     assert done.calls == 0 and (parts / "results.jsonl").read_bytes() == text
 
 
+@pytest.mark.slow
 def test_a_killed_process_keeps_its_cells(tmp_path):
     code = (
         "import os, alds_fast as alds, test_evaluate as t\n"
@@ -311,6 +313,7 @@ def _fails(model, share, seed):
     raise OSError("out of luck")
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_rows(tmp_path):
     options = {"variants": {**VARIANTS, "fails": _fails}, "seeds": [0, 1], "after": widened}
     options["example_inputs"] = torch.randn(2, 32)
@@ -322,6 +325,7 @@ def test_workers_give_the_same_rows(tmp_path):
     assert rows == _rows(two.value.evaluation) == _rows(alds.Evaluation.read(tmp_path)) and len(rows) == 16
 
 
+@pytest.mark.slow
 def test_workers_that_end_and_what_cannot_be_sent_to_them():
     model = net()
     with pytest.raises(EvaluationError, match="a worker process ended"):
@@ -331,6 +335,7 @@ def test_workers_that_end_and_what_cannot_be_sent_to_them():
         alds.evaluate(model, lambda m: 0.0, workers=2)
 
 
+@pytest.mark.slow
 def test_closing_the_pool_ends_its_processes():
     task = cells.Task(net(), _sleeping, {})
     outcomes = workers.parallel(task, [(cells.Cell(variant_module.DENSE, 1.0, s), s == 0) for s in range(3)], 2)

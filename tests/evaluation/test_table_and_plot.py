@@ -82,6 +82,7 @@ def _picture(path):
     return imread(path)
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     BY_HAND.plot(tmp_path / "p.png")

@@ -7,7 +7,8 @@ sequence where that is larger.
 
 import pytest
 import torch
-from support.kernel_cases import CONV, DEVICE, LINEAR, by_one, conv_case, linear_case, random
+from support.kernel_cases import CONV, DEVICE, EACH_CONV, EACH_LINEAR, LINEAR, by_one, conv_case, linear_case, random
+from support.marks import slow
 
 from alds_fast.kernels import (
     lowrank_conv2d,
@@ -19,7 +20,7 @@ from alds_fast.kernels import (
     triton_linear,
 )
 
-TYPES = [torch.float32, torch.float16, torch.bfloat16]
+TYPES = [torch.float32, slow(torch.float16), torch.bfloat16]
 
 
 def error(found, reference):
@@ -54,7 +55,7 @@ def compare(call, tensors, options):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", LINEAR)
+@pytest.mark.parametrize("shape", EACH_LINEAR)
 def test_lowrank_linear(shape, dtype):
     compare(lowrank_linear, linear_case(*shape, dtype), {"groups": shape[2]})
 
@@ -69,13 +70,13 @@ def test_epilogue_of_linear(rows, bias, activation):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape, options", CONV)
+@pytest.mark.parametrize("shape, options", EACH_CONV)
 def test_lowrank_conv2d(shape, options, dtype):
     compare(lowrank_conv2d, conv_case(*shape, dtype), {"groups": shape[3], **options})
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
-@pytest.mark.parametrize("filters", [24, 32, 300])
+@pytest.mark.parametrize("filters", [24, slow(32), 300])
 def test_epilogue_of_conv2d(filters, activation):
     for bias in (True, False):
         case = conv_case(
@@ -86,7 +87,7 @@ def test_epilogue_of_conv2d(filters, activation):
         compare(lowrank_conv2d, case, {"groups": 2, "activation": activation})
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [1, slow(2), 3])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("present", [(0, 2), (2,), ()])
 def test_lowrank_linears(layers, dtype, present):
@@ -193,6 +194,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_every_output_and_scratch_value_is_written(poisoned):
     assert torch.empty(3).isnan().all()
     for shape in LINEAR:
@@ -201,7 +203,7 @@ def test_every_output_and_scratch_value_is_written(poisoned):
         assert torch.isfinite(lowrank_conv2d(**conv_case(*shape), groups=shape[3], **options, backend="fused")).all()
 
 
-@pytest.mark.parametrize("shape", LINEAR)
+@pytest.mark.parametrize("shape", EACH_LINEAR)
 def test_linear_writes_nothing_else(shape):
     m, _, groups, _, f = shape
     case = linear_case(*shape)
@@ -211,7 +213,7 @@ def test_linear_writes_nothing_else(shape):
     assert buffer[:1024].isnan().all() and buffer[1024 + m * f :].isnan().all() and torch.isfinite(y).all()
 
 
-@pytest.mark.parametrize("shape, options", CONV)
+@pytest.mark.parametrize("shape, options", EACH_CONV)
 def test_conv2d_writes_nothing_else(shape, options):
     case = conv_case(*shape)
     n, f, oh, ow = lowrank_conv2d(**case, groups=shape[3], **options, backend="two-op").shape
@@ -228,6 +230,7 @@ def test_conv2d_writes_nothing_else(shape, options):
     assert buffer[:1024].isnan().all() and buffer[1024 + count :].isnan().all() and torch.isfinite(y).all()
 
 
+@pytest.mark.slow
 def test_inputs_are_not_read_beyond_their_ends():
     """Neighbours in memory are NaN: reading one of them without a mask would show."""
     for shape in LINEAR:
@@ -238,7 +241,7 @@ def test_inputs_are_not_read_beyond_their_ends():
         assert torch.isfinite(lowrank_linear(**case, groups=shape[2], backend="fused")).all()
 
 
-@pytest.mark.parametrize("shape, options", CONV)
+@pytest.mark.parametrize("shape, options", EACH_CONV)
 def test_conv2d_does_not_read_beyond_its_input(shape, options, monkeypatch):
     """Every address that the interpreter loads from without a mask lies inside a tensor."""
     if DEVICE == "cuda":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.marks import slow
 from support.training import Stop, adam, equal, fewer_filters, net, run, step, warm, without_seconds
 from torch import nn
 from torch.utils.data import DataLoader
@@ -41,8 +42,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("after", [1, 5, 10, 14])  # in both cycles of two epochs of three batches, at all places
-@pytest.mark.parametrize("case", CASES)
+# in both cycles of two epochs of three batches, at all places
+@pytest.mark.parametrize("after", [slow(1), 5, slow(10), slow(14)])
+@pytest.mark.parametrize("case", ["sgd", slow("adam"), "distill", slow("function"), slow("other-structure")])
 def test_a_run_stopped_within_an_epoch_goes_on_bit_equal(data, tmp_path, case, after):
     options = {"epochs": 4, "epochs_retrain": 2, "cycles": 2, **CASES[case]}
     whole = run(net(), data, **options)

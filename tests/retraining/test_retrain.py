@@ -124,6 +124,7 @@ def test_the_model_given_is_not_changed_and_modes_are_kept(data):
     assert not torch.equal(result.model[1].running_mean, model[1].running_mean)  # it was trained in training mode
 
 
+@pytest.mark.slow
 def test_retraining_recovers_what_compression_lost(data):
     model, x, y = net(), *data.tensors
     optimizer = adam(model.train())
@@ -348,6 +349,7 @@ def test_an_own_log_that_is_not_json_is_refused():
         run(net(), None, train=train, loss=None, optimizer=None)
 
 
+@pytest.mark.slow
 def test_example_runs():
     pytest.importorskip("sklearn", reason="scikit-learn is an optional requirement of the example")
     script = Path(__file__).parents[2] / "examples" / "retrain.py"

@@ -1,6 +1,7 @@
 """Tensors for the kernels in many shapes, and the operators that a call runs."""
 
 import torch
+from support.marks import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +62,11 @@ CONV = [  # (n, c, size, groups, rank, f, kernels), options
     ((1, 48, (10, 12), 1, 32, 272, by_one(3, 3)), {"padding": 2, "dilation": 2}),
     ((1, 16, (5, 6), 1, 16, 16, by_one(5, 3)), {"padding": (2, 1)}),
 ]
+
+
+# For tests of one case at a time. What takes the interpreter long is slow: many channels, many tiles.
+EACH_LINEAR = [slow(case) if case[1] > 2000 else case for case in LINEAR]
+EACH_CONV = [slow(*case) if i in (0, 2, 3, 4, 7, 10, 12, 13) else case for i, case in enumerate(CONV)]
 
 
 class Recorder(TorchDispatchMode):
