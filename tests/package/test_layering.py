@@ -37,7 +37,7 @@ def used_of_doors(tree, imports, doors):
     """(door, name) of what a file takes from doors: imported, or as an attribute of a door that it imports."""
     imports = set(imports)
     modules = {name: (*module, name) for module, name in imports if (*module, name) in doors}
-    for node in ast.walk(tree):
+    for node in ast.walk(tree) if modules else ():
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
             imports.add((modules[node.value.id], node.attr))
     return {(module, name) for module, name in imports if module in doors}

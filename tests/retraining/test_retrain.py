@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.marks import slow
 from support.models import count
 from support.training import Stop, adam, cosine, equal, fewer_filters, net, run, sgd, step, warm
 from torch import nn
@@ -25,7 +26,7 @@ from alds_fast.layers import LowRankLayer
 from alds_fast.retraining.loop import soft_target_loss
 
 
-@pytest.mark.parametrize("schedule", [step, cosine, warm, None])
+@pytest.mark.parametrize("schedule", [step, slow(cosine), warm, slow(None)])
 def test_learning_rates_are_the_tail_of_the_original_schedule(data, schedule):
     model = net()
     optimizer = sgd(model)
