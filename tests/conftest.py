@@ -17,7 +17,20 @@ if not torch.cuda.is_available():
 else:
     torch.backends.cudnn.allow_tf32 = False
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("alds_fast", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("alds_fast")
+
+SLOW_EXAMPLES = {"alds_fast.deployment.api.deploy"}
+
+
+def pytest_collection_modifyitems(items):
+    """Examples in docstrings cannot be marked where they stand."""
+    for item in items:
+        if item.name in SLOW_EXAMPLES:
+            item.add_marker(pytest.mark.slow)
+
+
+collect_ignore_glob = ["*conftest.py"]  # of one name, they cannot all be searched for doctests

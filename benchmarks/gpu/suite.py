@@ -50,7 +50,8 @@ from . import report, rows
 from .state import START, STEPS, Results, blame, save, say, tasks
 from .worker import LOST, worker
 
-TESTS = ("tests/kernels/test_kernels.py", "tests/kernels/test_kernel_ops.py", "tests/linalg/test_linalg_cuda.py")
+TESTED = ("kernels/test_kernels", "kernels/test_backend", "kernels/test_arguments", "kernels/test_kernel_ops")
+TESTS = tuple(f"tests/{name}.py" for name in (*TESTED, "linalg/test_linalg_cuda"))
 QUICK_TESTS = "test_lowrank_linears or test_zero_rows or test_two_op_runs_no_kernel or test_flops"
 
 

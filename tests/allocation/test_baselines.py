@@ -227,6 +227,7 @@ def models(draw):
     return diagonal(*found)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(models(), st.integers(1, 100), st.sampled_from([1, 2]), st.sampled_from(["frobenius", "operator"]))
 def test_never_over_budget_and_never_better_than_exact(model, percent, align, criterion):

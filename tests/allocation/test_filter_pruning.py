@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from support.marks import slow
 from support.models import count, images
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,7 +141,7 @@ def mlp():
 
 @pytest.mark.parametrize("build", [plain, Residual, Dense, depthwise, mlp])
 @pytest.mark.parametrize("scope", ["global", "uniform"])
-@pytest.mark.parametrize("budget", ["params", "flops"])
+@pytest.mark.parametrize("budget", ["params", slow("flops")])
 def test_networks(build, scope, budget):
     torch.manual_seed(0)
     model = build()
@@ -200,6 +201,7 @@ def test_bad_arguments_are_refused(options, error, message):
         filter_threshold(by_hand(), **{"example_inputs": torch.ones(1, 2), **options})
 
 
+@pytest.mark.slow
 def test_without_torch_pruning(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ArgumentError, match=r"needs torch-pruning: pip install 'alds_fast\[prune\]'"):

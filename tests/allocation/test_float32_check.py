@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import checkpoints
 from support.bands import BIASED, KINDS, check_band, weight
+from support.marks import slow
 from torch import nn
 
 import alds_fast as alds
@@ -18,7 +19,7 @@ from alds_fast.linalg.torch_backend import spectra_torch
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((1, 1, 4), (1, 2)), ((2, 7, 12), (1, 3)), ((1, 64, 256), (1, 2, 4, 64)), ((1, 300, 200), (1, 2, 8)),
-     ((1, 768, 768), (1, 2)), ((1, 1050, 1100), (1, 4)), ((1, 1536, 1024), (1,))],
+     slow((1, 768, 768), (1, 2)), slow((1, 1050, 1100), (1, 4)), slow((1, 1536, 1024), (1,))],
 )  # fmt: skip
 def test_float32_spectra_are_within_the_band(kind, shape, groups):
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def choices(plan):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("p", [1.0, 2.0, 4.0, math.inf])
+@pytest.mark.parametrize("p", [slow(1.0), 2.0, slow(4.0), math.inf])
 def test_the_plan_is_that_of_float64(kind, p):
     net = network(kind)
     narrow, double = alds.analyze(net, precision="float32"), alds.analyze(net)
@@ -198,6 +199,7 @@ def rows(folder):
     return [row.choice for row in alds.Plan.from_json((folder / "alds_plan.json").read_text()).layers]
 
 
+@pytest.mark.slow
 def test_checkpoints_in_float32_have_the_plan_of_float64(tmp_path, monkeypatch):
     checkpoints.make("llama", tmp_path / "dense")
     told = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import slow
 from support.models import count, images, small_net
 from torch import nn
 
@@ -154,12 +155,12 @@ def test_the_default_folder_is_the_environments(timer, tmp_path, monkeypatch):
     "damage",
     [
         lambda text: text[: len(text) // 2],
-        lambda text: "[" * 100_000,
-        lambda text: "3",
+        slow(lambda text: "[" * 100_000),
+        slow(lambda text: "3"),
         lambda text: json.dumps({**json.loads(text), "environment": {}}),
-        lambda text: json.dumps({**json.loads(text), "calls": {"x": [[0, 1, 4, -1.0]]}}),
+        slow(lambda text: json.dumps({**json.loads(text), "calls": {"x": [[0, 1, 4, -1.0]]}})),
         lambda text: json.dumps({**json.loads(text), "calls": {"x": [[0, 1, 4, float("nan")]]}}),
-        lambda text: json.dumps({**json.loads(text), "calls": [3]}),
+        slow(lambda text: json.dumps({**json.loads(text), "calls": [3]})),
     ],
 )
 def test_a_corrupt_cache_is_reported_and_rebuilt(timer, tmp_path, damage):
@@ -262,6 +263,7 @@ def test_a_model_that_cannot_be_copied_or_run(timer, tmp_path):
         alds.analyze(model).plan(latency=0.9, example_inputs=torch.randn(1, 64), cache=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_model_of_few_parts_runs_with_the_real_timer(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether a real machine gets within 10 % decides no test

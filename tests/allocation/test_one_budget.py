@@ -141,6 +141,7 @@ def _enumerated_optimum(model, keep):
     return None
 
 
+@pytest.mark.slow
 def test_plan_equals_an_independent_enumeration_on_resnet18(resnet18):
     analysis = alds.analyze(resnet18, schemes=(0,))
     for keep in (0.3, 0.7):
@@ -149,6 +150,7 @@ def test_plan_equals_an_independent_enumeration_on_resnet18(resnet18):
         assert plan.gap == 0.0 and plan.params <= keep * analysis.params
 
 
+@pytest.mark.slow
 def test_the_papers_heuristic_is_never_better(resnet18):
     analysis = alds.analyze(resnet18)
     for keep in (0.2, 0.5, 0.8):

@@ -68,6 +68,7 @@ def test_alds_heuristic_by_hand():
     assert [layer.decomposition(i) for layer, i in zip(layers, found, strict=True)] == [(0, 2, 2), (0, 1, 2)]
 
 
+@pytest.mark.slow
 def test_alds_heuristic_keeps_the_best_start():
     """Starts that end at different errors: the least one counts."""
     different = 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import slow
 from torch import nn
 
 import alds_fast as alds
@@ -31,7 +32,7 @@ def model(power):
     return nn.Sequential(*layers)
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("power", [slow(0.0), 0.5, slow(1.0)])
 @pytest.mark.parametrize("criterion", [*BOUNDS, "reference"])
 def test_plans_are_those_of_all_slices(power, criterion):
     net = model(power)

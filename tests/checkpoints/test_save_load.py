@@ -293,6 +293,7 @@ def test_a_failed_save_leaves_the_old_file_whole(path, small, monkeypatch):
     assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "halfway", "written"])
 def test_a_killed_save_leaves_the_old_file_whole(path, moment):
     """A process is killed while it writes over the file: nothing, half or all of the new data is on disk by then."""

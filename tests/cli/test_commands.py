@@ -153,6 +153,7 @@ def test_wrong_usage_exits_with_two(args, capsys):
     assert e.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compress_draws_a_picture(model, capsys, tmp_path):
     assert _run(capsys, "compress", model, "--params", "0.5", "-o", "s.safetensors", "--plot", "p.png")[0] == 0
     assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -65,6 +65,7 @@ def _start(*args):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_end_to_end_with_workers(folder):
     args = "evaluated.py:build", "--quality", "evaluated.py:quality", "--params", "0.5,0.3", "--p", "inf,4"
     args += "--criteria", "frobenius,operator", "--seeds", "0,1", "--input", "2,32", "--out", "results"
@@ -81,6 +82,7 @@ def test_end_to_end_with_workers(folder):
         assert (folder / "results/quality_flops.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_interrupted_and_run_again(folder, capsys):
     args = "evaluated.py:one", "--quality", "evaluated.py:waits", "--params", "0.5,0.3", "--out", "results"
     process = _start(*args, "--workers", "2")

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from support.marks import slow
 from support.models import images, small_net
 from torch import nn
 
 import alds_fast as alds
 from alds_fast.deployment import DeployTable, api, autotune
-from alds_fast.deployment.equivalent_shapes import regrouped, variants
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
 from alds_fast.layers import MergedLinears, MergedPart
 
@@ -44,7 +44,7 @@ def by_backend(dense, two_op, fused, deployed=0.9):
     "times, won",
     [
         ((3.0, 2.0, 4.0), "two-op"), ((1.0, 2.0, 4.0), "dense"), ((3.0, 2.0, 1.5), "fused"),
-        ((2.0, 2.0, 2.0), "dense"), ((2.0, 1.99, 1.97), "dense"), ((3.0, 2.0, 1.99), "two-op"),
+        slow((2.0, 2.0, 2.0), "dense"), slow((2.0, 1.99, 1.97), "dense"), ((3.0, 2.0, 1.99), "two-op"),
     ],
 )  # fmt: skip
 @pytest.mark.skipif(not INTERPRETED, reason="schemes 1 and 2 and types differ there")
@@ -64,6 +64,7 @@ def test_the_fastest_is_kept_and_ties_go_to_the_simpler(monkeypatch, times, won)
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_reshaped_forms_can_win(monkeypatch):
     fake_timer(monkeypatch, lambda name: 0.5 if "groups=1" in name or name == "deployed" else 1.0)
     layer = alds.LowRankConv2d(32, 64, 3, 3, groups=4, padding=1)
@@ -81,6 +82,7 @@ def test_a_model_that_is_slower_as_a_whole_stays_dense(monkeypatch):
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_measured_for_real():
     small, x = compressed(), images(1)[..., :8, :8]
     before = copy.deepcopy(small.state_dict())
@@ -251,6 +253,7 @@ def test_training_mode_and_tied_biases_survive(monkeypatch):
     assert fast.training and fast[0].bias is fast[1].bias and fast[0].bias is not layers[0].bias
 
 
+@pytest.mark.slow
 def test_a_deployed_model_trains_compiles_and_is_saved(tmp_path):
     torch._dynamo.reset()
     small, x = compressed(), images(1)[..., :8, :8]
@@ -316,6 +319,7 @@ def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
         assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
 
 
+@pytest.mark.slow
 def test_other_numbers_of_rows_run_after_a_fused_win(monkeypatch):
     fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))
     model = nn.Sequential(alds.LowRankLinear(700, 700, 520))
@@ -403,33 +407,3 @@ def test_transformer_encoder_returns_to_its_fast_path():
     assert fast.layers[0].activation_relu_or_gelu == dense.layers[0].activation_relu_or_gelu != 0
     assert fast.use_nested_tensor == dense.use_nested_tensor
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-4)
-
-
-# -------------------------------------------------------------------------------------------- variants
-
-
-@pytest.mark.parametrize("scheme", [0, 1, 2, 3])
-@pytest.mark.parametrize("conv_groups", [1, 2])
-def test_regrouped_is_the_same_function(scheme, conv_groups):
-    torch.manual_seed(0)
-    layer = alds.LowRankConv2d(24, 16, 3, 1, scheme=scheme, groups=4, conv_groups=conv_groups, padding=1, dilation=2)
-    layer, x = layer.double(), torch.randn(2, 24, 7, 7, dtype=torch.float64)
-    for groups, rank in ((1, 4), (1, 6), (2, 2), (2, 5), (4, 1), (4, 3)):
-        new = regrouped(layer, groups, rank)
-        assert (new.groups, new.rank) == (groups, rank)
-        torch.testing.assert_close(new(x), layer(x))
-        torch.testing.assert_close(new.dense_weight(), layer.dense_weight())
-
-
-def test_regrouped_refuses():
-    layer = alds.LowRankLinear(24, 16, 2, groups=4)
-    for groups, rank, message in ((3, 8, "does not divide"), (2, 3, "outside 4..12"), (1, 17, "outside 8..16")):
-        with pytest.raises(ArgumentError, match=message):
-            regrouped(layer, groups, rank)
-
-
-def test_variants_are_smaller_than_dense():
-    layer = alds.LowRankLinear(256, 256, 5, groups=4)
-    found = variants(layer, 8)
-    assert found and all(v.encoder.numel() + v.decoder.numel() < 256 * 256 for v in found.values())
-    assert all(v.rank % 8 == 0 and v.rank * v.groups >= 20 for v in found.values())

@@ -56,6 +56,7 @@ def test_first_layer_is_as_the_data_criterion_has_it():
     assert fitted.alds_factors["0"].data_error == pytest.approx(plain.alds_factors["0"].data_error, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["frobenius", "output", "sensitivity"])
 def test_convolutions_of_all_folds_come_closer(criterion):
     net, data = small_net(), [images(32, seed) for seed in range(4)]
@@ -348,6 +349,7 @@ def test_refusals(data, error, message):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
+@pytest.mark.slow
 def test_compress_and_evaluate_take_it():
     net, data, x = small_net(), [images(32, 3), images(32, 4)], images(64, 5)
     plain = alds.compress(net, params=0.4, data=data)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support import checkpoints
+from support.marks import slow
 
 import alds_fast as alds
 from alds_fast import errors
@@ -17,6 +18,7 @@ from alds_fast.integrations import transformers_quantizer
 from alds_fast.layers import LowRankLayer, MergedLinears, MergedPart
 
 KINDS = ["llama", "qwen", "gpt2", "bert", "vit"]
+EACH_KIND = ["llama", slow("qwen"), "gpt2", slow("bert"), "vit"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def logits(model, kind):
         return model(**checkpoints.inputs(kind)).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_saved_and_loaded_again_it_stays_small(kind, small, tmp_path):
     model = alds.from_pretrained(small / kind)
     assert low_rank(model) and size(model) < 0.71 * size(checkpoints.dense(kind))
@@ -53,7 +55,7 @@ def test_saved_and_loaded_again_it_stays_small(kind, small, tmp_path):
     assert size(auto) == size(model) and torch.equal(logits(auto, kind), logits(model, kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_compressed_in_memory_it_stays_small_too(kind, tmp_path):
     dense = checkpoints.dense(kind)
     model = alds.compress(dense, params=0.7)
@@ -86,6 +88,7 @@ def test_deployed_models_are_saved_as_they_are(tmp_path):
         small.save_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_deploy_takes_them():
     small = alds.compress(checkpoints.dense("llama"), params=0.6)
     fast, table = alds.deploy(small, checkpoints.inputs("llama"), report=True)
@@ -146,7 +149,7 @@ def test_gradient_checkpointing_and_training(kind, small):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_types(kind, small):
     model = alds.from_pretrained(small / kind, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -184,6 +187,7 @@ def test_trainer_and_peft_are_not_told_it_is_quantized(small):
     assert not model.is_quantized and model.hf_quantizer.is_trainable
 
 
+@pytest.mark.slow
 def test_compiles_and_exports(small):
     model = alds.from_pretrained(small / "bert")
     batch = checkpoints.inputs("bert")
@@ -326,6 +330,7 @@ def test_keywords_of_transformers(small):
     assert len(low_rank(alds.from_pretrained(small / "llama", num_hidden_layers=1))) < len(low_rank(model))
 
 
+@pytest.mark.slow
 def test_transformers_knows_the_format_where_it_was_imported_before(small):
     code = (
         "import transformers, alds_fast\n"

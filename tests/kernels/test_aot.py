@@ -10,6 +10,8 @@ import pytest
 from benchmarks.common.results import ROOT
 from benchmarks.gpu import aot
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows():

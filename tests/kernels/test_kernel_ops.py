@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_kernels import DEVICE, by_one, conv_case, linear_case, ran, random
+from support.kernel_cases import DEVICE, by_one, conv_case, linear_case, ran, random
+from support.marks import slow
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +49,7 @@ def test_gradients_of_linear(rows, activation, extras):
     check_gradients(lowrank_linear, case, {"groups": 2, "activation": activation})
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+@pytest.mark.parametrize("activation", [slow(None), slow("relu"), slow("silu"), "gelu"])
 @pytest.mark.parametrize("kind", list(CONV))
 def test_gradients_of_conv2d(kind, activation):
     case, options = CONV[kind]
@@ -70,6 +71,7 @@ def test_gradients_of_linears():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_opcheck():
     case = {k: v.requires_grad_() for k, v in linear_case(5, 16, 2, 3, 8).items()}
     torch.library.opcheck(lowrank_linear_op, (*case.values(), 2, "gelu"))
@@ -97,6 +99,7 @@ class Net(nn.Module):
         return self.head(self.down(torch.relu(self.conv(x))).mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_without_graph_breaks(backend):
     net, x = Net().to(DEVICE).eval(), random(2, 3, 9, 9)
@@ -104,6 +107,7 @@ def test_compile_without_graph_breaks(backend):
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_training_step():
     plain, x = Net("two-op").to(DEVICE), random(2, 3, 9, 9)
     fused = Net().to(DEVICE)
@@ -114,6 +118,7 @@ def test_compiled_training_step():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_keeps_the_operators():
     net, x = Net().to(DEVICE).eval(), random(2, 3, 9, 9)
     program = torch.export.export(net, (x,))
@@ -122,12 +127,14 @@ def test_export_keeps_the_operators():
     torch.testing.assert_close(program.module()(x), net(x))
 
 
+@pytest.mark.slow
 def test_dynamic_batch_size():
     net = torch.compile(Net().to(DEVICE).eval(), fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 3, 20):
         assert net(random(n, 3, 9, 9)).shape == (n, 5)
 
 
+@pytest.mark.slow
 def test_training_goes_down_on_every_backend():
     losses = {}
     for backend in ("fused", "two-op", "auto"):
@@ -181,7 +188,7 @@ def test_flops_are_those_of_the_two_calls():
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
-@pytest.mark.parametrize("scheme", [0, 3])
+@pytest.mark.parametrize("scheme", [slow(0), 3])
 def test_layers_equal_their_dense_form(scheme, mode):
     """Scheme 3 has no kernel: "fused-first" runs it as two calls."""
     torch.manual_seed(0)

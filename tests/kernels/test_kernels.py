@@ -7,14 +7,10 @@ sequence where that is larger.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.kernel_cases import CONV, DEVICE, EACH_CONV, EACH_LINEAR, LINEAR, by_one, conv_case, linear_case, random
+from support.marks import slow
 
-import alds_fast as alds
-from alds_fast.errors import ArgumentError, BackendError
-from alds_fast.kernels import backend as chooser
 from alds_fast.kernels import (
-    decisions,
-    limits,
     lowrank_conv2d,
     lowrank_linear,
     lowrank_linears,
@@ -24,13 +20,7 @@ from alds_fast.kernels import (
     triton_linear,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return (scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype)
+TYPES = [torch.float32, slow(torch.float16), torch.bfloat16]
 
 
 def error(found, reference):
@@ -64,27 +54,8 @@ def compare(call, tensors, options):
     assert error(found, reference) <= allowed(error(plain, reference), tensors)
 
 
-def linear_case(m, c, groups, rank, f, dtype=torch.float32, bias=True, residual=True):
-    c_group, q = c // groups, groups * rank
-    return {
-        "x": random(m, c, dtype=dtype, seed=1),
-        "encoder": random(q, c_group, dtype=dtype, seed=2, scale=c_group**-0.5),
-        "decoder": random(f, q, dtype=dtype, seed=3, scale=q**-0.5),
-        "bias": random(f, dtype=dtype, seed=4) if bias else None,
-        "residual": random(m, f, dtype=dtype, seed=5) if residual else None,
-    }
-
-
-LINEAR = [  # rows, channels, groups, rank, filters
-    (1, 64, 1, 16, 64), (1, 1, 1, 1, 1), (16, 200, 1, 100, 33), (7, 24, 8, 3, 5), (3, 300, 2, 70, 40),
-    (2, 1024, 1, 16, 16), (5, 96, 4, 24, 96), (17, 64, 1, 16, 64), (40, 30, 3, 5, 33), (65, 70, 1, 33, 129),
-    (33, 64, 8, 8, 16), (20, 48, 1, 130, 70), (18, 64, 2, 128, 48), (17, 40, 1, 250, 20), (19, 128, 4, 64, 33),
-    (130, 16, 1, 1, 17), (2, 2100, 1, 1100, 20), (12, 1024, 2, 16, 48), (1, 20000, 1, 4, 8),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", LINEAR)
+@pytest.mark.parametrize("shape", EACH_LINEAR)
 def test_lowrank_linear(shape, dtype):
     compare(lowrank_linear, linear_case(*shape, dtype), {"groups": shape[2]})
 
@@ -98,47 +69,14 @@ def test_epilogue_of_linear(rows, bias, activation):
         compare(lowrank_linear, case, {"groups": 2, "activation": activation})
 
 
-def conv_case(n, c, size, groups, rank, f, kernels, dtype=torch.float32, bias=True):
-    (e, d), q, c_group = kernels, groups * rank, c // groups
-    return {
-        "x": random(n, c, *size, dtype=dtype, seed=1),
-        "encoder": random(q, c_group, *e, dtype=dtype, seed=2, scale=(c_group * e[0] * e[1]) ** -0.5),
-        "decoder": random(f, q, *d, dtype=dtype, seed=3, scale=(q * d[0] * d[1]) ** -0.5),
-        "bias": random(f, dtype=dtype, seed=4) if bias else None,
-    }
-
-
-def by_one(*kernel):
-    return (kernel, (1, 1))
-
-
-CONV = [  # (n, c, size, groups, rank, f, kernels), options
-    ((2, 8, (7, 9), 2, 3, 20, by_one(3, 3)), {"padding": 1}),
-    ((1, 32, (8, 8), 1, 20, 33, by_one(3, 3)), {"stride": 2, "padding": 1}),
-    ((3, 16, (6, 5), 8, 2, 17, by_one(3, 3)), {"padding": (2, 1), "dilation": (2, 1)}),
-    ((1, 3, (11, 12), 1, 5, 16, by_one(7, 7)), {"stride": (2, 3), "padding": 3}),
-    ((1, 12, (5, 5), 4, 2, 300, by_one(1, 1)), {}),
-    ((2, 12, (5, 6), 1, 1, 9, by_one(1, 1)), {"stride": 2}),
-    ((1, 20, (4, 4), 1, 9, 70, by_one(2, 3)), {}),
-    ((1, 130, (3, 3), 1, 130, 18, by_one(3, 3)), {"padding": 1}),
-    ((4, 4, (1, 1), 2, 1, 8, by_one(1, 1)), {"padding": 1}),
-    ((1, 8, (30, 1), 2, 4, 8, by_one(5, 1)), {"padding": (2, 0), "stride": (3, 1)}),
-    ((1, 16, (40, 2), 1, 4, 8, by_one(36, 1)), {"padding": (3, 0)}),
-    ((9, 64, (1, 1), 2, 32, 64, by_one(3, 3)), {"padding": 1, "dilation": 1}),
-    ((2, 32, (9, 7), 2, 16, 48, by_one(3, 3)), {"padding": 1}),
-    ((1, 48, (10, 12), 1, 32, 272, by_one(3, 3)), {"padding": 2, "dilation": 2}),
-    ((1, 16, (5, 6), 1, 16, 16, by_one(5, 3)), {"padding": (2, 1)}),
-]
-
-
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape, options", CONV)
+@pytest.mark.parametrize("shape, options", EACH_CONV)
 def test_lowrank_conv2d(shape, options, dtype):
     compare(lowrank_conv2d, conv_case(*shape, dtype), {"groups": shape[3], **options})
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
-@pytest.mark.parametrize("filters", [24, 32, 300])
+@pytest.mark.parametrize("filters", [24, slow(32), 300])
 def test_epilogue_of_conv2d(filters, activation):
     for bias in (True, False):
         case = conv_case(
@@ -149,7 +87,7 @@ def test_epilogue_of_conv2d(filters, activation):
         compare(lowrank_conv2d, case, {"groups": 2, "activation": activation})
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [1, slow(2), 3])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("present", [(0, 2), (2,), ()])
 def test_lowrank_linears(layers, dtype, present):
@@ -256,6 +194,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_every_output_and_scratch_value_is_written(poisoned):
     assert torch.empty(3).isnan().all()
     for shape in LINEAR:
@@ -264,7 +203,7 @@ def test_every_output_and_scratch_value_is_written(poisoned):
         assert torch.isfinite(lowrank_conv2d(**conv_case(*shape), groups=shape[3], **options, backend="fused")).all()
 
 
-@pytest.mark.parametrize("shape", LINEAR)
+@pytest.mark.parametrize("shape", EACH_LINEAR)
 def test_linear_writes_nothing_else(shape):
     m, _, groups, _, f = shape
     case = linear_case(*shape)
@@ -274,7 +213,7 @@ def test_linear_writes_nothing_else(shape):
     assert buffer[:1024].isnan().all() and buffer[1024 + m * f :].isnan().all() and torch.isfinite(y).all()
 
 
-@pytest.mark.parametrize("shape, options", CONV)
+@pytest.mark.parametrize("shape, options", EACH_CONV)
 def test_conv2d_writes_nothing_else(shape, options):
     case = conv_case(*shape)
     n, f, oh, ow = lowrank_conv2d(**case, groups=shape[3], **options, backend="two-op").shape
@@ -291,6 +230,7 @@ def test_conv2d_writes_nothing_else(shape, options):
     assert buffer[:1024].isnan().all() and buffer[1024 + count :].isnan().all() and torch.isfinite(y).all()
 
 
+@pytest.mark.slow
 def test_inputs_are_not_read_beyond_their_ends():
     """Neighbours in memory are NaN: reading one of them without a mask would show."""
     for shape in LINEAR:
@@ -301,7 +241,7 @@ def test_inputs_are_not_read_beyond_their_ends():
         assert torch.isfinite(lowrank_linear(**case, groups=shape[2], backend="fused")).all()
 
 
-@pytest.mark.parametrize("shape, options", CONV)
+@pytest.mark.parametrize("shape, options", EACH_CONV)
 def test_conv2d_does_not_read_beyond_its_input(shape, options, monkeypatch):
     """Every address that the interpreter loads from without a mask lies inside a tensor."""
     if DEVICE == "cuda":
@@ -323,200 +263,3 @@ def test_conv2d_does_not_read_beyond_its_input(shape, options, monkeypatch):
     monkeypatch.setattr(interpreter._interpreter, "load", checked)
     lowrank_conv2d(**case, groups=shape[3], **options, backend="fused")
     assert seen and all(seen)
-
-
-# ------------------------------------------------------------------------------------- which one runs
-
-
-class Recorder(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen = [*getattr(self, "seen", []), str(func)]
-        return func(*args, **(kwargs or {}))
-
-
-def ran(call):
-    with torch.no_grad(), Recorder() as recorder:
-        call()
-    return recorder.seen
-
-
-def test_fused_runs_the_kernel_and_nothing_else(monkeypatch):
-    launched = []
-    for module, name in ((triton_linear, "_lowrank_linear_kernel"), (triton_conv2d, "_conv2d_taps_kernel")):
-        kernel = getattr(module, name)
-        spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
-        monkeypatch.setattr(module, name, spy)
-    case, image = linear_case(20, 16, 1, 4, 8), conv_case(1, 8, (5, 5), 1, 3, 20, by_one(3, 3))
-    assert ran(lambda: lowrank_linear(**case, backend="fused")) == ["alds_fast.lowrank_linear.default"]
-    assert ran(lambda: lowrank_conv2d(**image, backend="fused")) == ["alds_fast.lowrank_conv2d.default"]
-    assert launched == ["_lowrank_linear_kernel", "_conv2d_taps_kernel"]
-
-
-def test_two_op_runs_no_kernel():
-    case = linear_case(20, 16, 1, 4, 8)
-    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case, backend="two-op")))
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU auto measures")
-def test_auto_without_a_gpu_is_two_op():
-    case = linear_case(20, 16, 1, 4, 8)
-    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
-    assert decisions() == []
-
-
-def test_auto_takes_the_measured_winner(monkeypatch):
-    monkeypatch.setattr(chooser, "_can_measure", lambda x: True)
-    monkeypatch.setattr(chooser, "_decisions", {})
-    case, times = linear_case(20, 16, 1, 4, 8), iter([2.0, 1.0, 3.0, 5.0])  # two calls are timed first
-    monkeypatch.setattr(chooser, "_time_ms", lambda call: next(times))
-    assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]
-    assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"]  # not measured again
-    assert len(decisions()) == 1
-    case = linear_case(29, 16, 1, 4, 8)  # rounds up to 32 rows too
-    assert ran(lambda: lowrank_linear(**case)) == ["alds_fast.lowrank_linear.default"] and len(decisions()) == 1
-    case = linear_case(40, 16, 1, 4, 8)
-    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
-    first, second = decisions()
-    assert (first["ran"], first["fused_ms"], first["two_op_ms"]) == ("fused", 1.0, 2.0) and second["ran"] == "two-op"
-
-
-def test_a_kernel_that_the_device_refuses_has_lost(monkeypatch):
-    monkeypatch.setattr(chooser, "_can_measure", lambda x: True)
-    monkeypatch.setattr(chooser, "_decisions", {})
-
-    def time_ms(call):
-        if "fused" in call.__qualname__:
-            raise RuntimeError("out of resource: shared memory")
-        return 1.0
-
-    monkeypatch.setattr(chooser, "_time_ms", time_ms)
-    case = linear_case(20, 16, 1, 4, 8)
-    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
-    assert decisions()[0]["ran"] == "two-op" and "shared memory" in decisions()[0]["note"]
-
-
-def test_fused_first_runs_two_calls_where_the_kernel_cannot():
-    case = linear_case(20, 16, 1, 4, 8)
-    assert ran(lambda: lowrank_linear(**case, backend="fused-first")) == ["alds_fast.lowrank_linear.default"]
-    large = linear_case(17, 16, 1, 260, 8)
-    assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**large, backend="fused-first")))
-
-
-def test_forward_mode_and_functorch_do_not_meet_the_kernel():
-    case = linear_case(20, 16, 1, 4, 8, residual=False)
-    x, rest = case.pop("x"), case
-
-    def call(backend):
-        return torch.func.jvp(lambda a: lowrank_linear(a, **rest, backend=backend), (x,), (x,))[1]
-
-    torch.testing.assert_close(call("fused-first"), call("two-op"))
-    assert float(call("two-op").norm()) > 0
-    with pytest.raises(BackendError, match="forward-mode"):
-        call("fused")
-
-
-def test_fused_says_why_it_cannot_run(monkeypatch):
-    case = linear_case(20, 16, 1, 4, 8)
-    with pytest.raises(BackendError, match="float64"):
-        lowrank_linear(**{k: v.double() for k, v in case.items()}, backend="fused")
-    with pytest.raises(BackendError, match=r"groups \* rank = 260 is above 256 with more than 16 rows"):
-        lowrank_linear(**linear_case(17, 16, 1, 260, 8), backend="fused")
-    for kernels in (((1, 3), (3, 1)), ((1, 1), (3, 3))):
-        with pytest.raises(BackendError, match="schemes 1, 2 and 3 run as two calls"):
-            lowrank_conv2d(**conv_case(1, 8, (5, 5), 1, 3, 20, kernels), backend="fused")
-    with pytest.raises(BackendError, match="up to 16 rows"):
-        lowrank_linears(case["x"], case["encoder"], [case["decoder"]], backend="fused")
-    with pytest.raises(BackendError, match="up to 3 layers are merged, got 4"):
-        lowrank_linears(case["x"][:2], case["encoder"], [random(8, 1)] * 4, backend="fused")
-    monkeypatch.setattr(chooser, "HAS_TRITON", False)
-    with pytest.raises(BackendError, match="triton is not installed"):
-        lowrank_linear(**case, backend="fused")
-    assert lowrank_linear(**case).shape == (20, 8)
-
-
-def test_fused_on_the_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(chooser, "_interpreted", lambda: False)
-    case = {k: v.cpu() for k, v in linear_case(20, 16, 1, 4, 8).items()}
-    with pytest.raises(BackendError, match="it runs on CUDA devices, x is on the CPU"):
-        lowrank_linear(**case, backend="fused")
-
-
-# ------------------------------------------------------------------------------------------ bad input
-
-
-def _with(**changes):
-    return linear_case(4, 16, 2, 3, 8) | changes
-
-
-@pytest.mark.parametrize(
-    "case, options, message",
-    [
-        (_with(x=random(4, 15)), {}, "x (4, 15) has 15 channels, encoder (6, 8) with groups=2 takes 16"),
-        (_with(x=random(4, 16).half()), {}, "encoder is torch.float32, x is torch.float16"),
-        (_with(bias=random(7)), {}, "bias has shape (7,), decoder (8, 6) needs (8,)"),
-        (_with(residual=random(4, 7)), {}, "residual has shape (4, 7), the output (4, 8)"),
-        (_with(decoder=random(8, 5)), {}, "decoder (8, 5) takes 5 hidden values, the encoder gives 6"),
-        (_with(encoder=random(6, 8, 1)), {}, "encoder has shape (6, 8, 1), expected 2 dimensions"),
-        (_with(), {"groups": 4}, "groups=4 does not divide the 6 rows of encoder (6, 8)"),
-        (_with(), {"groups": 0}, "groups=0 does not divide"),
-        (_with(), {"activation": "tanh"}, "activation='tanh' is not None or one of relu, silu, gelu"),
-        (_with(), {"backend": "fast"}, "backend='fast' is not one of auto, fused, fused-first, two-op"),
-        (_with(encoder=torch.empty(6, 8, device="meta")), {}, "encoder is on meta, x on"),
-        (_with(x=torch.tensor(1.0)), {}, "x has no dimensions"),
-        (_with(encoder=random(6, 0), x=random(4, 0)), {}, "must not be empty"),
-    ],
-)
-def test_bad_input_of_linear(case, options, message):
-    for backend in ("fused", "two-op"):
-        with pytest.raises(ArgumentError) as raised:
-            lowrank_linear(**case, **({"groups": 2, "backend": backend} | options))
-        assert message in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "shape, options, message",
-    [
-        ((1, 8, (5, 5), 1, 3, 20, by_one(7, 7)), {}, "x (1, 8, 5, 5) is smaller than the kernel [7, 7]"),
-        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"stride": 0}, "stride=0: expected an integer >= 1"),
-        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"padding": (1, -1)}, "padding=(1, -1)"),
-        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"dilation": (1, 1, 1)}, "dilation=(1, 1, 1)"),
-        ((1, 8, (5, 5), 1, 3, 20, ((3, 3), (3, 1))), {}, "both have a kernel along axis 0"),
-        ((1, 8, (5, 5), 1, 3, 20, by_one(3, 3)), {"groups": 3}, "x (1, 8, 5, 5) has 8 channels"),
-    ],
-)
-def test_bad_input_of_conv2d(shape, options, message):
-    for backend in ("fused", "two-op"):
-        with pytest.raises(ArgumentError) as raised:
-            lowrank_conv2d(**conv_case(*shape), **({"backend": backend} | options))
-        assert message in str(raised.value)
-
-
-def test_wrong_type_and_device_of_the_operators():
-    with pytest.raises(ArgumentError, match="3 dimensions|expected 4 dimensions"):
-        lowrank_conv2d(random(8, 5, 5), random(3, 8, 3, 3), random(20, 3, 1, 1))
-    with pytest.raises(ArgumentError, match="do not fit encoder"):
-        lowrank_linears(random(2, 8), random(3, 8), [random(4, 2)])
-
-
-def test_tf32_follows_torch():
-    assert limits.precision() == "ieee"
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert limits.precision() == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the newer way to ask for it
-    try:
-        assert limits.precision() == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-
-def test_the_layers_call_them():
-    layer = alds.LowRankLinear(16, 8, 4).to(DEVICE)
-    conv = alds.LowRankConv2d(8, 20, 3, 3, padding=1).to(DEVICE)
-    layer.backend = conv.backend = "fused"
-    x, image = random(4, 16), random(1, 8, 5, 5)
-    assert ran(lambda: layer(x)) == ["alds_fast.lowrank_linear.default"]
-    assert ran(lambda: conv(image)) == ["alds_fast.lowrank_conv2d.default"]
-    assert "backend='fused'" in str(layer)

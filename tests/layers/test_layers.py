@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.marks import slow
 from support.models import CONV
 from torch import nn
 
@@ -46,6 +47,7 @@ def _all_full_rank(module):
             yield factorize(module, [Choice("", shape, Decomposition(scheme, groups, rank))])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=150)
 @given(convolutions(), st.integers(0, 1000))
@@ -63,6 +65,7 @@ def test_full_rank_convolution_equals_dense(problem, seed):
         torch.testing.assert_close(dense(x), expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 12), st.integers(1, 12), st.booleans())
 def test_full_rank_linear_equals_dense(inputs, outputs, bias):
     module = nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64)
@@ -92,7 +95,11 @@ def _layers():
         yield alds.LowRankConv3d(4, 6, 3, 2, scheme=scheme, stride=2), (2, 4, 5, 6, 7)
 
 
-@pytest.mark.parametrize(("layer", "shape"), list(_layers()), ids=lambda v: repr(v)[:60])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [slow(*case) if case[0].scheme in (1, 2) else case for case in _layers()],
+    ids=lambda v: repr(v)[:60],
+)
 def test_layer_is_a_good_module(layer, shape):
     """Trains, exports, compiles without graph breaks, survives a change of type, and shows its structure."""
     x = torch.randn(shape)
@@ -108,11 +115,13 @@ def test_layer_is_a_good_module(layer, shape):
         assert part in repr(layer)
 
 
+@pytest.mark.slow
 def test_layer_compiles_with_inductor():
     layer, x = alds.LowRankConv2d(4, 6, 3, 2, groups=2, padding=1), torch.randn(2, 4, 9, 8)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
+@pytest.mark.slow
 def test_a_whole_model_of_many_layers_compiles_and_exports():
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *[nn.Conv2d(16, 16, 3, padding=1) for _ in range(12)])
     small, x = alds.compress(model, params=0.5, p=float("inf")), torch.randn(2, 3, 8, 8)

@@ -108,6 +108,7 @@ def test_merged_layers_train():
     torch.testing.assert_close(new.q.merged.encoder.grad, encoders, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_merged_layers_compile_and_copy():
     torch._dynamo.reset()
     model, x = Block().eval(), torch.randn(4, 32)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import slow
 
 from alds_fast import linalg
 from alds_fast.errors import ArgumentError
@@ -76,7 +77,7 @@ def _large(kind, order):
     return matrix
 
 
-@pytest.mark.parametrize("order", [1024, 1025, 1056, 1057, 1058, 1087, 1130])
+@pytest.mark.parametrize("order", [slow(1024), slow(1025), slow(1056), 1057, slow(1058), slow(1087), slow(1130)])
 def test_spectra_of_large_slices_by_two_stages(order):
     """Orders that end in every way a band of 32 columns."""
     matrix = _large("random", order)
@@ -85,6 +86,7 @@ def test_spectra_of_large_slices_by_two_stages(order):
     torch.testing.assert_close(found.square(), expected.square(), rtol=0, atol=1e-13 * float(expected.max()) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diagonal", "low rank", "blocks"])
 def test_spectra_of_large_slices_with_nothing_to_reflect(kind):
     matrix = _large(kind, 1061)
@@ -166,7 +168,7 @@ def test_batched_rsvd_is_optimal_and_reports_its_error(batch, rows, groups, widt
     assert bool((factors.error <= (1 + torch_backend.TOLERANCE) * reference.error + 1e-12 * scale).all())
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(300, 420), (420, 300), (300, 300)])
+@pytest.mark.parametrize(("rows", "cols"), [slow(300, 420), (420, 300), slow(300, 300)])
 @pytest.mark.parametrize("implementation", ["core", "torch"])
 def test_sketch_meets_its_certificate(rows, cols, implementation):
     matrix = torch.cat([_decaying(rows, cols, seed) for seed in (0, 1)])
@@ -358,6 +360,7 @@ def test_operators_trace_with_the_right_shapes():
     assert norm.shape == error.shape == iterations.shape == (8,)
 
 
+@pytest.mark.slow
 def test_spectra_compile_without_graph_breaks():
     def twice(matrix):
         return torch.ops.alds_fast.spectra([matrix], [1, 2], [2])[0] * 2

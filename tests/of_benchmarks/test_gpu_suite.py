@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "benchmarks.gpu.suite", "--quick", "--device", "cpu"]
 TOP = {"device", "torch", "triton", "commit", "rows", "ceilings", "correctness", "end_to_end", "not_run"}
 FIELDS = {"op", "shape", "dtype", "dense_ms", "two_op_ms", "fused_ms", "deployed_ms", "roofline_ms", "max_error"}

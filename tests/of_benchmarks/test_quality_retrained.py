@@ -25,6 +25,7 @@ def kept_above(share, model):
     return 1.0 if sum(p.numel() for p in model.parameters()) > share * 10_302 else 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("least", "found"), [(0.9, 1.0), (0.4, 0.5), (0.21, 0.3), (0.14, 0.2), (0.1, 0.13), (0.06, 0.08), (0.0, 0.05)]
 )

@@ -11,6 +11,8 @@ import torch
 
 import alds_fast as alds
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(crepe.__file__).parent
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.marks import slow
 
 import alds_fast as alds
 from alds_fast import kernels
@@ -88,7 +89,10 @@ def as_for_a_user(monkeypatch, folder):
         yield
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.kind == "python" for b in blocks(p))], ids=name)
+WITH_CODE = [page for page in PAGES if any(b.kind == "python" for b in blocks(page))]
+
+
+@pytest.mark.parametrize("page", [slow(p) if p.stem == "README" else p for p in WITH_CODE], ids=name)
 def test_snippets_run(page, monkeypatch, tmp_path):
     namespace, found = {"__name__": "snippet"}, blocks(page)
     with as_for_a_user(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support.marks import slow
 
 import alds_fast as alds
 
@@ -20,11 +21,12 @@ def loaded(statement):
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize("statement", ["import alds_fast", "import alds_fast.kernels"])
+@pytest.mark.parametrize("statement", ["import alds_fast", slow("import alds_fast.kernels")])
 def test_import_loads_nothing_heavy(statement):
     assert loaded(statement) == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["show", "PLAN"], ["show", "PLAN", "--json"]])
 def test_commands_that_need_little_load_nothing_heavy(arguments, tmp_path):
     plan = tmp_path / "plan.json"
@@ -38,6 +40,7 @@ assert len(out.getvalue()) > 100, out.getvalue()"""
     assert loaded(run) == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import alds_fast", "import torch.utils.flop_counter"])
 def test_operators_count_their_flops_whichever_is_imported_first(first):
     count = """
@@ -50,5 +53,6 @@ print(counter.get_total_flops())"""
     assert result.stdout.strip() == str(2 * 3 * (2 * 8 + 4 * 2)), result.stderr
 
 
+@pytest.mark.slow
 def test_a_heavy_import_is_seen():
     assert loaded("import alds_fast, rich") == "['rich']"

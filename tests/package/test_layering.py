@@ -1,150 +1,220 @@
 """Who may import whom: wings in an order, and between wings only what stands in their doors.
 
-``problems`` takes the folder of a package, so that faults can be planted into a copy of ours.
+Every rule takes a house, so that faults can be planted into a copy of the texts.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import re
-import shutil
-from pathlib import Path
+from collections import defaultdict
 
 import pytest
+from support.house import ROOT, House, counts, floors, imports_of
 
 import alds_fast
 
-PACKAGE = Path(alds_fast.__file__).parent
-ROOT = PACKAGE.parent
 WINGS = (
     *("linalg", "kernels", "layers", "measurement", "integrations"),
     *("criteria", "allocation", "factors", "planning"),
     *("deployment", "checkpoints", "retraining", "evaluation", "cli"),
 )
 LEAVES = ("checks", "errors", "files", "import_hooks", "text", "version")
+HEAVY = ("numba", "scipy", "triton", "transformers", "matplotlib", "rich", "torch._dynamo", "torch.export")
 LONGEST, MOST_FILES, DOOR_LINES = 260, 15, 12
+PACKAGE = ROOT / "alds_fast"
+HOUSE = House.of_folder(PACKAGE)
+OUTSIDE = ("tests", "examples", "benchmarks")
+COMPILES_KERNELS = "aot.py"  # of the benchmarks: it needs the kernels themselves
 
 
-def _imports(path, package):
-    """(module, name) of everything first-party that a file imports, as parts of a dotted name inside the package."""
-    here = path.relative_to(package).parts
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            module = (*here[: len(here) - node.level], *(node.module.split(".") if node.module else ()))
-            yield from ((module, alias.name) for alias in node.names)
+def dotted(module):
+    return ".".join(module)
 
 
-def _names_of_door(package, wing):
-    """``__all__`` of a wing, read and not run."""
-    for node in ast.parse((package / wing / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return ast.literal_eval(node.value)
-    return []
+def used_of_doors(tree, imports, doors):
+    """(door, name) of what a file takes from doors: imported, or as an attribute of a door that it imports."""
+    imports = set(imports)
+    modules = {name: (*module, name) for module, name in imports if (*module, name) in doors}
+    for node in ast.walk(tree) if modules else ():
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
+            imports.add((modules[node.value.id], node.attr))
+    return {(module, name) for module, name in imports if module in doors}
 
 
-def _between_wings(package):
-    for path in sorted(package.glob("*/**/*.py")):
-        own = path.relative_to(package).parts[0]
-        for module, name in _imports(path, package):
-            wing, *inside = module or (name,)
-            if wing == own or wing in LEAVES:
+def wings_and_doors(house):
+    """Imports go to the own wing, to leaves, and to names in the doors of wings that stand before the own one."""
+    for module in house.texts:
+        for imported, name in house.imports(module):
+            wing, *inside = imported or (name,)
+            if module[:1] in [(leaf,) for leaf in LEAVES] and wing not in LEAVES:
+                yield f"{dotted(module)} is a leaf and imports {wing}"
+            elif len(module) < 2 or wing in (module[0], *LEAVES):
                 continue
-            if wing not in WINGS or WINGS.index(wing) > WINGS.index(own):
-                yield f"{path.name} of {own} imports from {wing}, which does not stand before it"
+            elif wing not in WINGS or WINGS.index(wing) > WINGS.index(module[0]):
+                yield f"{dotted(module)} imports from {wing}, which does not stand before it"
             elif inside:
-                yield f"{path.name} of {own} imports past the door of {wing}"
-            elif module and name not in _names_of_door(package, wing):
-                yield f"{path.name} of {own} imports {name}, which is not in the door of {wing}"
+                yield f"{dotted(module)} imports past the door of {wing}"
+        others = {(wing,) for wing in house.wings if wing not in module[:1]}
+        for door, name in used_of_doors(house.tree(module), house.imports(module), others):
+            if name is not None and name not in house.names_of(door):
+                yield f"{dotted(module)} uses {name}, which is not in the door of {dotted(door)}"
 
 
-def _circles(package):
-    """Modules of a wing that import each other, in any number of steps; doors hand on and do not count."""
+def circles(house):
+    """Modules of a wing that import each other, in any number of steps."""
+    arrows = house.arrows()
     for wing in WINGS:
-        files = {p.relative_to(package).with_suffix("").parts: p for p in (package / wing).rglob("*.py")}
-        arrows = {
-            own: {m for module, name in _imports(path, package) for m in (module, (*module, name)) if m in files}
-            for own, path in files.items()
-            if own[-1] != "__init__"
-        }
-        left = dict(arrows)
-        while free := [own for own, others in left.items() if not others & left.keys()]:
-            for own in free:
-                del left[own]
-        if left:
-            yield f"{wing}: a circle of imports among {sorted('.'.join(n) for n in left)}"
+        inside = {module for module in arrows if module[0] == wing}
+        _, circle = floors({module: arrows[module] & inside for module in inside})
+        if circle:
+            yield f"{wing}: a circle of imports among {sorted(map(dotted, circle))}"
 
 
-def _inside_functions(package):
-    for path in package.rglob("*.py"):
-        for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef):
-                for node in ast.walk(function):
-                    first_party = isinstance(node, ast.ImportFrom) and (
-                        node.level or "alds_fast" in (node.module or "")
-                    )
-                    if first_party or (isinstance(node, ast.Import) and node.names[0].name.startswith("alds_fast")):
-                        yield f"{path.name}: {function.name} imports a part of the package"
+def imports_in_functions(house):
+    for module in house.texts:
+        for function in ast.walk(house.tree(module)):
+            if isinstance(function, ast.FunctionDef) and list(imports_of(function, house.package(module))):
+                yield f"{dotted(module)}: {function.name} imports a part of the package"
 
 
-def _sizes(package):
-    for path in package.rglob("*.py"):
-        if (count := len(path.read_text().splitlines())) > LONGEST:
-            yield f"{path.name}: {count} lines, at most {LONGEST}"
-    for folder in {p.parent for p in package.glob("*/**/*.py")}:
-        if (count := len(list(folder.glob("*.py")))) > MOST_FILES:
-            yield f"{folder.name}: {count} files, at most {MOST_FILES}"
-        if len(folder.relative_to(package).parts) > 2:
-            yield f"{folder}: more than one level inside a wing"
+def sizes(house):
+    folders = defaultdict(list)
+    for module, text in house.texts.items():
+        folders[house.package(module)].append(module)
+        if (count := len(text.splitlines())) > LONGEST:
+            yield f"{dotted(module)}: {count} lines, at most {LONGEST}"
+    for folder, modules in folders.items():
+        if folder and len(modules) > MOST_FILES:
+            yield f"{dotted(folder)}: {len(modules)} files, at most {MOST_FILES}"
+        if len(folder) > 2:
+            yield f"{dotted(folder)}: more than one level inside a wing"
     for wing in WINGS:
-        text = ast.get_docstring(ast.parse((package / wing / "__init__.py").read_text())) or ""
+        text = ast.get_docstring(house.tree((wing,))) or ""
         if not 1 <= len(text.splitlines()) <= DOOR_LINES:
             yield f"{wing}: its door has a docstring of {len(text.splitlines())} lines, 1 to {DOOR_LINES}"
 
 
-def problems(package):
-    """Everything that breaks a rule, a line each."""
-    rules = (_between_wings, _circles, _inside_functions, _sizes)
-    return [text for rule in rules for text in rule(package)]
+def definitions(house):
+    """A public function or class is defined in one module."""
+    places = defaultdict(set)
+    for module in house.texts:
+        for node in house.tree(module).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].add(dotted(module))
+    for name, modules in places.items():
+        if len(modules) > 1:
+            yield f"{name} is defined in {' and '.join(sorted(modules))}"
 
 
-def test_the_package_keeps_the_rules():
-    assert set(WINGS) == {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
-    assert problems(PACKAGE) == []
+@functools.cache
+def used_outside():
+    """What tests, examples and benchmarks take from doors."""
+    trees = [ast.parse(p.read_text()) for folder in OUTSIDE for p in (ROOT / folder).rglob("*.py")]
+    return set().union(*(used_of_doors(tree, imports_of(tree), HOUSE.doors - {()}) for tree in trees))
 
 
-@pytest.fixture
-def copy(tmp_path):
-    return Path(shutil.copytree(PACKAGE, tmp_path / "alds_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__")))
+def unused_names_of_doors(house):
+    """What a door hands on is used outside of its folder, or it is public; ``alds_fast.kernels`` is as a whole."""
+    used = set(used_outside())
+    for module in house.texts:
+        of_others = {door for door in house.doors - {()} if module[: len(door)] != door}
+        used |= used_of_doors(house.tree(module), house.imports(module), of_others)
+    for door in sorted(house.doors - {(), ("kernels",)}):
+        for name in house.names_of(door):
+            if (door, name) not in used:
+                yield f"{dotted(door)}: nothing outside uses {name}, which its door hands on"
+
+
+def statements(body):
+    """What runs when a module is imported: nothing in functions, nothing under TYPE_CHECKING."""
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from statements(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            for part in ("body", "orelse", "handlers", "finalbody"):
+                yield from statements(getattr(node, part, ()))
+
+
+def heavy_imports(house):
+    """Of the modules that the doors load, none loads a heavy package. What functions load is not looked at."""
+    waiting, loaded = set(house.doors), set()
+    while waiting:
+        module = waiting.pop()
+        loaded.add(module)
+        nodes = [n for n in statements(house.tree(module).body) if isinstance(n, ast.Import | ast.ImportFrom)]
+        inside = set(imports_of(ast.Module(nodes, []), house.package(module)))
+        waiting |= ({m for m, _ in inside} | {(*m, name) for m, name in inside}) & house.texts.keys() - loaded
+        for node in nodes:
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [] if node.level else [node.module, *(f"{node.module}.{name}" for name in names)]
+            for package in HEAVY:
+                if any(f"{name}.".startswith(f"{package}.") for name in names):
+                    yield f"{dotted(module)} imports {package} when it is imported itself"
+
+
+RULES = (wings_and_doors, circles, imports_in_functions, sizes, definitions, unused_names_of_doors, heavy_imports)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(rule):
+    assert list(rule(HOUSE)) == []
+
+
+def test_all_wings_have_a_place_in_the_order():
+    assert set(WINGS) == HOUSE.wings
 
 
 FAULTS = [
-    ("linalg/folding.py", "from ..layers import LowRankLinear", "does not stand before it"),
-    ("planning/plan.py", "from ..linalg.folding import divisors", "past the door of linalg"),
-    ("planning/plan.py", "from ..linalg import no_such_name", "not in the door of linalg"),
-    ("linalg/folding.py", "from .spectra_op import spectra", "a circle"),
-    ("text.py", "def f():\n    from .errors import AldsError", "imports a part of the package"),
-    ("text.py", "#\n" * LONGEST, "lines, at most"),
+    (wings_and_doors, "linalg/folding.py", "from ..layers import LowRankLinear", "does not stand before it"),
+    (wings_and_doors, "planning/plan.py", "from ..linalg.folding import divisors", "past the door of linalg"),
+    (wings_and_doors, "planning/plan.py", "from alds_fast.linalg.folding import divisors", "past the door of linalg"),
+    (wings_and_doors, "planning/plan.py", "from ..linalg import no_such_name", "not in the door of linalg"),
+    (wings_and_doors, "planning/plan.py", "from .. import __main__", "does not stand before it"),
+    (wings_and_doors, "text.py", "from .linalg import divisors", "text is a leaf and imports linalg"),
+    (wings_and_doors, "factors/plain.py", "linalg.fold", "uses fold, which is not in the door of linalg"),
+    (circles, "linalg/cpp_core.py", "from .spectra_op import spectra", "a circle"),
+    (imports_in_functions, "text.py", "def f():\n    from .errors import AldsError", "imports a part of the package"),
+    (sizes, "text.py", "#\n" * LONGEST, "lines, at most"),
+    (definitions, "planning/plan.py", "class LowRankLinear: ...", "defined in layers.linear and planning.plan"),
+    (unused_names_of_doors, "linalg/__init__.py", "__all__ = ['fold']", "nothing outside uses fold"),
+    (heavy_imports, "allocation/pareto.py", "import scipy.linalg", "imports scipy"),
+    (heavy_imports, "kernels/backend.py", "try:\n    import triton.knobs\nfinally: ...", "imports triton"),
+    (heavy_imports, "linalg/folding.py", "from torch import _dynamo", "imports torch._dynamo"),
+    (heavy_imports, "kernels/op_linear.py", "from .triton_linear import run", "triton_common imports triton"),
 ]
 
 
-@pytest.mark.parametrize("file, line, message", FAULTS)
-def test_a_planted_fault_is_found(copy, file, line, message):
-    path = copy / file
-    path.write_text(f"{path.read_text()}\n{line}\n")
-    if message == "a circle":
-        path = copy / "linalg/spectra_op.py"
-        path.write_text(f"{path.read_text()}\nfrom .folding import divisors\n")
-    assert any(message in text for text in problems(copy))
+@pytest.mark.parametrize("rule, file, line, message", FAULTS)
+def test_a_planted_fault_is_noticed(rule, file, line, message):
+    house = House(HOUSE.files | {file: f"{HOUSE.files[file]}\n{line}\n"})
+    assert any(message in problem for problem in rule(house))
 
 
-@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
-def test_examples_and_benchmarks_go_through_doors(folder):
-    for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("alds_fast."):
-                module = importlib.import_module(node.module)
-                door = hasattr(module, "__path__") or node.module.split(".")[1] in LEAVES
-                assert door, f"{path.name} imports from {node.module}, past its door"
+def past_doors(folders):
+    """Imports of files outside of the package that are neither leaves nor what a door hands on."""
+    for path in (p for folder in folders for p in sorted(folder.rglob("*.py"))):
+        for module, name in imports_of(ast.parse(path.read_text())):
+            whole = module if name is None else (*module, name)
+            known = whole in HOUSE.doors or (module in HOUSE.doors and name in HOUSE.names_of(module))
+            kernels = path.name == COMPILES_KERNELS and whole[:1] == ("kernels",)
+            if not known and not kernels and whole[0] not in LEAVES:
+                yield f"{path.name} imports {dotted(whole)}, past its door"
+
+
+def test_examples_and_benchmarks_go_through_doors():
+    assert list(past_doors([ROOT / "examples", ROOT / "benchmarks"])) == []
+
+
+def test_a_benchmark_that_goes_past_a_door_is_noticed(tmp_path):
+    good = "import alds_fast, alds_fast.text\nfrom alds_fast import errors, linalg, load\nfrom .linalg import fold\n"
+    bad = "from alds_fast.linalg import SCHEMES, fold\nfrom alds_fast.linalg.folding import unfold\n"
+    (tmp_path / "bench.py").write_text(good + bad)
+    names = "linalg.fold", "linalg.folding.unfold"
+    assert list(past_doors([tmp_path])) == [f"bench.py imports {name}, past its door" for name in names]
 
 
 def test_cross_references_resolve():
@@ -157,3 +227,17 @@ def test_cross_references_resolve():
                     importlib.import_module(".".join(("alds_fast", *parts[: i + 1])))
                 assert hasattr(found, part), f"{path.name}: alds_fast.{name}"
                 found = getattr(found, part)
+
+
+def test_the_table_of_counts():
+    """A package of two wings and a leaf: b.top imports a.low through a's door, a.low imports text."""
+    low, top = "from ..text import f\ndef g(): ...", "from ..a import g\nfrom ..a.low import g"
+    files = {"__init__.py": "", "text.py": "", "a/__init__.py": "from .low import g", "a/low.py": low}
+    house = House(files | {"b/__init__.py": "", "b/top.py": top})
+    assert counts(house) == {
+        "modules": 3, "of these in the root": 1, "lines": 5, "lines of the longest file": 2, "wings": 2,
+        "arrows between modules": 2, "arrows between wings": 1, "floors of modules": 3, "floors of wings": 2,
+        "imports past a door": 1, "modules on circles": 0, "wings on circles": 0,
+    }  # fmt: skip
+    files["text.py"] = "import alds_fast.a.low"
+    assert counts(House(files))["modules on circles"] == 2

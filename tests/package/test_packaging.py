@@ -5,9 +5,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_wheel_builds_without_torch(tmp_path):
     """In pip's isolated build environment, which has only what pyproject.toml asks for."""
     source = tmp_path / "source"

@@ -92,12 +92,14 @@ def test_import_without_torch_says_what_to_install():
     )
 
 
+@pytest.mark.slow
 def test_import_touches_no_gpu_and_prints_nothing():
     code = "import alds_fast, torch, sys; assert not torch.cuda.is_initialized(); print('matplotlib' in sys.modules)"
     result = _python(code)
     assert result.returncode == 0 and result.stdout.strip() == "False" and result.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--help", "compress --help"])
 def test_command_line_is_installed(flag):
     script = Path(sys.executable).parent / "alds-fast"

@@ -277,6 +277,7 @@ def changed(net, small, x):
         return float((net(x) - small(x)).norm() / net(x).norm())
 
 
+@pytest.mark.slow
 def test_few_patches_do_not_ruin_a_convolution():
     """6,272 patches of 1,152 entries from one batch: more parameters lose less, on the batch and on others."""
     torch.manual_seed(0)
@@ -290,6 +291,7 @@ def test_few_patches_do_not_ruin_a_convolution():
     assert changed(net, plans[0].apply(net, refit=[x]), fresh) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [16, 64])
 @pytest.mark.parametrize("sensitivity", [False, True])
 @pytest.mark.parametrize("keep", [0.5, 0.15])

@@ -1,26 +1,23 @@
-"""Retraining: rewound learning rates, budgets of every cycle, bit-equal resumption, distillation, refusals."""
+"""Retraining: rewound learning rates, budgets of every cycle, distillation, refusals."""
 
-import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from support.marks import slow
 from support.models import count
+from support.training import Stop, adam, cosine, equal, fewer_filters, net, run, sgd, step, warm
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import alds_fast as alds
 from alds_fast.errors import (
     ArgumentError,
     BudgetError,
-    FileFormatError,
-    FileWriteError,
     MissingFileError,
     ModelError,
     TrainingError,
@@ -29,63 +26,7 @@ from alds_fast.layers import LowRankLayer
 from alds_fast.retraining.loop import soft_target_loss
 
 
-def net(seed=0):
-    """Convolution, batch norm, dropout and a linear layer on 2 x 6 x 6 images; in evaluation mode."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(2, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(12, 12, 3),
-        nn.ReLU(), nn.Flatten(), nn.Linear(192, 24), nn.ReLU(), nn.Linear(24, 4),
-    ).eval()  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data():
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(48, 2, 6, 6, generator=generator)
-    return TensorDataset(x, (x[:, 0].mean((1, 2)) > 0).long() + 2 * (x[:, 1].mean((1, 2)) > 0).long())
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def adam(model):
-    return torch.optim.Adam(model.parameters(), lr=3e-3)
-
-
-def step(optimizer):
-    return lr_scheduler.MultiStepLR(optimizer, [2, 5], 0.1)
-
-
-def cosine(optimizer):
-    return lr_scheduler.CosineAnnealingLR(optimizer, 7)
-
-
-def warm(optimizer):
-    """Made of two schedules, the second with numbers of numpy's."""
-    first = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
-    second = lr_scheduler.LambdaLR(optimizer, lambda epoch: np.cos(0.1 * epoch))
-    return lr_scheduler.SequentialLR(optimizer, [first, second], [2])
-
-
-def run(model, data, **changes):
-    torch.manual_seed(5)
-    options = {"keep": 0.4, "epochs": 3, "loss": nn.functional.cross_entropy, "optimizer": sgd, **changes}
-    if "train" not in options and "loader" not in options:
-        options["loader"] = DataLoader(data, 16, shuffle=True)
-    return alds.retrain(model, **options)
-
-
-def equal(a, b):
-    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
-    return all(n == m and v.dtype == w.dtype and torch.equal(v, w) for (n, v), (m, w) in pairs)
-
-
-def without_seconds(history):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
-
-
-@pytest.mark.parametrize("schedule", [step, cosine, warm, None])
+@pytest.mark.parametrize("schedule", [step, slow(cosine), warm, slow(None)])
 def test_learning_rates_are_the_tail_of_the_original_schedule(data, schedule):
     model = net()
     optimizer = sgd(model)
@@ -184,6 +125,7 @@ def test_the_model_given_is_not_changed_and_modes_are_kept(data):
     assert not torch.equal(result.model[1].running_mean, model[1].running_mean)  # it was trained in training mode
 
 
+@pytest.mark.slow
 def test_retraining_recovers_what_compression_lost(data):
     model, x, y = net(), *data.tensors
     optimizer = adam(model.train())
@@ -200,123 +142,6 @@ def test_retraining_recovers_what_compression_lost(data):
     again = run(model, data, keep=0.15, epochs=25, optimizer=adam)
     assert loss(again.model) < 0.5 * loss(small)
     assert again.history[-1]["loss"] < again.history[0]["loss"]
-
-
-class Stop(Exception):
-    pass
-
-
-def _stopping(after):
-    """A loss that raises at call number ``after``."""
-    calls = []
-
-    def loss(output, targets):
-        calls.append(0)
-        if len(calls) == after:
-            raise Stop
-        return nn.functional.cross_entropy(output, targets)
-
-    return loss
-
-
-def _dense_filters(model, keep, cycle):
-    """Not low-rank: a random half of the filters of the first layer goes in every cycle; another structure."""
-    conv, norm, follow = model[0], model[1], model[4]
-    chosen = torch.randperm(conv.out_channels)[: conv.out_channels // 2].sort().values
-    conv.weight, conv.bias = nn.Parameter(conv.weight[chosen].detach()), nn.Parameter(conv.bias[chosen].detach())
-    follow.weight = nn.Parameter(follow.weight[:, chosen].detach())
-    model[1] = nn.BatchNorm2d(len(chosen)).eval()
-    model[1].weight = nn.Parameter(norm.weight[chosen].detach())
-    conv.out_channels = follow.in_channels = len(chosen)
-    model.pruned_to = keep, cycle
-    return model
-
-
-CASES = {
-    "sgd": {"scheduler": step},
-    "adam": {"optimizer": adam, "scheduler": warm},
-    "distill": {"distill": 0.3, "temperature": 3.0},
-    "function": {"compress": lambda m, keep, cycle: alds.compress(m, params=keep, groups=(1,))},
-    "other-structure": {"compress": _dense_filters},
-}
-
-
-@pytest.mark.parametrize("after", [1, 5, 10, 14])  # in both cycles of two epochs of three batches, at all places
-@pytest.mark.parametrize("case", CASES)
-def test_a_run_stopped_within_an_epoch_goes_on_bit_equal(data, tmp_path, case, after):
-    options = {"epochs": 4, "epochs_retrain": 2, "cycles": 2, **CASES[case]}
-    whole = run(net(), data, **options)
-    if after <= 12:
-        with pytest.raises(Stop):
-            run(net(), data, **options, loss=_stopping(after), checkpoint=tmp_path / "run")
-        random.seed(99), np.random.seed(99)
-    seen = []
-    again = run(net(), data, **options, checkpoint=tmp_path / "run", log=seen.append)
-    assert equal(again.model, whole.model) and again.plans == whole.plans
-    assert without_seconds(again.history) == without_seconds(whole.history)
-    assert seen == list(again.history)[(after - 1) // 3 if after <= 12 else 0 :]
-    lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == list(again.history)
-    assert [m.training for m in again.model] == [m.training for m in whole.model]
-    assert getattr(again.model, "alds_plan", None) == again.plans[-1]
-    finished = run(net(), data, **options, checkpoint=tmp_path / "run", loss=_stopping(1))  # nothing is left to do
-    assert equal(finished.model, whole.model) and finished.history == again.history
-
-
-def test_generators_of_the_loader_and_of_python_and_numpy_are_restored(tmp_path):
-    class Noisy(torch.utils.data.Dataset):
-        def __len__(self):
-            return 12
-
-        def __getitem__(self, i):
-            return torch.full((8,), random.random() + np.random.rand()), torch.tensor([float(i)])
-
-    def go(loss, **options):
-        torch.manual_seed(0), random.seed(0), np.random.seed(0)
-        loader = DataLoader(Noisy(), 4, shuffle=True, generator=torch.Generator().manual_seed(7))
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
-        return run(model, None, keep=0.8, loader=loader, loss=loss, epochs=3, optimizer=adam, **options)
-
-    calls = []
-
-    def stopping(output, targets):
-        calls.append(0)
-        if len(calls) == 5:
-            raise Stop
-        return nn.functional.mse_loss(output, targets)
-
-    whole = go(nn.functional.mse_loss)
-    with pytest.raises(Stop):
-        go(stopping, checkpoint=tmp_path)
-    assert equal(go(nn.functional.mse_loss, checkpoint=tmp_path).model, whole.model)
-
-
-def test_frozen_and_tied_parameters_survive_a_stop(tmp_path):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.body, self.head = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 9, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, x):
-            return self.head(self.body(self.embedding(x)))
-
-    def go(loss, **options):
-        torch.manual_seed(2)
-        model = Tied()
-        model.body.weight.requires_grad_(False)
-        batches = [(torch.arange(9), torch.arange(9))] * 2
-        return run(model, None, loader=batches, loss=loss, epochs=2, keep=0.8, optimizer=adam, **options).model
-
-    whole = go(nn.functional.cross_entropy)
-    with pytest.raises(Stop):
-        go(_stopping(3), checkpoint=tmp_path)
-    again = go(nn.functional.cross_entropy, checkpoint=tmp_path)
-    assert equal(again, whole) and again.head.weight is again.embedding.weight
-    frozen = {name for name, p in whole.named_parameters() if not p.requires_grad}
-    assert frozen == {name for name, p in again.named_parameters() if not p.requires_grad}
-    assert frozen == {"body.encoder", "body.decoder"}
 
 
 def _trains(model, start, epochs, log):
@@ -445,7 +270,7 @@ def test_compress_as_options_and_as_a_function(data):
 
 def test_a_function_may_change_its_model_and_make_any_other(data):
     model = net()
-    result = run(model, data, epochs=1, compress=_dense_filters)
+    result = run(model, data, epochs=1, compress=fewer_filters)
     assert count(net()) == count(model) > count(result.model) and result.plans == (None,)
     assert result.model.pruned_to == (0.4, 0) and not hasattr(model, "pruned_to")
 
@@ -525,68 +350,7 @@ def test_an_own_log_that_is_not_json_is_refused():
         run(net(), None, train=train, loss=None, optimizer=None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"keep": 0.3}, "keep was [0.4], is [0.3]"),
-        ({"epochs": 4}, "epochs was [3, 3], is [4, 4]"),
-        ({"epochs_retrain": 2}, "epochs was [3, 3], is [3, 2]"),
-        ({"distill": 0.5}, "distill was [0.0, 2.0], is [0.5, 2.0]"),
-        ({"compress": {"schemes": (0,)}}, "compress was {}, is {'schemes': [0]}"),
-        ({"scheduler": step}, "given was"),
-        ({"optimizer": adam}, "made with SGD"),
-        ({"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)}, "(lr, weight_decay)"),
-        ({"model": 1}, "model was"),
-        ({"loader": [(torch.zeros(2, 2, 6, 6), torch.zeros(2).long())]}, "has 0 random generators"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(data, tmp_path, changes, message):
-    loader = DataLoader(data, 16, shuffle=True, generator=torch.Generator())
-    with pytest.raises(Stop):
-        run(net(), data, loader=loader, checkpoint=tmp_path, loss=_stopping(4))
-    kept = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(ArgumentError) as e:
-        run(net(changes.pop("model", 0)), data, **{"loader": loader, **changes}, checkpoint=tmp_path)
-    assert message in str(e.value) and (tmp_path / "state.pt").read_bytes() == kept
-
-
-def test_a_damaged_checkpoint_is_refused(data, tmp_path):
-    run(net(), data, epochs=1, checkpoint=tmp_path)
-    path = tmp_path / "state.pt"
-    whole = path.read_bytes()
-    middle = bytearray(whole)
-    middle[len(whole) // 2] ^= 1
-    for damaged in (whole[: len(whole) // 2], bytes(middle), b"", b"nonsense"):
-        path.write_bytes(damaged)
-        with pytest.raises(FileFormatError, match="delete the directory to start anew"):
-            run(net(), data, epochs=1, checkpoint=tmp_path)
-    torch.save({"format": "another"}, path)
-    with pytest.raises(FileFormatError, match=r"not written by alds_fast.retrain"):
-        run(net(), data, epochs=1, checkpoint=tmp_path)
-    path.write_bytes(whole)
-    state = torch.load(path, weights_only=True)
-    torch.save({**state, "version": 99}, path)
-    with pytest.raises(FileFormatError, match="version 99, newer"):
-        run(net(), data, epochs=1, checkpoint=tmp_path)
-
-
-def test_a_file_that_would_run_code_is_refused(data, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path(tmp_path / "ran").touch, ())
-
-    torch.save({"format": "alds_fast.retrain", "evil": Evil()}, tmp_path / "state.pt")
-    with pytest.raises(FileFormatError):
-        run(net(), data, checkpoint=tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_failed_write_says_so(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(FileWriteError, match="no space left"):
-        run(net(), data, checkpoint=tmp_path)
-
-
+@pytest.mark.slow
 def test_example_runs():
     pytest.importorskip("sklearn", reason="scikit-learn is an optional requirement of the example")
     script = Path(__file__).parents[2] / "examples" / "retrain.py"

@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 import transformers
 
+from alds_fast.checkpoints.safetensors_reader import open_shards
+
+OPTIONS = {"params": 0.7, "max_shard_bytes": 60_000}
 _SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
 _DECODER = {**_SMALL, "hidden_size": 64, "intermediate_size": 176, "num_key_value_heads": 2, "vocab_size": 96}
 _ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -56,3 +59,19 @@ def inputs(kind):
 def contents(folder):
     """Every file of a directory, hidden ones too, with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def first_shard(folder):
+    return min(Path(folder).glob("*.safetensors"))
+
+
+def poison(folder, value):
+    """Set the first entry of a layer's weight in its file; returns the layer's name and what was there."""
+    name = "model.layers.1.mlp.up_proj"
+    stored = open_shards(folder).tensors[f"{name}.weight"]
+    with open(stored.file, "r+b") as file:
+        file.seek(stored.start)
+        old = file.read(4)
+        file.seek(stored.start)
+        file.write(value)
+    return name, old
