@@ -140,7 +140,9 @@ class Analysis:
         return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
 
     def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
-        """These spectra in float64, in the place of those there are."""
+        """These spectra in float64, in the place of those there are; without any, known errors stay."""
+        if not wanted:
+            return
         for layer, key, values in self.recompute_in_float64([(self.spectra[name].layer, key) for name, key in wanted]):
             self.spectra[layer.name] = with_exact_values(self.spectra[layer.name], key, values)
         self._errors.clear()

@@ -325,3 +325,15 @@ def test_noise_of_moments_is_their_variance():
         estimates.append(found.noise)
         distances.append(float((covariance - true).square().sum()))
     assert 0.8 < sum(estimates) / sum(distances) < 1.25
+
+
+def test_a_second_plan_solves_nothing_again(monkeypatch):
+    net = small_net()
+    analysis = alds.analyze(net, data=[images(16)])
+    solved, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *args, **kwargs: solved.append(1) or eigh(*args, **kwargs))
+    first = analysis.plan(params=0.6)
+    assert solved
+    solved.clear()
+    assert analysis.plan(params=0.6).to_json() == first.to_json() and analysis.plan(params=0.5).params < first.params
+    assert not solved
