@@ -17,13 +17,14 @@ from ..errors import ArgumentError
 
 @functools.cache
 def core() -> ModuleType:
-    """The C++ extension, loaded when it is first used: it imports scipy, whose BLAS and LAPACK it calls."""
+    """The C++ extension, loaded when it is first used."""
     return importlib.import_module("._core", __package__)
 
 
 @functools.cache
 def _blas() -> threadpoolctl.ThreadpoolController:
-    core()  # only a BLAS that is loaded is found
+    for name in ("cython_blas", "cython_lapack"):  # what the core calls; only a BLAS that is loaded is found
+        importlib.import_module(f"scipy.linalg.{name}")
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 

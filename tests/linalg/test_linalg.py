@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -367,3 +370,17 @@ def test_spectra_compile_without_graph_breaks():
 
     matrix = _matrix(1, 4, 6)
     torch.testing.assert_close(torch.compile(twice, fullgraph=True, backend="eager")(matrix), twice(matrix))
+
+
+@pytest.mark.slow
+def test_every_blas_has_one_thread_while_the_core_works():
+    code = """
+import torch, threadpoolctl, alds_fast
+from alds_fast.linalg import cpp_core
+alds_fast.analyze(torch.nn.Linear(8, 8))
+with cpp_core.one_blas_thread():
+    blas = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
+assert any("scipy" in lib["filepath"].split("site-packages")[-1].split("/")[1] for lib in blas), blas
+print({lib["num_threads"] for lib in blas})"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "{1}", result.stdout + result.stderr
