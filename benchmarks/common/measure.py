@@ -8,28 +8,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def take_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median wall and CPU seconds of every side over ``rounds`` rounds, one call of each per round."""
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
+def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of every side, round by round: one call of each per round."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
             begin, used = time.perf_counter(), time.process_time()
             call()
-            wall[name].append(time.perf_counter() - begin)
-            cpu[name].append(time.process_time() - used)
-    return {n: {"wall_s": statistics.median(wall[n]), "cpu_s": statistics.median(cpu[n])} for n in sides}
+            seconds[name].append((time.perf_counter() - begin, time.process_time() - used))
+    return seconds
+
+
+def take_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median wall and CPU seconds of every side over ``rounds`` rounds."""
+    found = {}
+    for name, pairs in in_turns(sides, rounds).items():
+        wall, cpu = zip(*pairs, strict=True)
+        found[name] = {"wall_s": statistics.median(wall), "cpu_s": statistics.median(cpu)}
+    return found
 
 
 def peak_mb(call: Callable[[], object]) -> float:
     """Growth of this process' peak resident set over the call, in MB (Linux: the kernel's counter, reset before)."""
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident_mb("VmRSS")
     call()
-    return (_resident("VmHWM") - before) / 1e3
+    return resident_mb("VmHWM") - before
 
 
-def _resident(field: str) -> float:
-    """A field of /proc/self/status, in kB."""
+def resident_mb(field: str) -> float:
+    """This process' resident set, "VmRSS" or at its peak "VmHWM" (ru_maxrss may be that of the process that forked)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(ln.split()[1] for ln in lines if ln.startswith(field)))
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1e3

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import alds_fast as alds
+from alds_fast.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,31 +37,52 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def environment() -> dict[str, object]:
-    """Hardware, versions and commit, to stand beside every figure."""
+def environment(given: str | None = None) -> dict[str, object]:
+    """Hardware, versions and commit, to stand beside every figure; ``given`` as in :func:`commit`."""
     return {
         "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "alds_fast": alds.__version__,
-        "commit": commit(), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "commit": commit(given), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }  # fmt: skip
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table.
+def described(env: Mapping[str, object]) -> str:
+    """An environment in words; it may name a "device" that did the work."""
+    threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
+    parts = [env["device"]] if "device" in env else []
+    parts += [env["cpu"], f"{env['cores']} cores", threads, f"torch {env['torch']}", f"Python {env['python']}"]
+    parts += [f"commit {env['commit']}", f"OMP_WAIT_POLICY {env['omp_wait_policy']}"]
+    return ", ".join(map(str, parts))
 
-    >>> table(["a", "b"], [[1, 2]])
-    ['| a | b |', '|---|---|', '| 1 | 2 |']
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table.
+
+    >>> print(table(["a", "b"], [[1, 2]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
     """
-    return [_line(headers), "|" + "---|" * len(headers), *map(_line, rows)]
+    return "\n".join([_line(headers), "|" + "---|" * len(headers), *map(_line, rows)])
 
 
 def _line(cells: Sequence[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def page(*parts: str) -> str:
+    """A Markdown page of paragraphs and tables; empty ones are left out."""
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def save(file: Path, results: Mapping[str, object], text: str) -> None:
+    """``results`` as JSON in the file, and ``text`` beside it as Markdown."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(results, indent=1) + "\n")
+    write_text(file.with_suffix(".md"), text)
+
+
 def write(name: str, results: Mapping[str, object], text: str) -> None:
     """``results/NAME.json`` and ``results/NAME.md``; the text is printed too."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(text)
+    save(RESULTS / f"{name}.json", results, text)
     print(text)

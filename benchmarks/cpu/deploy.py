@@ -16,7 +16,7 @@ from torch import nn
 import alds_fast as alds
 from alds_fast.measurement import inference, interleaved_ms, median_ratio
 from benchmarks.common.networks import resnet50
-from benchmarks.common.results import environment, table, write
+from benchmarks.common.results import described, environment, page, table, write
 
 
 def vgg(seed: int = 0) -> nn.Module:
@@ -76,10 +76,7 @@ def run(build, shape: tuple[int, ...], options: dict, rounds: int) -> dict[str, 
 
 def markdown(results: dict) -> str:
     """The results as a table."""
-    env = results["environment"]
-    head = (
-        f"{env['cpu']}, {env['threads']} thread, torch {env['torch']}, commit {env['commit']}; float32, channels-last"
-    )
+    head = f"{described(results['environment'])}; float32, channels-last"
     layers, rows = "layers dense / two-op (reshaped)", []
     for name, r in results["cases"].items():
         won = f"{r['won'].get('dense', 0)} / {r['won'].get('two-op', 0)} ({r['reshaped']})"
@@ -87,7 +84,7 @@ def markdown(results: dict) -> str:
         speed = [f"{r['speed_up'][s]:.2f}x" for s in ("compressed", "deployed")]
         rows.append([name, f"{r['params']:.0%}", f"{r['ms']['dense']:.2f}", *speed, won, f"{r['deploy_s']:.1f}"])
     headers = ["model and plan", "kept", "dense ms", "compressed", "deployed", layers, "deploy s"]
-    return "\n".join([head, "", *table(headers, rows)]) + "\n"
+    return page(head, table(headers, rows))
 
 
 def main() -> None:

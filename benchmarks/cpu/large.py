@@ -26,8 +26,8 @@ import alds_fast as alds
 from alds_fast import linalg
 from alds_fast.checkpoints import INDEX, Entry, write_shard
 from alds_fast.cli import main as command
-from benchmarks.common.measure import take_turns
-from benchmarks.common.results import environment, table, write
+from benchmarks.common.measure import resident_mb, take_turns
+from benchmarks.common.results import described, environment, page, table, write
 
 KEEP = 0.7
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
@@ -85,9 +85,7 @@ def worker(arguments: list[str]) -> None:
     code = command(arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
-    status = Path("/proc/self/status").read_text().splitlines()  # (ru_maxrss may be that of the process that forked)
-    peak = next(float(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    found = {"wall_s": time.perf_counter() - begin, "cpu_s": cpu, "peak_mb": peak / 1e3}
+    found = {"wall_s": time.perf_counter() - begin, "cpu_s": cpu, "peak_mb": resident_mb("VmHWM")}
     print("USED " + json.dumps(found), file=sys.stderr)
     sys.exit(code)
 
@@ -95,17 +93,8 @@ def worker(arguments: list[str]) -> None:
 def compress(source: Path, processes: int, threads: int) -> dict[str, float]:
     """Compress a checkpoint with so many processes of so many threads."""
     output = source.parent / "out"
-    inner = [
-        "-m",
-        "benchmarks.cpu.large",
-        "--worker",
-        "compress",
-        str(source),
-        "-o",
-        str(output),
-        "--params",
-        str(KEEP),
-    ]
+    inner = ["-m", "benchmarks.cpu.large", "--worker"]
+    inner += ["compress", str(source), "-o", str(output), "--params", str(KEEP)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *inner]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -183,35 +172,27 @@ def llama_shapes(hidden: int, inner: int, kv: int, layers: int, vocabulary: int)
 
 def markdown(results: dict) -> str:
     """The results as Markdown."""
-    env = results["environment"]
-    lines = [
-        f"{env['cpu']}, {env['threads']} cores, torch {env['torch']}, commit {env['commit']}, OMP_WAIT_POLICY "
-        f"{env['omp_wait_policy']}; `python -m benchmarks.cpu.large`",
-        "",
-    ]
-    lines += table(
-        ["one matrix, one thread", "singular values, float64, s", "float32, s", "GFLOP/s", "factors, s", "at rank"],
-        [[f"{r['rows']} x {r['cols']}", f"{r['spectra64_s']:.3f}", f"{r['spectra_s']:.3f}",
-          f"{r['gflop'] / r['spectra_s']:.1f}", f"{r['factors_s']:.3f}", r["rank"]] for r in results["by_shape"]],
-    )  # fmt: skip
     gpt2 = results["gpt2_small"]
-    lines += [
-        "",
+    return page(
+        f"{described(results['environment'])}; `python -m benchmarks.cpu.large`",
+        table(
+            ["one matrix, one thread", "singular values, float64, s", "float32, s", "GFLOP/s", "factors, s", "at rank"],
+            [[f"{r['rows']} x {r['cols']}", f"{r['spectra64_s']:.3f}", f"{r['spectra_s']:.3f}",
+              f"{r['gflop'] / r['spectra_s']:.1f}", f"{r['factors_s']:.3f}", r["rank"]] for r in results["by_shape"]],
+        ),
         f"Linear layers of GPT-2-small, in memory, to {KEEP:.0%}: {gpt2['wall_s']:.1f} s, "
         f"{gpt2['cpu_s']:.1f} CPU-seconds.",
-        "",
         f"Llama-shaped checkpoints, bfloat16, {KEEP:.0%} of the parameters kept, slices 1, 2, 4, ... 16:",
-        "",
-    ]
-    lines += table(
-        ["layers", "GB", "processes x threads", "wall s", "of it work", "CPU s", "predicted", "peak MB of a process"],
-        [[r["layers"], f"{r['gb']:.2f}", f"{r['processes']} x {r['threads']}", f"{r['wall_s']:.1f}",
-          f"{r['work_s']:.1f}", f"{r['cpu_s']:.1f}", f"{r['predicted_s']:.0f}", f"{r['peak_mb']:.0f}"]
-         for r in results["checkpoints"]],
+        table(
+            ["layers", "GB", "processes x threads", "wall s", "of it work", "CPU s", "predicted",
+             "peak MB of a process"],
+            [[r["layers"], f"{r['gb']:.2f}", f"{r['processes']} x {r['threads']}", f"{r['wall_s']:.1f}",
+              f"{r['work_s']:.1f}", f"{r['cpu_s']:.1f}", f"{r['predicted_s']:.0f}", f"{r['peak_mb']:.0f}"]
+             for r in results["checkpoints"]],
+        ),
+        "On paper, with the same rates (predicted CPU-seconds are of spectra and factors alone):",
+        table(["", "CPU-hours"], [[n, f"{s / 3600:.1f}"] for n, s in results["paper"].items()]),
     )  # fmt: skip
-    lines += ["", "On paper, with the same rates (predicted CPU-seconds are of spectra and factors alone):", ""]
-    lines += table(["", "CPU-hours"], [[n, f"{s / 3600:.1f}"] for n, s in results["paper"].items()])
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from alds_fast.criteria import CRITERIA
 from alds_fast.linalg import SCHEMES, Decomposition, max_rank, params_per_rank
 from alds_fast.measurement import inference, interleaved_ms, median_ratio
 from benchmarks.common.networks import resnet50
-from benchmarks.common.results import environment, table, write
+from benchmarks.common.results import described, environment, page, table, write
 
 CPU = torch.device("cpu")
 STEPS = 8  # of the bisection for the uniform plans
@@ -98,18 +98,16 @@ def run(share: float, batch: int, side: int) -> dict[str, object]:
 
 def markdown(results: dict) -> str:
     """The results as Markdown."""
-    env, ours = results["environment"], results["latency"]
-    lines = [
-        f"{env['cpu']}, {env['threads']} thread, torch {env['torch']}, commit {env['commit']}; ResNet-50, batch "
-        f"{ours['batch']}, {ours['side']} x {ours['side']}, float32, channels-last, all folds",
-        "",
+    ours = results["latency"]
+    head = f"{described(results['environment'])}; ResNet-50, batch {ours['batch']}, {ours['side']} x {ours['side']}, "
+    head += "float32, channels-last, all folds"
+    said = (
         f"`latency={ours['asked']}`: {ours['measured']:.3f} measured, {ours['measured_applied']:.3f} for the "
         f"compressed model itself; "
         f"{ours['dense_ms']:.0f} to {ours['compressed_ms']:.0f} ms; planned in {ours['plan_s']:.0f} s without cached "
         f"timings, {ours['refinements']} refinements; {ours['factorised']} of {ours['layers']} layers factorised, "
-        f"{ours['params']:.1%} of the parameters",
-        "",
-    ]
+        f"{ours['params']:.1%} of the parameters"
+    )
     rows = [["alds_fast", f"{ours['measured_applied']:.3f}", f"{ours['largest_error']:.4f}"]]
     for kind, row in ours["uniform"].items():
         if row:
@@ -118,7 +116,7 @@ def markdown(results: dict) -> str:
         else:
             rows.append([f"uniform, {kind}", "none is that fast", ""])
     headers = ["plan", "share of the dense latency", "largest relative error"]
-    return "\n".join([*lines, *table(headers, rows)]) + "\n"
+    return page(head, said, table(headers, rows))
 
 
 def main() -> None:

@@ -19,16 +19,9 @@ from alds_fast.layers import weight_shape
 from alds_fast.linalg import distinct_schemes, matrix_shape
 from benchmarks.common.measure import peak_mb, take_turns
 from benchmarks.common.networks import SHAPED
-from benchmarks.common.results import environment, table, write
+from benchmarks.common.results import described, environment, page, table, write
 
-from .spectra import (
-    eigensolve_gflop,
-    eigvalsh_per_groups,
-    large_problem,
-    our_spectra,
-    solve,
-    svdvals_slice_by_slice,
-)
+from .spectra import eigensolve_gflop, eigvalsh_per_groups, large_problem, our_spectra, solve, svdvals_slice_by_slice
 
 
 def spectra(rounds: int) -> dict[str, object]:
@@ -104,33 +97,32 @@ def memory(name: str, schemes: tuple[int, ...]) -> dict[str, float]:
 
 def markdown(results: dict) -> str:
     """The results as Markdown."""
-    env = results["environment"]
-    policy = f"OMP_WAIT_POLICY {env['omp_wait_policy']}"
-    lines = [f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}, {policy}", ""]
-    ratios = results["spectra"]["speedup_wall"].values()
-    lines += table(
-        ["spectra, ResNet-50-shaped, scheme 0, all divisors", "wall s", "CPU s", "alds_fast is", "in float32"],
-        [[n, f"{t['wall_s']:.2f}", f"{t['cpu_s']:.2f}", *(f"{r[n]:.1f}x faster" for r in ratios)]
-         for n, t in results["spectra"]["times"].items()],
+    ratios, memory = results["spectra"]["speedup_wall"].values(), results["memory"].items()
+    return page(
+        described(results["environment"]),
+        table(
+            ["spectra, ResNet-50-shaped, scheme 0, all divisors", "wall s", "CPU s", "alds_fast is", "in float32"],
+            [[n, f"{t['wall_s']:.2f}", f"{t['cpu_s']:.2f}", *(f"{r[n]:.1f}x faster" for r in ratios)]
+             for n, t in results["spectra"]["times"].items()],
+        ),
+        table(
+            ["compress to half the parameters", "wall s", "CPU s"],
+            [[n, f"{t['wall_s']:.2f}", f"{t['cpu_s']:.2f}"] for n, t in results["compress"].items()],
+        ),
+        table(
+            ["allocator, 300 x 12 x 4096", "wall s"],
+            [[n, f"{t['wall_s']:.3f}"] for n, t in results["allocator"].items()],
+        ),
+        table(
+            ["extra memory, MB", "analysis, peak", "of it the spectra kept", "largest layer's workspace"],
+            [[n, f"{m['analysis_mb']:.0f}", f"{m['spectra_kept_mb']:.1f}", f"{m['workspace_mb']:.0f}"]
+             for n, m in memory],
+        ),
+        table(
+            ["extra memory, MB", "factorisation, peak", "of it the compressed model"],
+            [[n, f"{m['factorise_mb']:.0f}", f"{m['result_mb']:.0f}"] for n, m in memory],
+        ),
     )  # fmt: skip
-    lines += ["", *table(
-        ["compress to half the parameters", "wall s", "CPU s"],
-        [[n, f"{t['wall_s']:.2f}", f"{t['cpu_s']:.2f}"] for n, t in results["compress"].items()],
-    )]  # fmt: skip
-    lines += ["", *table(
-        ["allocator, 300 x 12 x 4096", "wall s"],
-        [[n, f"{t['wall_s']:.3f}"] for n, t in results["allocator"].items()],
-    )]  # fmt: skip
-    memory = results["memory"].items()
-    lines += ["", *table(
-        ["extra memory, MB", "analysis, peak", "of it the spectra kept", "largest layer's workspace"],
-        [[n, f"{m['analysis_mb']:.0f}", f"{m['spectra_kept_mb']:.1f}", f"{m['workspace_mb']:.0f}"] for n, m in memory],
-    )]  # fmt: skip
-    lines += ["", *table(
-        ["extra memory, MB", "factorisation, peak", "of it the compressed model"],
-        [[n, f"{m['factorise_mb']:.0f}", f"{m['result_mb']:.0f}"] for n, m in memory],
-    )]  # fmt: skip
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

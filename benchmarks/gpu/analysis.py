@@ -11,11 +11,8 @@ left of ``--minutes``. Weights are random, spectra flat; singular values of 1, 2
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,10 @@ from torch import nn
 import alds_fast as alds
 from alds_fast import linalg
 from benchmarks.common.networks import SHAPED
-from benchmarks.common.results import RESULTS, environment, table
+from benchmarks.common.results import described, environment, page, save, table
+
+from .device import add_options, check_options, device_name, results_file
+from .timing import synchronize
 
 GROUPS, KEEP = (1, 2, 4), 0.8
 Results = dict[str, Any]
@@ -32,12 +32,10 @@ Results = dict[str, Any]
 
 def seconds(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     """Wall time of a call until the device has done its part, and what it returned."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(torch.device(device))
     begin = time.perf_counter()
     result = call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(torch.device(device))
     return time.perf_counter() - begin, result
 
 
@@ -118,53 +116,38 @@ def measure(args: argparse.Namespace, results: Results, save: Callable[[], None]
 
 def markdown(results: Results) -> str:
     """The results as Markdown."""
-    about = results["about"]
-    lines = [
-        f"{about['device']}, torch {about['torch']}, commit {about['commit']}; `python -m benchmarks.gpu.analysis`",
-        "",
-        f"Seconds, {KEEP:.0%} of the parameters kept:",
-        "",
-    ]
-    cases = {"ResNet-50, all schemes": results["resnet50"]} if "resnet50" in results else {}
-    cases |= {f"{shape}, one of {f['count']}": f for shape, f in results.get("llama", {}).get("one", {}).items()}
     llama = results.get("llama", {})
+    cases = {"ResNet-50, all schemes": results["resnet50"]} if "resnet50" in results else {}
+    cases |= {f"{shape}, one of {f['count']}": f for shape, f in llama.get("one", {}).items()}
     if llama.get("all"):
         cases[f"all {sum(llama['counts'].values())}"] = llama["all"]
     parts = ("spectra", "plan", "factors", "all")
-    lines += table(["", *parts], [[n, *(f"{f[f'{part}_s']:.3f}" for part in parts)] for n, f in cases.items()])
-    lines += ["", *table(
-        ["", "svdvals of every slice, float32, s", "our spectra are", "in float32, s", "squared errors then off by"],
-        [[shape, f"{f['svdvals32_s']:.3f}", f"{f['spectra_ratio']:.1f}x faster", f"{f['spectra32_s']:.3f}",
-          f"{f['off32']:.1e}"] for shape, f in llama.get("one", {}).items()],
-    )]  # fmt: skip
-    lines += ["", f"Not run: {llama['not_run']}."] if llama.get("not_run") else []
-    return "\n".join(lines) + "\n"
+    return page(
+        f"{described(results['about'])}; `python -m benchmarks.gpu.analysis`",
+        f"Seconds, {KEEP:.0%} of the parameters kept:",
+        table(["", *parts], [[n, *(f"{f[f'{part}_s']:.3f}" for part in parts)] for n, f in cases.items()]),
+        table(
+            ["", "svdvals of every slice, float32, s", "our spectra are", "in float32, s",
+             "squared errors then off by"],
+            [[shape, f"{f['svdvals32_s']:.3f}", f"{f['spectra_ratio']:.1f}x faster", f"{f['spectra32_s']:.3f}",
+              f"{f['off32']:.1e}"] for shape, f in llama.get("one", {}).items()],
+        ),
+        f"Not run: {llama['not_run']}." if llama.get("not_run") else "",
+    )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_options(parser)
     args = parser.parse_args()
-    if args.device == "cpu" and not args.quick:
-        parser.error("--device cpu needs --quick")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no GPU; --quick --device cpu runs without one")
+    check_options(parser, args)
     args.deadline = time.time() + 60 * args.minutes
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    about = {**environment(), "device": name, "quick": args.quick}
+    about = {**environment(), "device": device_name(args.device), "quick": args.quick}
     results: Results = {"about": about}
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    path = args.out / f"analysis_{slug}{'_quick' if args.quick else ''}.json"
-
-    def save() -> None:
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(results))
-
-    measure(args, results, save)
-    save()
+    file = results_file(args, "analysis")
+    measure(args, results, lambda: save(file, results, markdown(results)))
+    save(file, results, markdown(results))
     print(markdown(results))
 
 

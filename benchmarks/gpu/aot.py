@@ -16,6 +16,8 @@ import tempfile
 
 import torch
 
+from benchmarks.common.results import ROOT
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA C++ programming guide, table of features
 SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS")
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -159,6 +161,16 @@ def jobs():
     for name, kind, constants, t, wide in configurations():
         for arch in (90,) if kind == "fp16" else (80, 90):
             yield name, kind, constants, (t.num_warps, t.num_stages), arch, wide
+
+
+def compiled_rows():
+    """The rows of everything, from a process in which Triton compiles instead of interpreting."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.gpu.aot"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables, timeout=3600)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def main():

@@ -11,7 +11,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import all_cases, quick_cases
+from alds_fast.files import write_text
+
+from .case_list import all_cases, quick_cases
 
 STEPS = ("correctness", "ceilings", "rows", "end_to_end", "compiled")
 Results = dict[str, Any]
@@ -67,9 +69,7 @@ def save(results: Results, args: argparse.Namespace) -> None:
     steps = [f"step {s}" for s in STEPS if s not in args.steps]
     results["not_run"] = [{"name": k, "reason": "not reached in the time given"} for k in left]
     results["not_run"] += [{"name": s, "reason": "not asked for, or too long under the interpreter"} for s in steps]
-    scratch = args.file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(clean(results), indent=1) + "\n")
-    os.replace(scratch, args.file)
+    write_text(args.file, json.dumps(clean(results), indent=1) + "\n")
 
 
 def put_row(results: Results, row: dict[str, Any]) -> None:

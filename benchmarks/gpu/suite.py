@@ -33,7 +33,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -44,9 +43,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks.common.results import RESULTS, ROOT, commit
+from benchmarks.common.results import ROOT, environment
 
 from . import report, rows
+from .device import add_options, check_options, device_name, results_file
 from .state import START, STEPS, Results, blame, save, say, tasks
 from .worker import LOST, worker
 
@@ -58,16 +58,12 @@ QUICK_TESTS = "test_lowrank_linears or test_zero_rows or test_two_op_runs_no_ker
 def header(args: argparse.Namespace) -> Results:
     """Everything known before the first measurement."""
     triton = importlib.util.find_spec("triton") and __import__("triton").__version__
-    about = {"device": device_name(args.device), "torch": torch.__version__, "triton": triton or None}
-    about |= {"python": sys.version.split()[0], "cuda": torch.version.cuda, "commit": commit(args.commit)}
+    env = environment(args.commit)
+    about = {"device": device_name(args.device), "torch": env["torch"], "triton": triton or None}
+    about |= {"python": env["python"], "cuda": torch.version.cuda, "commit": env["commit"]}
     about |= {"quick": args.quick, "minutes": args.minutes, "steps": list(args.steps), "rows": [], "ceilings": None}
     about |= {"correctness": None, "end_to_end": {}, "not_run": [], "deaths": []}
     return about | {"progress": {"done": [], "running": None}}
-
-
-def device_name(device: str) -> str:
-    """As the driver calls it; "cpu" for the CPU."""
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -77,10 +73,9 @@ def kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def environment(args: argparse.Namespace) -> dict[str, str]:
-    """Of the processes that are started: the package is found, and a GPU is never interpreted."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    found = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GPU_SUITE_START": str(START)}
+def variables(args: argparse.Namespace) -> dict[str, str]:
+    """The environment of the processes that are started; with a GPU kernels are never interpreted."""
+    found = {**os.environ, "PYTHONUNBUFFERED": "1", "GPU_SUITE_START": str(START)}
     found.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.device == "cuda":
         found.pop("TRITON_INTERPRET", None)
@@ -110,7 +105,7 @@ def correctness(args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     begin = time.time()
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(args), stdout=out, stderr=subprocess.STDOUT,
+        process = subprocess.Popen(command, cwd=ROOT, env=variables(args), stdout=out, stderr=subprocess.STDOUT,
                                    start_new_session=True)  # fmt: skip
         try:
             process.wait(limit_s)
@@ -120,13 +115,8 @@ def correctness(args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
             timed_out = process.poll() is None
             kill(process)
     code = process.returncode
-    found = {
-        "command": " ".join(["python", *command[1:]]),
-        "returncode": code,
-        "timed_out": timed_out,
-        **counts(report),
-    }
-    found |= {"ok": code == 0 and not timed_out, "seconds": time.time() - begin}
+    found = {"command": " ".join(["python", *command[1:]]), "returncode": code, "timed_out": timed_out}
+    found |= {**counts(report), "ok": code == 0 and not timed_out, "seconds": time.time() - begin}
     report.unlink(missing_ok=True)
     found["tail"] = log.read_text(errors="replace")[-6000:]
     if found["ok"]:
@@ -139,7 +129,7 @@ def watch(args: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.suite", "--worker", *args.raw]
     command += ["--deadline", str(args.deadline), "--out", str(args.out)]
     for _ in range(8):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(args), start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=variables(args), start_new_session=True)
         try:
             why = wait(process, args)
         finally:
@@ -181,8 +171,7 @@ def finish(args: argparse.Namespace) -> int:
     results = json.loads(args.file.read_text())
     if results["progress"]["running"]:
         say(f"cut off in {results['progress']['running']['task']}")
-    report.write(results, args.file)
-    print(report.markdown(results), flush=True)
+    print(report.write(results, args.file), flush=True)
     wrong = report.problems(results)
     for text in wrong:
         print(f"!!! {text}", flush=True)
@@ -212,9 +201,7 @@ def drive(args: argparse.Namespace) -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, help="in all; 9, with --quick 3, on the CPU 1.5")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    add_options(parser)
     parser.add_argument("--steps", default=",".join(STEPS), help="comma-separated: " + ", ".join(STEPS))
     parser.add_argument("--match", default="", help="regular expression: only tasks whose name it finds")
     parser.add_argument("--model-mode", default="default", help="of torch.compile for whole models, both sides")
@@ -228,15 +215,10 @@ def parse() -> argparse.Namespace:
         parser.error(f"--steps {','.join(args.steps)}: choose from {', '.join(STEPS)}")
     if rows.interpreted(torch.device(args.device)):  # whole models would take minutes
         args.steps = tuple(s for s in args.steps if s != "end_to_end")
-    if args.device == "cpu" and not args.quick:
-        parser.error("--device cpu needs --quick")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no GPU; --quick --device cpu runs without one")
+    check_options(parser, args)
     args.minutes = args.minutes or (9.0 if not args.quick else 3.0 if args.device == "cuda" else 1.5)
     args.deadline = args.deadline or START + 60 * args.minutes - (5 if args.quick else 12)  # the report takes some
-    slug = re.sub(r"[^a-z0-9]+", "_", device_name(args.device).lower()).strip("_")
-    args.out = args.out.resolve()
-    args.file = args.out / f"gpu_{slug}{'_quick' if args.quick else ''}.json"
+    args.out, args.file = args.out.resolve(), results_file(args, "gpu")
     return args
 
 

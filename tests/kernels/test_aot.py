@@ -1,13 +1,7 @@
 """Everything that the launchers can choose compiles for sm_80 and sm_90 within their limits; no GPU is needed."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from benchmarks.common.results import ROOT
 from benchmarks.gpu import aot
 
 pytestmark = pytest.mark.slow
@@ -15,11 +9,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def rows():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu.aot"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1500)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return aot.compiled_rows()
 
 
 def test_every_configuration_compiles(rows):
