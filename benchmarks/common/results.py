@@ -46,12 +46,13 @@ def environment(given: str | None = None) -> dict[str, object]:
     }  # fmt: skip
 
 
-def described(env: Mapping[str, object]) -> str:
-    """An environment in words; it may name a "device" that did the work."""
-    threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
+def described(env: Mapping[str, object], timed: bool = True) -> str:
+    """An environment in words: with its "device" if it names one, and if ``timed`` with what only times depend on."""
     parts = [env["device"]] if "device" in env else []
-    parts += [env["cpu"], f"{env['cores']} cores", threads, f"torch {env['torch']}", f"Python {env['python']}"]
-    parts += [f"commit {env['commit']}", f"OMP_WAIT_POLICY {env['omp_wait_policy']}"]
+    parts += [env["cpu"], f"{env['cores']} cores"]
+    parts += [f"{env['threads']} thread" + "s" * (env["threads"] != 1)] if timed else []
+    parts += [f"torch {env['torch']}", f"Python {env['python']}", f"commit {env['commit']}"]
+    parts += [f"OMP_WAIT_POLICY {env['omp_wait_policy']}"] if timed else []
     return ", ".join(map(str, parts))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.common.results import RESULTS, table
 
-from .summary import rows_of
+from .summary import folders, rows_of
 
 COMMITTED = RESULTS / "quality" / "quality.csv"
 Key = tuple[str, str, float, int]
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder that run.py wrote")
     known, found = committed(), defaultdict(list)
-    for folder in sorted(path.parent for path in parser.parse_args().results.glob("*/results.jsonl")):
+    for folder in folders(parser.parse_args().results):
         for row in rows_of(folder):
             key = folder.name, row["variant"], round(row["share"], 6), row["seed"]
             if row["variant"] != "dense" and row["quality"] is not None and key in known:
@@ -44,7 +44,7 @@ def main() -> None:
         mean, low, high = statistics.mean(v for v, _ in values), min(values), max(values)
         ends = [f"{value:+.4f} ({where})" for value, where in (low, high)]
         rows.append([variant, f"{share:g}", len(values), f"{mean:+.4f}", *ends])
-    print("\n".join(table(["variant", "share", "cells", "mean difference", "least", "largest"], rows)))
+    print(table(["variant", "share", "cells", "mean difference", "least", "largest"], rows))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import platform
 import statistics
-import time
 
 import torch
 from torch import nn
@@ -21,9 +19,8 @@ from torch import nn
 from alds_fast.criteria import Moments, collect_moments
 from alds_fast.layers import find_layers
 from alds_fast.measurement import call_model, inference
-from benchmarks.common.measure import peak_mb
-from benchmarks.common.results import RESULTS, commit
-from benchmarks.common.results import table as markdown_table
+from benchmarks.common.measure import in_turns, peak_mb
+from benchmarks.common.results import RESULTS, described, environment, page, table
 
 from .networks import NETWORKS
 
@@ -58,13 +55,7 @@ def times(model: nn.Module, batches: list, layers: list, rounds: int) -> dict[st
         "moments": lambda: collect_moments(model, batches, layers),
         "gradients": lambda: collect_moments(model, batches, layers, sensitivity=True),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, call in sides.items():
-            begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
-    seconds = {name: values[1:] for name, values in seconds.items()}
+    seconds = {name: [wall for wall, _ in pairs[1:]] for name, pairs in in_turns(sides, rounds + 1).items()}
     ratios = {
         name: statistics.median(a / b for a, b in zip(values, seconds["plain"], strict=True))
         for name, values in seconds.items()
@@ -98,11 +89,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [
-        "# What collecting moments costs", "",
-        f"{platform.machine()} CPU, one thread, torch {torch.__version__}, commit {commit()}; "
-        "`python -m benchmarks.quality.moments_cost`.", "",
-    ]  # fmt: skip
     rows = []
     for name, (model, batches, include) in cases(args.only).items():
         layers = [layer for layer in find_layers(model, include) if layer.reason is None]
@@ -112,8 +98,9 @@ def main() -> None:
         rows.append([name, f"{t['plain']:.2f}", *ratios, f"{beside:.0f}", f"{largest:.1f}"])
         print(*rows[-1], sep=", ", flush=True)
     passes = ["plain passes, s", "with moments", "with gradients too"]
-    lines += markdown_table(["network", *passes, "memory beside the moments, MB", "largest"], rows)
-    OUTPUT.write_text("\n".join(lines) + "\n")
+    head = f"{described(environment())}; `python -m benchmarks.quality.moments_cost`."
+    costs = table(["network", *passes, "memory beside the moments, MB", "largest"], rows)
+    OUTPUT.write_text(page("# What collecting moments costs", head, costs))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ tell eight outcomes apart. ``retrained_table.py`` makes the table from the folde
 from __future__ import annotations
 
 import argparse
-import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import alds_fast as alds
 
 from .networks import NETWORKS
 from .training import fit
-from .variants import variants
+from .variants import chosen
 
 GRID = (0.5, 0.3, 0.2, 0.13, 0.08, 0.05, 0.03)
 DROP = 0.005  # half a point, as in the paper
@@ -54,14 +53,14 @@ def kept(table: alds.Evaluation, variant: str, share: float, seed: int) -> bool:
     return bool(rows) and rows[0]["drop_after"] is not None and rows[0]["drop_after"] <= DROP + 1e-9
 
 
-def search(name: str, seed: int, chosen: dict[str, Any], out: Path, part: float) -> dict[str, float]:
+def search(name: str, seed: int, compared: dict[str, Any], out: Path, part: float) -> dict[str, float]:
     """By variant, the smallest share of GRID that keeps the quality, 1 if none does; one bisection each."""
     network = NETWORKS[name]
     after = Retraining(name, max(1, round(part * network.epochs)))
-    bounds = {variant: (-1, len(GRID)) for variant in chosen}  # kept at the first, not at the second
+    bounds = {variant: (-1, len(GRID)) for variant in compared}  # kept at the first, not at the second
     while middles := {v: (low + high) // 2 for v, (low, high) in bounds.items() if high - low > 1}:
         at = min(middles.values())
-        now = {v: chosen[v] for v, middle in middles.items() if middle == at}
+        now = {v: compared[v] for v, middle in middles.items() if middle == at}
         table = alds.evaluate(
             network.build, network.quality, budgets=[GRID[at]], seeds=[seed], example_inputs=network.example_inputs,
             variants=now, data=network.calibration, after=after, out=out / name,
@@ -89,10 +88,8 @@ def main() -> None:
             if reason := network.missing():
                 print(f"{name}: left out, {reason}", flush=True)
                 continue
-            every = variants(network.include, network.example_inputs, network.sensitivity)
-            chosen = {v: o for v, o in every.items() if any(fnmatch.fnmatch(v, p) for p in args.variants)}
             try:
-                found = search(name, seed, chosen, args.out, args.part)
+                found = search(name, seed, chosen(network, args.variants), args.out, args.part)
             except alds.AldsError as error:
                 print(f"{name} seed {seed}: {error}", flush=True)
                 continue

@@ -8,19 +8,13 @@ over the seeds.
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
 import statistics
 from pathlib import Path
 
-import torch
-
-from benchmarks.common.results import RESULTS, commit
-from benchmarks.common.results import table as markdown_table
+from benchmarks.common.results import RESULTS, described, environment, page, table
 
 from .retrained import CHOSEN, DROP, GRID, PART
-from .summary import KEPT, rows_of
+from .summary import folders, rows_of, write_cells
 
 Reductions = dict[tuple[str, str], dict[int, float]]  # network, variant: by seed
 
@@ -28,11 +22,11 @@ Reductions = dict[tuple[str, str], dict[int, float]]  # network, variant: by see
 def reductions(results: Path) -> tuple[list[dict], Reductions]:
     """All cells, and 1 - the smallest share that kept the quality, 0 where none did."""
     rows, found = [], {}
-    for folder in sorted(path.parent for path in results.glob("*/results.jsonl")):
+    for folder in folders(results):
         own = rows_of(folder)
+        rows += own
         dense = {row["seed"]: row["quality"] for row in own if row["variant"] == "dense"}
         for row in own:
-            rows.append({"network": folder.name, **{key: row.get(key) for key in KEPT}})
             if row["variant"] == "dense":
                 continue
             by_seed = found.setdefault((folder.name, row["variant"]), {})
@@ -43,7 +37,7 @@ def reductions(results: Path) -> tuple[list[dict], Reductions]:
     return rows, found
 
 
-def table(found: Reductions, seeds: dict[str, list[int]]) -> str:
+def by_variant(found: Reductions, seeds: dict[str, list[int]]) -> str:
     """Percent saved, one line per variant; in bold the largest of the network."""
     networks = list(dict.fromkeys(network for network, _ in found))
     variants = [v for v in CHOSEN if any(v == variant for _, variant in found)]
@@ -54,7 +48,7 @@ def table(found: Reductions, seeds: dict[str, list[int]]) -> str:
         texts = [f"{100 * mean[n, v]:.0f}" if (n, v) in mean else "-" for n in networks]
         texts = [f"**{t}**" if mean.get((n, v)) == best[n] else t for n, t in zip(networks, texts, strict=True)]
         rows.append([v, *texts])
-    return "\n".join(markdown_table(["variant", *(f"{n} ({len(seeds[n])})" for n in networks)], rows))
+    return table(["variant", *(f"{n} ({len(seeds[n])})" for n in networks)], rows)
 
 
 def complete(rows: list[dict], found: Reductions) -> tuple[Reductions, dict[str, list[int]]]:
@@ -83,20 +77,16 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows, found = reductions(args.results)
-    with open(args.out / "retrained.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["network", *KEPT], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_cells(args.out / "retrained.csv", rows)
     ended, seeds = complete(rows, found)
-    hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, Python"
-    text = (
-        f"# The largest reduction after retraining\n\n{hardware} {platform.python_version()}, commit "
-        f"{commit(args.commit)}; `python -m benchmarks.quality.retrained`. Percent of the parameters saved at a loss "
-        f"of {100 * DROP:g} points at most "
+    about = (
+        f"{described(environment(args.commit), timed=False)}; `python -m benchmarks.quality.retrained`. Percent of the "
+        f"parameters saved at a loss of {100 * DROP:g} points at most "
         f"(the measure of the ALDS paper), after retraining over the last {100 * PART:g} % of the epochs. Out of the "
         f"shares {', '.join(f'{share:g}' for share in GRID)}, found by bisection; 0: none of them. Means over the "
-        f"seeds, whose number is in brackets; bold: the network's best.\n\n{table(ended, seeds)}\n"
+        f"seeds, whose number is in brackets; bold: the network's best."
     )
+    text = page("# The largest reduction after retraining", about, by_variant(ended, seeds))
     (args.out / "retrained.md").write_text(text)
     print(f"wrote {args.out}: {len(rows)} cells")
 

@@ -7,7 +7,6 @@ writes one folder per network to ``--out``; ``summary.py`` makes the tables of b
 from __future__ import annotations
 
 import argparse
-import fnmatch
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch
 import alds_fast as alds
 
 from .networks import NETWORKS
-from .variants import variants
+from .variants import chosen
 
 BUDGETS = (0.5, 0.3, 0.15)
 MORE = {"minilm": (0.8, 0.6)}  # a transformer that is not retrained has nothing left below
@@ -26,24 +25,17 @@ def run(
 ) -> alds.Evaluation:
     """One network by the variants that match a pattern; shares are those of what may be compressed."""
     network = NETWORKS[name]
-    every = variants(network.include, network.example_inputs, network.sensitivity)
-    chosen = {v: options for v, options in every.items() if any(fnmatch.fnmatch(v, p) for p in patterns)}
     shares = [network.share(network.build(0), keep) for keep in budgets]
     return alds.evaluate(
         network.build, network.quality, budgets=shares, seeds=seeds, example_inputs=network.example_inputs,
-        variants=chosen, data=network.calibration,
-        out=out / name, workers=workers,
+        variants=chosen(network, patterns), data=network.calibration, out=out / name, workers=workers,
     )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only",
-        nargs="*",
-        default=[n for n in NETWORKS if n != "crepe-full"],
-        help="names of networks; by default all but crepe-full, which takes hours",
-    )
+    names, about = [n for n in NETWORKS if n != "crepe-full"], "by default all but crepe-full, which takes hours"
+    parser.add_argument("--only", nargs="*", default=names, help=f"names of networks; {about}")
     parser.add_argument("--budgets", type=float, nargs="*", help="default: 0.5 0.3 0.15, MiniLM 0.8 0.6")
     parser.add_argument("--seeds", type=int, nargs="*", help="default: the network's three")
     parser.add_argument("--variants", nargs="*", default=["*"], help="shell-style patterns")
@@ -60,9 +52,8 @@ def main() -> None:
             continue
         try:
             seeds = tuple(args.seeds or NETWORKS[name].seeds)
-            table = run(
-                name, args.out, tuple(args.budgets or MORE.get(name, BUDGETS)), seeds, args.workers, args.variants
-            )
+            budgets = tuple(args.budgets or MORE.get(name, BUDGETS))
+            table = run(name, args.out, budgets, seeds, args.workers, args.variants)
         except alds.AldsError as error:
             print(f"{name}: {error}", flush=True)
             continue

@@ -10,16 +10,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import platform
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 import alds_fast as alds
-from benchmarks.common.results import RESULTS, commit
-from benchmarks.common.results import table as markdown_table
+from benchmarks.common.results import RESULTS, described, environment, page, table
 
 KEPT = "variant", "share", "seed", "status", "params", "flops", "error", "quality", "quality_after", "seconds_analyze"
 KEPT += "seconds_plan", "seconds_apply"
@@ -29,21 +25,34 @@ OTHERS += "filters uniform", "pca"
 Cells = dict[tuple[str, str, int], list[float]]  # network, variant, rank of the share: qualities
 
 
+def folders(results: Path) -> Iterator[Path]:
+    """Those of the networks; each is called like its own."""
+    return (path.parent for path in sorted(results.glob("*/results.jsonl")))
+
+
+def write_cells(file: Path, rows: list[dict]) -> None:
+    """All cells as CSV, the columns of KEPT."""
+    with open(file, "w", newline="") as opened:
+        writer = csv.DictWriter(opened, ["network", *KEPT], restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def rows_of(folder: Path) -> list[dict]:
-    """Finished cells of a network, in the order in which they were run."""
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row.get("status") in ("done", "cannot be met")]
+    """Finished cells of a network, with its name, in the order in which they were run."""
+    rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    return [{**row, "network": folder.name} for row in rows if row.get("status") in ("done", "cannot be met")]
 
 
 def collected(results: Path) -> tuple[list[dict], Cells, dict[str, float]]:
     """All rows, qualities by cell, and the dense networks' mean qualities."""
     rows, cells, dense = [], {}, {}
-    for folder in sorted(path.parent for path in results.glob("*/results.jsonl")):
+    for folder in folders(results):
         own = rows_of(folder)
+        rows += own
         shares = sorted({row["share"] for row in own if row["variant"] != "dense"}, reverse=True)
         dense[folder.name] = statistics.mean(row["quality"] for row in own if row["variant"] == "dense")
         for row in own:
-            rows.append({"network": folder.name, **{key: row.get(key) for key in KEPT}})
             if row["quality"] is not None and row["variant"] != "dense":
                 key = folder.name, row["variant"], shares.index(row["share"])
                 cells.setdefault(key, []).append(row["quality"])
@@ -58,13 +67,13 @@ def cell_text(values: list[float] | None, best: float) -> str:
     return f"**{text}**" if mean >= best - 0.002 else text
 
 
-def table(cells: Cells, networks: list[str], level: int) -> str:
+def by_variant(cells: Cells, networks: list[str], level: int) -> str:
     """One line per variant; in bold what is within .002 of the best of the network."""
     variants = list(dict.fromkeys(variant for _, variant, _ in cells))
     mean = {(n, v): statistics.mean(cells[n, v, level]) for n in networks for v in variants if (n, v, level) in cells}
     best = {n: max((q for (network, _), q in mean.items() if network == n), default=0.0) for n in networks}
     rows = [[v, *(cell_text(cells.get((n, v, level)), best[n]) for n in networks)] for v in variants]
-    return "\n".join(markdown_table(["variant", *networks], rows))
+    return table(["variant", *networks], rows)
 
 
 def by_shares(rows: list[dict]) -> dict[tuple[float, ...], list[str]]:
@@ -86,7 +95,7 @@ def drops(cells: Cells, dense: dict[str, float], level: int) -> str:
         lost = [dense[n] - statistics.mean(q) for (n, variant, at), q in cells.items() if variant == v and at == level]
         if lost:
             rows.append([v, f"{statistics.median(lost):.4f}", f"{max(lost):.4f}", len(lost)])
-    return "\n".join(markdown_table(["variant", "median drop", "largest drop", "networks"], rows))
+    return table(["variant", "median drop", "largest drop", "networks"], rows)
 
 
 def main() -> None:
@@ -97,24 +106,22 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows, cells, dense = collected(args.results)
-    with open(args.out / "quality.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["network", *KEPT], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    for folder in sorted(path.parent for path in args.results.glob("*/results.jsonl")):
+    write_cells(args.out / "quality.csv", rows)
+    for folder in folders(args.results):
         every = alds.Evaluation.read(folder)
         drawn = [row for row in every.rows if row["variant"] in (*OURS, *OTHERS, "dense")]
         alds.Evaluation(drawn, every.budget).plot(args.out / f"{folder.name}.png")
-    hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, Python"
-    parts = [f"# Quality without retraining\n\n{hardware} {platform.python_version()}, commit {commit(args.commit)}; "
-             f"`python -m benchmarks.quality.run`. Means over the seeds, ± largest minus smallest where above .005; "
-             f"bold: within .002 of the network's best."]  # fmt: skip
-    parts.append("Dense: " + ", ".join(f"{name} {quality:.4f}" for name, quality in dense.items()) + ".")
+    parts = [
+        "# Quality without retraining",
+        f"{described(environment(args.commit), timed=False)}; `python -m benchmarks.quality.run`. Means over the "
+        f"seeds, ± largest minus smallest where above .005; bold: within .002 of the network's best.",
+        "Dense: " + ", ".join(f"{name} {quality:.4f}" for name, quality in dense.items()) + ".",
+    ]
     for shares, networks in by_shares(rows).items():
         own = {key: values for key, values in cells.items() if key[0] in networks}
         for level, share in enumerate(shares):
-            parts.append(f"## params = {share:.4g}\n\n{table(own, networks, level)}\n\n{drops(own, dense, level)}")
-    (args.out / "quality.md").write_text("\n\n".join(parts) + "\n")
+            parts += [f"## params = {share:.4g}", by_variant(own, networks, level), drops(own, dense, level)]
+    (args.out / "quality.md").write_text(page(*parts))
     print(f"wrote {args.out}: {len(rows)} cells of {len(dense)} networks")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.results import table as markdown_table
+from benchmarks.common.results import table
 
 from .data import cache
 from .networks import NETWORKS
@@ -36,19 +36,19 @@ def main() -> None:
             cached = weights_file(name, seed).exists()
             NETWORKS[name].build(seed)
             print(f"{name} seed {seed}: {'was in the cache' if cached else 'trained'}", flush=True)
-    print(table())
+    print(reached())
 
 
-def table() -> str:
+def reached() -> str:
     """Markdown: what every network in the cache reached on all 10,000 test images, by seed, and its seconds."""
     rows = []
     for name in NETWORKS:
         logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in logs_of(name)]
         if logs:
-            reached = ", ".join(f"{log[-1]['test']:.4f}" for log in logs)
+            accuracies = ", ".join(f"{log[-1]['test']:.4f}" for log in logs)
             seconds = statistics.median(sum(line.get("seconds", 0) for line in log) for log in logs)
-            rows.append([name, reached, f"{seconds:.0f}"])
-    return "\n".join(markdown_table(["network", "test accuracy by seed", "seconds of one training"], rows))
+            rows.append([name, accuracies, f"{seconds:.0f}"])
+    return table(["network", "test accuracy by seed", "seconds of one training"], rows)
 
 
 def logs_of(name: str) -> list[Path]:

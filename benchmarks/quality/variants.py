@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import alds_fast as alds
+
+from .networks import Network
 
 REFITTED = "sensitivity p=2", "output p=4", "output p=2", "frobenius p=4", "svd-energy", "l-rank", "pca"
 
@@ -52,3 +56,9 @@ def variants(include: str | None, example_inputs: Any, sensitivity: Any = True) 
     for name in REFITTED:
         found[f"{name} refit"] = {**found[name], "refit": True}
     return found
+
+
+def chosen(network: Network, patterns: Sequence[str]) -> dict[str, Any]:
+    """The variants of a network whose names match one of the shell-style patterns."""
+    every = variants(network.include, network.example_inputs, network.sensitivity)
+    return {name: options for name, options in every.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}

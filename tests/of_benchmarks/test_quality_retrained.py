@@ -41,7 +41,7 @@ def test_bisection_finds_the_smallest_share_that_keeps_the_quality(least, found,
     rows, reductions = retrained_table.reductions(tmp_path)
     assert reductions["tiny", "a"] == {0: 1 - found} and len(rows) <= 1 + 2 * 3
     left, seeds = retrained_table.complete(rows, reductions)
-    assert seeds == {"tiny": [0]} and "| tiny (1) |" in retrained_table.table(left, seeds)
+    assert seeds == {"tiny": [0]} and "| tiny (1) |" in retrained_table.by_variant(left, seeds)
 
 
 def test_rewinding_takes_the_last_epochs_of_the_schedule():
