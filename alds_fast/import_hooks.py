@@ -21,10 +21,12 @@ class _LoaderThenCalls(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the module's own loader does."""
         module: ModuleType | None = self._loader.create_module(spec)
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the module with its own loader in place, then make the calls."""
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
@@ -39,6 +41,7 @@ class _Finder(MetaPathFinder):
         self.waiting: dict[str, list[Callable[[], None]]] = {}
 
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """What the other finders say of a module that is waited for, with the calls added; None for any other."""
         calls = self.waiting.pop(name, None)
         if calls is None:
             return None

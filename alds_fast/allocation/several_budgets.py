@@ -106,6 +106,7 @@ class _Instance:
 
     @classmethod
     def of(cls, costs: Sequence[Ints], errors: Sequence[Floats], budgets: Ints) -> _Instance:
+        """Of every layer's costs (K, candidates) and errors (candidates,)."""
         orders = [np.argsort(e, kind="stable") for e in errors]
         rows = np.concatenate([c[:, o] for c, o in zip(costs, orders, strict=True)], axis=1)
         stops = np.cumsum([len(o) for o in orders])
@@ -170,10 +171,10 @@ def least_largest(costs: Sequence[Ints], errors: Sequence[Floats], budgets: Ints
     meet = lru_cache(maxsize=None)(lambda i: instance.meet(float(levels[i])))
     possible = bisect_left(range(len(levels)), True, key=lambda i: not meet(i)[1])
     met = possible + bisect_left(range(possible, len(levels)), True, key=lambda i: meet(i)[0] is not None)
-    found = meet(met)[0] if met < len(levels) else None
-    if found is None:
+    within = meet(met)[0] if met < len(levels) else None
+    if within is None:
         return None
-    picks = found.copy()
+    picks = within.copy()
     _spend(instance.costs, instance.shares, instance.errors, instance.starts, picks, instance.remaining(picks))
     return instance.index[picks], float(levels[possible])
 

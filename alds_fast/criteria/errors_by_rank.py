@@ -34,7 +34,6 @@ class Basis:
         if not self.used:
             return None
         weight, shape = oriented_weight(layer.module), layer.shape
-        assert shape is not None
         centred = self.bias_correction and layer.own_bias
         return weighting(shape, weight, self.moments[layer.name], centred, CRITERIA[self.criterion].needs_gradients)
 

@@ -198,8 +198,8 @@ def deploy(
 
     >>> import alds_fast as alds
     >>> small = alds.compress(torch.nn.Sequential(torch.nn.Linear(256, 256)), params=0.25)
-    >>> fast, found = deploy(small, torch.randn(64, 256), rounds=3, report=True)
-    >>> sorted(found.model_ms), found.rows[0].won in found.rows[0].times_ms
+    >>> fast, table = deploy(small, torch.randn(64, 256), rounds=3, report=True)
+    >>> sorted(table.model_ms), table.rows[0].won in table.rows[0].times_ms
     (['dense', 'deployed', 'two-op'], True)
     """
     check_model(model)

@@ -29,7 +29,7 @@ class Records:
     Attributes:
         by_key: the latest record of every cell.
         marks: the mark of the dense model by seed.
-        setting: :attr:`alds_fast.cells.Task.setting` of all its runs, None in a new file.
+        setting: :attr:`alds_fast.evaluation.cells.Task.setting` of all its runs, None in a new file.
         variants: names in the order in which they were first asked for.
     """
 

@@ -124,12 +124,14 @@ class LowRankConv(LowRankLayer):
         return self._decode(self._encode(input, self.encoder, None), self.decoder, self.bias)
 
     def why_not_fused(self, x: Tensor) -> str | None:
+        """That there is no kernel."""
         return f"there is no kernel for {self.ndim}-d convolutions"
 
     def _conv_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def dense_module(self) -> nn.Module:
+        """The ``nn.Conv1d``, 2d or 3d that the layer stands for, on the meta device."""
         shape, options = self.weight_shape, self._conv_options()
         options |= {"groups": shape.conv_groups, "bias": self.bias is not None, "device": "meta"}
         return self._dense(shape.in_channels, shape.out_channels, shape.kernel, **options)
@@ -187,6 +189,7 @@ class LowRankConv2d(LowRankConv):
         return None
 
     def why_not_fused(self, x: Tensor) -> str | None:
+        """Why the 2-d kernel cannot run this layer on ``x``; None if it can."""
         return self._structural_reason() or why_not_fused_conv2d(x, self.encoder, self.decoder)
 
 

@@ -59,9 +59,11 @@ class LowRankLinear(LowRankLayer):
         return lowrank_linear(input, self.encoder, self.decoder, self.bias, groups=self.groups, backend=self.backend)
 
     def why_not_fused(self, x: Tensor) -> str | None:
+        """Why the fused kernel cannot run this layer on ``x``; None if it can."""
         return why_not_fused_linear(x, self.encoder)
 
     def dense_module(self) -> nn.Module:
+        """The ``nn.Linear`` that the layer stands for, on the meta device."""
         shape = self.weight_shape
         return nn.Linear(shape.in_channels, shape.out_channels, self.bias is not None, device="meta")
 

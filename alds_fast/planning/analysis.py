@@ -31,7 +31,7 @@ class Analysis:
         model: the model itself, which budgets on operations and latency run.
         moments: by layer name, what the layers called with ``data`` see; empty without.
         max_groups: most channel slices tried by criteria that use them, None for no limit.
-        recompute_in_float64: computes single spectra of (layer, (scheme, groups)) in float64.
+        recompute_in_float64: computes the spectra of some (layer, (scheme, groups)) in float64.
     """
 
     layers: tuple[Layer, ...]

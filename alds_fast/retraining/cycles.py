@@ -54,6 +54,7 @@ class Pipeline:
 
     @property
     def random_place(self) -> tuple[torch.device, Iterable[Any] | None]:
+        """Where random numbers come from: the model's device, and the loader, whose generators count too."""
         return device_of(self.dense), self.recipe.loader if self.recipe else None
 
     def run(self) -> State:
