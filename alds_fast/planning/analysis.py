@@ -22,7 +22,7 @@ from .plan_rows import LayerPlan, planned_row
 
 @dataclass(frozen=True)
 class Analysis:
-    """The spectra of a model's layers; made by :func:`analyze`.
+    """The spectra of a model's layers; made by :func:`alds_fast.analyze`.
 
     Attributes:
         layers: every layer with a weight of two or more dimensions, with the reason if it is left out.
