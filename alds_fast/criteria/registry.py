@@ -18,15 +18,13 @@ class Criterion:
     Attributes:
         rule: the errors of all ranks, from (values, top) as :mod:`alds_fast.criteria.spectral` has it or, with data,
             from (weighting, scheme, groups) as :mod:`alds_fast.criteria.weighted_errors`.
-        exact: it is the error itself.
-        bound: it is never below the error.
+        bound: it is never below the error, or is the error itself.
         needs_data, needs_gradients: moments of the layers' inputs, and of the gradients.
         certified: there are certificates of it for randomized factors and for spectra in float32.
         p: the norm over the layers that serves it best under one budget (docs/defaults.md).
     """
 
     rule: Callable[..., Tensor]
-    exact: bool = False
     bound: bool = False
     needs_data: bool = False
     needs_gradients: bool = False
@@ -35,11 +33,11 @@ class Criterion:
 
 
 CRITERIA = {
-    "frobenius": Criterion(frobenius, exact=True, bound=True, certified=True),
+    "frobenius": Criterion(frobenius, bound=True, certified=True),
     "operator": Criterion(operator, bound=True),
     "paper": Criterion(paper, bound=True),
     "reference": Criterion(reference),
-    "output": Criterion(errors, exact=True, bound=True, needs_data=True),
+    "output": Criterion(errors, bound=True, needs_data=True),
     "output-bound": Criterion(certificate, bound=True, needs_data=True),
     "sensitivity": Criterion(errors, needs_data=True, needs_gradients=True, p=2.0),  # squares add up over the layers
 }

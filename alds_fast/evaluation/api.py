@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..criteria import CRITERIA
 from ..errors import ArgumentError, EvaluationError, MissingFileError, ModelError
 from .cells import Cell, Task, check_cells
 from .log import Records
@@ -52,7 +53,7 @@ def evaluate(
             is fitted to it as by ``Plan.apply(refit=)``; or a function (copy of the
             dense model, share, seed) -> smaller model, which sees to the budget itself.
         methods, criteria, ps: in the place of ``variants``, all their combinations; None is plan()'s default. With
-            ``data`` they are all given it, and gradients where "sensitivity" is among the criteria.
+            ``data`` they are all given it, and gradients where one of the criteria needs them.
         seeds: integers; torch's random numbers start from the seed in every cell.
         example_inputs: what the model is run with to count operations, as for ``plan(flops=)``.
         data: a function of the seed that returns the batches for the analysis.
@@ -87,7 +88,8 @@ def evaluate(
     check_cells(budgets, budget, seeds, example_inputs)
     shares = [float(share) for share in sorted(budgets, reverse=True)]
     if variants is None:
-        seeing = {} if data is None else {"data": True, "sensitivity": "sensitivity" in criteria}
+        gradients = any(name in criteria for name, criterion in CRITERIA.items() if criterion.needs_gradients)
+        seeing = {} if data is None else {"data": True, "sensitivity": gradients}
         variants = product(methods, criteria, ps, budget, example_inputs, **seeing)
     elif (tuple(methods), tuple(criteria), tuple(ps)) != (("alds",), (None,), (None,)):
         raise ArgumentError("give variants=, or methods=, criteria= and ps=, not both")

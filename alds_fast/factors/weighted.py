@@ -18,7 +18,8 @@ class WeightedFactors(NamedTuple):
     """Factors of all slices, left (g0, k, rows, rank) and right (g0, k, rank, cols / k), float64.
 
     ``shift`` (filters,) is what the bias takes up, E[(W - W_hat) x], zero unless centred; ``error`` the relative error
-    reached, never above that of :func:`alds_fast.criteria.weighted_errors.errors`, and ``frobenius`` ||W - W_hat||_F / ||W||_F.
+    reached, never above that of :func:`alds_fast.criteria.weighted_errors.errors`, and ``frobenius``
+    ||W - W_hat||_F / ||W||_F.
     """
 
     left: Tensor

@@ -4,8 +4,8 @@
 BackendError where it cannot; "fused-first", which :func:`alds_fast.deploy` sets where it measured the kernel to be
 fastest, runs two calls there. ``backend="auto"`` runs the faster of the two as measured: on a CUDA device, outside
 torch.compile, graph capture and training, the first call of every combination of shapes times both (some
-milliseconds) and later calls take the winner; :func:`alds_fast.kernels.decisions` shows what was found. Everywhere else it is two-op;
-:func:`alds_fast.deploy` measures for those cases too.
+milliseconds) and later calls take the winner; :func:`alds_fast.kernels.decisions` shows what was found. Everywhere
+else it is two-op; :func:`alds_fast.deploy` measures for those cases too.
 """
 
 from __future__ import annotations

@@ -14,12 +14,10 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
     """The criterion asked for, or the best that moments and method allow; ArgumentError where it needs others."""
     gradients = any(m.gradient is not None for m in moments.values())
     baseline = BASELINES.get(method)
-    if baseline is not None and baseline.needs_data:
-        if not moments:
-            raise ArgumentError(f"method={method!r} needs data: analyze(model, data=batches)")
-        return "output" if criterion is None else criterion
-    if criterion is None and baseline is not None and baseline.one_slice:
-        return "frobenius"
+    if baseline is not None and baseline.needs_data and not moments:
+        raise ArgumentError(f"method={method!r} needs data: analyze(model, data=batches)")
+    if criterion is None and baseline is not None and baseline.criterion is not None:
+        return baseline.criterion
     if criterion is None:
         return "sensitivity" if gradients else "output" if moments else "frobenius"
     if CRITERIA[criterion].needs_gradients and not gradients:

@@ -94,8 +94,11 @@ def check_plan_options(
     ``shares`` are those of params=, flops= and latency=, None where not given. (The names in importance= are checked
     where the layers are known.)
     """
-    if method == "pca" and criterion not in (None, "output"):
-        raise ArgumentError(f"method='pca' is made for criterion='output', not {criterion!r}; leave criterion out")
+    baseline = BASELINES.get(method) if isinstance(method, str) else None
+    if baseline is not None and baseline.needs_data and criterion not in (None, baseline.criterion):
+        raise ArgumentError(
+            f"method={method!r} is made for criterion={baseline.criterion!r}, not {criterion!r}; leave criterion out"
+        )
     criterion, p = "frobenius" if criterion is None else criterion, math.inf if p is None else p
     given = _check_budgets(shares, error, example_inputs)
     if not is_number(p) or not p >= 1:

@@ -15,11 +15,13 @@ from .rules import l_rank, least_sum, pca, svd, svd_energy, svd_nuclear, uniform
 class Baseline:
     """A rule (candidates and spectra of the layers, budget) -> the candidates taken, and what is true of it.
 
-    ``one_slice``: it uses the encode fold with one slice; ``needs_data``: it goes by the outputs' covariances.
+    ``one_slice``: it uses the encode fold with one slice. ``criterion``: the one that it is reported by, if no other is
+    asked for. ``needs_data``: it goes by the outputs' covariances, and takes no other criterion.
     """
 
     rule: Callable[[Sequence[Candidates], Sequence[LayerSpectra], int], list[int]]
     one_slice: bool = False
+    criterion: str | None = None
     needs_data: bool = False
 
 
@@ -30,11 +32,11 @@ def _alds_heuristic(layers: Sequence[Candidates], spectra: Sequence[LayerSpectra
 
 BASELINES = {
     "alds-heuristic": Baseline(_alds_heuristic),
-    "svd": Baseline(svd, one_slice=True),
-    "svd-energy": Baseline(svd_energy, one_slice=True),
-    "svd-nuclear": Baseline(svd_nuclear, one_slice=True),
-    "l-rank": Baseline(l_rank, one_slice=True),
+    "svd": Baseline(svd, one_slice=True, criterion="frobenius"),
+    "svd-energy": Baseline(svd_energy, one_slice=True, criterion="frobenius"),
+    "svd-nuclear": Baseline(svd_nuclear, one_slice=True, criterion="frobenius"),
+    "l-rank": Baseline(l_rank, one_slice=True, criterion="frobenius"),
     "sum": Baseline(least_sum),
     "uniform": Baseline(uniform),
-    "pca": Baseline(pca, one_slice=True, needs_data=True),
+    "pca": Baseline(pca, one_slice=True, criterion="output", needs_data=True),
 }
