@@ -1,4 +1,7 @@
-"""The only writer of files: each is whole or not there. Checksums are CRC-32."""
+"""The writer of files: each is whole or not there. Checksums are CRC-32.
+
+(The log of an evaluation is appended to, a line at a time, by itself.)
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,18 @@ def atomic(target: Path) -> Iterator[str]:
 
 
 @contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """:func:`atomic`, with a FileWriteError where the system refuses."""
+    try:
+        with atomic(Path(path)) as temporary:
+            yield temporary
+    except OSError as e:
+        raise FileWriteError(
+            f"{os.fspath(path)!r} could not be written ({e.strerror or e}); what stood there before is unchanged"
+        ) from e
+
+
+@contextmanager
 def whole_or_nothing(path: Path) -> Iterator[None]:
     """FileWriteError, saying what to do, where the system refuses to write."""
     try:
@@ -97,6 +112,6 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    with atomic(path) as temporary:
+    """Write a file as a whole or not at all; FileWriteError where the system refuses."""
+    with replacing(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import check_model
 from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
-from ..files import atomic, crc32, target_file
+from ..files import crc32, replacing, target_file
 from ..integrations import keep_when_saved
 from ..layers import LowRankLayer, MergedLinears, annotate, find_layers, label, low_rank_like, overlaps, replace_layers
 from ..linalg import Decomposition
@@ -84,11 +84,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "plan": plan.to_json() if isinstance(plan, Plan) else "",
     }  # fmt: skip
     try:
-        with atomic(target) as temporary:
+        with replacing(target) as temporary:
             save_file(stored, temporary, metadata)
     except KeyError as e:
         raise ModelError(f"the model holds a tensor of type {e}, which safetensors cannot store") from e
-    except (OSError, SafetensorError) as e:
+    except SafetensorError as e:
         raise FileWriteError(f"{str(target)!r} could not be written ({e}); what stood there before is unchanged") from e
 
 

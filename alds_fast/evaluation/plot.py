@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from ..planning import check_plot
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, too light on white.
@@ -69,4 +71,5 @@ def plot_quality(path: str | os.PathLike[str], means: Sequence[Means], x: str, q
         axes.tick_params(labelsize=10)
     panels[0].set_ylabel("quality", fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=10)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=130)

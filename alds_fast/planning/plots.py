@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
+from ..files import replacing
 from ..linalg import max_rank
 from .analysis import Analysis
 from .plan import Plan
@@ -79,4 +80,5 @@ def plot_plan(analysis: Analysis, plan: Plan, path: str | os.PathLike[str]) -> N
     axes.set_ylabel("parameters")
     axes.legend(fontsize=7)
     figure.suptitle(f"{plan.keep_ratio:.1%} of {plan.params_before:,} parameters, largest error {plan.error:.3f}")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=110)

@@ -1,15 +1,18 @@
 """Tables and pictures of an evaluation that is written by hand."""
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 
 import alds_fast as alds
-from alds_fast.errors import ArgumentError
+from alds_fast.errors import ArgumentError, FileWriteError
+from alds_fast.evaluation.plot import _ticks
 from alds_fast.evaluation.table import COLUMNS
 
 
@@ -101,6 +104,18 @@ def test_pictures(tmp_path):
 
 
 def test_ticks_of_a_logarithmic_axis():
-    from alds_fast.evaluation.plot import _ticks
-
     assert _ticks(4.0, 60.0) == [5.0, 10.0, 20.0, 50.0] and _ticks(0.5, 5.0) == [0.5, 1.0, 2.0, 5.0]
+
+
+def test_what_cannot_be_written_is_an_error_of_ours_and_leaves_the_old(tmp_path, monkeypatch):
+    BY_HAND.plot(tmp_path / "p.png")
+    old = (tmp_path / "p.png").read_bytes()
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    for write in (lambda: BY_HAND.plot(tmp_path / "p.png"), lambda: BY_HAND.save(tmp_path)):
+        with pytest.raises(FileWriteError, match="No space left on device.*is unchanged"):
+            write()
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"] and (tmp_path / "p.png").read_bytes() == old
