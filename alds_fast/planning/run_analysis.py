@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence, Sized
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -78,7 +79,7 @@ def analyze(
     analysis = Analysis(tuple(layers), spectra, count_params(model), model)
     if data is None:
         return analysis
-    batches = len(data) if isinstance(data, Sized) else 0
+    batches = operator.length_hint(data)  # 0 for none; a DataLoader may have __len__ and no length
     moments = collect_moments(
         model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order,
         done=lambda count: told("moments", count, batches),

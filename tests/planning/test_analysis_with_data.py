@@ -337,3 +337,25 @@ def test_a_second_plan_solves_nothing_again(monkeypatch):
     solved.clear()
     assert analysis.plan(params=0.6).to_json() == first.to_json() and analysis.plan(params=0.5).params < first.params
     assert not solved
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from images(8)
+
+
+@pytest.mark.parametrize(
+    "form, length", [(list, 2), (iter, 2), (lambda b: (x for x in b), 0)], ids=["list", "iter", "generator"]
+)
+def test_progress_is_told_with_data_of_any_form(form, length):
+    told = []
+    alds.analyze(small_net(), data=form([images(4), images(4)]), progress=lambda *what: told.append(what))
+    assert [what for what in told if what[0] == "moments"] == [("moments", 1, length), ("moments", 2, length)]
+    done = [(done, total) for what, done, total in told if what == "spectra"]
+    assert done == sorted(done) and done[-1][0] == done[-1][1] > 0
+
+
+def test_a_loader_that_does_not_know_its_length():
+    loader, told = torch.utils.data.DataLoader(_Stream(), batch_size=4), []
+    alds.analyze(small_net(), data=loader, progress=lambda *what: told.append(what))
+    assert told[-2:] == [("moments", 1, 0), ("moments", 2, 0)]

@@ -124,11 +124,11 @@ class Work:
 
     def in_batches(self, what: str, numbers: list[int]) -> Iterator[list[int]]:
         """This process's part of the layers, a few at a time, and the progress told; then all processes meet."""
-        share = self.shared(numbers)
-        done, total = 0, sum(self.ready[i].shape.numel for i in share)
+        share, ready = self.shared(numbers), self.ready
+        done, total = 0, sum(ready[i].shape.numel for i in share)
         for batch in self.batches(share):
             yield batch
-            done += sum(self.ready[i].shape.numel for i in batch)
+            done += sum(ready[i].shape.numel for i in batch)
             self.progress(what, done, total)
         self.world.together()
 
