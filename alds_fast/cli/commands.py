@@ -44,7 +44,7 @@ TARGET_HELP = (
     "package.module:function or file.py:function that returns the model; for compress also a checkpoint directory: "
     "config.json and safetensors files"
 )
-BUDGETS = ("params", "flops", "latency", "error")
+BUDGETS = (*SHARES, "error")
 
 
 def _precision(args: argparse.Namespace) -> str:

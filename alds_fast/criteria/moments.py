@@ -85,7 +85,7 @@ def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torc
     return float(z.detach().double().square().sum())
 
 
-def _detached(batch: Any) -> Any:
+def _detach(batch: Any) -> Any:
     """The batch without tensors that ask for a gradient, which would be left in their ``grad``."""
     asking = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(batch))
     return tree_map_only(Tensor, Tensor.detach, batch) if asking else batch
@@ -135,7 +135,7 @@ def collect_moments(
             collector.keep = mask_of(batch, mask)
             masks += collector.keep is not None
             with naming_batch(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
-                output = call_model(model, _detached(batch), f"batch {count} of data=")
+                output = call_model(model, _detach(batch), f"batch {count} of data=")
                 if sensitivity:
                     collector.back = True
                     collector.energy += _backward(output, batch, sensitivity, generator)

@@ -63,7 +63,7 @@ def _rows(
     return rows
 
 
-def _forced(name: str, layer: LowRankLayer, case: Case, backend: str) -> DeployRow:
+def _force(name: str, layer: LowRankLayer, case: Case, backend: str) -> DeployRow:
     specs, plain = case
     if not specs:
         return DeployRow(*_head(name, layer), "", {}, {}, "two-op", "not called with the example inputs", "forced")
@@ -212,7 +212,7 @@ def deploy(
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
     if backend is not None:
-        rows = [_forced(name, layer, cases[name], backend) for name, layer in layers.items()]
+        rows = [_force(name, layer, cases[name], backend) for name, layer in layers.items()]
     else:
         rows = _rows(layers, cases, known, rounds)
         rows += _merged_rows(

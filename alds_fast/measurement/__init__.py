@@ -4,7 +4,7 @@ Here belongs what observes models. What is decided by the observations belongs i
 """
 
 from .data_batches import check_batches, mask_of, naming_batch, numbered_batches
-from .flops import counted_inputs, dense_flops, flops_per_rank
+from .flops import count_inputs, dense_flops, flops_per_rank
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .run_model import (
     attribute_set,
@@ -25,7 +25,7 @@ __all__ = [
     "attribute_set",
     "call_model",
     "check_batches",
-    "counted_inputs",
+    "count_inputs",
     "dense_flops",
     "device_name",
     "device_of",
