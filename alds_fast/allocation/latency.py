@@ -51,7 +51,7 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for factor in (layer.encoder, layer.decoder):
-            factor.copy_(torch.randn(factor.shape, generator=generator) * scale)
+            factor.copy_(torch.randn(factor.shape, generator=generator, device="cpu") * scale)
         if layer.bias is not None:
             layer.bias.zero_()
     return layer

@@ -67,7 +67,8 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.flops and args.input is None:
         raise ArgumentError("--flops needs --input, the shape of an input, for example 1,3,224,224")
     kind = "flops" if args.flops else "params"
-    example = None if args.input is None else torch.randn(args.input, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    example = None if args.input is None else torch.randn(args.input, generator=seeded, device="cpu")
     variants = _variants(args, kind, example)
     build, quality = ModelTarget(args.target, args.weights), Target(args.quality)
     data, after = (SeededTarget(t) if t else None for t in (args.data, args.after))

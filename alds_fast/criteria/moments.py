@@ -80,7 +80,7 @@ def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torc
     if z.dim() == 0:
         z.backward()
         return 1.0
-    signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
+    signs = torch.randint(0, 2, z.shape, generator=generator, device="cpu").to(z) * 2 - 1
     (z * signs).sum().backward()
     return float(z.detach().double().square().sum())
 
@@ -173,7 +173,8 @@ def _moments_of(collector: Collector) -> dict[str, Moments]:
         if collector.gradients and collector.gradient_sums[layer.name].rows:
             gradient, _, gradient_noise = collector.gradient_sums[layer.name].over(collector.energy)
         elif collector.gradients:  # what matters does not depend on this layer
-            gradient = torch.zeros(layer.shape.conv_groups, *2 * [layer.shape.filters_per_group], dtype=torch.float64)
+            size = (layer.shape.conv_groups, layer.shape.filters_per_group, layer.shape.filters_per_group)
+            gradient = torch.zeros(size, dtype=torch.float64, device="cpu")
         rows, (second, mean, noise) = sums.rows, sums.over(sums.rows)
         for other in collector.leaders[layer.name] & moments.keys():
             shared = moments[other].second

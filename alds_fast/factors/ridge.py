@@ -105,7 +105,8 @@ def _towards(weight: Tensor, seen: Means, ridge: float, centred: bool) -> Tensor
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     if math.isinf(ridge) or not bool(size.any()):
         return weight
-    ridged = second + torch.where(size > 0, ridge * size, 1.0) * torch.eye(second.shape[-1], dtype=torch.float64)
+    identity = torch.eye(second.shape[-1], dtype=torch.float64, device=second.device)
+    ridged = second + torch.where(size > 0, ridge * size, 1.0) * identity
     return weight + torch.linalg.solve(ridged, (cross - weight @ second).mT).mT
 
 

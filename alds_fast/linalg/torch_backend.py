@@ -134,6 +134,6 @@ def batched_rsvd_ref(matrix: Tensor, groups: int, rank: int) -> Factors:
     slices = _slices(matrix, groups).flatten(0, 1)
     u, s, vh = torch.linalg.svd(slices, full_matrices=False)
     root = s[:, :rank].sqrt()
-    exact = torch.full((len(slices),), EXACT_BY_CHOICE)
+    exact = torch.full((len(slices),), EXACT_BY_CHOICE, device=matrix.device)
     left, right = u[..., :rank] * root[:, None], vh[:, :rank] * root[..., None]
     return Factors(left, right, optimal_errors(s, 0), optimal_errors(s, rank), exact)
