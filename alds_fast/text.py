@@ -30,6 +30,6 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "-"
 
 
-def number(value: float) -> float | str | None:
-    """JSON for a number: null for NaN, "inf" for infinity."""
-    return None if math.isnan(value) else "inf" if math.isinf(value) else value
+def number(value: float | None) -> float | str | None:
+    """JSON for a number: null for NaN and None, "inf" for infinity."""
+    return None if value is None or math.isnan(value) else "inf" if math.isinf(value) else value

@@ -3,11 +3,11 @@
 Here belongs what turns a layer into errors by rank. What chooses among ranks belongs in allocation.
 """
 
-from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
-from .input_rows import Wanted, fitting_mask, outputs, patches
+from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, layer_held_out_errors, with_outputs
+from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moment_hooks import rows_wanted
-from .moment_sums import exact_products
+from .moment_sums import distinct_rows, exact_products, with_few_rows
 from .moments import Moments, Sensitivity, collect_moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WEIGHT_CRITERIA
 from .spectra import (
@@ -23,7 +23,7 @@ from .spectra import (
     with_groups,
 )
 from .weighted_errors import EIGEN_NOISE, folded, slice_bases, tap_blocks
-from .weights import Weighting, weighting
+from .weights import Weighting, unknown_share, weighting
 
 __all__ = [
     "CRITERIA",
@@ -43,15 +43,18 @@ __all__ = [
     "Wanted",
     "Weighting",
     "batches",
+    "by_side",
     "candidate_groups",
     "collect_moments",
     "computed_in_float32",
+    "distinct_rows",
     "exact_products",
     "exact_spectra",
     "fitting_mask",
     "folded",
     "for_threads",
     "layer_errors",
+    "layer_held_out_errors",
     "layer_spectra",
     "marked_float32",
     "outputs",
@@ -61,7 +64,9 @@ __all__ = [
     "slice_bases",
     "tap_blocks",
     "total_work",
+    "unknown_share",
     "weighting",
+    "with_few_rows",
     "with_groups",
     "with_outputs",
 ]

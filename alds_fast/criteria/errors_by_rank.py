@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..layers import DecomposableLayer, Layer, oriented_weight
+from ..layers import DecomposableLayer, oriented_weight
 from .moments import Moments
-from .registry import CRITERIA
+from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
 from .spectra import LayerSpectra
-from .weights import Weighting, weighting
+from .weighted_errors import held_out_errors
+from .weights import Weighting, noise_share, unknown_share, weighting
 
+LEAST_NOISE = 0.02  # share below which more than it is not tried
+MOST_NOISE = 0.95  # mean share of the layers, above which data are not used unless a criterion is asked for
 MAX_DATA_GROUPS = 8  # channel slices tried with data where groups= is "divisors"
 Errors = dict[tuple[int, int], Tensor]
 
@@ -28,29 +31,65 @@ class Basis:
     criterion: str
     moments: Mapping[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     bias_correction: bool = True
-
-    def weighting(self, layer: DecomposableLayer) -> Weighting | None:
-        """How this layer's errors are weighted; None for a criterion without data."""
-        if not self.used:
-            return None
-        weight, shape = oriented_weight(layer.module), layer.shape
-        centred = self.bias_correction and layer.own_bias
-        return weighting(shape, weight, self.moments[layer.name], centred, CRITERIA[self.criterion].needs_gradients)
+    _shares: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def used(self) -> bool:
         """Whether the criterion uses data."""
         return CRITERIA[self.criterion].needs_data
 
-    def lacks(self, name: str) -> bool:
-        """Whether the criterion needs moments of this layer, or of its gradients, and there are none."""
-        moments = self.moments.get(name)
-        needs_gradients = CRITERIA[self.criterion].needs_gradients
-        return self.used and (moments is None or (needs_gradients and moments.gradient is None))
+    def criterion_of(self, name: str) -> str:
+        """What a layer is judged by: the criterion, or the next best where data or gradients do not reach it."""
+        if not self.used:
+            return self.criterion
+        if name not in self.moments:
+            return DEFAULT_CRITERION
+        gradient = self.moments[name].gradient
+        reached = gradient is not None and bool(gradient.any())
+        return WITHOUT_GRADIENTS if CRITERIA[self.criterion].needs_gradients and not reached else self.criterion
 
-    def reason(self, layer: Layer) -> str | None:
-        """Why a layer has no error by this criterion."""
-        return "it is not called with data=" if self.lacks(layer.name) else None
+    def weighting(self, layer: DecomposableLayer) -> Weighting | None:
+        """How this layer's errors are weighted; None where it is judged without data."""
+        if not CRITERIA[self.criterion_of(layer.name)].needs_data:
+            return None
+        if layer.name not in self._shares:
+            self._shares[layer.name] = self._share(layer)
+        return self._weighting(layer, self._shares[layer.name])
+
+    def untold(self, layers: Sequence[DecomposableLayer]) -> bool:
+        """Whether the data tell next to nothing: what they show of the layers' inputs and gradients is noise."""
+        shares = []
+        for layer in layers:
+            if CRITERIA[self.criterion_of(layer.name)].needs_data:
+                m = self.moments[layer.name]
+                whole = m.output if m.second is None else m.second
+                assert whole is not None
+                parts = [(whole, m.noise)]
+                if CRITERIA[self.criterion_of(layer.name)].needs_gradients and m.gradient is not None:
+                    parts.append((m.gradient, m.gradient_noise))
+                shares.append(min(unknown_share(*part) for part in parts))
+        return bool(shares) and sum(shares) / len(shares) > MOST_NOISE
+
+    def _weighting(self, layer: DecomposableLayer, share: float) -> Weighting:
+        centred = self.bias_correction and layer.own_bias
+        sensitive = CRITERIA[self.criterion_of(layer.name)].needs_gradients
+        weight = oriented_weight(layer.module)
+        return weighting(layer.shape, weight, self.moments[layer.name], centred, sensitive, share)
+
+    def _share(self, layer: DecomposableLayer) -> float:
+        """How much of a layer's covariance goes to the identity: its share of noise or, if that does better, more.
+
+        What does best on the rows that are kept aside, over all ranks, with one slice.
+        """
+        noise = noise_share(layer.shape, oriented_weight(layer.module), self.moments[layer.name])
+        if self.moments[layer.name].held is None or noise < LEAST_NOISE:
+            return noise
+
+        def lost(share: float) -> float:
+            errors = held_out_errors(self._weighting(layer, share), 0, 1)
+            return float(errors.clamp_min(1e-12).log().mean())
+
+        return min((noise, (1.0 + noise) / 2, 1.0), key=lost)
 
 
 def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None) -> Errors:
@@ -59,21 +98,24 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None) ->
     With data no more than ``max_groups`` slices, and where only the output's moment is known only the encode fold with
     one slice.
     """
-    layer, rule = spectra.layer, CRITERIA[basis.criterion].rule
-    if not basis.used:
-        return {key: spectra.errors(*key, rule) for key in spectra.values}
-    if basis.reason(layer):
-        return {}
+    layer, rule = spectra.layer, CRITERIA[basis.criterion_of(spectra.layer.name)].rule
     weights = basis.weighting(layer)
-    assert weights is not None
+    if weights is None:
+        return {key: spectra.errors(*key, rule) for key in spectra.values}
     keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups]
     keys = [k for k in keys if weights.second is not None or k == (0, 1)]
     return {key: rule(weights, *key) for key in keys}
 
 
+def layer_held_out_errors(layer: DecomposableLayer, basis: Basis, scheme: int, groups: int) -> Tensor | None:
+    """Relative errors of ranks 0..r on the rows that are kept aside; None without any, or by weights alone."""
+    weights = basis.weighting(layer)
+    return None if weights is None or weights.held is None else held_out_errors(weights, scheme, groups)
+
+
 def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:
     """The spectra with the eigenvalues of the output's covariance."""
-    weights = None if basis.lacks(spectra.layer.name) else basis.weighting(spectra.layer)
+    weights = basis.weighting(spectra.layer)
     if weights is None:
         return replace(spectra, output=torch.zeros(1, dtype=torch.float64, device="cpu"))
     return replace(spectra, output=torch.linalg.eigvalsh(weights.output).sum(0).flip(0).clamp_min(0))

@@ -39,6 +39,40 @@ def fitting_mask(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | 
     return next((form for form in forms if leading == form.shape), None)
 
 
+def _by_row(leading: torch.Size, aside: Tensor) -> Tensor:
+    """Whether each row of the leading dimensions is of a sample that is kept aside.
+
+    Samples are the first dimension, or go along it one after the other; else the second. Rows that are in no such order
+    (those that a router gives to an expert) count by their place.
+    """
+    count = len(aside)
+    if leading[0] % count == 0:
+        flags = aside.repeat_interleave(leading[0] // count)
+        return flags.view(-1, *[1] * (len(leading) - 1)).expand(leading)
+    if len(leading) > 1 and leading[1] == count:
+        return aside.view(1, -1, *[1] * (len(leading) - 2)).expand(leading)
+    places = torch.arange(leading.numel(), device=aside.device) * count // leading.numel()
+    return aside[places].view(leading)
+
+
+def by_side(
+    module: nn.Module, x: Tensor, keep: Tensor | None, aside: Tensor | None
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None] | None]:
+    """A layer's input or output with its mask, as :func:`patches` takes them: of the samples used, of those kept aside.
+
+    ``aside`` (samples,) says which these are; without any the second part is None.
+    """
+    if aside is None or not bool(aside.any()):
+        return (x, keep), None
+    if not is_linear(module):
+        batch = with_batch_dimension(module, x)
+        flags = _by_row(batch.shape[:1], aside.to(x.device))
+        return (batch[~flags], None), (batch[flags], None)
+    rows = x if x.dim() > 1 else x.unsqueeze(0)
+    flags = _by_row(rows.shape[:-1], aside.to(x.device))
+    return (rows, ~flags if keep is None else keep & ~flags), (rows, flags if keep is None else keep & flags)
+
+
 def _windows(module: Any, x: Tensor) -> Tensor:
     """View (samples, *positions, channels, *kernel) of a convolution's padded input."""
     pad, axes = module._reversed_padding_repeated_twice, len(module.kernel_size)

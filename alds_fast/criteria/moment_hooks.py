@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..layers import DecomposableLayer, is_linear
 from ..measurement import first_input
-from .input_rows import Wanted, fitting_mask, outputs, patches
-from .moment_sums import ProductSums
+from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
+from .moment_sums import HeldRows, ProductSums
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
@@ -27,6 +27,8 @@ class Collector:
     def __init__(self, layers: Sequence[DecomposableLayer], order: int, gradients: bool) -> None:
         self.layers, self.gradients = layers, gradients
         self.keep: Tensor | None = None
+        self.aside: Tensor | None = None
+        self.held: dict[str, HeldRows] = {layer.name: HeldRows() for layer in layers}
         self.sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers}
         self.gradient_sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers if gradients}
         self.by_output = {layer.name for layer in layers if layer.shape.columns > order}
@@ -68,13 +70,18 @@ class Collector:
             self.leaders[layer.name].add(self.last_name)
         else:
             keep = fitting_mask(layer.module, x, self.keep)
-            samples, rows = patches(layer.module, x.detach(), keep, rows_wanted(layer, sums.drawn), self.seed)
+            used, aside = by_side(layer.module, x.detach(), keep, self.aside)
+            if aside is not None:
+                self.held[layer.name].add(patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
+            samples, rows = patches(layer.module, *used, rows_wanted(layer, sums.drawn), self.seed)
             products = sums.products(samples)
             if linear:  # convolutions rarely share an input, and their strips may be large
                 products = [replace(product, strips=list(product.strips)) for product in products]
                 self.last, self.last_name = (weakref.ref(x), key, products, rows), layer.name
             self.seed += 1
             self.leaders[layer.name].add(layer.name)
+        if same:
+            self.held[layer.name] = self.held[self.last_name]
         sums.add(products, rows)
 
     def _on_output(self, layer: DecomposableLayer) -> Callable[..., Tensor | None]:
@@ -92,11 +99,14 @@ class Collector:
         return hook
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
-        samples, rows = outputs(layer.module, y, fitting_mask(layer.module, y, self.keep))
+        used, aside = by_side(layer.module, y, fitting_mask(layer.module, y, self.keep), self.aside)
+        samples, rows = outputs(layer.module, *used)
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
         sums = self.sums[layer.name]
         sums.add(sums.products(samples - shift), rows)
+        if aside is not None:
+            self.held[layer.name].add(outputs(layer.module, *aside, HeldRows.wanted, self.seed)[0] - shift)
 
     def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
         sums = self.gradient_sums[layer.name]

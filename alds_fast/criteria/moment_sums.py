@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +14,22 @@ from torch import Tensor
 BLOCKS = 4  # of a symmetric product's columns, of which one triangle is computed
 MIRRORED = 256  # columns at once
 PART = 1 << 17  # entries of a product that are added at once
+MOST_ROWS = 1024  # of a layer that are kept aside
+SAME = 1e-6  # relative distance of what rounding keeps apart
 
 
 @dataclass(frozen=True)
 class Product:
     """Of some rows x less ``shift`` (groups, 1, n): the upper triangle of the sum of their x x^T (groups, n, n) as
-    strips from the diagonal on, each with its rows, their sum (groups, n) in float64, and how many there were."""
+    strips from the diagonal on, each with its rows, their sum (groups, n) in float64, how many there were, how many of
+    them differ from one another, and the sum of the fourth powers of their norms."""
 
     strips: Iterable[tuple[slice, Tensor]]
     mean: Tensor
     used: int
     shift: Tensor | None
+    distinct: int
+    fourth: float
 
 
 @contextmanager
@@ -54,7 +61,27 @@ def plain_rows(rows: Tensor) -> Tensor:
 def _products(x: Tensor, parts: int, shift: Tensor | None) -> list[Product]:
     """Products of so many parts of the rows (groups, rows, n), of their type, made as they are added."""
     cut = [part for part in x.tensor_split(parts, 1) if part.shape[1]] or [x]
-    return [Product(_strips(part), part.sum(1).double(), part.shape[1], shift) for part in cut]
+    return [_product(part, shift) for part in cut]
+
+
+def _product(x: Tensor, shift: Tensor | None) -> Product:
+    fourth = float(x.square().sum(-1, dtype=torch.float64).square().sum())
+    return Product(_strips(x), x.sum(1).double(), x.shape[1], shift, distinct_rows(x), fourth)
+
+
+def with_few_rows(free: float) -> float:
+    """What an estimate of noise from so many rows, less two, is multiplied by: it is itself known that badly only."""
+    return 1.0 + 4.0 / free
+
+
+def distinct_rows(x: Tensor) -> int:
+    """How many rows of (groups, rows, n) differ from one another, by a random projection of each."""
+    if x.shape[1] < 2:
+        return x.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(x.shape[0], x.shape[2], generator=generator, device="cpu").to(x)
+    at = torch.einsum("grn,gn->r", x, direction).sort().values
+    return 1 + int((at.diff() > SAME * at.abs().amax()).sum())
 
 
 def _in_float64(strip: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -69,6 +96,7 @@ class ProductSums:
 
     def __init__(self) -> None:
         self.rows = self.drawn = 0
+        self.distinct = self.fourth = 0.0
         self.second: Tensor | None = None
         self.mean: Tensor | None = None
         self.shift: Tensor | None = None
@@ -101,10 +129,15 @@ class ProductSums:
                     self.squares += scale**2 * (2 * _norm2(part) - _norm2(part[:, :, :square]))
             self.mean.add_(product.mean, alpha=scale)
             self.weights += (scale * product.used) ** 2
+            self.distinct += product.distinct
+            self.fourth += scale**2 * product.fourth
         self.rows, self.drawn = self.rows + rows, self.drawn + used
 
-    def over(self, count: float) -> tuple[Tensor, Tensor, float]:
-        """The sums over ``count``, on the CPU, and the noise of the first; the sums are given up."""
+    def over(self, count: float, distinct_share: float = 1.0) -> Averages:
+        """The sums over ``count``, on the CPU, and their noise; the sums are given up.
+
+        ``distinct_share`` is the share of the samples that are none of another: what is repeated tells nothing new.
+        """
         assert self.second is not None and self.mean is not None
         second, mean = self.second.div_(count), self.mean / count
         self.second = self.mean = None
@@ -113,7 +146,9 @@ class ProductSums:
             square = second[:, block, block].triu()
             second[:, block, block] = square + square.triu(1).mT
             second[:, rest, block] = second[:, block, rest].mT
-        noise = self._noise(_norm2(second), count)
+        norm2 = _norm2(second)
+        noise, rows = self._noise(norm2, count, distinct_share)
+        spread = float(second.diagonal(dim1=-2, dim2=-1).sum() - mean.square().sum())
         if self.shift is not None:
             shift = self.shift.squeeze(1).double()
             both = mean + shift
@@ -121,19 +156,62 @@ class ProductSums:
                 block = slice(start, start + MIRRORED)
                 second[:, block] += both[:, block, None] * both[:, None] - mean[:, block, None] * mean[:, None]
             mean = both
-        return second.cpu(), mean.cpu(), noise
+        mean_noise = max(0.0, spread) / rows if rows > 0 else math.inf
+        return Averages(second.cpu(), mean.cpu(), noise, mean_noise)
 
-    def _noise(self, norm2: float, count: float) -> float:
-        """Variance of the sum over ``count``, whose squared norm is ``norm2``, from that of its parts.
+    def _noise(self, norm2: float, count: float, distinct_share: float) -> tuple[float, float]:
+        """Variance of the sum over ``count``, whose squared norm is ``norm2``, and how many rows it is worth, less two.
 
-        With weights w_u that add up to 1, sum_u w_u^2 ||C_u - C||^2 is on average (1 - sum_u w_u^2) times the
-        variance of C = sum_u w_u C_u.
+        The larger one of two estimates: from how far the rows are apart, taken as independent, and from how far parts
+        of the data are. With weights w_u that add up to 1, sum_u w_u^2 ||C_u - C||^2 is on average (1 - sum_u w_u^2)
+        times the variance of C = sum_u w_u C_u.
         """
-        share = self.weights / self.rows**2
-        if share >= 1.0:
-            return norm2  # one part only: nothing is known
-        return max(0.0, self.squares / count**2 - share * norm2) / (1.0 - share)
+        free, share = self.distinct * distinct_share - 2.0, self.weights / self.rows**2
+        if free <= 0.0:
+            return math.inf, 0.0  # two rows, less their mean, are one: nothing is known
+        rows = self.drawn
+        of_rows = max(0.0, self.fourth - norm2 * count**2 / rows) * rows / free / count**2
+        of_parts = max(0.0, self.squares / count**2 - share * norm2) / (1.0 - share) if share < 1.0 else 0.0
+        noise = max(of_rows, of_parts)
+        return noise * with_few_rows(free), free * of_rows / max(noise, 1e-300) / with_few_rows(free)
+
+
+class Averages(NamedTuple):
+    """Second moment (groups, n, n), mean (groups, n), and the expected squared distance of each from that of all data.
+
+    (Of the second moment: of the covariance. Frobenius norm, float64, on the CPU.)
+    """
+
+    second: Tensor
+    mean: Tensor
+    noise: float
+    mean_noise: float
 
 
 def _norm2(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
+class HeldRows:
+    """A layer's rows on samples kept aside, (rows, groups, n): all, or evenly spread ones of more than 1,024."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._step = 1
+
+    @staticmethod
+    def wanted(rows: int) -> int:
+        """How many of a call's rows are looked at."""
+        return min(rows, MOST_ROWS // 4)
+
+    def add(self, rows: Tensor) -> None:
+        """Take up rows of one more call."""
+        kind = rows.dtype if rows.dtype == torch.float64 else torch.float32
+        self._parts.append(rows.detach()[:: self._step].to("cpu", kind))
+        if sum(map(len, self._parts)) > MOST_ROWS:
+            self._parts, self._step = [torch.cat(self._parts)[::2].clone()], 2 * self._step
+
+    def rows(self) -> Tensor | None:
+        """What there is; None if nothing is."""
+        rows = torch.cat(self._parts) if self._parts else torch.empty(0, device="cpu")
+        return rows if len(rows) else None

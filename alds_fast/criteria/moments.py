@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, label
 from ..measurement import (
+    Samples,
     attribute_set,
     copy_batch,
     mask_of,
@@ -37,9 +38,10 @@ class Moments:
         gradient: sum over all rows of g g^T over the sum of the squares of the network's output, g the gradient at y
             of that output's product with random signs; shaped as ``output``; zero where that output does not depend
             on the layer, None if not asked for.
-        noise, gradient_noise: how far the covariance (of x, or of y beside ``output``) and ``gradient`` are from those
-            of all data of this kind: expected squared Frobenius distance, estimated from how far parts of the data are
-            from one another.
+        noise, gradient_noise, mean_noise: how far the covariance (of x, or of y beside ``output``), ``gradient`` and
+            ``mean`` are from those of all data of this kind: expected squared distance, estimated from how far rows
+            and parts of the data are from one another; infinite where nothing is known.
+        held: rows x (of y beside ``output``) of samples that are kept aside, (rows, conv_groups, n); None without any.
     """
 
     rows: int
@@ -49,6 +51,8 @@ class Moments:
     gradient: Tensor | None = None
     noise: float = 0.0
     gradient_noise: float = 0.0
+    mean_noise: float = 0.0
+    held: Tensor | None = None
 
 
 @contextmanager
@@ -95,6 +99,7 @@ def collect_moments(
     sensitivity: Sensitivity = False,
     mask: str | None = "attention_mask",
     order: int = 8192,
+    held_out: float = 0.0,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Moments]:
     """Moments of the layers over all batches of ``data``, by name; layers that are never called are left out.
@@ -111,6 +116,8 @@ def collect_moments(
         mask: name of a keyword argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is
             not counted in Linear layers.
         order: layers with more columns than this get the moment of their output instead.
+        held_out: share of the samples, in [0, 1), of which rows are kept aside, one at least where two differ; they do
+            not count in the moments.
         done: told the number of batches finished, after each.
 
     Raises:
@@ -119,6 +126,7 @@ def collect_moments(
         ModelError: the model raised an exception, or a layer sees NaN.
     """
     collector, generator = Collector(layers, order, bool(sensitivity)), torch.Generator().manual_seed(0)
+    samples = Samples(held_out)
     if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
         raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
     if sensitivity and torch.is_inference_mode_enabled():
@@ -128,7 +136,7 @@ def collect_moments(
     count, masks = 0, 0
     with collector.hooked(), private_runs(model) as run, _frozen(model):
         for count, batch in enumerate(data, 1):
-            collector.keep = mask_of(batch, mask)
+            collector.keep, collector.aside = mask_of(batch, mask), samples.aside(batch)
             masks += collector.keep is not None
             with naming_batch(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
                 output = run(batch, count, f"batch {count} of data=")
@@ -141,7 +149,7 @@ def collect_moments(
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     if not masks and mask not in (None, "attention_mask"):
         raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
-    moments = _moments_of(collector)
+    moments = _moments_of(collector, samples.distinct / max(1, samples.total))
     if layers and not moments:
         raise ArgumentError(
             "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "
@@ -159,19 +167,19 @@ def _check(layer: DecomposableLayer, second: Tensor, gradient: Tensor | None) ->
             )
 
 
-def _moments_of(collector: Collector) -> dict[str, Moments]:
+def _moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
     """By name, for the layers that were called; layers with one and the same input share its moment."""
     moments: dict[str, Moments] = {}
     for layer in collector.layers:
         sums, gradient, gradient_noise = collector.sums[layer.name], None, 0.0
         if not sums.rows:
             continue
-        if collector.gradients and collector.gradient_sums[layer.name].rows:
-            gradient, _, gradient_noise = collector.gradient_sums[layer.name].over(collector.energy)
+        if collector.gradients and collector.gradient_sums[layer.name].rows and collector.energy > 0:
+            gradient, _, gradient_noise, _ = collector.gradient_sums[layer.name].over(collector.energy, distinct)
         elif collector.gradients:  # what matters does not depend on this layer
             size = (layer.shape.conv_groups, layer.shape.filters_per_group, layer.shape.filters_per_group)
             gradient = torch.zeros(size, dtype=torch.float64, device="cpu")
-        rows, (second, mean, noise) = sums.rows, sums.over(sums.rows)
+        rows, (second, mean, noise, mean_noise) = sums.rows, sums.over(sums.rows, distinct)
         for other in collector.leaders[layer.name] & moments.keys():
             shared = moments[other].second
             if shared is not None and torch.equal(shared, second):
@@ -179,5 +187,7 @@ def _moments_of(collector: Collector) -> dict[str, Moments]:
         _check(layer, second, gradient)
         by_output = layer.name in collector.by_output
         inner, outer = (None, second) if by_output else (second, None)
-        moments[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise)
+        moments[layer.name] = Moments(
+            rows, inner, mean, outer, gradient, noise, gradient_noise, mean_noise, collector.held[layer.name].rows()
+        )
     return moments

@@ -42,4 +42,5 @@ CRITERIA = {
     "sensitivity": Criterion(errors, needs_data=True, needs_gradients=True, p=2.0),  # squares add up over the layers
 }
 DEFAULT_CRITERION = "frobenius"  # where there is no data
+WITHOUT_GRADIENTS = "output"  # where there is
 WEIGHT_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_data)

@@ -104,9 +104,9 @@ def _tails(values: Tensor) -> Tensor:
     return values.sum((0, 1)).flip(0).cumsum(0).flip(0)
 
 
-def _relative(w: Weighting, squares: Tensor) -> Tensor:
+def _relative(squares: Tensor, scale: float) -> Tensor:
     """Relative errors of ranks 0..r from the squares for 0..r - 1."""
-    relative = squares / w.scale if w.scale > 0 else torch.zeros_like(squares)
+    relative = squares / scale if scale > 0 else torch.zeros_like(squares)
     return torch.cat([relative.sqrt(), squares.new_zeros(1)])
 
 
@@ -123,7 +123,27 @@ def errors(w: Weighting, scheme: int, groups: int) -> Tensor:
         assert blocks is not None
         pairs = _pairs(bases, blocks).flip(0, 1).cumsum(0).cumsum(1)
         tails = pairs.diagonal().flip(0).clamp_min(0)
-    return _relative(w, tails)
+    return _relative(tails, w.scale)
+
+
+def held_out_errors(w: Weighting, scheme: int, groups: int) -> Tensor:
+    """As :func:`errors`, on the rows that are kept aside, of which there must be some."""
+    assert w.held is not None
+    blocks = None if w.second is None else tap_blocks(w, scheme)
+    bases, rows = slice_bases(w, scheme, groups, blocks), w.held
+    if blocks is None:
+        outer = rows if w.root is None else rows @ w.root
+        energy, centre = rows.square().sum(), w.mean if w.root is None else (w.root @ w.mean.unsqueeze(-1)).squeeze(-1)
+        at = (outer - centre.unsqueeze(-2) if w.centred else outer) @ bases.left.squeeze(1)
+        squares = at.square().sum((0, 1)).flip(0).cumsum(0).flip(0)
+    else:
+        assert w.mean_input is not None
+        energy = (rows @ w.weight.mT).square().sum()
+        rows = rows - w.mean_input.unsqueeze(-2) if w.centred else rows
+        pairs = _pairs(bases, tap_blocks(w, scheme, rows.mT @ rows)).flip(0, 1).cumsum(0).cumsum(1)
+        squares = pairs.diagonal().flip(0).clamp_min(0)
+    scale = float(energy) if w.root is None else w.held.shape[1] * w.scale
+    return _relative(squares, scale)
 
 
 def certificate(w: Weighting, scheme: int, groups: int) -> Tensor:
@@ -145,4 +165,4 @@ def certificate(w: Weighting, scheme: int, groups: int) -> Tensor:
     half = (inverse.unsqueeze(1) @ split).reshape(g0, taps * cols, taps, groups, -1).permute(0, 2, 3, 4, 1)
     whole = (inverse.unsqueeze(1) @ half).reshape(g0, taps * cols, taps * cols)
     mu = torch.linalg.eigvalsh(whole)[..., -1].clamp_min(1.0)
-    return _relative(w, _tails(slice_bases(w, scheme, groups, blocks).values * mu[:, None, None]))
+    return _relative(_tails(slice_bases(w, scheme, groups, blocks).values * mu[:, None, None]), w.scale)

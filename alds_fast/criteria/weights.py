@@ -16,9 +16,10 @@ from .moments import Moments
 class Weighting:
     """A layer's weight and what it is weighted by, float64: W (g0, f, n), C (g0, n, n) or None, and H, H^-1 (g0, f, f).
 
-    ``output`` is W C W^T, which serves where C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C
-    is known, and ``centred`` says whether means were taken out of the moments (where a bias takes them up). ``scale``
-    divides squared errors. ``shrinkage`` is the share of noise in C, see :meth:`fitting`.
+    C is the second moment of data, mixed with what is known without: :func:`weighting`. ``output`` is W C W^T, which
+    serves where C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C is known, and ``centred``
+    says that a bias takes up the error's mean, which C then does not hold. ``scale`` divides squared errors. ``held``
+    are rows x (y, where C is None) that C does not hold, (g0, rows, n) or None.
     """
 
     shape: WeightShape
@@ -31,38 +32,27 @@ class Weighting:
     root: Tensor | None
     inverse: Tensor | None
     scale: float
-    shrinkage: float = 0.0
-
-    @property
-    def fitting(self) -> Tensor:
-        """The moment for what is fitted with an inverse: the covariance shrunk towards a multiple of the identity.
-
-        With few samples an inverse makes the most of directions in which they hardly spread, by accident. Errors are
-        those by C itself.
-        """
-        assert self.second is not None and self.mean_input is not None
-        mean = torch.zeros_like(self.second[..., :1, :]) if self.centred else self.mean_input.unsqueeze(-2)
-        product = mean.mT * mean
-        return shrunk(self.second - product, self.shrinkage) + product
+    held: Tensor | None = None
 
 
-def shrinkage_of(covariance: Tensor, noise: float) -> float:
-    """The share of a multiple of the identity that brings a noisy covariance nearest to the true one, in [0, 1].
+def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) -> float:
+    """The share of what is known without data that brings a noisy covariance nearest to the true one, in [0, 1].
 
-    ``noise`` is the expected squared Frobenius distance of the two: noise / ||C - mu 1||^2, mu the mean eigenvalue.
+    ``noise`` is the expected squared Frobenius distance of the two: noise / ||C - mu A||^2, A being ``alike``, the
+    identity by default, and mu A of C's trace.
     Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
     Multivariate Analysis 88 (2004).
     """
-    spread = float((covariance - shrunk(covariance, 1.0)).square().sum())
+    spread = float((covariance - shrunk(covariance, 1.0, alike)).square().sum())
     return min(1.0, noise / spread) if spread > 0 else float(noise > 0)
 
 
-def shrunk(covariance: Tensor, share: float) -> Tensor:
-    """(1 - share) C + share mu 1, of (..., n, n)."""
-    size = covariance.shape[-1]
-    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
-    return (1.0 - share) * covariance + share * mean * identity
+def shrunk(covariance: Tensor, share: float, alike: Tensor | None = None) -> Tensor:
+    """(1 - share) C + share mu A, of (..., n, n); A is ``alike`` or the identity, mu A has the trace of C."""
+    if alike is None:
+        alike = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    traces = (m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for m in (covariance, alike))
+    return (1.0 - share) * covariance + share * next(traces) / next(traces).clamp_min(1e-300) * alike
 
 
 def _roots(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,28 +70,56 @@ def _outer(mean: Tensor) -> Tensor:
     return mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
-def weighting(shape: WeightShape, weight: Tensor, moments: Moments, centred: bool, sensitive: bool) -> Weighting:
+def _covariance(moments: Moments) -> Tensor:
+    """Of a layer's input, or of its output where only that is known."""
+    whole = moments.output if moments.second is None else moments.second
+    assert whole is not None
+    return whole - _outer(moments.mean)
+
+
+def noise_share(shape: WeightShape, weight: Tensor, moments: Moments) -> float:
+    """:func:`shrinkage_of` what is known of a layer's input (of its output where only that is)."""
+    w = weight.detach().double().cpu().reshape(shape.conv_groups, -1, shape.numel // shape.out_channels)
+    return shrinkage_of(_covariance(moments), moments.noise, w @ w.mT if moments.second is None else None)
+
+
+def unknown_share(covariance: Tensor, noise: float) -> float:
+    """How much of a covariance's square is noise, in [0, 1]: near 1 for a few samples, near 0 for many."""
+    norm2 = float(covariance.square().sum())
+    return min(1.0, noise / norm2) if norm2 > 0 else float(noise > 0)
+
+
+def weighting(
+    shape: WeightShape, weight: Tensor, moments: Moments, centred: bool, sensitive: bool, share: float | None = None
+) -> Weighting:
     """What weights the errors of a layer: relative to its own output, or, ``sensitive``, to the network's.
 
-    ``centred``: a bias will take up the mean of the error.
+    What is noise in mean and covariance goes to a multiple of the identity, under which errors are those of the weight
+    alone: no rank is to be chosen by what a few samples do not show. ``centred``: a bias will take up the mean of the
+    error. ``share`` of the covariance goes to the identity, by default what is noise.
     """
     w = weight.detach().double().cpu().reshape(shape.conv_groups, -1, shape.numel // shape.out_channels)
-    if moments.second is None:
-        assert moments.output is not None
-        second, output, mean, mean_input = None, moments.output, moments.mean, None
+    alike = None if moments.second is not None else w @ w.mT
+    norm2 = float(moments.mean.square().sum())
+    sure = max(0.0, 1.0 - moments.mean_noise / norm2) if norm2 > 0 else 1.0
+    covariance = _covariance(moments)
+    share = shrinkage_of(covariance, moments.noise, alike) if share is None else share
+    mixed = shrunk(covariance, share, alike) + shrunk((1.0 - sure**2) * _outer(moments.mean), 1.0, alike)
+    product = _outer(sure * moments.mean)
+    second = mixed if centred else mixed + product
+    if alike is None:
+        mean_input: Tensor | None = sure * moments.mean
+        mean = (w @ (sure * moments.mean).unsqueeze(-1)).squeeze(-1)
+        output, energy = w @ second @ w.mT, float(((w @ (mixed + product)) * w).sum())
     else:
-        second, mean_input = moments.second, moments.mean
-        mean = (w @ moments.mean.unsqueeze(-1)).squeeze(-1)
-        output = w @ second @ w.mT
-    energy = float(output.diagonal(dim1=-2, dim2=-1).sum())
-    share = 0.0 if second is None else shrinkage_of(second - _outer(moments.mean), moments.noise)
-    if centred:
-        second = None if second is None else second - _outer(moments.mean)
-        output = output - _outer(mean)
+        mean_input, mean, output = None, sure * moments.mean, second
+        energy = float((mixed + product).diagonal(dim1=-2, dim2=-1).sum())
+    inner = None if alike is not None else second
+    held = None if moments.held is None else moments.held.double().transpose(0, 1)
     if not sensitive:
-        return Weighting(shape, w, second, output, mean, mean_input, centred, None, None, energy, share)
+        return Weighting(shape, w, inner, output, mean, mean_input, centred, None, None, energy, held)
     assert moments.gradient is not None
     root, inverse = _roots(shrunk(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise)))
     seen = float(moments.gradient.diagonal(dim1=-2, dim2=-1).sum()) > 0
     scale = 1.0 if seen else math.inf
-    return Weighting(shape, w, second, output, mean, mean_input, centred, root, inverse, scale, share)
+    return Weighting(shape, w, inner, output, mean, mean_input, centred, root, inverse, scale, held)

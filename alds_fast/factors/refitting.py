@@ -15,19 +15,22 @@ At last the running statistics of BatchNorms move too (:mod:`alds_fast.factors.b
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..criteria import Moments, Wanted, fitting_mask, outputs, patches, rows_wanted, weighting
+from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_wanted, unknown_share, weighting
 from ..errors import ArgumentError, ModelError
-from ..layers import DecomposableLayer, LowRankLayer, oriented_weight
+from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import (
     Run,
+    Samples,
     first_input,
+    first_sample,
     mask_of,
     naming_batch,
     numbered_batches,
@@ -39,6 +42,7 @@ from .ridge import CrossSums, best_weight
 from .weighted import factors
 
 ORDER = 8192  # columns of a layer, at most
+MOST_NOISE = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
 
 
 class _Reached(BaseException):
@@ -106,39 +110,47 @@ Gradient = tuple[Tensor | None, float]  # second moment and its noise
 class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
-    def __init__(self, layer: DecomposableLayer, sums: CrossSums, keep: Tensor | None, seed: int) -> None:
-        self.layer, self.sums, self.keep, self.seed = layer, sums, keep, seed
-        self.outputs: list[tuple[Tensor, Wanted]] = []
+    def __init__(
+        self, layer: DecomposableLayer, sums: CrossSums, keep: Tensor | None, halves: Tensor | None, seed: int
+    ) -> None:
+        self.layer, self.sums, self.keep, self.halves, self.seed = layer, sums, keep, halves, seed
+        self.outputs: list[list[tuple[Tensor, Wanted]]] = []
         self.drawn = sums.drawn
 
     def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         """After a call of the dense layer."""
-        wanted = rows_wanted(self.layer, self.drawn)
-        samples, _ = outputs(module, y, fitting_mask(module, y, self.keep), wanted, self.seed)
         bias: Any = module.bias
-        self.outputs.append((samples.clone() if bias is None else samples - bias.view(samples.shape[1:]), wanted))
-        self.drawn += len(samples)
+        self.outputs.append([])
+        for part in by_side(module, y, fitting_mask(module, y, self.keep), self.halves):
+            if part is not None:
+                wanted = rows_wanted(self.layer, self.drawn)
+                samples, _ = outputs(module, *part, wanted, self.seed)
+                samples = samples.clone() if bias is None else samples - bias.view(samples.shape[1:])
+                self.outputs[-1].append((samples, wanted))
+                self.drawn += len(samples)
 
     def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
         x, dense = first_input(args, kwargs), self.layer.module
-        if self.outputs:
-            y, wanted = self.outputs.pop(0)
-            samples, rows = patches(dense, x, fitting_mask(dense, x, self.keep), wanted, self.seed)
+        if not self.outputs:
+            return
+        sides = [part for part in by_side(dense, x, fitting_mask(dense, x, self.keep), self.halves) if part is not None]
+        for half, ((y, wanted), part) in enumerate(zip(self.outputs.pop(0), sides, strict=True)):
+            samples, rows = patches(dense, *part, wanted, self.seed)
             self.sums.paired &= len(y) == len(samples)
             if self.sums.paired:
-                self.sums.add(y, samples, rows)
+                self.sums.add(y, samples, rows, None if self.halves is None else half)
 
 
 def _collect_sums(
     stage: Mapping[str, int], layers: Mapping[str, DecomposableLayer], model: _Network, small: _Network,
-    data: Iterable[Any], mask: str | None,
+    data: Iterable[Any], mask: str | None, halves: Samples | None,
 ) -> dict[str, CrossSums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
     sums, calls = {name: CrossSums() for name in stage}, sum(stage.values())
     for number, batch in numbered_batches(data):
-        keep = mask_of(batch, mask)
-        hooks = {name: _Batch(layers[name], sums[name], keep, number) for name in stage}
+        keep, half = mask_of(batch, mask), None if halves is None else halves.aside(batch)
+        hooks = {name: _Batch(layers[name], sums[name], keep, half, number) for name in stage}
         with naming_batch(number, "refit="):
             _pass(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
             _pass(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
@@ -147,25 +159,46 @@ def _collect_sums(
 
 def _fit(
     layer: DecomposableLayer, low: LowRankLayer, sums: CrossSums, gradient: Gradient, centred: bool
-) -> FactorReport:
-    """New factors and bias of a low-rank layer, in place."""
+) -> FactorReport | None:
+    """New factors and bias of a low-rank layer, in place; None, and nothing, where the batches tell too little."""
     dense: Any = layer.module
     seen = sums.means()
+    covariance = seen.spread(True)[0]
+    noise = sums.noise(covariance)
+    if unknown_share(covariance, noise) > MOST_NOISE:
+        return None
     weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
     best = best_weight(weight, sums, centred)
-    moments = Moments(round(sums.rows), seen.second, seen.mean, None, gradient[0], sums.noise(), gradient[1])
+    moments = Moments(
+        round(sums.rows), seen.second, seen.mean, None, gradient[0], noise, gradient[1], sums.mean_noise()
+    )
     weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
     fitted = factors(weights, low.decomposition)
     encoder, decoder = factors_to_weights(fitted.left, fitted.right, low.weight_shape, low.scheme)
     low.encoder.copy_(encoder)
     low.decoder.copy_(decoder)
     if centred:
-        moved = fitted.shift + (seen.mean_y - (best @ seen.mean.unsqueeze(-1)).squeeze(-1)).flatten()
+        cut = low.dense_weight().detach().double().cpu().reshape(*weight.shape)
+        moved = sums.trusted(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))
         assert low.bias is not None
-        low.bias.copy_(dense.bias.detach().double().cpu() + moved)
+        low.bias.copy_(dense.bias.detach().double().cpu() + moved.flatten())
     cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())
     lost = math.sqrt(max(0.0, seen.lost(cut, centred)) / seen.energy) if seen.energy > 0 else 0.0
     return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
+
+
+def _in_halves(data: Iterable[Any]) -> tuple[Any, Iterable[Any], Samples | None]:
+    """The first batch, the batches, and which samples are which half.
+
+    Of samples that are all the same one is left, whose rows are halved. Raises ArgumentError for no batches.
+    """
+    halves, first = Samples(1 / 2), None
+    for batch in data:
+        halves.aside(batch)
+        first = batch if first is None else first
+    if first is None:
+        raise ArgumentError("refit= has no batches")
+    return (first, data, halves) if halves.distinct > 1 else (first, [first_sample(first)], None)
 
 
 def refit(
@@ -181,27 +214,35 @@ def refit(
     """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
 
     Every layer takes a pass of both networks over all batches, up to that layer; layers that read one tensor share it.
-    Layers with more than 8192 columns, those that the first batch does not reach, and those that get other rows in the
-    compressed network than in the dense one (experts, say) are left as they are, as their reports say.
+    Left as they are, as their reports say: layers with more than 8192 columns, those that the first batch does not
+    reach, those that get other rows in the compressed network than in the dense one (experts, say), and, with a
+    warning, those of which the batches show more noise than anything else.
     ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some. Raises
     ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
     known = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
     reports: dict[str, FactorReport] = {}
+    untold: list[str] = []
     with ExitStack() as stack:
         dense_net, small_net = (_Network(net, stack.enter_context(private_runs(net))) for net in (model, small))
-        first = next(iter(data), _Reached)
-        if first is _Reached:
-            raise ArgumentError("refit= has no batches")
+        first, data, halves = _in_halves(data)
         with naming_batch(1, "refit="):
             stages = _stages(dense_net, first, list(known))
         for stage in stages:
-            for name, sums in _collect_sums(stage, known, dense_net, small_net, data, mask).items():
+            for name, sums in _collect_sums(stage, known, dense_net, small_net, data, mask, halves).items():
                 if sums.rows and not sums.finite():
                     raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
                 if sums.rows and sums.paired:
                     centred = bias_correction and known[name].own_bias and low[name].bias is not None
-                    reports[name] = _fit(known[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)
+                    report = _fit(known[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)
+                    reports |= {} if report is None else {name: report}
+                    untold += [name] if report is None else []
+    if untold:
+        warnings.warn(
+            f"refit= left {len(untold)} of {len(known)} layers as they were, {label(untold[0])} for one: its batches "
+            f"tell too little of what they see; pass more samples that differ",
+            stacklevel=3,
+        )
     move_statistics(model, small, data)
     return reports

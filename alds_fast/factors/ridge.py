@@ -5,18 +5,20 @@ With C = E[x' x'^T] of the inputs x' there and B = E[y x'^T] of the dense networ
     W' = W + (B - W C)(C + a I)^-1
 
 has the least E||y - W' x'||^2 for a = 0. With few samples it learns them by heart, so a is chosen: sums are kept for
-two halves of the samples, the weight from one half is tried on the other, and the other way round.
+two halves of the samples, the weight from one half is tried on the other, and the other way round. What cannot be
+tried, because all samples are the same, is not learned.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..criteria import exact_products
+from ..criteria import distinct_rows, exact_products, with_few_rows
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the mean eigenvalue of C; infinity leaves W as it is
 
@@ -50,7 +52,9 @@ class CrossSums:
     def __init__(self) -> None:
         self.halves: tuple[list[Tensor], list[Tensor]] = [], []
         self.counts = [0.0, 0.0]
-        self.drawn = 0
+        self.drawn = self.distinct = 0
+        self.fourth = 0.0  # sum over rows of the fourth power of their distance from ``shift``, times squared weights
+        self.shift: Tensor | None = None
         self.paired = True  # every row of y has had its row of x'
 
     @property
@@ -58,22 +62,26 @@ class CrossSums:
         """How many rows there were."""
         return sum(self.counts)
 
-    def add(self, y: Tensor, x: Tensor, rows: int) -> None:
-        """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, in the order of the samples."""
+    def add(self, y: Tensor, x: Tensor, rows: int, half: int | None) -> None:
+        """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, to a half; None for half of them to each."""
         if not len(x):
             return  # nothing but padding
-        with torch.inference_mode(False):
-            self._add_halves(y, x, rows)
-
-    def _add_halves(self, y: Tensor, x: Tensor, rows: int) -> None:
         self.drawn += len(x)
         exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-        middle = (len(x) + 1) // 2
-        for half, part in enumerate((slice(0, middle), slice(middle, None))):
-            own_y, own_x = (t.detach()[part].to(exact).transpose(0, 1) for t in (y, x))
-            self._add(half, own_y, own_x, rows / len(x))
+        with torch.inference_mode(False):
+            y, x = (t.detach().to(exact).transpose(0, 1) for t in (y, x))
+            distinct = distinct_rows(x)
+            middle = x.shape[1] if half is not None or distinct < 2 else (x.shape[1] + 1) // 2
+            self.shift = x.mean(1, keepdim=True) if self.shift is None else self.shift
+            squares = (x - self.shift).square().sum(-1, dtype=torch.float64)
+            self.distinct += distinct
+            self.fourth += float(squares.square().sum()) * (rows / x.shape[1]) ** 2
+            self._add(half or 0, y[:, :middle], x[:, :middle], rows / x.shape[1])
+            self._add(1, y[:, middle:], x[:, middle:], rows / x.shape[1])
 
     def _add(self, half: int, y: Tensor, x: Tensor, scale: float) -> None:
+        if not x.shape[1]:
+            return
         with exact_products():
             parts = [x.mT @ x, y.mT @ x, x.sum(1), y.sum(1), y.square().sum()]
         totals = self.halves[half]
@@ -87,16 +95,40 @@ class CrossSums:
         """Whether no NaN or infinite value was seen."""
         return all(bool(part.isfinite().all()) for half in self.halves for part in half)
 
-    def noise(self) -> float:
-        """Expected squared distance of the covariance of x' from the true one, by that of the two halves."""
-        if not all(self.counts):
-            return float("inf")
-        first, second = (self.means(half).spread(True)[0] for half in (0, 1))
+    def noise(self, covariance: Tensor) -> float:
+        """Expected squared distance of the covariance of x' from the true one.
+
+        The larger one of two estimates, by how far the rows are apart and by how far the two halves are.
+        """
+        free, norm2 = self.distinct - 2, float(covariance.square().sum())
+        if free < 1:
+            return math.inf
+        of_rows = max(0.0, self.fourth / self.rows**2 * self.drawn - norm2) / free
+        apart = self._apart(lambda means: means.spread(True)[0]) if all(self.counts) else 0.0
+        return max(of_rows, apart) * with_few_rows(free)
+
+    def _apart(self, part: Callable[[Means], Tensor]) -> float:
+        """The variance of what is computed of both halves, by how far it is apart."""
+        first, second = part(self.means(0)), part(self.means(1))
         return float((first - second).square().sum()) * self.counts[0] * self.counts[1] / self.rows**2
 
+    def mean_noise(self) -> float:
+        """Expected squared distance of the mean of x' from the true one."""
+        if self.distinct < 3 or not all(self.counts):
+            return math.inf
+        return self._apart(lambda means: means.mean) * with_few_rows(self.distinct - 2)
+
+    def trusted(self, moved: Callable[[Means], Tensor]) -> Tensor:
+        """A mean of all rows, of which noise, by how far the halves' are apart, is taken off towards 0."""
+        whole = moved(self.means())
+        if self.distinct < 3 or not all(self.counts):
+            return torch.zeros_like(whole)
+        noise, norm2 = self._apart(moved) * with_few_rows(self.distinct - 2), float(whole.square().sum())
+        return whole * (max(0.0, 1.0 - noise / norm2) if norm2 > 0 else 0.0)
+
     def means(self, *halves: int) -> Means:
-        """Of some halves, by default both."""
-        chosen = halves or (0, 1)
+        """Of some halves, by default all that have rows."""
+        chosen = halves or [half for half in (0, 1) if self.counts[half]]
         count = sum(self.counts[half] for half in chosen)
         sums = [sum(rest, one).cpu() for one, *rest in zip(*(self.halves[h] for h in chosen), strict=True)]
         second, cross, mean, mean_y, energy = (total / count for total in sums)
@@ -123,7 +155,7 @@ def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:
             given, held = sums.means(made), sums.means(tried)
             for a in RIDGES:
                 lost[a] += held.lost(_towards(weight, given, a, centred), centred)
-        ridge = min(RIDGES, key=lost.__getitem__)
+        ridge = min(reversed(RIDGES), key=lost.__getitem__)  # of equal ones the largest
     elif not all(sums.counts):
         ridge = RIDGES[-1]  # one row: nothing to choose by
-    return _towards(weight, sums.means(*(h for h in (0, 1) if sums.counts[h])), ridge, centred)
+    return _towards(weight, sums.means(), ridge, centred)

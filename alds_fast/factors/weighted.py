@@ -51,11 +51,8 @@ def _on_filters(matrix: Tensor | None, left: Tensor) -> Tensor:
 
 
 def _refit_decoder(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
-    """The decoder that is best for these encoders on the whole moment: left + (W - W_hat) C Z^T (Z C Z^T)^+.
-
-    C is the one for fitting, without the noise of few samples.
-    """
-    blocks = tap_blocks(w, scheme, w.fitting)
+    """The decoder that is best for these encoders on the whole moment: left + (W - W_hat) C Z^T (Z C Z^T)^+."""
+    blocks = tap_blocks(w, scheme)
     k, rank = left.shape[1], left.shape[3]
     taps = blocks.shape[1]
     parts = blocks.unflatten(4, (k, -1))  # (g0, taps, cols, taps, k, c)

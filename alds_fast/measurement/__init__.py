@@ -14,6 +14,7 @@ from .run_model import (
     first_input,
     inference,
 )
+from .samples import Samples, first_sample
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
 
@@ -21,6 +22,7 @@ __all__ = [
     "InputSpec",
     "Ratios",
     "Run",
+    "Samples",
     "Timings",
     "attribute_set",
     "call_model",
@@ -32,6 +34,7 @@ __all__ = [
     "device_of",
     "environment",
     "first_input",
+    "first_sample",
     "flops_per_rank",
     "inference",
     "interleaved_ms",

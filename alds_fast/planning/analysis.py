@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..allocation import BASELINES, Candidates, candidates, dense_reason, with_exact_values
-from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Recompute, exact_spectra, layer_errors, with_outputs
+from ..criteria import (
+    DEFAULT_CRITERION,
+    Basis,
+    Errors,
+    Key,
+    LayerSpectra,
+    Moments,
+    Recompute,
+    exact_spectra,
+    layer_errors,
+    layer_held_out_errors,
+    with_outputs,
+)
 from ..layers import DecomposableLayer, Layer, decomposable
 from ..text import shape_text, table
 from .budget_loop import PlanProblem, solve_shares
@@ -18,6 +32,8 @@ from .defaults import check_is_possible, resolved_criterion, resolved_norm
 from .options import check_importance, check_plan_options
 from .plan import Plan
 from .plan_rows import LayerPlan, plan_row
+
+APART = 1.5  # times the stated errors, above which those on samples kept aside are warned of
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class Analysis:
     max_groups: int | None = None
     recompute_in_float64: Recompute = field(default=exact_spectra, repr=False)
     _errors: dict[tuple[str, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
+    _bases: dict[tuple[str, bool], Basis] = field(default_factory=dict, repr=False, compare=False)
+    _held_out: dict[tuple, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
         self,
@@ -98,7 +116,8 @@ class Analysis:
         the method "alds".
 
         Warns:
-            UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``).
+            UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
+                errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too little to be used.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
@@ -110,9 +129,16 @@ class Analysis:
         options: dict[str, Any] = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
         options |= {"bias_correction": bias_correction, "importance": importance}
         check_plan_options(shares, error, example_inputs, **options)
-        basis = Basis(resolved_criterion(criterion, self.moments, method), self.moments, bias_correction)
-        p = resolved_norm(p, basis.criterion, shares, method)
         layers = decomposable(self.layers)
+        basis = self._basis(resolved_criterion(criterion, self.moments, method), bias_correction)
+        if criterion is None and method not in BASELINES and basis.used and basis.untold(layers):
+            warnings.warn(
+                f"data= has too few samples that differ to tell what the layers see: the plan goes by the weights "
+                f"alone (criterion={DEFAULT_CRITERION!r}); pass more samples, or criterion={basis.criterion!r}",
+                stacklevel=2,
+            )
+            basis = self._basis(DEFAULT_CRITERION, bias_correction)
+        p = resolved_norm(p, basis.criterion, shares, method)
         weights = {layer.name: 1.0 for layer in layers}
         weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
         budgets = [name for name, share in shares.items() if share is not None]
@@ -134,10 +160,27 @@ class Analysis:
             self._recompute(doubt)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
-        rows = tuple(plan_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
+        rows = tuple(self._row(layer, chosen.get(layer.name), align, basis) for layer in self.layers)
+        _warn_if_apart(rows)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
         return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
+
+    def _basis(self, criterion: str, bias_correction: bool) -> Basis:
+        """What errors are measured by, kept for the next plan."""
+        key = criterion, bias_correction
+        return self._bases.setdefault(key, Basis(criterion, self.moments, bias_correction))
+
+    def _row(self, layer: Layer, pick: Any, align: int, basis: Basis) -> LayerPlan:
+        criterion = basis.criterion_of(layer.name)
+        row = plan_row(layer, pick, align, None if criterion == basis.criterion else criterion)
+        if row.scheme is None or row.groups is None or row.rank is None or not isinstance(layer, DecomposableLayer):
+            return row
+        key = basis.criterion, basis.bias_correction, layer.name, (row.scheme, row.groups)
+        if key not in self._held_out:
+            self._held_out[key] = layer_held_out_errors(layer, basis, row.scheme, row.groups)
+        errors = self._held_out[key]
+        return row if errors is None else replace(row, held_out=float(errors[row.rank]))
 
     def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
         """These spectra in float64, in the place of those there are; without any, known errors stay."""
@@ -177,3 +220,17 @@ class Analysis:
         inside = sum(s.layer.shape.numel for s in self.spectra.values())
         total = f"{self.params:,} parameters, {inside:,} of them in {len(self.spectra)} layers that can be factorised"
         return table(headers, rows, left=(0, 1, 5)) + "\n" + total
+
+
+def _warn_if_apart(rows: Sequence[LayerPlan]) -> None:
+    """Say so where the errors of calibration are not those of samples that were kept aside."""
+    pairs = [(row.error, row.held_out) for row in rows if row.held_out is not None]
+    if not pairs:
+        return
+    stated, held_out = (math.hypot(*errors) for errors in zip(*pairs, strict=True))
+    if held_out > APART * stated:
+        warnings.warn(
+            f"on samples kept aside the layers' errors are {held_out:.3g}, stated {stated:.3g} (root of the sum of "
+            f"squares): data= is not enough, or too much alike; pass more samples that differ",
+            stacklevel=3,
+        )

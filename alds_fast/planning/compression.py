@@ -13,7 +13,8 @@ from .options import check_plan_options
 from .run_analysis import analyze
 
 _ANALYSIS_OPTIONS = {
-    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "precision", "progress",
+    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "held_out", "precision",
+    "progress",
 }  # fmt: skip
 _PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
 
@@ -32,7 +33,7 @@ def compress(
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
-    moment_order, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align,
+    moment_order, held_out, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align,
     bias_correction, importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
     Raises what these raise, and ArgumentError for an unknown option.

@@ -35,6 +35,13 @@ def check_groups(groups: Groups) -> Groups:
     return groups
 
 
+def check_held_out(share: float) -> float:
+    """The share of the samples to keep aside; ArgumentError unless it is in [0, 1)."""
+    if not is_number(share) or not 0 <= share < 1:
+        raise ArgumentError(f"held_out={share!r} is outside [0, 1): the share of the samples that is kept aside")
+    return float(share)
+
+
 def is_float32(precision: str) -> bool:
     """Whether ``precision`` is "float32", not "float64"; ArgumentError if it is neither."""
     if precision not in ("float32", "float64"):

@@ -77,6 +77,14 @@ class Plan:
         return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
     @property
+    def held_out(self) -> float | None:
+        """The largest relative error on samples that were kept aside (``analyze(held_out=)``); None without any.
+
+        Of the plan's own factors, before ``refit=``.
+        """
+        return max((row.held_out for row in self.layers if row.held_out is not None), default=None)
+
+    @property
     def exact(self) -> bool:
         """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
         return not CRITERIA[self.criterion].certified or "error" in self.budgets
@@ -129,10 +137,10 @@ class Plan:
         moments: Mapping[str, Moments] | None,
     ) -> dict[str, FactorReport]:  # fmt: skip
         basis = self._basis(moments)
-        gradients = {
-            name: (m.gradient, m.gradient_noise) for name, m in basis.moments.items()
-            if CRITERIA[self.criterion].needs_gradients and m.gradient is not None
-        }  # fmt: skip
+        gradients = {}
+        for name, m in basis.moments.items():
+            if CRITERIA[basis.criterion_of(name)].needs_gradients and m.gradient is not None:
+                gradients[name] = m.gradient, m.gradient_noise
         names = [row.name for row in self.layers if row.choice]
         layers = [layer for layer in decomposable(find_layers(model)) if layer.name in names]
         return refit_layers(
@@ -145,7 +153,8 @@ class Plan:
         if moments is not None and not isinstance(moments, Mapping):
             raise PlanError(f"moments is a {type(moments).__name__}; pass analysis.moments, a mapping by layer name")
         basis = basis if moments is None else Basis(self.criterion, moments, self.bias_correction)
-        missing = [row.name for row in self.layers if row.choice and basis.lacks(row.name)]
+        by = {row.name: row.criterion or self.criterion for row in self.layers if row.choice}
+        missing = [n for n, criterion in by.items() if CRITERIA[basis.criterion_of(n)] is not CRITERIA[criterion]]
         if missing:
             raise PlanError(
                 f"layer {label(missing[0])}: criterion {self.criterion!r} needs moments, which plans in JSON do not "
@@ -155,11 +164,15 @@ class Plan:
 
     def __str__(self) -> str:
         headers = ["layer", "kind", "shape", "scheme", "groups", "rank", "error", "params", "after", "reason"]
-        lines = table(headers, [_cells(row) for row in self.layers], left=(0, 1, 9))
+        held_out = self.held_out
+        if held_out is not None:
+            headers.insert(7, "held out")
+        lines = table(headers, [_cells(row, held_out is not None) for row in self.layers], (0, 1, len(headers) - 1))
+        held = "" if held_out is None else f", {held_out:.4g} on samples kept aside"
         p = "inf" if math.isinf(self.p) else f"{self.p:g}"
         total = (
             f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); largest "
-            f"{self.criterion} error {self.error:.4f}; asked {self.budget}; method {self.method}, p={p}, "
+            f"{self.criterion} error {self.error:.4g}{held}; asked {self.budget}; method {self.method}, p={p}, "
             f"gap {self.gap:.2g}"
         )
         return f"{lines}\n{total}" + (f"\n{self.latency}" if self.latency else "")
@@ -174,7 +187,12 @@ class Plan:
         }
         head |= {"method": self.method, "p": number(self.p), "align": self.align, "gap": number(self.gap)}
         rows = [
-            {**vars(row), "error": number(row.error), "error_is_of": [row.scheme, row.groups, row.rank]}
+            {
+                **vars(row),
+                "error": number(row.error),
+                "held_out": number(row.held_out),
+                "error_is_of": [row.scheme, row.groups, row.rank],
+            }
             for row in self.layers
         ]
         head |= {
@@ -225,9 +243,11 @@ def _is_edited(rows: list[dict[str, Any]]) -> bool:
     return any([row["scheme"], row["groups"], row["rank"]] != row["error_is_of"] for row in rows)
 
 
-def _cells(row: LayerPlan) -> list[str]:
+def _cells(row: LayerPlan, held_out: bool) -> list[str]:
     chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
-    error = "?" if math.isnan(row.error) else f"{row.error:.4f}"
+    errors = ["?" if math.isnan(row.error) else f"{row.error:.4f}"]
+    if held_out:
+        errors.append("-" if row.held_out is None else f"{row.held_out:.4f}")
     name = row.name or "(model)"
     counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
-    return [name, row.kind, shape_text(row.shape), *chosen, error, *counts, row.reason or ""]
+    return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.note]

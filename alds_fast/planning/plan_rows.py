@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..allocation import MAX_LATENCY_GROUPS, Candidates
+from ..criteria import CRITERIA
 from ..errors import ArgumentError, PlanError
 from ..factors import Choice
 from ..layers import DecomposableLayer, Layer
@@ -20,7 +21,8 @@ class LayerPlan:
 
     ``scheme``, ``groups`` and ``rank`` are None for a layer that stays dense, and ``reason`` then says why. ``error``
     is the relative error of the plan's criterion (0 for a dense layer, NaN for a row edited by hand). Parameters are
-    the layer's own, bias included.
+    the layer's own, bias included. ``held_out`` is the error on samples that were kept aside, None without any;
+    ``criterion`` what the layer was judged by, None for that of the plan.
     """
 
     name: str
@@ -34,6 +36,16 @@ class LayerPlan:
     params_before: int
     params_after: int
     reason: str | None
+    held_out: float | None = None
+    criterion: str | None = None
+
+    @property
+    def note(self) -> str:
+        """Why it stays dense, or why it was not judged by the plan's criterion; empty otherwise."""
+        if self.reason is not None or self.criterion is None:
+            return self.reason or ""
+        missing = "no gradient" if CRITERIA[self.criterion].needs_data else "no data"
+        return f"{missing} reached it: judged by {self.criterion!r}"
 
     @property
     def choice(self) -> Choice | None:
@@ -44,7 +56,8 @@ class LayerPlan:
         return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank))
 
 
-_FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} | {"error_is_of"}
+_LATER = {"held_out", "criterion"}  # fields that older plans do not have
+_FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} - _LATER | {"error_is_of"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ def read_number(fields: dict[str, Any], where: str, name: str) -> float:
 
 def read_row(fields: dict[str, Any]) -> LayerPlan:
     """A row from its JSON fields; where the choice was edited, the parameters are counted anew and the error is NaN."""
-    if not isinstance(fields, dict) or set(fields) != _FIELDS:
+    if not isinstance(fields, dict) or set(fields) - _LATER != _FIELDS:
         raise PlanError(f"not a plan: a layer has the fields {sorted(fields)}, expected {sorted(_FIELDS)}")
     where = f"layer {read_field(fields, 'a layer', 'name', str)!r}"
     shape, triple = fields["shape"], [fields[name] for name in ("scheme", "groups", "rank")]
@@ -123,7 +136,11 @@ def read_row(fields: dict[str, Any]) -> LayerPlan:
     if fields["reason"] is not None:
         read_field(fields, where, "reason", str)
     counts = {n: read_field(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
+    held_out = None if fields.get("held_out") is None else read_number(fields, where, "held_out")
+    if fields.get("criterion") not in (None, *CRITERIA):
+        raise PlanError(f"{where}: criterion={fields['criterion']!r} is not one of {', '.join(CRITERIA)}")
     known: dict[str, Any] = {
+        "held_out": held_out,
         "kind": read_field(fields, where, "kind", str),
         "error": read_number(fields, where, "error"),
         **counts,
@@ -137,7 +154,8 @@ def read_row(fields: dict[str, Any]) -> LayerPlan:
     choice = row.choice
     after = row.params_before - (choice.shape.numel - choice.decomposition.params(choice.shape) if choice else 0)
     reason = None if choice else "kept dense by hand"
-    return LayerPlan(**{**vars(row), "params_after": after, "error": math.nan if choice else 0.0, "reason": reason})
+    changed = {"params_after": after, "error": math.nan if choice else 0.0, "reason": reason, "held_out": None}
+    return LayerPlan(**{**vars(row), **changed})
 
 
 def _check_choice(row: LayerPlan, where: str) -> None:
@@ -153,10 +171,10 @@ def _check_choice(row: LayerPlan, where: str) -> None:
         raise PlanError(f"{where}: {e}") from e
 
 
-def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, no_error: str | None) -> LayerPlan:
+def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, criterion: str | None) -> LayerPlan:
     """The row of a layer: left out without a ``pick`` (candidates, the one chosen, why it stays dense if it does).
 
-    ``no_error`` says why it has no candidates, if the criterion is the reason.
+    ``criterion`` is what it was judged by, None for that of the plan.
     """
     groups = layer.shape.conv_groups if layer.shape else 1
     row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
@@ -168,8 +186,9 @@ def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int,
     chosen = choices.decomposition(candidate)
     if chosen is None:
         multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
-        none = no_error or f"no factorisation{multiples} is smaller"
+        none = f"no factorisation{multiples} is smaller"
         return LayerPlan(**{**row, "reason": reason if choices.curves else none})
+    row["criterion"] = criterion
     row |= {**chosen.to_dict(), "error": float(choices.errors[candidate])}
     row["params_after"] -= layer.shape.numel - chosen.params(layer.shape)
     return LayerPlan(**row)

@@ -13,7 +13,7 @@ from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, la
 from ..layers import check_weight, count_params, decomposable, find_layers
 from ..linalg import SCHEMES
 from .analysis import Analysis
-from .options import check_groups, check_schemes, is_float32
+from .options import check_groups, check_held_out, check_schemes, is_float32
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -33,6 +33,7 @@ def analyze(
     sensitivity: Sensitivity = False,
     mask: str | None = "attention_mask",
     moment_order: int = 8192,
+    held_out: float = 1 / 8,
     precision: str = "float64",
     progress: Progress | None = None,
 ) -> Analysis:
@@ -51,6 +52,8 @@ def analyze(
         mask: name of the keyword argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
             which allows the encode fold with one slice only.
+        held_out: share of the samples, in [0, 1), that are kept aside, one at least where two differ; plans state the
+            error there too (``Plan.held_out``).
         precision: "float64", or "float32" for weights on the CPU of no wider type: spectra in half the time, for plans
             that come to the same (:meth:`Analysis.plan`); leave the model as it is until these are made.
         progress: told (what, done, total) as the work goes on; total is 0 where ``data`` has no length.
@@ -86,6 +89,7 @@ def analyze(
     batches = operator.length_hint(data)  # 0 for none; a DataLoader may have __len__ and no length
     moments = collect_moments(
         model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order,
+        held_out=check_held_out(held_out),
         done=lambda count: told("moments", count, batches),
     )  # fmt: skip
     return dataclasses.replace(analysis, moments=moments, max_groups=MAX_DATA_GROUPS if groups == "divisors" else None)

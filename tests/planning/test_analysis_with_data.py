@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.models import images, small_net
+from support.population import analyze_population
 from torch import nn
 
 import alds_fast as alds
@@ -38,7 +39,7 @@ def test_output_errors_are_those_of_the_layers_outputs():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 25)).double()
     x = torch.randn(200, 20).double()
-    plan = alds.analyze(net, data=x.split(50)).plan(params=0.5, bias_correction=False)
+    plan = analyze_population(net, data=x.split(50)).plan(params=0.5, bias_correction=False)
     assert plan.criterion == "output" and not plan.bias_correction
     small, reduced = plan.apply(net), [row for row in plan.layers if row.rank]
     assert len(reduced) >= 2
@@ -51,7 +52,7 @@ def test_output_errors_are_those_of_the_layers_outputs():
 def test_bias_correction_gives_outputs_their_mean():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(20, 30)).double(), torch.randn(100, 20).double() + 1
-    analysis = alds.analyze(net, data=[x])
+    analysis = analyze_population(net, data=[x])
     for correct in (True, False):
         small = analysis.plan(params=0.4, bias_correction=correct).apply(net)
         off = float((net(x) - small(x)).mean(0).abs().max().detach())
@@ -120,7 +121,7 @@ def test_importance_moves_the_budget():
     assert tilted["1"] < even["1"]
 
 
-def test_a_layer_that_data_never_reach_stays_dense():
+def test_a_layer_that_data_never_reach_is_judged_by_its_weight():
     class Branch(nn.Module):
         def __init__(self):
             super().__init__()
@@ -129,9 +130,18 @@ def test_a_layer_that_data_never_reach_stays_dense():
         def forward(self, x):
             return self.used(x)
 
-    plan = alds.analyze(Branch(), data=[torch.randn(30, 20)]).plan(params=0.8)
-    reasons = {row.name: row.reason for row in plan.layers}
-    assert reasons == {"used": None, "idle": "it is not called with data="}
+    net, batches = Branch(), [torch.randn(60, 20)]
+    plan = alds.analyze(net, data=batches).plan(params=0.5, criterion="output")
+    used, idle = plan.layers
+    assert (used.criterion, used.note, idle.criterion) == (None, "", "frobenius") and used.rank and idle.rank
+    assert idle.note == "no data reached it: judged by 'frobenius'" and idle.note in str(plan)
+    small = plan.apply(net, refit=batches)
+    lost = net.idle.weight - small.idle.dense_weight()
+    assert float((lost.norm() / net.idle.weight.norm()).detach()) == pytest.approx(idle.error, rel=1e-5)
+    read = alds.Plan.from_json(plan.to_json())
+    assert read == plan
+    with pytest.raises(PlanError, match="layer 'used': criterion 'output' needs moments"):
+        read.apply(net)
 
 
 class TwoHeads(nn.Module):
@@ -146,17 +156,26 @@ class TwoHeads(nn.Module):
         return self.first(hidden), self.second(hidden)
 
 
-def test_a_layer_that_what_matters_does_not_depend_on_is_free():
+def test_a_layer_that_what_matters_does_not_depend_on_is_judged_by_its_output():
     torch.manual_seed(0)
     net, x = TwoHeads(), torch.randn(64, 24)
     analysis = alds.analyze(net, data=[x], sensitivity=True)
     assert not analysis.moments["second"].gradient.any()
-    plan = analysis.plan(params=0.7)
+    plan, by_output = analysis.plan(params=0.7), alds.analyze(net, data=[x])
     rows = {row.name: row for row in plan.layers}
-    assert (rows["second"].rank, rows["second"].error) == (1, 0.0) and rows["first"].error > 0
-    assert all(y.isfinite().all() for y in plan.apply(net)(x))
-    both = alds.analyze(net, data=[x], sensitivity=lambda output, batch: torch.cat(output, 1))
-    assert {row.name: row for row in both.plan(params=0.7).layers}["second"].rank != 1
+    if rows["second"].rank is not None:
+        assert rows["second"].note == "no gradient reached it: judged by 'output'" and rows["first"].note == ""
+        errors = by_output._choices([by_output.layers[2]], by_output._basis("output", True), 1, {"second": 1.0})
+        assert rows["second"].error in errors[0].errors
+    assert rows["first"].error > 0 and all(y.isfinite().all() for y in plan.apply(net)(x))
+
+
+def test_a_network_whose_output_is_zero_is_judged_by_its_layers_outputs():
+    net = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10))
+    nn.init.zeros_(net[2].weight), nn.init.zeros_(net[2].bias)
+    small = alds.compress(net, params=0.7, data=[torch.randn(64, 24)], sensitivity=True, refit=True)
+    rows = {row.name: row for row in small.alds_plan.layers}
+    assert rows["0"].criterion == "output" and 0 < rows["0"].error < 1
 
 
 def test_no_more_than_eight_slices_unless_asked_for():
@@ -178,7 +197,7 @@ def test_pca_by_hand():
         net[0].weight.copy_(torch.eye(4))
         net[1].weight.copy_(torch.diag(second.sqrt()))
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4)
-    analysis = alds.analyze(net, data=[signs * first.sqrt()])
+    analysis = analyze_population(net, data=[signs * first.sqrt()])
     plan = analysis.plan(params=0.5, method="pca")
     assert [(row.scheme, row.groups, row.rank) for row in plan.layers] == [(0, 1, 1)] * 2
     # errors: sqrt of the share of energy lost; layer 1 has energies 4, 4, 4, 4
@@ -220,7 +239,7 @@ def test_pca_goes_by_the_covariance():
         net.weight.copy_(torch.eye(3))
         net.bias.zero_()
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)
-    analysis = alds.analyze(net, data=[signs * torch.tensor([0.1, 2.0, 1.0]) + torch.tensor([100.0, 0.0, 0.0])])
+    analysis = analyze_population(net, data=[signs * torch.tensor([0.1, 2.0, 1.0]) + torch.tensor([100.0, 0.0, 0.0])])
     plan = analysis.plan(params=0.75, method="pca")
     assert plan.layers[0].rank == 1
     small = plan.apply(net)
@@ -245,11 +264,13 @@ def test_padding_does_not_count_in_any_layout(layout):
     x, mask = torch.randn(3, 7, 6), torch.ones(3, 7)
     mask[0, 4:] = mask[2, 1:] = 0
     x[mask == 0] = 1e6
-    analysis = alds.analyze(Tokens(layout), data=[{"x": x, "attention_mask": mask}])
-    moments = analysis.moments["first"]
-    rows = x[mask == 1].double()
-    assert moments.rows == len(rows) == 12
-    torch.testing.assert_close(moments.second[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    for held_out in (0, 0.4):  # of three samples one is kept aside, the last
+        analysis = alds.analyze(Tokens(layout), data=[{"x": x, "attention_mask": mask}], held_out=held_out)
+        moments, last = analysis.moments["first"], torch.arange(3)[:, None] == 2 if held_out else torch.zeros(1)
+        rows, held = x[(mask == 1) & (last == 0)].double(), x[(mask == 1) & (last == 1)]
+        assert moments.rows == len(rows) == 12 - len(held)
+        torch.testing.assert_close(moments.second[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+        assert moments.held is None if not held_out else torch.equal(moments.held[:, 0], held)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +328,7 @@ def test_few_samples_do_not_blow_up(samples, sensitivity, keep):
 
 def test_rows_far_from_zero_keep_their_spread():
     x = 0.1 * torch.randn(400, 8) + 1000.0
-    second, mean = (m := alds.analyze(nn.Linear(8, 8), data=[x[:100], x[100:]]).moments[""]).second[0], m.mean[0]
+    second, mean = (m := analyze_population(nn.Linear(8, 8), data=[x[:100], x[100:]]).moments[""]).second[0], m.mean[0]
     true = torch.cov(x.double().T, correction=0)
     torch.testing.assert_close(second - mean.outer(mean), true, rtol=1e-4, atol=1e-6)
 
@@ -320,7 +341,7 @@ def test_noise_of_moments_is_their_variance():
     estimates, distances = [], []
     for _ in range(60):
         x = torch.randn(100, 12) @ mix.T
-        found = alds.analyze(net, data=list(x.split([40, 35, 20, 5]))).moments[""]
+        found = alds.analyze(net, data=list(x.split([40, 35, 20, 5])), held_out=0).moments[""]
         covariance = found.second[0] - found.mean[0].outer(found.mean[0])
         estimates.append(found.noise)
         distances.append(float((covariance - true).square().sum()))
@@ -335,8 +356,10 @@ def test_a_second_plan_solves_nothing_again(monkeypatch):
     first = analysis.plan(params=0.6)
     assert solved
     solved.clear()
-    assert analysis.plan(params=0.6).to_json() == first.to_json() and analysis.plan(params=0.5).params < first.params
+    assert analysis.plan(params=0.6).to_json() == first.to_json()
     assert not solved
+    assert analysis.plan(params=0.5).params < first.params
+    assert len(solved) <= len(first.layers)  # of new folds the errors on samples kept aside
 
 
 class _Stream(torch.utils.data.IterableDataset):

@@ -1,0 +1,37 @@
+"""Which samples are the same, and which are kept aside."""
+
+import torch
+
+from alds_fast.measurement import Samples, first_sample
+
+
+def test_one_in_eight_is_kept_aside_and_one_at_least_of_two():
+    x = torch.randn(40, 3)
+    for count, aside in ((1, 0), (2, 1), (3, 1), (15, 1), (16, 2), (40, 5)):
+        samples = Samples(1 / 8)
+        assert int(samples.aside(x[:count]).sum()) == aside == samples.kept_aside
+    samples = Samples(1 / 8)
+    assert [bool(samples.aside(x[i : i + 1])) for i in range(17)] == [i in (1, 15) for i in range(17)]
+    assert not Samples(0).aside(x).any()
+
+
+def test_a_sample_that_comes_again_is_where_it_was():
+    x = torch.randn(6, 3)
+    samples = Samples(1 / 2)
+    first = samples.aside(x)
+    assert first.tolist() == [False] * 3 + [True] * 3
+    assert torch.equal(samples.aside(x.flip(0)), first.flip(0)) and samples.distinct == 6 and samples.total == 12
+    repeated = Samples(1 / 2)
+    assert not repeated.aside(x[:1].repeat(8, 1)).any() and repeated.distinct == 1
+
+
+def test_samples_of_mappings_and_of_tensors_without_a_common_size():
+    ids = torch.arange(12).view(4, 3)
+    batch = {"ids": ids, "positions": torch.arange(3)[None], "flag": True}
+    samples = Samples(1 / 4)
+    assert samples.aside(batch).tolist() == [False, False, False, True]
+    assert first_sample(batch)["ids"].tolist() == [[0, 1, 2]] and first_sample(batch)["flag"] is True
+    odd = Samples(1 / 4)
+    assert [odd.aside((ids, torch.full((5,), i))).tolist() for i in range(2)] == [[False], [True]]
+    half = torch.randn(4, 2).bfloat16()
+    assert len(Samples(0.5).aside(half)) == 4 and len(Samples(0.5).aside((torch.ones(()),))) == 1
