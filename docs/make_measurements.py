@@ -104,7 +104,7 @@ def spectra(name: str) -> str:
     head = ["", "wall seconds", "CPU-seconds", *(f"{SIDES[side]} is" for side in ours)]
     rows = []
     for side, time in data["times"].items():
-        ratios = [f"{time['wall_s'] / data['times'][own]['wall_s']:.1f}x faster" for own in ours]
+        ratios = [f"{time['wall_s'] / data['times'][fast]['wall_s']:.1f}x faster" for fast in ours]
         cells = ["" if side in ours else ratio for ratio in ratios]
         rows.append([SIDES[side], f"{time['wall_s']:.2f}", f"{time['cpu_s']:.2f}", *cells])
     return table(head, rows)
@@ -209,8 +209,8 @@ def quality() -> str:
 def minilm() -> str:
     _, means = quality_rows()
     shares = sorted({s for _, n, s in means if n == "minilm" and s < 1}, reverse=True)
-    own = [v for v, n, s in means if n == "minilm" and s == shares[0]]
-    rows = [[f"`{v}`", *(f"{means[v, 'minilm', share]:.3f}" for share in shares)] for v in own]
+    names = [v for v, n, s in means if n == "minilm" and s == shares[0]]
+    rows = [[f"`{v}`", *(f"{means[v, 'minilm', share]:.3f}" for share in shares)] for v in names]
     return table(["", "80 % of the encoder", "60 %"], rows)
 
 

@@ -44,13 +44,13 @@ def _imports(text, package):
 
 def floors(below):
     """Sets of nodes, each on top of what it imports, lowest first; and the nodes on circles, which have no floor."""
-    left, levels = dict(below), []
-    while level := {a for a, others in left.items() if not others & left.keys()}:
+    rest, levels = dict(below), []
+    while level := {a for a, others in rest.items() if not others & rest.keys()}:
         levels.append(level)
-        left = {a: others for a, others in left.items() if a not in level}
-    while top := left.keys() - set().union(*left.values()):
-        left = {a: others for a, others in left.items() if a not in top}
-    return levels, set(left)
+        rest = {a: others for a, others in rest.items() if a not in level}
+    while top := rest.keys() - set().union(*rest.values()):
+        rest = {a: others for a, others in rest.items() if a not in top}
+    return levels, set(rest)
 
 
 class House:
