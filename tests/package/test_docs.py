@@ -201,7 +201,7 @@ def _script():
 
 def test_figures_are_those_of_the_results():
     script, remedy = _script(), "run python docs/make_measurements.py"
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), remedy
+    assert script.PAGE.read_text(encoding="utf-8") == script.measurements(), remedy
     assert script.README.read_text(encoding="utf-8") == script.readme(), remedy
     assert script.figures() in script.README.read_text(encoding="utf-8")
 
