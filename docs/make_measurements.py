@@ -256,7 +256,7 @@ def sections() -> dict[str, list[str]]:
             "slice counts. Medians of three rounds in which the sides take turns.",
             spectra("cpu"),
             "`OMP_WAIT_POLICY=PASSIVE`, which shared machines often want, slows torch's routines down. This is one "
-            "round of an earlier state:",
+            "round, at another commit:",
             source("cpu_passive"),
             spectra("cpu_passive"),
         ],
@@ -282,20 +282,20 @@ def sections() -> dict[str, list[str]]:
             "Rank correlation of the similarities of MiniLM's embeddings with the dense model's, one sample. Its "
             "linear layers alone are compressed; `sensitivity` is that of the pooled embeddings.",
             minilm(),
-            "The rows with data are of a state before moments were shrunk by their noise. "
+            "In the rows with data, moments are not shrunk by their noise. "
             f"Seed 0 with shrunk moments differs by ([all variants]({LINK}/quality/compared.md)):",
             compared(),
         ],
         "Quality after retraining": [
-            "Percent of the parameters saved at a loss of half a point at most, after retraining over the last "
-            f"quarter of the epochs ([hardware, commits, shares]({LINK}/quality/retrained.md)).",
+            "Percent of the parameters saved at a loss of half a point at most. Retraining takes the last quarter of "
+            f"the epochs ([hardware, commits, shares]({LINK}/quality/retrained.md)).",
             retrained()[1],
         ],
         "What moments cost": [f"[moments_cost.md]({LINK}/quality/moments_cost.md), one thread.", moments()],
         "Kernels, compiled": [source("aot"), *compiled()],
         "Other results": [others()],
         "Measured once, by hand": [
-            "These were measured once, with the code of the day. No file holds them, and no script repeats them.",
+            "These are measured by hand. No file holds them, and no script repeats them.",
             table(["what", "figure", "commit"], BY_HAND),
             "[defaults](defaults.md) and [notes](notes.md) have further ones, beside what they decided.",
         ],
