@@ -39,10 +39,11 @@ def crc32(tensor: Tensor) -> int:
 
 
 @contextmanager
-def atomic(target: Path) -> Iterator[str]:
-    """A temporary file beside the target that replaces it once it is whole and on disk."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
+def atomic(target: Path, temporary: str | None = None) -> Iterator[str]:
+    """A temporary file beside the target, of that or a new name, that replaces it once it is whole and on disk."""
+    if temporary is None:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -52,7 +53,7 @@ def atomic(target: Path) -> Iterator[str]:
         os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
         os.replace(temporary, target)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
 
@@ -94,20 +95,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a file under another name, put it on disk, then give it its own; what stood there before is replaced."""
-    partial = path.with_name(path.name + ".partial")
+    """Write a file of a job that can go on: :func:`atomic`, under a name that a killed process leaves only once."""
     with whole_or_nothing(path):
-        try:
-            with open(partial, "wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
+        with atomic(path, f"{path}.partial") as temporary, open(temporary, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
         sync_folder(path.parent)
 
 

@@ -5,12 +5,12 @@ Here belongs what chooses among errors and costs. What a user's options mean bel
 
 from .baselines import BASELINES, filter_threshold
 from .candidates import Candidates, candidates
-from .costs import SHARES, CostTable, flops_table, params_table, relaxed
+from .costs import SHARES, CostTable, flops_table, params_table, relax
 from .float32_check import curves_in_doubt, with_exact_values
 from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
 from .one_budget import allocate
 from .pareto import Front, Ints, pareto_front
-from .slice_pruning import auto_groups, pruned_spectra
+from .slice_pruning import auto_groups, prune_spectra
 from .solver import Solution, dense_reason, largest_error, solve, solve_baseline, solve_error
 
 __all__ = [
@@ -34,8 +34,8 @@ __all__ = [
     "largest_error",
     "params_table",
     "pareto_front",
-    "pruned_spectra",
-    "relaxed",
+    "prune_spectra",
+    "relax",
     "solve",
     "solve_baseline",
     "solve_error",

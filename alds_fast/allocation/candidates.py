@@ -59,7 +59,7 @@ class Candidates:
         limit = max(limit, min((c.groups for c in self.curves), default=0))
         return Candidates(tuple(c for c in self.curves if c.groups <= limit), self.dense_cost)
 
-    def restricted(self, costs: Ints, only: tuple[int, int] | None = None) -> tuple[Candidates, Ints]:
+    def restrict(self, costs: Ints, only: tuple[int, int] | None = None) -> tuple[Candidates, Ints]:
         """The choices at other costs, all or those of one (scheme, groups) and dense, with their numbers here."""
         spans = list(zip(self.curves, self.starts, self.starts[1:], strict=False))
         spans = [span for span in spans if only in (None, (span[0].scheme, span[0].groups))]
@@ -67,7 +67,7 @@ class Candidates:
         numbers = np.concatenate([*(np.arange(begin, end) for _, begin, end in spans), [len(costs) - 1]])
         return Candidates(curves, int(costs[-1])), numbers.astype(np.int64)
 
-    def costed(self, by_curve: Mapping[tuple[int, int], Ints], dense_cost: int) -> Ints:
+    def with_costs(self, by_curve: Mapping[tuple[int, int], Ints], dense_cost: int) -> Ints:
         """Costs of all candidates of another kind: those of the ranks of every (scheme, groups), and of dense."""
         return np.concatenate([*(by_curve[c.scheme, c.groups] for c in self.curves), [dense_cost]]).astype(np.int64)
 

@@ -84,7 +84,7 @@ def flops_table(
         shape, module, inputs = layer.shape, layer.module, calls[layer.name]
         dense = dense_flops(module, shape, inputs)
         costs.append(
-            choice.costed(
+            choice.with_costs(
                 {
                     (c.scheme, c.groups): c.ranks * flops_per_rank(module, shape, inputs, c.scheme, c.groups)
                     for c in choice.curves
@@ -96,6 +96,6 @@ def flops_table(
     return CostTable("flops", share, tuple(costs), fixed, total, math.floor(share * total + 1e-9), "FLOPs")
 
 
-def relaxed(table: CostTable, limit: float) -> CostTable:
+def relax(table: CostTable, limit: float) -> CostTable:
     """The table with another limit, raised to the smallest that can be met."""
     return replace(table, limit=max(math.floor(limit), table.least))

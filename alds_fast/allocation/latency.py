@@ -4,7 +4,7 @@ For every distinct kind of layer call (shape, options, type, input) and every (s
 by a factor of three up to the largest that is smaller than dense, are timed taking turns with the dense layer; what is
 kept is the ratio, so that the drift of a busy machine cancels. Smaller ranks go first: once one is not faster than
 dense, larger ones are not timed but taken to cost in proportion to the rank. Between ranks the ratio is
-interpolated, below the smallest it is that of the smallest, and it never falls with the rank.
+interpolate, below the smallest it is that of the smallest, and it never falls with the rank.
 
 A layer costs calls x dense milliseconds x ratio, in whole nanoseconds; dense layers and the whole dense model are timed
 in one run, taking turns. What the model takes beyond its layers is the fixed part. More than ``MAX_LATENCY_GROUPS``
@@ -51,7 +51,7 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for factor in (layer.encoder, layer.decoder):
-            factor.copy_(torch.randn(factor.shape, generator=generator) * scale)
+            factor.copy_(torch.randn(factor.shape, generator=generator, device="cpu") * scale)
         if layer.bias is not None:
             layer.bias.zero_()
     return layer
@@ -100,10 +100,10 @@ def _survey(module: nn.Module, spec: InputSpec, curves: Iterable[Curve], known: 
     return timed
 
 
-def interpolated(known: Mapping[int, float], ranks: Ints) -> Floats:
+def interpolate(known: Mapping[int, float], ranks: Ints) -> Floats:
     """Ratios for all ranks: piecewise linear, never falling, beyond the largest rank known in proportion to the rank.
 
-    >>> interpolated({2: 0.5, 4: 0.4, 6: 0.9}, np.array([1, 3, 5, 6, 12]))
+    >>> interpolate({2: 0.5, 4: 0.4, 6: 0.9}, np.array([1, 3, 5, 6, 12]))
     array([0.5, 0.5, 0.7, 0.9, 1.8])
     """
     xs = np.array(sorted(known), dtype=np.float64)
@@ -159,7 +159,7 @@ class LayerTimes:
         for spec, count in self._calls[layer.name].items():
             text = call_key(layer, spec)
             known = self._timings.of(text)[curve.scheme, curve.groups]
-            total += count * self._dense_ns[text] * interpolated(known, curve.ranks)
+            total += count * self._dense_ns[text] * interpolate(known, curve.ranks)
         return np.rint(total).astype(np.int64)
 
     def table(self, share: float) -> CostTable:
@@ -167,7 +167,7 @@ class LayerTimes:
         costs = []
         for layer, choice in zip(self._layers, self._choices, strict=True):
             by_curve = {(c.scheme, c.groups): self._curve_ns(layer, c) for c in choice.curves}
-            costs.append(choice.costed(by_curve, self._layer_dense_ns(layer)))
+            costs.append(choice.with_costs(by_curve, self._layer_dense_ns(layer)))
         limit = int(share * self.total_ns)
         return CostTable("latency", share, tuple(costs), self._fixed_ns, self.total_ns, limit, "ms", NS_PER_MS)
 

@@ -110,13 +110,13 @@ def least_p_norm(fronts: Sequence[Front], budget: int, p: float, scale: float) -
     remaining = budget - sum(int(f.costs[0]) for f in fronts)
     moves, first = _sweep(layers, deltas, remaining, len(fronts))
     whole = np.bincount(layers[:first], minlength=len(fronts))  # moves of the relaxation that are taken entirely
-    relaxed = sum(float(y[h[m]]) for y, h, m in zip(powers, hulls, whole, strict=True))
+    relax = sum(float(y[h[m]]) for y, h, m in zip(powers, hulls, whole, strict=True))
     if first < len(falls):
-        relaxed -= float(falls[first]) * (remaining - int(deltas[:first].sum())) / float(deltas[first])
+        relax -= float(falls[first]) * (remaining - int(deltas[:first].sum())) / float(deltas[first])
     picks = np.array([h[m] for h, m in zip(hulls, moves, strict=True)], dtype=np.int64)
     if len(fronts):
         picks = _fill(fronts, powers, picks, budget - total_cost(fronts, picks))
-    return Allocation(picks, scale * max(relaxed, 0.0) ** (1.0 / p))
+    return Allocation(picks, scale * max(relax, 0.0) ** (1.0 / p))
 
 
 def allocate(fronts: Sequence[Front], budget: int, p: float = np.inf) -> Allocation:

@@ -142,9 +142,9 @@ class _Instance:
             corners = _cut(corners, excess)
             if not corners:
                 break
-        return self._repaired(nearest, ends), False
+        return self._repair(nearest, ends), False
 
-    def _repaired(self, picks: Ints, ends: Ints) -> Ints | None:
+    def _repair(self, picks: Ints, ends: Ints) -> Ints | None:
         """The picks with a few layers changed so that they keep the budgets, None if that is not found."""
         for _ in range(MAX_REPAIRS):
             remaining = self.remaining(picks)

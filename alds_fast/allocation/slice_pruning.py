@@ -68,7 +68,7 @@ def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, c
     return bool(((bound * (1 - SLACK)) ** 2 - (2 * TAIL if known.float32 else 0.0) < beaten**2).any())
 
 
-def pruned_spectra(
+def prune_spectra(
     layers: Sequence[DecomposableLayer],
     schemes: Sequence[int],
     groups: Sequence[int] | str | None,

@@ -88,9 +88,9 @@ def solve_baseline(
                 f"method={method!r} uses scheme 0 with one slice, which was not analysed for layer "
                 f"{label(spectrum.layer.name)}; analyze with 0 in schemes= and 1 in groups="
             )
-    parts = [c.restricted(costs, only) for c, costs in zip(choices, table.costs, strict=True)]
-    restricted = replace(table, costs=tuple(part.costs for part, _ in parts))
-    picks = BASELINES[method].rule([part for part, _ in parts], spectra, restricted.budget(f" by method={method!r}"))
+    parts = [c.restrict(costs, only) for c, costs in zip(choices, table.costs, strict=True)]
+    restrict = replace(table, costs=tuple(part.costs for part, _ in parts))
+    picks = BASELINES[method].rule([part for part, _ in parts], spectra, restrict.budget(f" by method={method!r}"))
     taken = tuple(int(numbers[i]) for (_, numbers), i in zip(parts, picks, strict=True))
     bound = allocate(_fronts(choices, table), table.budget()).bound
     return Solution(taken, _relative(largest_error(choices, taken), bound))

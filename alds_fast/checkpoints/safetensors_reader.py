@@ -50,7 +50,7 @@ class Stored:
         if read < self.size:
             raise FileFormatError(f"{str(self.file)!r} ends in the middle of a tensor; it changed while it was read")
         if not room:
-            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
         return torch.frombuffer(room, dtype=DTYPES[self.dtype]).view(self.shape)
 
     def crc32(self) -> int:

@@ -44,7 +44,7 @@ TARGET_HELP = (
     "package.module:function or file.py:function that returns the model; for compress also a checkpoint directory: "
     "config.json and safetensors files"
 )
-BUDGETS = ("params", "flops", "latency", "error")
+BUDGETS = (*SHARES, "error")
 
 
 def _precision(args: argparse.Namespace) -> str:
@@ -97,7 +97,7 @@ def _run_compress(args: argparse.Namespace) -> None:
     with progress_bars() as progress:
         analysis = _analyze(args, model, progress, data=batches, sensitivity=args.sensitivity)
         budget = {name: getattr(args, name) for name in BUDGETS}
-        example = None if args.input is None else torch.randn(args.input)
+        example = None if args.input is None else torch.randn(args.input, device="cpu")
         plan = analysis.plan(
             **budget, example_inputs=example, criterion=args.criterion, p=args.p, method=args.method, align=args.align
         )

@@ -7,7 +7,9 @@ import json
 import math
 from collections import Counter
 
+from ..allocation import BASELINES
 from ..checkpoints import compress_checkpoint
+from ..criteria import DEFAULT_CRITERION
 from ..errors import ArgumentError
 from .progress import progress_bars
 
@@ -17,7 +19,7 @@ _MODEL_ONLY = ("weights", "flops", "latency", "input", "data", "sensitivity", "r
 def compress_directory(args: argparse.Namespace, first: bool) -> None:
     """Run it; the ``first`` of several processes prints the result."""
     other = [name for name in _MODEL_ONLY if getattr(args, name)]
-    other += ["method"] if args.method != "alds" else []
+    other += ["method"] if args.method in BASELINES else []
     if other:
         raise ArgumentError(
             f"--{other[0]} does not go with a checkpoint directory, which is never loaded as a whole; name a function "
@@ -26,7 +28,11 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
     options = {name: getattr(args, name) for name in ("params", "error", "p", "align", "schemes", "include", "exclude")}
-    options |= {"criterion": args.criterion or "frobenius", "groups": args.groups or "auto", "device": args.device}
+    options |= {
+        "criterion": args.criterion or DEFAULT_CRITERION,
+        "groups": args.groups or "auto",
+        "device": args.device,
+    }
     options |= {"precision": args.precision or "float32"}
     with progress_bars() as progress:
         done = compress_checkpoint(

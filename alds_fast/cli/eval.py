@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,7 @@ import torch
 from ..criteria import CRITERIA
 from ..errors import ArgumentError, EvaluationError
 from ..evaluation import evaluate, product
-from ..linalg import SCHEMES
-from ..planning import METHODS
+from ..planning import METHODS, analyze
 from .targets import ModelTarget, SeededTarget, Target
 
 
@@ -53,14 +53,9 @@ def check_data_flags(args: argparse.Namespace) -> None:
 
 
 def _variants(args: argparse.Namespace, kind: str, example: Any) -> dict[str, dict[str, Any]]:
-    given = {
-        "schemes": tuple(args.schemes),
-        "groups": args.groups or "divisors",
-        "include": args.include,
-        "exclude": args.exclude,
-    }
-    usual = {"schemes": SCHEMES, "groups": "divisors", "include": None, "exclude": None}
-    options = {name: value for name, value in given.items() if value != usual[name]}
+    given = {"schemes": tuple(args.schemes), "groups": args.groups, "include": args.include, "exclude": args.exclude}
+    usual = {name: parameter.default for name, parameter in inspect.signature(analyze).parameters.items()}
+    options = {name: value for name, value in given.items() if value not in (None, usual[name])}
     if args.data:
         options |= {"data": True, "sensitivity": args.sensitivity, "refit": args.refit}
     return product(args.methods, args.criteria, args.p, kind, example, **options)
@@ -72,7 +67,8 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.flops and args.input is None:
         raise ArgumentError("--flops needs --input, the shape of an input, for example 1,3,224,224")
     kind = "flops" if args.flops else "params"
-    example = None if args.input is None else torch.randn(args.input, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    example = None if args.input is None else torch.randn(args.input, generator=seeded, device="cpu")
     variants = _variants(args, kind, example)
     build, quality = ModelTarget(args.target, args.weights), Target(args.quality)
     data, after = (SeededTarget(t) if t else None for t in (args.data, args.after))

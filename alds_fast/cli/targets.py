@@ -56,10 +56,10 @@ class Target:
     def function(self) -> Callable[..., Any]:
         """The function itself; ModelError, with the traceback on standard error, if it cannot be loaded."""
         place, _, function = self.name.rpartition(":")
-        loaded: Callable[..., Any] = self._guarded(lambda: getattr(_module(place), function))
+        loaded: Callable[..., Any] = self._guard(lambda: getattr(_module(place), function))
         return loaded
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    def _guard(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except AldsError:
@@ -99,7 +99,7 @@ class ModelTarget(SeededTarget):
 
     def __call__(self, *args: Any) -> nn.Module:
         """The model; ModelError if the function raised, or returned something else."""
-        model = self._guarded(lambda: super(ModelTarget, self).__call__(*(args or (0,))))
+        model = self._guard(lambda: super(ModelTarget, self).__call__(*(args or (0,))))
         if not isinstance(model, nn.Module):
             raise ModelError(f"{self.name!r} returned a {type(model).__name__}, not a torch.nn.Module")
         if self.weights:

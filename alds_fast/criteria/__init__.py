@@ -9,7 +9,7 @@ from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, 
 from .moment_hooks import rows_wanted
 from .moment_sums import exact_products
 from .moments import Moments, Sensitivity, collect_moments
-from .registry import CRITERIA, WEIGHT_CRITERIA
+from .registry import CRITERIA, DEFAULT_CRITERION, WEIGHT_CRITERIA
 from .spectra import (
     Groups,
     Key,
@@ -27,6 +27,7 @@ from .weights import Weighting, weighting
 
 __all__ = [
     "CRITERIA",
+    "DEFAULT_CRITERION",
     "EIGEN_NOISE",
     "MAX_DATA_GROUPS",
     "WEIGHT_CRITERIA",

@@ -74,5 +74,6 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None) ->
 def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:
     """The spectra with the eigenvalues of the output's covariance."""
     weights = None if basis.lacks(spectra.layer.name) else basis.weighting(spectra.layer)
-    values = torch.zeros(1, dtype=torch.float64) if weights is None else torch.linalg.eigvalsh(weights.output).sum(0)
-    return replace(spectra, output=values.flip(0).clamp_min(0))
+    if weights is None:
+        return replace(spectra, output=torch.zeros(1, dtype=torch.float64, device="cpu"))
+    return replace(spectra, output=torch.linalg.eigvalsh(weights.output).sum(0).flip(0).clamp_min(0))

@@ -97,4 +97,4 @@ def _drawn(rows: int, wanted: Wanted, seed: int, device: torch.device) -> Tensor
     if count >= rows:
         return slice(None)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(rows, (count,), generator=generator).sort().values.to(device)
+    return torch.randint(rows, (count,), generator=generator, device="cpu").sort().values.to(device)

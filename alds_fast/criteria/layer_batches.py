@@ -52,7 +52,7 @@ class FoldRoom:
     """
 
     def __init__(self) -> None:
-        self._room = torch.empty(0)
+        self._room = torch.empty(0, device="cpu")
 
     def matrices(self, folds: Sequence[tuple[DecomposableLayer, int]]) -> list[Tensor]:
         """Folded weights of (layer, scheme) pairs of one place, each (conv_groups, rows, cols), until the next call."""
@@ -60,7 +60,7 @@ class FoldRoom:
         device, dtype = place(folds[0][0])
         sizes = [0 if s.dtype == dtype and s.is_contiguous() else s.numel() for s in sources]
         if (self._room.device, self._room.dtype) != (device, dtype) or self._room.numel() < sum(sizes):
-            self._room = torch.empty(0)  # give the old one back first
+            self._room = torch.empty(0, device="cpu")  # give the old one back first
             self._room = torch.empty(sum(sizes), dtype=dtype, device=device)
         rooms = self._room[: sum(sizes)].split(sizes)
         for source, room in zip(sources, rooms, strict=True):

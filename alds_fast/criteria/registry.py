@@ -41,4 +41,5 @@ CRITERIA = {
     "output-bound": Criterion(certificate, bound=True, needs_data=True),
     "sensitivity": Criterion(errors, needs_data=True, needs_gradients=True, p=2.0),  # squares add up over the layers
 }
+DEFAULT_CRITERION = "frobenius"  # where there is no data
 WEIGHT_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_data)

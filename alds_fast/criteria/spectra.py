@@ -93,7 +93,7 @@ def layer_spectra(
     ``done`` is told the number of weights finished after each batch. ``float32``: so, where the weight is no wider.
     """
     results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
-    for problem, values in _solved(_problems(layers, schemes, groups), done, limit, float32):
+    for problem, values in _solve(_problems(layers, schemes, groups), done, limit, float32):
         result = results[problem.layer.name]
         by_groups = dict(zip(problem.computed, values, strict=True))
         result.top[problem.scheme] = float(by_groups[1].max())
@@ -106,7 +106,7 @@ def marked_float32(spectra: LayerSpectra) -> LayerSpectra:
     return replace(spectra, float32=frozenset({*spectra.values, *((scheme, 1) for scheme in spectra.top)}))
 
 
-def _solved(
+def _solve(
     problems: Sequence[_FoldedLayer], done: Callable[[int], None], limit: int, float32: bool
 ) -> Iterator[tuple[_FoldedLayer, list[Tensor]]]:
     """The problems with the spectra of their ``computed`` slice counts, together as layer_spectra says."""
@@ -130,7 +130,7 @@ def exact_spectra(wanted: Sequence[tuple[DecomposableLayer, Key]]) -> Iterator[t
     for layer in {layer.name: layer for layer, _ in wanted}.values():
         check_weight(layer)
     problems = [_FoldedLayer(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted]
-    for problem, (values,) in _solved(problems, lambda n: None, 0, float32=False):
+    for problem, (values,) in _solve(problems, lambda n: None, 0, float32=False):
         yield problem.layer, (problem.scheme, problem.groups[0]), values
 
 

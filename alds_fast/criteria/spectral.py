@@ -20,7 +20,7 @@ def _next_values(values: Tensor) -> Tensor:
 
 
 def _relative(absolute: Tensor, norm: float | Tensor) -> Tensor:
-    norm = torch.as_tensor(norm, dtype=absolute.dtype)
+    norm = torch.as_tensor(norm, dtype=absolute.dtype, device=absolute.device)
     return torch.where(norm > 0, absolute / norm, torch.zeros_like(absolute))
 
 

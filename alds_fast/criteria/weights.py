@@ -61,7 +61,8 @@ def shrunk(covariance: Tensor, share: float) -> Tensor:
     """(1 - share) C + share mu 1, of (..., n, n)."""
     size = covariance.shape[-1]
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return (1.0 - share) * covariance + share * mean * torch.eye(size, dtype=covariance.dtype)
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    return (1.0 - share) * covariance + share * mean * identity
 
 
 def _roots(gradient: Tensor) -> tuple[Tensor, Tensor]:

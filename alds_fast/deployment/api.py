@@ -17,11 +17,12 @@ from ..errors import ArgumentError, BackendError
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
 from ..measurement import (
     call_model,
+    copy_batch,
     device_of,
     environment,
     inference,
     interleaved_ms,
-    keeping_buffers,
+    keeping_state,
     layer_inputs,
     median_ratio,
     shared_inputs,
@@ -63,7 +64,7 @@ def _rows(
     return rows
 
 
-def _forced(name: str, layer: LowRankLayer, case: Case, backend: str) -> DeployRow:
+def _force(name: str, layer: LowRankLayer, case: Case, backend: str) -> DeployRow:
     specs, plain = case
     if not specs:
         return DeployRow(*_head(name, layer), "", {}, {}, "two-op", "not called with the example inputs", "forced")
@@ -146,7 +147,8 @@ def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds:
 
         return run
 
-    with keeping_buffers(next(iter(sides.values()))):
+    example_inputs = copy_batch(example_inputs)
+    with keeping_state(next(iter(sides.values()))):
         return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
 
 
@@ -212,7 +214,7 @@ def deploy(
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
     if backend is not None:
-        rows = [_forced(name, layer, cases[name], backend) for name, layer in layers.items()]
+        rows = [_force(name, layer, cases[name], backend) for name, layer in layers.items()]
     else:
         rows = _rows(layers, cases, known, rounds)
         rows += _merged_rows(

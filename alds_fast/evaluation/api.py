@@ -105,7 +105,7 @@ def evaluate(
     records = Records(folder)
     records.start(task.setting, list(read))
     failures = _run_all(task, cells, records, workers, progress)
-    table = Evaluation.of([r for c in _sorted(cells, read) if (r := records.by_key.get(task.key(c)))], records)
+    table = Evaluation.of([r for c in _sort(cells, read) if (r := records.by_key.get(task.key(c)))], records)
     if folder is not None:
         _write(table, folder)
     if failures:
@@ -135,7 +135,7 @@ def _folder(out: Any) -> Path:
     return folder
 
 
-def _sorted(cells: Sequence[Cell], variants: Mapping[str, Any]) -> list[Cell]:
+def _sort(cells: Sequence[Cell], variants: Mapping[str, Any]) -> list[Cell]:
     place = {name: i for i, name in enumerate(variants)}
     return sorted(cells, key=lambda c: (place[c.variant], -c.share, c.seed))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
+from ..files import whole_or_nothing
 from ..text import number
 
 FORMAT = "alds_fast.evaluation"
@@ -117,7 +118,7 @@ class Records:
     def _write(self, data: Record) -> None:
         if self.path is None:
             return
-        with open(self.path, "a") as file:
+        with whole_or_nothing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(data) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import AldsError, ArgumentError, BudgetError, ModelError
 from ..layers import count_params
-from ..measurement import counted_inputs, inference
+from ..measurement import count_inputs, inference
 from ..planning import Analysis, analyze
 from ..version import __version__
 from .cells import Cell, Task, model_mark
@@ -163,4 +163,4 @@ class Runner:
         return value
 
     def _flops(self, model: nn.Module) -> int:
-        return 0 if self.task.example_inputs is None else counted_inputs(model, self.task.example_inputs, ())[1]
+        return 0 if self.task.example_inputs is None else count_inputs(model, self.task.example_inputs, ())[1]

@@ -48,7 +48,7 @@ def _work(cell: Cell, look: bool) -> Outcome:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _without_interrupts() -> Iterator[None]:
     """Ctrl-C waits until the end; only the main thread gets it."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -79,7 +79,7 @@ def parallel(task: Task, jobs: Sequence[Job], workers: int) -> Generator[Outcome
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (pickled,))
     try:
-        with _uninterrupted():  # a process started in that moment would be lost sight of
+        with _without_interrupts():  # a process started in that moment would be lost sight of
             futures = [pool.submit(_work, *job) for job in jobs]
         for future in as_completed(futures):
             yield future.result()

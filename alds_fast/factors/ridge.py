@@ -62,6 +62,10 @@ class CrossSums:
         """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, in the order of the samples."""
         if not len(x):
             return  # nothing but padding
+        with torch.inference_mode(False):
+            self._add_halves(y, x, rows)
+
+    def _add_halves(self, y: Tensor, x: Tensor, rows: int) -> None:
         self.drawn += len(x)
         exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
         middle = (len(x) + 1) // 2
@@ -105,7 +109,8 @@ def _towards(weight: Tensor, seen: Means, ridge: float, centred: bool) -> Tensor
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     if math.isinf(ridge) or not bool(size.any()):
         return weight
-    ridged = second + torch.where(size > 0, ridge * size, 1.0) * torch.eye(second.shape[-1], dtype=torch.float64)
+    identity = torch.eye(second.shape[-1], dtype=torch.float64, device=second.device)
+    ridged = second + torch.where(size > 0, ridge * size, 1.0) * identity
     return weight + torch.linalg.solve(ridged, (cross - weight @ second).mT).mT
 
 

@@ -29,7 +29,7 @@ class WeightedFactors(NamedTuple):
     frobenius: float
 
 
-def _completed(slices: Tensor, left: Tensor, values: Tensor, rank: int) -> Tensor:
+def _complete(slices: Tensor, left: Tensor, values: Tensor, rank: int) -> Tensor:
     """The first ``rank`` columns; those without energy in the data replaced by what the weight itself has most of."""
     left = left[..., :rank].clone()
     sure = (values[..., :rank] > EIGEN_NOISE * values[..., :1]).sum(-1)
@@ -50,7 +50,7 @@ def _on_filters(matrix: Tensor | None, left: Tensor) -> Tensor:
     return torch.einsum("gij,gkjtr->gkitr", matrix, split).flatten(2, 3)
 
 
-def _refitted(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
+def _refit_decoder(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
     """The decoder that is best for these encoders on the whole moment: left + (W - W_hat) C Z^T (Z C Z^T)^+.
 
     C is the one for fitting, without the noise of few samples.
@@ -70,7 +70,7 @@ def _refitted(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
     return (start + step).unflatten(2, (taps, k, rank)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of ``left`` and rows of ``right`` with one norm each, so that both train and round alike."""
     norms = left.norm(dim=-2), right.norm(dim=-1)
     scale = torch.where((norms[0] > 0) & (norms[1] > 0), norms[1] / norms[0].clamp_min(1e-300), 1.0).sqrt()
@@ -86,17 +86,17 @@ def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
     scheme, groups, rank = decomposition
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases = slice_bases(w, scheme, groups, blocks)
-    left = _completed(bases.slices, bases.left, bases.values, rank)
+    left = _complete(bases.slices, bases.left, bases.values, rank)
     right = left.mT @ bases.slices
     left = _on_filters(w.inverse, left)
     lost, shift = _lost(w, scheme, left, right), torch.zeros_like(w.mean)
     seen = _energy(w, lost, bases.values, rank)
     if blocks is not None and (groups > 1 or blocks.shape[1] > 1):
-        again = _refitted(w, scheme, left, right)
-        less = _lost(w, scheme, again, right)
+        refitted = _refit_decoder(w, scheme, left, right)
+        less = _lost(w, scheme, refitted, right)
         if (fitted := _energy(w, less, bases.values, rank)) < seen:
-            left, lost, seen = again, less, fitted
-    left, right = _balanced(left, right)
+            left, lost, seen = refitted, less, fitted
+    left, right = _balance(left, right)
     if w.centred and blocks is not None:
         assert w.mean_input is not None
         shift = (lost @ w.mean_input.unsqueeze(-1)).squeeze(-1)

@@ -27,7 +27,7 @@ def decisions() -> list[dict[str, Any]]:
     return [dict(decision) for decision in _decisions.values()]
 
 
-def _interpreted() -> bool:
+def _is_interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -37,7 +37,7 @@ def _device_reason(kind: str, index: int | None) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed (pip install triton)"
     if kind == "cpu":
-        return None if _interpreted() else "it runs on CUDA devices, x is on the CPU"
+        return None if _is_interpreted() else "it runs on CUDA devices, x is on the CPU"
     if kind != "cuda" or not torch.cuda.is_available():
         return f"it runs on CUDA devices, x is on {kind}"
     major = torch.cuda.get_device_capability(index)[0]
@@ -48,7 +48,7 @@ def _device_reason(kind: str, index: int | None) -> str | None:
 _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _transformed(x: Tensor) -> bool:
+def _is_transformed(x: Tensor) -> bool:
     """Whether forward-mode differentiation or a functorch transform is at work, which the operators do not know."""
     if torch.compiler.is_compiling():
         return False
@@ -62,7 +62,7 @@ def type_reason(x: Tensor) -> str | None:
         return f"it takes float16, bfloat16 and float32, x is {x.dtype}"
     if reason is None and x.device.type == "cpu" and x.dtype not in INTERPRETER_TYPES:
         return "triton's interpreter multiplies bfloat16 wrongly"
-    if reason is None and _transformed(x):
+    if reason is None and _is_transformed(x):
         return "it knows no forward-mode differentiation and no functorch transforms"
     return reason
 

@@ -18,8 +18,8 @@ from ..import_hooks import when_imported
 
 @functools.cache
 def triton_module(name: str) -> ModuleType:
-    """The module ``triton_NAME`` beside this one, imported when a kernel first runs: only these modules need triton."""
-    return importlib.import_module(f".triton_{name}", __package__)
+    """The module ``fused.NAME``, imported when a kernel first runs: only these modules need triton."""
+    return importlib.import_module(f".fused.{name}", __package__)
 
 
 def flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:

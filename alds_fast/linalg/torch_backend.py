@@ -81,7 +81,7 @@ def _top_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return vectors[..., -rank:].flip(-1), values[..., -rank:].sum(-1)
 
 
-def _sketched(gram: Tensor, rank: int, bound: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sketch(gram: Tensor, rank: int, bound: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Randomized subspace iteration on a batch of Gram matrices until trace - captured <= bound, slice by slice."""
     order = gram.shape[-1]
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -112,7 +112,7 @@ def rsvd_torch(matrix: Tensor, groups: int, rank: int, optimum: Tensor, seed: in
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     bound = (1 + TOLERANCE) * optimum.flatten() + order * torch.finfo(torch.float64).eps * total
     if not exact and rank + OVERSAMPLE <= EXACT_FRACTION * order:
-        basis, error, iterations = _sketched(gram, rank, bound, seed)
+        basis, error, iterations = _sketch(gram, rank, bound, seed)
     else:
         basis, error = gram.new_zeros(len(gram), order, rank), torch.zeros_like(total)
         iterations = torch.full_like(total, EXACT_BY_CHOICE, dtype=torch.int64)
@@ -134,6 +134,6 @@ def batched_rsvd_ref(matrix: Tensor, groups: int, rank: int) -> Factors:
     slices = _slices(matrix, groups).flatten(0, 1)
     u, s, vh = torch.linalg.svd(slices, full_matrices=False)
     root = s[:, :rank].sqrt()
-    exact = torch.full((len(slices),), EXACT_BY_CHOICE)
+    exact = torch.full((len(slices),), EXACT_BY_CHOICE, device=matrix.device)
     left, right = u[..., :rank] * root[:, None], vh[:, :rank] * root[..., None]
     return Factors(left, right, optimal_errors(s, 0), optimal_errors(s, rank), exact)

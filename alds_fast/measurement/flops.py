@@ -17,7 +17,7 @@ from ..linalg import WeightShape, decoder_axes
 from .inputs import InputSpec, layer_inputs
 
 
-def counted_inputs(
+def count_inputs(
     model: nn.Module, example_inputs: Any, names: Iterable[str]
 ) -> tuple[dict[str, dict[InputSpec, int]], int]:
     """:func:`alds_fast.measurement.layer_inputs`, and the floating-point operations of that same run of the model.

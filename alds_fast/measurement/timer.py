@@ -16,7 +16,7 @@ MAX_CALLS = 100_000  # in one sample
 Call = Callable[[], object]
 
 
-def _captured(call: Call) -> Call:
+def _capture(call: Call) -> Call:
     """The call as a CUDA graph; raises what the capture raises."""
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -33,10 +33,10 @@ def _captured(call: Call) -> Call:
     return graph.replay
 
 
-def _all_captured(calls: Mapping[str, Call]) -> Mapping[str, Call]:
+def _capture_all(calls: Mapping[str, Call]) -> Mapping[str, Call]:
     """All calls as CUDA graphs, or all as they are where one of them cannot be captured."""
     try:
-        return {name: _captured(call) for name, call in calls.items()}
+        return {name: _capture(call) for name, call in calls.items()}
     except Exception as e:  # whatever a call does that a capture forbids
         torch.cuda.synchronize()
         warnings.warn(f"a CUDA graph could not be captured ({e}): all sides are timed eagerly", stacklevel=3)
@@ -86,7 +86,7 @@ def interleaved_ms(
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad(), torch.cuda.device(device if cuda else -1):
         if cuda:
-            calls = _all_captured(calls)
+            calls = _capture_all(calls)
         counts = {name: _calls_per_sample(sample, call, min_ms) for name, call in calls.items()}
         for i in range(rounds):
             for name in list(calls) if i % 2 == 0 else reversed(list(calls)):

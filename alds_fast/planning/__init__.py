@@ -10,7 +10,7 @@ from .options import METHODS, check_groups, check_plan_options, check_schemes, i
 from .plan import Plan
 from .plan_rows import LayerPlan
 from .plots import analysis_dict, check_plot, plot_plan
-from .run_analysis import Progress, analyze
+from .run_analysis import Progress, analyze, tell_nobody
 
 __all__ = [
     "METHODS",
@@ -30,4 +30,5 @@ __all__ = [
     "plot_plan",
     "resolved_norm",
     "resolved_precision",
+    "tell_nobody",
 ]

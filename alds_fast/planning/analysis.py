@@ -17,7 +17,7 @@ from .budget_loop import PlanProblem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
 from .options import check_importance, check_plan_options
 from .plan import Plan
-from .plan_rows import LayerPlan, planned_row
+from .plan_rows import LayerPlan, plan_row
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Analysis:
             self._recompute(doubt)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
-        rows = tuple(planned_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
+        rows = tuple(plan_row(layer, chosen.get(layer.name), align, basis.reason(layer)) for layer in self.layers)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
         return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)

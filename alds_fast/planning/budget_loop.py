@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..allocation import (
+    BASELINES,
     MAX_LATENCY_GROUPS,
     Candidates,
     CostTable,
@@ -25,7 +26,7 @@ from ..allocation import (
     flops_table,
     largest_error,
     params_table,
-    relaxed,
+    relax,
     solve,
     solve_baseline,
     solve_error,
@@ -33,7 +34,7 @@ from ..allocation import (
 from ..criteria import Key, LayerSpectra
 from ..errors import BudgetError
 from ..layers import DecomposableLayer
-from ..measurement import Timings, counted_inputs, device_name, device_of
+from ..measurement import Timings, count_inputs, device_name, device_of
 from .plan_rows import Latency
 
 MAX_REFINEMENTS = 4
@@ -51,11 +52,11 @@ class PlanProblem:
     method: str = "alds"
 
     def solve(self, tables: Sequence[CostTable], p: float) -> Solution:
-        """By the method: "alds" under any budgets, a baseline under one."""
-        if self.method == "alds":
-            return solve(self.choices, tables, p)
-        (table,) = tables
-        return solve_baseline(self.method, self.choices, table, self.spectra)
+        """By the method: exactly under any budgets, a baseline under one."""
+        if self.method in BASELINES:
+            (table,) = tables
+            return solve_baseline(self.method, self.choices, table, self.spectra)
+        return solve(self.choices, tables, p)
 
     def within(self, error: float) -> PlanOutcome:
         """The fewest parameters with errors of at most ``error``."""
@@ -68,10 +69,10 @@ class PlanProblem:
             return []
         (table,), picks = outcome.tables, outcome.solution.picks
 
-        def again(fronts: Sequence[Front]) -> Ints:
+        def best_picks(fronts: Sequence[Front]) -> Ints:
             return allocate(fronts, table.budget(), p).picks
 
-        return curves_in_doubt(self.spectra, outcome.choices, weights, picks, table.costs, again)
+        return curves_in_doubt(self.spectra, outcome.choices, weights, picks, table.costs, best_picks)
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,17 @@ def solve_shares(
         tables.append(params_table(choices, problem.params, float(params)))
     if flops is None and latency is None:
         return PlanOutcome(choices, problem.solve(tables, p), tables)
-    calls, operations = counted_inputs(problem.model, example_inputs, [layer.name for layer in layers])
+    calls, operations = count_inputs(problem.model, example_inputs, [layer.name for layer in layers])
     if flops is not None:
         tables.append(flops_table(layers, choices, calls, operations, float(flops)))
     if latency is None:
         return PlanOutcome(choices, problem.solve(tables, p), tables)
     device = device_of(problem.model)
     times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
-    return _refined(problem, tables, times, float(latency), example_inputs, p, device)
+    return _solve_within_latency(problem, tables, times, float(latency), example_inputs, p, device)
 
 
-def _measured(
+def _measure(
     problem: PlanProblem, picks: Sequence[int], share: float, example_inputs: Any, device: torch.device, attempt: int
 ) -> Latency:
     taken = [c.decomposition(i) for c, i in zip(problem.choices, picks, strict=True)]
@@ -124,7 +125,7 @@ def _measured(
     return Latency(share, ratio, dense_ms, small_ms, device_name(device), attempt)
 
 
-def _refined(
+def _solve_within_latency(
     problem: PlanProblem,
     tables: Sequence[CostTable],
     times: LayerTimes,
@@ -141,7 +142,7 @@ def _refined(
     outcomes: list[PlanOutcome] = []
     table = times.table(share)
     if table.least <= (1 + Latency.TOLERANCE) * table.limit:
-        table = relaxed(table, table.limit)
+        table = relax(table, table.limit)
     for attempt in range(MAX_REFINEMENTS + 1):
         try:
             solution = problem.solve([*tables, table], p)
@@ -149,14 +150,14 @@ def _refined(
             if not outcomes:
                 raise
             break  # the corrected limit cannot be met together with the other budgets
-        latency = _measured(problem, solution.picks, share, example_inputs, device, attempt)
+        latency = _measure(problem, solution.picks, share, example_inputs, device, attempt)
         outcomes.append(PlanOutcome(problem.choices, solution, [*tables, table], latency))
-        if _settled(outcomes, tables):
+        if _is_settled(outcomes, tables):
             break
         predicted = table.cost(solution.picks) / table.total
         times.look_closer(solution.picks)
         table = times.table(share)
-        table = relaxed(table, share * predicted / latency.measured * table.total)
+        table = relax(table, share * predicted / latency.measured * table.total)
     best = min(outcomes, key=_distance)
     _warn_if_off(best, tables)
     return best
@@ -174,7 +175,7 @@ def _free(outcome: PlanOutcome, tables: Sequence[CostTable]) -> bool:
     return outcome.latency.measured < outcome.latency.asked and (exact or bool(tables))
 
 
-def _settled(outcomes: Sequence[PlanOutcome], tables: Sequence[CostTable]) -> bool:
+def _is_settled(outcomes: Sequence[PlanOutcome], tables: Sequence[CostTable]) -> bool:
     """Within the tolerance; or nothing else can be done, the same choice having come out before."""
     last = outcomes[-1]
     seen = [o.solution.picks for o in outcomes[:-1]]

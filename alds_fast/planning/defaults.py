@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..allocation import BASELINES
-from ..criteria import CRITERIA, Moments
+from ..criteria import CRITERIA, DEFAULT_CRITERION, Moments
 from ..errors import ArgumentError
 
 
@@ -19,7 +19,7 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
     if criterion is None and baseline is not None and baseline.criterion is not None:
         return baseline.criterion
     if criterion is None:
-        return "sensitivity" if gradients else "output" if moments else "frobenius"
+        return "sensitivity" if gradients else "output" if moments else DEFAULT_CRITERION
     if CRITERIA[criterion].needs_gradients and not gradients:
         raise ArgumentError(f"criterion={criterion!r} needs gradients: analyze(model, data=batches, sensitivity=True)")
     if CRITERIA[criterion].needs_data and not moments:
@@ -31,7 +31,7 @@ def resolved_norm(p: float | None, criterion: str, shares: Mapping[str, float | 
     """p if given; else infinity with several budgets, error= or a baseline, and the criterion's own otherwise."""
     if p is not None:
         return p
-    if method != "alds" or sum(share is not None for share in shares.values()) != 1:
+    if method in BASELINES or sum(share is not None for share in shares.values()) != 1:
         return math.inf
     return CRITERIA[criterion].p
 
@@ -39,10 +39,15 @@ def resolved_norm(p: float | None, criterion: str, shares: Mapping[str, float | 
 def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str) -> bool:
     """Whether plans of this kind can be checked: one budget of params or flops, solved exactly, a certified criterion.
 
-    ``criterion`` None stands for "frobenius".
+    ``criterion`` None stands for the one without data.
     """
-    certified = CRITERIA[criterion or "frobenius"].certified
-    return list(budgets) in (["params"], ["flops"]) and certified and method == "alds"
+    certified = CRITERIA[criterion or DEFAULT_CRITERION].certified
+    return is_counted_alone(budgets) and certified and method not in BASELINES
+
+
+def is_counted_alone(budgets: Sequence[str]) -> bool:
+    """Whether the budget is a single one of params or flops, whose costs are counted and not measured."""
+    return list(budgets) in (["params"], ["flops"])
 
 
 def resolved_precision(shares: Mapping[str, float | None], criterion: str | None, method: str | None) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ..allocation import BASELINES, SHARES
 from ..checks import is_count, is_number, is_share
-from ..criteria import CRITERIA, Groups
+from ..criteria import CRITERIA, DEFAULT_CRITERION, Groups
 from ..errors import ArgumentError, BudgetError, LayerNotFoundError
 from ..linalg import SCHEMES
+from .defaults import is_counted_alone
 
 METHODS = ("alds", *BASELINES)
 
@@ -99,7 +100,7 @@ def check_plan_options(
         raise ArgumentError(
             f"method={method!r} is made for criterion={baseline.criterion!r}, not {criterion!r}; leave criterion out"
         )
-    criterion, p = "frobenius" if criterion is None else criterion, math.inf if p is None else p
+    criterion, p = DEFAULT_CRITERION if criterion is None else criterion, math.inf if p is None else p
     given = _check_budgets(shares, error, example_inputs)
     if not is_number(p) or not p >= 1:
         raise ArgumentError(f"p={p!r} is outside [1, inf]: 2 for least squares, math.inf for the least largest error")
@@ -113,12 +114,12 @@ def check_plan_options(
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if not is_count(align):
         raise ArgumentError(f"align={align!r} is not an integer >= 1")
-    if not math.isinf(p) and (len(given) != 1 or method != "alds"):
+    if not math.isinf(p) and (len(given) != 1 or method in BASELINES):
         raise ArgumentError(
             f"p={p!r} applies to one budget of params=, flops= or latency= with method='alds' only; leave it at "
             f"math.inf"
         )
-    if method != "alds" and given not in (["params"], ["flops"]):
+    if method in BASELINES and not is_counted_alone(given):
         raise ArgumentError(f"method={method!r} needs params= or flops=, one alone; method='alds' solves the others")
     if not (cache is None or cache is False or (isinstance(cache, str | os.PathLike) and str(cache))):
         raise ArgumentError(f"cache={cache!r}: expected a folder, None for the default one or False for none")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number
 
 FORMAT = "alds_fast.plan"
 VERSION = 1
+_BUDGET = re.compile(r"error=[^=, ]+|(params|flops|latency)=[^=, ]+(, (flops|latency)=[^=, ]+)*")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Plan:
         return self.params_before - sum(row.params_before - row.params_after for row in self.layers)
 
     @property
+    def budgets(self) -> dict[str, float]:
+        """What was asked for, by name: shares of "params", "flops" and "latency", or an "error"."""
+        return {name: float(value) for name, value in (part.split("=") for part in self.budget.split(", "))}
+
+    @property
     def keep_ratio(self) -> float:
         """Share of the parameters kept, in (0, 1]."""
         return self.params / self.params_before if self.params_before else 1.0
@@ -72,7 +79,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
-        return not CRITERIA[self.criterion].certified or self.budget.startswith("error")
+        return not CRITERIA[self.criterion].certified or "error" in self.budgets
 
     def apply(
         self,
@@ -96,9 +103,10 @@ class Plan:
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
-        error. The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as
-        ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises LayerNotFoundError, PlanError or
-        WeightError where the plan does not fit the model, ModelError if the model cannot be copied.
+        error. The result carries this plan, without moments and spectra, as ``alds_plan`` and, per replaced layer, how
+        its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
+        LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
+        cannot be copied.
         """
         check_model(model)
         if count_params(model) != self.params_before:
@@ -111,12 +119,12 @@ class Plan:
             model, chosen, self.spectra, exact=self.exact, weighted=self._basis(moments).weighting
         )
         if refit is not None:
-            reports |= self._refitted(small, model, refit, mask, moments)
+            reports |= self._refit(small, model, refit, mask, moments)
         keep_when_saved(small)
-        annotate(small, plan=self, factors=reports)
+        annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
         return small
 
-    def _refitted(
+    def _refit(
         self, small: nn.Module, model: nn.Module, data: Iterable[Any], mask: str | None,
         moments: Mapping[str, Moments] | None,
     ) -> dict[str, FactorReport]:  # fmt: skip
@@ -193,12 +201,14 @@ class Plan:
                 raise PlanError("not a plan: layers is not a list")
             layers = tuple(read_row(fields) for fields in data["layers"])
             budget, criterion, method = (read_field(data, "plan", n, str) for n in ("budget", "criterion", "method"))
+            if not _BUDGET.fullmatch(budget):
+                raise PlanError(f"plan: budget={budget!r} is not like 'params=0.5, flops=0.3' or 'error=0.1'")
             if criterion not in CRITERIA:
                 raise PlanError(f"plan: criterion={criterion!r} is not one of {', '.join(CRITERIA)}; update alds_fast")
             before, align = (read_field(data, "plan", n, int) for n in ("params_before", "align"))
             p, gap = (read_number(data, "plan", n) for n in ("p", "gap"))
             gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
-            latency = None if _edited(data["layers"]) else read_latency(data.get("latency"))
+            latency = None if _is_edited(data["layers"]) else read_latency(data.get("latency"))
             correction = data.get("bias_correction", False)
             if not isinstance(correction, bool):
                 raise PlanError(f"plan: bias_correction={correction!r} is not true or false")
@@ -211,7 +221,7 @@ class Plan:
             raise PlanError(f"not a plan: {e}") from e
 
 
-def _edited(rows: list[dict[str, Any]]) -> bool:
+def _is_edited(rows: list[dict[str, Any]]) -> bool:
     return any([row["scheme"], row["groups"], row["rank"]] != row["error_is_of"] for row in rows)
 
 

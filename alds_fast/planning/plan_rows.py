@@ -153,7 +153,7 @@ def _check_choice(row: LayerPlan, where: str) -> None:
         raise PlanError(f"{where}: {e}") from e
 
 
-def planned_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, no_error: str | None) -> LayerPlan:
+def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, no_error: str | None) -> LayerPlan:
     """The row of a layer: left out without a ``pick`` (candidates, the one chosen, why it stays dense if it does).
 
     ``no_error`` says why it has no candidates, if the criterion is the reason.

@@ -18,6 +18,10 @@ from .options import check_groups, check_schemes, is_float32
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
+def tell_nobody(what: str, done: int, total: int) -> None:
+    """The progress that nobody asked for."""
+
+
 def analyze(
     model: nn.Module,
     *,
@@ -67,7 +71,7 @@ def analyze(
     ready = decomposable(layers)
     for layer in ready:
         check_weight(layer)
-    told = progress or (lambda what, done, total: None)
+    told = progress or tell_nobody
     weights, finished = total_work(ready, schemes), 0
 
     def done(count: int) -> None:

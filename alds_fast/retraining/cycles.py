@@ -60,7 +60,7 @@ class Pipeline:
     def run(self) -> State:
         """All cycles, from the state on disk if there is one; the state of the last one."""
         saved = self.store.read() if self.store else None
-        state = self._restored(saved) if saved else self._begun(State(self.dense, cycle=-1))
+        state = self._restore(saved) if saved else self._begun(State(self.dense, cycle=-1))
         while True:
             if self.recipe is not None:
                 self._train_epochs(state, self.recipe)
@@ -75,22 +75,22 @@ class Pipeline:
         cycle, starts = last.cycle + 1, last.starts
         if isinstance(self.compress, Mapping):
             if not cycle and len(self.keep) > 1:  # a last budget that cannot be met is refused before the first cycle
-                self._compressed(self.dense, len(self.keep) - 1)
+                self._compress(self.dense, len(self.keep) - 1)
         elif self.store:
             tensors = tensors_of(last.model) if cycle else None
             starts = [*starts, {"tensors": tensors, "random": random_state(*self.random_place)}]
-        model = self._compressed(last.model, cycle)
+        model = self._compress(last.model, cycle)
         plan = getattr(model, "alds_plan", None)
         plans = [*last.plans, plan if isinstance(plan, Plan) else None]
         state = State(model, cycle, 0, plans, last.history, None, starts)
         self._save(state)
         return state
 
-    def _compressed(self, model: nn.Module, cycle: int) -> nn.Module:
+    def _compress(self, model: nn.Module, cycle: int) -> nn.Module:
         if isinstance(self.compress, Mapping):
-            dense = model if model is self.dense else _recomposed(model)
+            dense = model if model is self.dense else _recompose(model)
             return compress_once(dense, params=self.keep[cycle], **self.compress)
-        small = self.compress(_recomposed(model), self.keep[cycle], cycle)
+        small = self.compress(_recompose(model), self.keep[cycle], cycle)
         if not isinstance(small, nn.Module):
             raise ModelError(f"compress= returned a {type(small).__name__}: expected the compressed torch.nn.Module")
         return small
@@ -144,9 +144,9 @@ class Pipeline:
         saved |= {"plans": [plan and plan.to_json() for plan in state.plans], "starts": state.starts}
         self.store.write({**saved, "random": random_state(*self.random_place)})
 
-    def _restored(self, saved: Mapping[str, Any]) -> State:
+    def _restore(self, saved: Mapping[str, Any]) -> State:
         plans = [text and Plan.from_json(text) for text in saved["plans"]]
-        model = rebuild(self.dense, saved["layers"]) if isinstance(self.compress, Mapping) else self._replayed(saved)
+        model = rebuild(self.dense, saved["layers"]) if isinstance(self.compress, Mapping) else self._replay(saved)
         assign(model, saved["tensors"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in saved["frozen"])
@@ -157,18 +157,18 @@ class Pipeline:
         state.optimizer, state.starts = saved["optimizer"], saved["starts"]
         return state
 
-    def _replayed(self, saved: Mapping[str, Any]) -> nn.Module:
+    def _replay(self, saved: Mapping[str, Any]) -> nn.Module:
         """The cycle's model with the structure of what a function of the user's made, by calling it again."""
         model = self.dense
         for cycle, start in enumerate(saved["starts"]):
             if cycle:
                 assign(model, start["tensors"])
             set_random_state(start["random"], *self.random_place)
-            model = self._compressed(model, cycle)
+            model = self._compress(model, cycle)
         return model
 
 
-def _recomposed(model: nn.Module) -> nn.Module:
+def _recompose(model: nn.Module) -> nn.Module:
     """A copy of the model in which the low-rank layers are dense again."""
     layers = {n: m.to_dense() for n, m in model.named_modules() if isinstance(m, LowRankLayer)}
     dense = replace_layers(model, layers)

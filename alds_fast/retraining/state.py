@@ -134,7 +134,7 @@ class Store:
         path = self.folder / STATE
         if not path.exists():
             return None
-        state = _loaded(path)
+        state = _load(path)
         if state["version"] > VERSION:
             raise FileFormatError(
                 f"{str(path)!r} has version {state['version']}, newer than {VERSION}; update alds_fast"
@@ -162,7 +162,7 @@ class Store:
             raise FileWriteError(f"the checkpoint in {str(self.folder)!r} could not be written: {e}") from e
 
 
-def _loaded(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
     """The file's content, every byte checked by its CRC-32; nothing in it is executed."""
     remedy = "delete the directory to start anew"
     try:

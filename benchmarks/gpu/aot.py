@@ -25,14 +25,15 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "
 
 def configurations():
     """(kernel name, dtype, constants, tiling, whether sizes are multiples of 16) of everything that is reachable."""
-    from alds_fast.kernels import limits, triton_linear
+    from alds_fast.kernels import limits
+    from alds_fast.kernels.fused import linear
 
     sizes = [16, 32, 64, 128, 256]
     for kind, wide in itertools.product(TYPES, (True, False)):
         dtype = TYPES[kind]
         for hidden, heavy in itertools.product([s for s in sizes if s <= limits.MAX_HIDDEN], (True, False)):
-            t = triton_linear.tile_tiling(hidden, dtype, wide, heavy)
-            if not heavy and t == triton_linear.tile_tiling(hidden, dtype, wide, True):
+            t = linear.tile_tiling(hidden, dtype, wide, heavy)
+            if not heavy and t == linear.tile_tiling(hidden, dtype, wide, True):
                 continue
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
             for one in (True, False) if heavy else (True,):  # several slices count as heavy
@@ -48,24 +49,20 @@ def epilogue(heavy):
 
 def _few_rows(kind, dtype, wide):
     """Encoders and decoders of few rows, all PARTS, with and without the early launch (sm_90)."""
-    from alds_fast.kernels import triton_few_rows
+    from alds_fast.kernels.fused import few_rows
 
     odd = 0 if wide else 3
     for parts in (1, 2, 4, 8):
-        t = triton_few_rows.encode_tiling(dtype)
+        t = few_rows.encode_tiling(dtype)
         tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols}
         yield "encode_rows", kind, tiles, t, wide
     for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
-        t = triton_few_rows.vector_tiling(reduction - odd, m)
+        t = few_rows.vector_tiling(reduction - odd, m)
         tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction}
         yield "encode_vectors", kind, tiles, t, wide
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
     for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 3072)):
-        t = (
-            triton_few_rows.vector_tiling(rank - odd, vectors, 4)
-            if vectors
-            else triton_few_rows.decode_tiling(dtype, wide)
-        )
+        t = few_rows.vector_tiling(rank - odd, vectors, 4) if vectors else few_rows.decode_tiling(dtype, wide)
         ranks = {f"RANK{i}": rank - odd for i in range(3)}
         tiles = {"LAYERS": layers, "VECTORS": vectors, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
         yield "decode_rows", kind, {**tiles, **ranks, **flags, "HAS_RESIDUAL": layers == 1}, t, wide
@@ -73,7 +70,7 @@ def _few_rows(kind, dtype, wide):
 
 def _convolutions(kind, dtype, wide):
     """By taps and by rows of taps; one slice and two, one chunk and several, all tiles."""
-    from alds_fast.kernels import triton_conv2d
+    from alds_fast.kernels.fused import conv2d
 
     small, large = ((16,), (16, 64), (16, 128)), ((64,), (16, 32, 64, 128), (64, 128, 256))
     more = (1000, 10**6), (True, False)
@@ -84,10 +81,10 @@ def _convolutions(kind, dtype, wide):
     ]:
         if chunk == 128 and (not wide or dtype == torch.float32):
             continue
-        taps = triton_conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
+        taps = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
         runs = [("conv2d_taps", taps, {"SH": 1, "SW": 1, "PW": 1, "KW": 3})]
-        if wide and dtype != torch.float32 and chunk <= triton_conv2d.MAX_ROWS_RANK:
-            runs.append(("conv2d_rows", triton_conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
+        if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK:
+            runs.append(("conv2d_rows", conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
         odd = 0 if wide else 1
         for (name, t, place), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
             key = name, t, chunk, channels, groups
@@ -102,15 +99,15 @@ def _convolutions(kind, dtype, wide):
 
 
 def _kernel(name):
-    from alds_fast.kernels import triton_conv2d, triton_few_rows, triton_linear
+    from alds_fast.kernels.fused import conv2d, few_rows, linear
 
     return {
-        "conv2d_taps": triton_conv2d._conv2d_taps_kernel,
-        "conv2d_rows": triton_conv2d._conv2d_rows_kernel,
-        "linear": triton_linear._lowrank_linear_kernel,
-        "encode_rows": triton_few_rows._encode_rows_kernel,
-        "encode_vectors": triton_few_rows._encode_vectors_kernel,
-        "decode_rows": triton_few_rows._decode_rows_kernel,
+        "conv2d_taps": conv2d._conv2d_taps_kernel,
+        "conv2d_rows": conv2d._conv2d_rows_kernel,
+        "linear": linear._lowrank_linear_kernel,
+        "encode_rows": few_rows._encode_rows_kernel,
+        "encode_vectors": few_rows._encode_vectors_kernel,
+        "decode_rows": few_rows._decode_rows_kernel,
     }[name]
 
 

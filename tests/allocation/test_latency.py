@@ -14,7 +14,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.allocation import candidates, latency
-from alds_fast.allocation.latency import call_key, interpolated, random_low_rank
+from alds_fast.allocation.latency import call_key, interpolate, random_low_rank
 from alds_fast.criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.layers import LowRankLayer
@@ -280,7 +280,7 @@ def test_a_model_of_few_parts_runs_with_the_real_timer(tmp_path):
 @given(st.dictionaries(st.integers(1, 60), st.floats(0.01, 5.0), min_size=1), st.integers(1, 80))
 def test_ratios_never_fall_with_the_rank(known, top):
     ranks = np.arange(1, top + 1)
-    ratios = interpolated(known, ranks)
+    ratios = interpolate(known, ranks)
     assert (np.diff(ratios) >= -1e-12).all() and (ratios > 0).all()
     for rank, ratio in known.items():
         assert rank > top or ratios[rank - 1] >= ratio * (1 - 1e-12)

@@ -9,7 +9,7 @@ from support.marks import slow
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.allocation import auto_groups, pruned_spectra
+from alds_fast.allocation import auto_groups, prune_spectra
 from alds_fast.allocation.slice_pruning import may_win
 from alds_fast.criteria import CRITERIA, layer_spectra
 from alds_fast.layers import count_params, find_layers
@@ -40,7 +40,7 @@ def test_plans_are_those_of_all_slices(power, criterion):
     groups = tuple(range(1, 17))
     whole = {s.layer.name: s for s in layer_spectra(layers, (0, 1, 2, 3), groups)}
     for align in (1, 4):
-        few = {s.layer.name: s for s in pruned_spectra(layers, (0, 1, 2, 3), None, criterion, align)}
+        few = {s.layer.name: s for s in prune_spectra(layers, (0, 1, 2, 3), None, criterion, align)}
         assert all(set(few[n].values) <= set(whole[n].values) for n in whole)
         for n in whole:
             # (Gram matrices of coarse slices are sums of those of finer ones, so rounding depends on what is computed.)
@@ -58,7 +58,7 @@ def test_plans_are_those_of_all_slices(power, criterion):
 def test_something_is_left_out_and_nothing_by_reference():
     layers = find_layers(model(1.0))
     sizes = {
-        criterion: sum(len(s.values) for s in pruned_spectra(layers, (0,), None, criterion))
+        criterion: sum(len(s.values) for s in prune_spectra(layers, (0,), None, criterion))
         for criterion in ("frobenius", "reference")
     }
     assert sizes["frobenius"] < sizes["reference"]
@@ -66,7 +66,7 @@ def test_something_is_left_out_and_nothing_by_reference():
 
 
 def test_named_groups_only():
-    spectra = pruned_spectra(find_layers(nn.Sequential(nn.Linear(24, 24))), (0,), (8, 12), "frobenius")
+    spectra = prune_spectra(find_layers(nn.Sequential(nn.Linear(24, 24))), (0,), (8, 12), "frobenius")
     assert {k for _, k in spectra[0].values} <= {8, 12} and (0, 8) in spectra[0].values
 
 

@@ -101,13 +101,13 @@ def test_spectra_serve_other_budgets(llama, tmp_path, monkeypatch):
         alds.compress_checkpoint(llama / "dense", tmp_path / "small", **{**OPTIONS, "params": 0.01})
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small" / FOLDER).glob("*.spectra32.*")}
     assert before
-    spectra = spectra_and_plan.pruned_spectra
+    spectra = spectra_and_plan.prune_spectra
 
     def in_doubt(*arguments, float32):
         assert not float32  # what the first pass found is not found again
         return spectra(*arguments, float32=float32)
 
-    monkeypatch.setattr(spectra_and_plan, "pruned_spectra", in_doubt)
+    monkeypatch.setattr(spectra_and_plan, "prune_spectra", in_doubt)
     alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
 

@@ -336,7 +336,7 @@ def test_a_kernel_that_fails_is_left_out(monkeypatch):
     def broken(*args):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr("alds_fast.kernels.triton_linear.run_linear", broken)
+    monkeypatch.setattr("alds_fast.kernels.fused.linear.run_linear", broken)
     _, table = alds.deploy(nn.Sequential(alds.LowRankLinear(32, 32, 4)), torch.randn(20, 32), report=True)
     assert table.rows[0].won.startswith("two-op") and "shared memory" in table.rows[0].note
 

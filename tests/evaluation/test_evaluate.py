@@ -16,7 +16,15 @@ from support.models import count
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.errors import ArgumentError, BudgetError, EvaluationError, FileFormatError, MissingFileError, ModelError
+from alds_fast.errors import (
+    ArgumentError,
+    BudgetError,
+    EvaluationError,
+    FileFormatError,
+    FileWriteError,
+    MissingFileError,
+    ModelError,
+)
 from alds_fast.evaluation import cells, run_cell, workers
 from alds_fast.evaluation import variants as variant_module
 from alds_fast.evaluation.log import Records
@@ -412,3 +420,12 @@ def test_progress_bar(capsys):
     assert "3/3" in capsys.readouterr().err
     alds.evaluate(net(), kept)  # not a terminal
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("alds_fast.evaluation.log.os.fsync", refuse)
+    with pytest.raises(FileWriteError, match=r"results.jsonl.*No space left.*free some space"):
+        alds.evaluate(net(), kept, budgets=[0.4], out=tmp_path)

@@ -13,14 +13,13 @@ from alds_fast.kernels import (
     lowrank_conv2d,
     lowrank_linear,
     lowrank_linears,
-    triton_conv2d,
-    triton_linear,
 )
+from alds_fast.kernels.fused import conv2d, linear
 
 
 def test_fused_runs_the_kernel_and_nothing_else(monkeypatch):
     launched = []
-    for module, name in ((triton_linear, "_lowrank_linear_kernel"), (triton_conv2d, "_conv2d_taps_kernel")):
+    for module, name in ((linear, "_lowrank_linear_kernel"), (conv2d, "_conv2d_taps_kernel")):
         kernel = getattr(module, name)
         spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
         monkeypatch.setattr(module, name, spy)
@@ -113,7 +112,7 @@ def test_fused_says_why_it_cannot_run(monkeypatch):
 
 
 def test_fused_on_the_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(chooser, "_interpreted", lambda: False)
+    monkeypatch.setattr(chooser, "_is_interpreted", lambda: False)
     case = {k: v.cpu() for k, v in linear_case(20, 16, 1, 4, 8).items()}
     with pytest.raises(BackendError, match="it runs on CUDA devices, x is on the CPU"):
         lowrank_linear(**case, backend="fused")

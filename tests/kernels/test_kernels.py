@@ -14,11 +14,8 @@ from alds_fast.kernels import (
     lowrank_conv2d,
     lowrank_linear,
     lowrank_linears,
-    tickets,
-    triton_conv2d,
-    triton_few_rows,
-    triton_linear,
 )
+from alds_fast.kernels.fused import conv2d, few_rows, linear, tickets
 
 TYPES = [torch.float32, slow(torch.float16), torch.bfloat16]
 
@@ -110,7 +107,7 @@ def test_tickets_are_left_as_they_were(monkeypatch):
     """Calls that share counters, one after the other, get the same bits: a launch leaves them at 0."""
     counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     taken = []
-    monkeypatch.setattr(triton_few_rows, "take_tickets", lambda device, count: taken.append(count) or counters)
+    monkeypatch.setattr(few_rows, "take_tickets", lambda device, count: taken.append(count) or counters)
     case = linear_case(5, 1024, 2, 20, 16, torch.float16)
     first, second = (lowrank_linear(**case, groups=2, backend="fused") for _ in range(2))
     assert torch.equal(first, second) and taken == [4, 4] and not counters.any()
@@ -209,7 +206,7 @@ def test_linear_writes_nothing_else(shape):
     case = linear_case(*shape)
     buffer = torch.full((m * f + 2048,), float("nan"), device=DEVICE)
     y = buffer[1024 : 1024 + m * f].view(m, f)
-    triton_linear.run_linear(*(case[k] for k in ("x", "encoder", "decoder", "bias", "residual")), groups, None, y)
+    linear.run_linear(*(case[k] for k in ("x", "encoder", "decoder", "bias", "residual")), groups, None, y)
     assert buffer[:1024].isnan().all() and buffer[1024 + m * f :].isnan().all() and torch.isfinite(y).all()
 
 
@@ -224,7 +221,7 @@ def test_conv2d_writes_nothing_else(shape, options):
         k: v if isinstance(v, tuple) else (v, v)
         for k, v in ({"stride": 1, "padding": 0, "dilation": 1} | options).items()
     }
-    triton_conv2d.run_conv2d(
+    conv2d.run_conv2d(
         *(case[k] for k in ("x", "encoder", "decoder", "bias")), None, shape[3], **both, activation=None, y=y
     )
     assert buffer[:1024].isnan().all() and buffer[1024 + count :].isnan().all() and torch.isfinite(y).all()

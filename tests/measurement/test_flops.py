@@ -10,7 +10,7 @@ import alds_fast as alds
 from alds_fast.factors import Choice, factorize
 from alds_fast.layers import find_layers
 from alds_fast.linalg import Decomposition, distinct_schemes, divisors, params_per_rank
-from alds_fast.measurement import call_model, counted_inputs, dense_flops, flops_per_rank
+from alds_fast.measurement import call_model, count_inputs, dense_flops, flops_per_rank
 
 
 def counted(model, inputs):
@@ -61,7 +61,7 @@ def test_flops_equal_torchs_for_every_scheme_and_groups(name):
     build, x = NETS[name]
     model = build()
     layers = [layer for layer in find_layers(model) if layer.reason is None]
-    inputs, total = counted_inputs(model, x, [layer.name for layer in layers])
+    inputs, total = count_inputs(model, x, [layer.name for layer in layers])
     assert total == counted(model, x)
     for layer in layers:
         calls, shape = inputs[layer.name], layer.shape
@@ -77,7 +77,7 @@ def test_flops_equal_torchs_for_every_scheme_and_groups(name):
 
 def test_a_layer_that_is_never_called_costs_nothing():
     model = Reused()
-    inputs, _ = counted_inputs(model, torch.randn(3, 5, 12), ["never"])
+    inputs, _ = count_inputs(model, torch.randn(3, 5, 12), ["never"])
     shape = alds.analyze(model).spectra["never"].layer.shape
     assert dense_flops(model.never, shape, inputs["never"]) == 0
     assert flops_per_rank(model.never, shape, inputs["never"], 0, 2) == 0
@@ -88,7 +88,7 @@ def test_torchs_transformer_layers_are_counted(monkeypatch):
     layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(3, 6, 32)
     analysis = alds.analyze(model)
-    _, total = counted_inputs(model, x, list(analysis.spectra))
+    _, total = count_inputs(model, x, list(analysis.spectra))
     small = analysis.plan(flops=0.8, example_inputs=x).apply(model)
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)  # there torch counts nothing either
     assert counted(model, x) == total

@@ -139,3 +139,10 @@ def test_two_plans_of_one_analysis_do_not_disturb_each_other():
     text = str(first)
     analysis.plan(params=0.2).apply(model)
     assert str(first) == text
+
+
+@pytest.mark.parametrize("budget", ["", "params", "error=0.1, params=0.5", "size=3"])
+def test_a_budget_that_no_plan_has_is_refused(plan, budget):
+    text = plan.to_json().replace("params=0.5", budget)
+    with pytest.raises(PlanError, match="is not like 'params=0.5, flops=0.3'"):
+        alds.Plan.from_json(text)

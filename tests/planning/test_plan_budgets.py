@@ -54,6 +54,7 @@ def test_two_budgets_hold_at_once(analysis, shares):
     ]
     bound = max(a.error for a in alone)
     assert bound <= plan.error * (1 + 1e-12) and plan.budget == f"params={shares[0]:g}, flops={shares[1]:g}"
+    assert plan.budgets == dict(zip(("params", "flops"), shares, strict=True)) and not plan.exact
     assert plan.error / (1 + plan.gap) <= plan.error and plan.gap < 0.2
     if shares == (1.0, 1.0):
         assert plan.error == 0.0

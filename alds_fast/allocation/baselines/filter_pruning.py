@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import AldsError, ArgumentError, BudgetError, ModelError
 from ...layers import count_params, replace_layers, tied_names
-from ...measurement import call_model, counted_inputs, inference, keeping_buffers, layer_inputs
+from ...measurement import call_model, count_inputs, inference, keeping_state, layer_inputs
 from ..costs import SHARES
 from ..pareto import Floats, Ints
 
@@ -67,7 +67,7 @@ def _graph(model: nn.Module, example_inputs: Any) -> Any:
         p.requires_grad_(p.is_floating_point() or p.is_complex())
     graph = _torch_pruning().DependencyGraph()
     try:
-        with torch.enable_grad(), keeping_buffers(model):
+        with torch.enable_grad(), keeping_state(model):
             graph.build_dependency(model, example_inputs, forward_fn=call_model, verbose=False)
     except Exception as e:
         raise ModelError(f"torch-pruning cannot trace the model ({type(e).__name__}: {e})") from e
@@ -111,7 +111,7 @@ def _units(model: nn.Module, example_inputs: Any, norm: str, scope: str) -> Iter
         yield _unit(names[items[0].dep.target.module], sums / counts, scope)
 
 
-def _pruned(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: float) -> nn.Module:
+def _prune(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: float) -> nn.Module:
     """A copy without the filters removed at that threshold."""
     result = replace_layers(model, {})
     modules = dict(result.named_modules())
@@ -128,14 +128,14 @@ def _pruned(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level:
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Any]:
     """Shapes of the model's outputs."""
-    with keeping_buffers(model), inference(model):
+    with keeping_state(model), inference(model):
         return [getattr(leaf, "shape", None) for leaf in tree_leaves(call_model(model, example_inputs))]
 
 
 def _fits(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: float) -> bool:
     """Whether the pruned model runs and its outputs have the shapes of the original's."""
     try:
-        return _outputs(_pruned(model, example_inputs, units, level), example_inputs) == _outputs(model, example_inputs)
+        return _outputs(_prune(model, example_inputs, units, level), example_inputs) == _outputs(model, example_inputs)
     except AldsError:
         raise
     except Exception:  # whatever a model raises where a width is written down in its code
@@ -203,7 +203,7 @@ def filter_threshold(
     layer_inputs(model, example_inputs, ())  # it runs, or says why not
 
     def size(m: nn.Module) -> int:
-        return count_params(m) if name == "params" else counted_inputs(m, example_inputs, ())[1]
+        return count_params(m) if name == "params" else count_inputs(m, example_inputs, ())[1]
 
     units = list(_units(replace_layers(model, {}), example_inputs, norm, scope))
     units = _usable(model, example_inputs, [unit for unit in units if len(unit.order)])
@@ -212,9 +212,9 @@ def filter_threshold(
     low, high = 0, len(levels) - 1  # above the budget below levels[low]; within it at levels[high], if at all
     while low < high:
         middle = (low + high) // 2
-        met = size(_pruned(model, example_inputs, units, levels[middle])) <= limit
+        met = size(_prune(model, example_inputs, units, levels[middle])) <= limit
         low, high = (low, middle) if met else (middle + 1, high)
-    result = _pruned(model, example_inputs, units, levels[low])
+    result = _prune(model, example_inputs, units, levels[low])
     if size(result) > limit:
         least = math.ceil(10_000 * size(result) / max(size(model), 1)) / 10_000
         raise BudgetError(

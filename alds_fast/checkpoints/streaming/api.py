@@ -10,12 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...criteria import WEIGHT_CRITERIA
+from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
 from ...factors import FactorReport
 from ...layers import patterns
 from ...linalg import SCHEMES
-from ...planning import Plan, Progress, check_groups, check_plan_options, check_schemes, is_float32, resolved_norm
+from ...planning import (
+    Plan,
+    Progress,
+    check_groups,
+    check_plan_options,
+    check_schemes,
+    is_float32,
+    resolved_norm,
+    tell_nobody,
+)
 from ...version import __version__
 from ..safetensors_reader import CONFIG, Stored, open_shards
 from .factors_and_files import FACTORS, compress_streamed
@@ -63,7 +72,7 @@ def compress_checkpoint(
     *,
     params: float | None = None,
     error: float | None = None,
-    criterion: str = "frobenius",
+    criterion: str = DEFAULT_CRITERION,
     p: float | None = None,
     align: int = 1,
     schemes: Sequence[int] = SCHEMES,
@@ -120,11 +129,7 @@ def compress_checkpoint(
     journal = Journal(output, json.loads(json.dumps({**job, **asdict(settings)})))
     with join_processes() as world, ExitStack() as stack:
         finished = journal.check()
-        work = (
-            None
-            if finished
-            else Work(shards, settings, world, place, journal, progress or (lambda what, done, total: None))
-        )
+        work = None if finished else Work(shards, settings, world, place, journal, progress or tell_nobody)
         if world.first and not finished:
             stack.enter_context(journal.locked())
             journal.begin()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ...allocation import pruned_spectra
+from ...allocation import prune_spectra
 from ...criteria import Key, exact_spectra
 from ...errors import FileFormatError, PlanError
 from ...files import write_whole
@@ -25,7 +25,7 @@ def find_spectra(work: Work) -> None:
     for batch in work.in_batches("spectra", [i for i in ready if not journal.has(kind, i)]):
         layers = [ready[i] for i in batch]
         with work.weights(layers) as sums:
-            results = pruned_spectra(layers, *options, float32=settings.float32_first)
+            results = prune_spectra(layers, *options, float32=settings.float32_first)
         for number, spectra in zip(batch, results, strict=True):
             tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
             notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.float32)}

@@ -2,7 +2,7 @@
 
 One launch: a program computes the hidden values of its rows once, keeps them on chip and multiplies them with the
 whole decoder, so that groups * rank numbers a row are neither written to memory nor read back. Up to 16 rows go to
-:mod:`alds_fast.kernels.triton_few_rows` instead.
+:mod:`alds_fast.kernels.fused.few_rows` instead.
 
 Accumulates in float32, rounds the hidden values to the type of x, as two library calls do, and uses float32 products
 ("ieee", no tf32) unless torch's float32 matmul precision asks for less. Importing this needs triton.
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .limits import MAX_ROWS, precision
-from .triton_common import Tiling, addresses, finish, multiple_of_16, power_of_two
-from .triton_few_rows import run_rows
+from ..limits import MAX_ROWS, precision
+from .common import Tiling, addresses, finish, multiple_of_16, power_of_two
+from .few_rows import run_rows
 
 
 @triton.jit

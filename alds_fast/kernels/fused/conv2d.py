@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .limits import precision
-from .triton_common import Tiling, addresses, finish, multiple_of_16, power_of_two
+from ..limits import precision
+from .common import Tiling, addresses, finish, multiple_of_16, power_of_two
 
 MAX_FILTERS = 256  # output columns of a program; more are cut into several, each with the hidden values of its own
 MAX_CHUNK = 128  # ranks of a slice whose hidden values are on chip at once

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .limits import MAX_MERGED, precision
+from ..limits import MAX_MERGED, precision
+from .common import Tiling, activate, addresses, finish, multiple_of_16, power_of_two
 from .tickets import take_tickets
-from .triton_common import Tiling, activate, addresses, finish, multiple_of_16, power_of_two
 
 MAX_VECTORS = 2  # rows that are multiplied without matrix units
 MAX_PIECES = 16  # of 1024 weights, that a program of vector products has in flight for one output
