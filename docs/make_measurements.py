@@ -1,7 +1,7 @@
 """Writes docs/measurements.md and the table of figures in README.md from the files under benchmarks/results.
 
 ``python docs/make_measurements.py`` after new results; a test compares both texts with what this script would write.
-It needs nothing but Python.
+It needs the library, and no GPU.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import csv
 import functools
 import json
 import statistics
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
+from alds_fast.files import write_text
+from benchmarks.common.results import RESULTS, ROOT, page, table
+
 PAGE, README = ROOT / "docs" / "measurements.md", ROOT / "README.md"
-BEGIN, END = "<!-- written by docs/make_measurements.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- written by docs/make_measurements.py -->", "<!-- end -->"
 LINK = "../benchmarks/results"
 
 COMMANDS = {
@@ -52,8 +54,8 @@ VARIANTS = {
     "filters uniform": "filter pruning, the same share everywhere",
     "filters global": "filter pruning, one threshold",
 }
-QUOTED = {"cpu", "cpu_passive", "deploy_cpu", "latency_budget", "large", "aot"}  # files that have a section here
-QUOTED |= {f"quality/{name}" for name in ("quality", "compared", "moments_cost", "retrained")}
+QUALITY = ("quality", "compared", "moments_cost", "retrained")
+QUOTED = {*COMMANDS, *(f"quality/{name}" for name in QUALITY)}  # files that have a section here
 
 BY_HAND = [  # what, figure, commit where it is known
     ("Spectra of the ResNet-50-shaped model on an AMD EPYC, times faster than torch's four routines above",
@@ -72,18 +74,13 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
 def source(name: str) -> str:
     """Where a section's figures are from: hardware, versions, commit, the command and the files."""
     e = load(name)["environment"]
     threads = f"{e['threads']} thread" + "s" * (e["threads"] != 1)
     machine = f"{e['cpu']}, {e['cores']} cores, {threads}, torch {e['torch']}, commit {e['commit']}"
     policy = "" if e["omp_wait_policy"] == "default" else f", `OMP_WAIT_POLICY={e['omp_wait_policy']}`"
-    return f"{machine}{policy}.\n`{COMMANDS[name]}` writes [{name}.md]({LINK}/{name}.md) and `{name}.json`.\n"
+    return f"{machine}{policy}.\n`{COMMANDS[name]}` writes [{name}.md]({LINK}/{name}.md) and `{name}.json`."
 
 
 def markdown_tables(path: Path) -> list[list[list[str]]]:
@@ -104,33 +101,34 @@ def spectra(name: str) -> str:
     head = ["", "wall seconds", "CPU-seconds", *(f"{SIDES[side]} is" for side in ours)]
     rows = []
     for side, time in data["times"].items():
-        ratios = [f"{time['wall_s'] / data['times'][own]['wall_s']:.1f}x faster" for own in ours]
+        ratios = [f"{time['wall_s'] / data['times'][fast]['wall_s']:.1f}x faster" for fast in ours]
         cells = ["" if side in ours else ratio for ratio in ratios]
         rows.append([SIDES[side], f"{time['wall_s']:.2f}", f"{time['cpu_s']:.2f}", *cells])
     return table(head, rows)
 
 
-def compression() -> str:
+def compression() -> list[str]:
     data = load("cpu")
     rows = [[n, f"{t['wall_s']:.2f}", f"{t['cpu_s']:.2f}"] for n, t in data["compress"].items()]
-    solved = [[n, f"{t['wall_s']:.2f}"] for n, t in data["allocator"].items()]
-    return "\n".join([
+    return [
         table(["`compress(params=0.5)`", "wall seconds", "CPU-seconds"], rows),
-        "The allocator alone, on 300 layers x 12 slice counts x 4096 ranks:\n",
-        table(["", "wall seconds"], solved),
-    ])  # fmt: skip
+        "The allocator alone, on 300 layers x 12 slice counts x 4096 ranks:",
+        table(["", "wall seconds"], [[n, f"{t['wall_s']:.2f}"] for n, t in data["allocator"].items()]),
+    ]
 
 
-def memory() -> str:
+def memory() -> list[str]:
+    cases = load("cpu")["memory"]
     columns = ("analysis_mb", "spectra_kept_mb", "workspace_mb", "factorise_mb", "result_mb")
     head = ["extra memory, MB", "analysis, peak", "of it spectra kept", "workspace of the largest layer"]
     head += ["factors, peak", "of it the new model"]
-    rows = [[name, *(f"{m[c]:.0f}" for c in columns)] for name, m in load("cpu")["memory"].items()]
-    ratios = [m["analysis_mb"] / m["workspace_mb"] for m in load("cpu")["memory"].values()]
-    extra = [(m["factorise_mb"] - m["result_mb"]) / m["workspace_mb"] for m in load("cpu")["memory"].values()]
-    said = f"The analysis takes {min(ratios):.1f} to {max(ratios):.1f} times the workspace of the largest layer. The "
-    said += f"factors take {min(extra):.1f} to {max(extra):.1f} times that workspace beside the new model.\n"
-    return table(head, rows) + "\n" + said
+    ratios = [m["analysis_mb"] / m["workspace_mb"] for m in cases.values()]
+    extra = [(m["factorise_mb"] - m["result_mb"]) / m["workspace_mb"] for m in cases.values()]
+    return [
+        table(head, ([name, *(f"{m[c]:.0f}" for c in columns)] for name, m in cases.items())),
+        f"The analysis takes {min(ratios):.1f} to {max(ratios):.1f} times the workspace of the largest layer. The "
+        f"factors take {min(extra):.1f} to {max(extra):.1f} times that workspace beside the new model.",
+    ]
 
 
 def deployed() -> str:
@@ -143,38 +141,38 @@ def deployed() -> str:
     return table(head, rows)
 
 
-def latency() -> str:
+def latency() -> list[str]:
     d = load("latency_budget")["latency"]
-    text = f"`plan(latency={d['asked']})` of a ResNet-50: {d['measured']:.3f} measured while planning, "
-    text += f"{d['measured_applied']:.3f} for the compressed model itself, in {d['plan_s']:.0f} s without earlier "
-    text += "timings. "
-    text += f"{d['factorised']} of {d['layers']} layers are factorised, {d['params']:.0%} of the parameters are left.\n"
     rows = [["alds_fast", f"{d['measured_applied']:.3f}", f"{d['largest_error']:.3f}"]]
     for name, case in d["uniform"].items():
         plan = f"the same share of the full rank everywhere, {name}, {case['rank_share']:.2f}"
         rows.append([plan, f"{case['latency']:.3f}", f"{case['largest_error']:.3f}"])
-    return text + "\n" + table(["plan", "share of the dense latency", "largest relative error"], rows)
+    return [
+        f"`plan(latency={d['asked']})` of a ResNet-50: {d['measured']:.3f} measured while planning, "
+        f"{d['measured_applied']:.3f} for the compressed model itself, in {d['plan_s']:.0f} s without earlier timings. "
+        f"{d['factorised']} of {d['layers']} layers are factorised, {d['params']:.0%} of the parameters are left.",
+        table(["plan", "share of the dense latency", "largest relative error"], rows),
+    ]
 
 
-def large() -> str:
+def large() -> list[str]:
     d = load("large")
     head = ["one matrix, one thread", "singular values, float64, s", "float32, s", "factors, s", "at rank"]
     shapes = [[f"{r['rows']} x {r['cols']}", f"{r['spectra64_s']:.3f}", f"{r['spectra_s']:.3f}",
-               f"{r['factors_s']:.3f}", str(r["rank"])] for r in d["by_shape"]]  # fmt: skip
-    runs = [[str(r["layers"]), f"{r['gb']:.2f}", f"{r['processes']} x {r['threads']}", f"{r['wall_s']:.0f}",
+               f"{r['factors_s']:.3f}", r["rank"]] for r in d["by_shape"]]  # fmt: skip
+    runs = [[r["layers"], f"{r['gb']:.2f}", f"{r['processes']} x {r['threads']}", f"{r['wall_s']:.0f}",
              f"{r['cpu_s']:.0f}", f"{r['peak_mb'] / 1e3:.2f}"] for r in d["checkpoints"]]  # fmt: skip
     gpt = d["gpt2_small"]
-    return "\n".join([
+    return [
         "Llama-shaped checkpoints, bfloat16, 70 % of the parameters kept, 1, 2, 4, 8 and 16 slices. Other work took a "
-        "share of the machine while the cases of 4 layers ran.\n",
+        "share of the machine while the cases of 4 layers ran.",
         table(["layers", "GB", "processes x threads", "wall seconds", "CPU-seconds", "peak GB of a process"], runs),
-        "A square layer of n columns costs in proportion to n^3, whatever is kept:\n",
+        "A square layer of n columns costs in proportion to n^3, whatever is kept:",
         table(head, shapes),
         f"The linear layers of GPT-2-small, 85 M parameters, in memory, to 70 %: {gpt['wall_s']:.1f} s, "
-        f"{gpt['cpu_s']:.1f} CPU-seconds.\n",
-        "With the same rates, on paper: " + ", ".join(f"{n} {s / 3600:.1f} CPU-hours" for n, s in d["paper"].items())
-        + ".\n",
-    ])  # fmt: skip
+        f"{gpt['cpu_s']:.1f} CPU-seconds.",
+        f"With the same rates, on paper: {', '.join(f'{n} {s / 3600:.1f} CPU-hours' for n, s in d['paper'].items())}.",
+    ]
 
 
 @functools.cache
@@ -209,8 +207,8 @@ def quality() -> str:
 def minilm() -> str:
     _, means = quality_rows()
     shares = sorted({s for _, n, s in means if n == "minilm" and s < 1}, reverse=True)
-    own = [v for v, n, s in means if n == "minilm" and s == shares[0]]
-    rows = [[f"`{v}`", *(f"{means[v, 'minilm', share]:.3f}" for share in shares)] for v in own]
+    names = [v for v, n, s in means if n == "minilm" and s == shares[0]]
+    rows = [[f"`{v}`", *(f"{means[v, 'minilm', share]:.3f}" for share in shares)] for v in names]
     return table(["", "80 % of the encoder", "60 %"], rows)
 
 
@@ -233,91 +231,88 @@ def moments() -> str:
     return table([*before[0], "commit"], rows)
 
 
-def compiled() -> str:
-    rows = load("aot")["rows"]
+def compiled() -> list[str]:
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
+    for row in load("aot")["rows"]:
         kinds[row["kernel"], row["dtype"]].append(row)
     head = ["kernel", "type", "compilations", "that spill", "most registers", "most shared KiB"]
-    cells = [[kernel, dtype, str(len(of)), str(sum(r["spilled_bytes"] > 0 for r in of)),
-              str(max(r["registers"] for r in of)), f"{max(r['shared_bytes'] for r in of) / 1024:.0f}"]
-             for (kernel, dtype), of in kinds.items()]  # fmt: skip
-    return f"Triton {load('aot')['environment']['triton']}, sm_80 and sm_90.\n\n" + table(head, cells)
+    cells = [[*kind, len(of), sum(r["spilled_bytes"] > 0 for r in of), max(r["registers"] for r in of),
+              f"{max(r['shared_bytes'] for r in of) / 1024:.0f}"] for kind, of in kinds.items()]  # fmt: skip
+    return [f"Triton {load('aot')['environment']['triton']}, sm_80 and sm_90.", table(head, cells)]
 
 
 def others() -> str:
     """Results that have no section of their own."""
     names = sorted(p.relative_to(RESULTS).with_suffix("").as_posix() for p in RESULTS.rglob("*.md"))
-    rest = [name for name in names if name not in QUOTED]
-    return "".join(f"- [{name}]({LINK}/{name}.md)\n" for name in rest)
+    return "\n".join(f"- [{name}]({LINK}/{name}.md)" for name in names if name not in QUOTED)
 
 
-def by_hand() -> str:
-    text = "These were measured once, with the code of the day. No file holds them, and no script repeats them.\n\n"
-    text += table(["what", "figure", "commit"], BY_HAND)
-    return text + "\n[defaults](defaults.md) and [notes](notes.md) have further ones, beside what they decided.\n"
-
-
-def sections() -> list[tuple[str, list[str]]]:
-    quality_source = f"[quality.md]({LINK}/quality/quality.md) says the hardware and the commits; the cells are in "
-    quality_source += f"[quality.csv]({LINK}/quality/quality.csv). `make quality` does it again.\n"
-    parts = [
-        ("Spectra against torch", [
+def sections() -> dict[str, list[str]]:
+    """The paragraphs and tables of every section, by its title."""
+    return {
+        "Spectra against torch": [
             source("cpu"),
             "A ResNet-50-shaped model with float32 weights: 54 layers, encode fold, all divisors of the channels as "
-            "slice counts. Medians of three rounds in which the sides take turns.\n",
+            "slice counts. Medians of three rounds in which the sides take turns.",
             spectra("cpu"),
             "`OMP_WAIT_POLICY=PASSIVE`, which shared machines often want, slows torch's routines down. This is one "
-            "round of an earlier state:\n",
+            "round, at another commit:",
             source("cpu_passive"),
             spectra("cpu_passive"),
-        ]),
-        ("From a model to its half-sized copy", [source("cpu"), compression()]),
-        ("Memory", [source("cpu"), memory()]),
-        ("Large checkpoints", [source("large"), large()]),
-        ("Deployed against dense", [
+        ],
+        "From a model to its half-sized copy": [source("cpu"), *compression()],
+        "Memory": [source("cpu"), *memory()],
+        "Large checkpoints": [source("large"), *large()],
+        "Deployed against dense": [
             source("deploy_cpu"),
-            "float32, channels-last, random weights, the sides taking turns. The default plan was made with "
-            "`p=inf`.\n",
+            "float32, channels-last, random weights, the sides taking turns. The default plan was made with `p=inf`.",
             deployed(),
-        ]),
-        ("A budget on latency", [
+        ],
+        "A budget on latency": [
             source("latency_budget"),
-            "Random weights whose singular values fall like 1/i, batch 1, 224 x 224, float32, channels-last.\n",
-            latency(),
-        ]),
-        ("Quality without retraining", [
-            quality_source,
+            "Random weights whose singular values fall like 1/i, batch 1, 224 x 224, float32, channels-last.",
+            *latency(),
+        ],
+        "Quality without retraining": [
+            f"[quality.md]({LINK}/quality/quality.md) says the hardware and the commits; the cells are in "
+            f"[quality.csv]({LINK}/quality/quality.csv). `make quality` does it again.",
             "Networks with their own tasks, see [benchmarks/quality](../benchmarks/quality/README.md), means over "
-            "three seeds. The last column counts the networks, at 50, 30 and 15 % where the counts differ.\n",
+            "three seeds. The last column counts the networks, at 50, 30 and 15 % where the counts differ.",
             quality(),
             "Rank correlation of the similarities of MiniLM's embeddings with the dense model's, one sample. Its "
-            "linear layers alone are compressed; `sensitivity` is that of the pooled embeddings.\n",
+            "linear layers alone are compressed; `sensitivity` is that of the pooled embeddings.",
             minilm(),
-            "The rows with data are of a state before moments were shrunk by their noise. "
-            f"Seed 0 with shrunk moments differs by ([all variants]({LINK}/quality/compared.md)):\n",
+            "In the rows with data, moments are not shrunk by their noise. "
+            f"Seed 0 with shrunk moments differs by ([all variants]({LINK}/quality/compared.md)):",
             compared(),
-        ]),
-        ("Quality after retraining", [
-            "Percent of the parameters saved at a loss of half a point at most, after retraining over the last "
-            f"quarter of the epochs ([hardware, commits, shares]({LINK}/quality/retrained.md)).\n",
+        ],
+        "Quality after retraining": [
+            "Percent of the parameters saved at a loss of half a point at most. Retraining takes the last quarter of "
+            f"the epochs ([hardware, commits, shares]({LINK}/quality/retrained.md)).",
             retrained()[1],
-        ]),
-        ("What moments cost", [
-            f"[moments_cost.md]({LINK}/quality/moments_cost.md), one thread.\n",
-            moments(),
-        ]),
-        ("Kernels, compiled", [source("aot"), compiled()]),
-    ]  # fmt: skip
-    return [*parts, *([("Other results", [others()])] if others() else []), ("Measured once, by hand", [by_hand()])]
+        ],
+        "What moments cost": [f"[moments_cost.md]({LINK}/quality/moments_cost.md), one thread.", moments()],
+        "Kernels, compiled": [source("aot"), *compiled()],
+        "Other results": [others()],
+        "Measured once, by hand": [
+            "These are measured by hand. No file holds them, and no script repeats them.",
+            table(["what", "figure", "commit"], BY_HAND),
+            "[defaults](defaults.md) and [notes](notes.md) have further ones, beside what they decided.",
+        ],
+    }
 
 
-def page() -> str:
-    """The text of docs/measurements.md."""
-    head = "# Measurements\n\n" + BEGIN + "\n"
-    head += "Every figure stands beside its baseline, with hardware, versions and commit. "
-    head += "`python docs/make_measurements.py` writes this page from the committed results.\n"
-    return head + "".join(f"\n## {title}\n\n" + "\n".join(texts) for title, texts in sections())
+def measurements() -> str:
+    """The text of docs/measurements.md; a section without a text is left out."""
+    parts = [
+        "# Measurements",
+        BEGIN,
+        "Every figure stands beside its baseline, with hardware, versions and commit. "
+        "`python docs/make_measurements.py` writes this page from the committed results.",
+    ]
+    for title, texts in sections().items():
+        parts += [f"## {title}", *texts] if any(texts) else []
+    return page(*parts)
 
 
 def figures() -> str:
@@ -356,12 +351,12 @@ def figures() -> str:
 def readme() -> str:
     """The text of README.md with the figures as they are."""
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    return before + BEGIN + figures() + END + rest.partition(END)[2]
+    return f"{before}{BEGIN}\n{figures()}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
-    for path, text in ((PAGE, page()), (README, readme())):
-        path.write_text(text, encoding="utf-8")
+    for path, text in ((PAGE, measurements()), (README, readme())):
+        write_text(path, text)
         print(f"wrote {path.relative_to(ROOT)}")
 
 

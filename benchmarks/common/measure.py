@@ -21,11 +21,11 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 
 def take_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Median wall and CPU seconds of every side over ``rounds`` rounds."""
-    found = {}
+    medians = {}
     for name, pairs in in_turns(sides, rounds).items():
         wall, cpu = zip(*pairs, strict=True)
-        found[name] = {"wall_s": statistics.median(wall), "cpu_s": statistics.median(cpu)}
-    return found
+        medians[name] = {"wall_s": statistics.median(wall), "cpu_s": statistics.median(cpu)}
+    return medians
 
 
 def peak_mb(call: Callable[[], object]) -> float:

@@ -85,8 +85,8 @@ def worker(arguments: list[str]) -> None:
     code = command(arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
-    found = {"wall_s": time.perf_counter() - begin, "cpu_s": cpu, "peak_mb": resident_mb("VmHWM")}
-    print("USED " + json.dumps(found), file=sys.stderr)
+    usage = {"wall_s": time.perf_counter() - begin, "cpu_s": cpu, "peak_mb": resident_mb("VmHWM")}
+    print("USED " + json.dumps(usage), file=sys.stderr)
     sys.exit(code)
 
 
@@ -101,7 +101,7 @@ def compress(source: Path, processes: int, threads: int) -> dict[str, float]:
     begin = time.perf_counter()
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     wall = time.perf_counter() - begin
-    used = [json.loads(found) for found in re.findall(r"USED (\{.*?\})", run.stderr)]
+    used = [json.loads(report) for report in re.findall(r"USED (\{.*?\})", run.stderr)]
     assert len(used) == processes, run.stderr
     shutil.rmtree(output)
     return {
@@ -147,8 +147,8 @@ def _fit(rows: list[dict[str, float]], what: str) -> tuple[float, float]:
     used = [r for r in rows if min(r["rows"], r["cols"]) >= 1024]
     terms = [(min(r["rows"], r["cols"]) ** 3, r["rows"] * r["cols"] * min(r["rows"], r["cols"])) for r in used]
     scaled = torch.tensor([[x / r[what] for x in t] for t, r in zip(terms, used, strict=True)], dtype=torch.float64)
-    found = torch.linalg.lstsq(scaled, torch.ones(len(used), 1, dtype=torch.float64)).solution.flatten().tolist()
-    return found[0], found[1]
+    coefficients = torch.linalg.lstsq(scaled, torch.ones(len(used), 1, dtype=torch.float64)).solution.flatten().tolist()
+    return coefficients[0], coefficients[1]
 
 
 def predicted(rows: list[dict[str, float]], shapes: list[tuple[int, int]]) -> float:
@@ -166,8 +166,8 @@ def predicted(rows: list[dict[str, float]], shapes: list[tuple[int, int]]) -> fl
 
 def llama_shapes(hidden: int, inner: int, kv: int, layers: int, vocabulary: int) -> list[tuple[int, int]]:
     """Shapes of the linear layers of a Llama, the output embedding among them."""
-    own = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (inner, hidden), (inner, hidden)]
-    return [*own, (hidden, inner)] * layers + [(vocabulary, hidden)]
+    block = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (inner, hidden), (inner, hidden)]
+    return [*block, (hidden, inner)] * layers + [(vocabulary, hidden)]
 
 
 def markdown(results: dict) -> str:

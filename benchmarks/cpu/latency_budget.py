@@ -80,17 +80,17 @@ def run(share: float, batch: int, side: int) -> dict[str, object]:
         plan = analysis.plan(latency=share, example_inputs=x, cache=False)
     planned = time.perf_counter()
     choices = {row.name: (row.scheme, row.groups, row.rank) for row in plan.layers if row.rank is not None}
-    again = applied(model, x, plan)
+    measured = applied(model, x, plan)
     print(plan)
     return {
-        "asked": share, "batch": batch, "side": side, "measured": plan.latency.measured, "measured_applied": again,
-        "within_10_percent": abs(again / share - 1) <= 0.1, "largest_error": plan.error, "params": plan.keep_ratio,
+        "asked": share, "batch": batch, "side": side, "measured": plan.latency.measured, "measured_applied": measured,
+        "within_10_percent": abs(measured / share - 1) <= 0.1, "largest_error": plan.error, "params": plan.keep_ratio,
         "dense_ms": plan.latency.dense_ms, "compressed_ms": plan.latency.compressed_ms,
         "refinements": plan.latency.refinements, "warnings": [str(w.message) for w in caught],
         "analysis_s": analysed - begin, "plan_s": planned - analysed,
         "factorised": len(choices), "layers": len(plan.layers),
         "uniform": {
-            f"fold {s}, {g} slices": uniform_at(model, x, analysis, s, g, max(again, plan.latency.measured))
+            f"fold {s}, {g} slices": uniform_at(model, x, analysis, s, g, max(measured, plan.latency.measured))
             for s in SCHEMES for g in (1, 2, 4, 8)
         },
     }  # fmt: skip

@@ -55,9 +55,9 @@ def steps(model: nn.Module, device: str, **options: Any) -> dict[str, float]:
     analysed, analysis = seconds(lambda: alds.analyze(model, **options), device)
     planned, plan = seconds(lambda: analysis.plan(params=KEEP), device)
     applied, small = seconds(lambda: plan.apply(model), device)
-    found = {"spectra_s": analysed, "plan_s": planned, "factors_s": applied, "all_s": analysed + planned + applied}
+    times = {"spectra_s": analysed, "plan_s": planned, "factors_s": applied, "all_s": analysed + planned + applied}
     reports = vars(small)["alds_factors"].values()
-    return found | {"randomized": sum(r.method == "randomized" for r in reports)}
+    return times | {"randomized": sum(r.method == "randomized" for r in reports)}
 
 
 def warm_steps(model: nn.Module, device: str, **options: Any) -> dict[str, float]:
@@ -70,9 +70,9 @@ def in_float32(layer: nn.Module, device: str) -> dict[str, float]:
     """Seconds of the spectra in float32, and how far off squared errors of ranks are, of ||W||^2."""
     matrix = layer.weight.detach().float()[None]
     linalg.spectra([matrix], [GROUPS], float32=True)
-    time_s, (found,) = seconds(lambda: linalg.spectra([matrix], [GROUPS], float32=True), device)
+    time_s, (float32_spectra,) = seconds(lambda: linalg.spectra([matrix], [GROUPS], float32=True), device)
     off = 0.0
-    for single, double in zip(found, linalg.spectra([matrix], [GROUPS])[0], strict=True):
+    for single, double in zip(float32_spectra, linalg.spectra([matrix], [GROUPS])[0], strict=True):
         tails = [v.square().flatten(0, -2).sum(0).flip(0).cumsum(0) for v in (single, double)]
         off = max(off, float(((tails[0] - tails[1]) / tails[1][-1]).abs().max()))
     return {"spectra32_s": time_s, "off32": off}
@@ -98,16 +98,16 @@ def measure(args: argparse.Namespace, results: Results, save: Callable[[], None]
     one = results["llama"]["one"]
     for (rows, cols), count in counts.items():
         layer = linear(rows, cols, 0, args.device)
-        found = warm_steps(layer, args.device, schemes=(0,), groups=GROUPS) | in_float32(layer, args.device)
-        found["svdvals32_s"] = slice_by_slice(layer, args.device)
-        found["spectra_ratio"] = found["svdvals32_s"] / found["spectra_s"]
-        one[f"{rows}x{cols}"] = found | {"count": count}
+        times = warm_steps(layer, args.device, schemes=(0,), groups=GROUPS) | in_float32(layer, args.device)
+        times["svdvals32_s"] = slice_by_slice(layer, args.device)
+        times["spectra_ratio"] = times["svdvals32_s"] / times["spectra_s"]
+        one[f"{rows}x{cols}"] = times | {"count": count}
         save()
     expected = sum(f["count"] * f["all_s"] for f in one.values())
-    left = args.deadline - time.time()
+    remaining_s = args.deadline - time.time()
     results["llama"]["expected_s"] = expected
-    if expected > 0.8 * left:
-        results["llama"]["not_run"] = f"all layers: {expected:.0f} s expected, {left:.0f} s left"
+    if expected > 0.8 * remaining_s:
+        results["llama"]["not_run"] = f"all layers: {expected:.0f} s expected, {remaining_s:.0f} s left"
         return
     shapes = [shape for shape, count in counts.items() for _ in range(count)]
     model = nn.ModuleList(linear(*shape, seed, args.device) for seed, shape in enumerate(shapes))

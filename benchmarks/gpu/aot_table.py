@@ -16,16 +16,16 @@ from .aot import SHOWN, compiled_rows
 TILES = (*SHOWN, "ONE_SLICE", "GROUPS", "CHUNKS", "wide")
 
 
-def markdown(found: list[dict], about: dict) -> str:
+def markdown(compilations: list[dict], about: dict) -> str:
     """Per configuration one line: registers and shared kilobytes on sm_80 / sm_90."""
     head = (
-        f"triton {about['triton']}, commit {about['commit']}; {len(found)} compilations, "
-        f"{sum(r['spilled_bytes'] > 0 for r in found)} of them spill, most registers "
-        f"{max(r['registers'] for r in found)}. Limits: 255 registers a thread, 163 KiB (sm_80) and 227 KiB (sm_90) of "
-        f"shared memory a block."
+        f"triton {about['triton']}, commit {about['commit']}; {len(compilations)} compilations, "
+        f"{sum(r['spilled_bytes'] > 0 for r in compilations)} of them spill, most registers "
+        f"{max(r['registers'] for r in compilations)}. Limits: 255 registers a thread, "
+        f"163 KiB (sm_80) and 227 KiB (sm_90) of shared memory a block."
     )
     merged: dict[tuple, dict[int, dict]] = defaultdict(dict)
-    for row in found:
+    for row in compilations:
         tiles = ", ".join(f"{k}={row[k]}" for k in TILES if k in row)
         merged[row["kernel"], row["dtype"], tiles, f"{row['warps']} x {row['stages']}"][row["sm"]] = row
     rows = []
@@ -38,8 +38,8 @@ def markdown(found: list[dict], about: dict) -> str:
 
 
 def main() -> None:
-    about, found = {**environment(), "triton": triton.__version__}, compiled_rows()
-    write("aot", {"environment": about, "rows": found}, markdown(found, about))
+    about, compilations = {**environment(), "triton": triton.__version__}, compiled_rows()
+    write("aot", {"environment": about, "rows": compilations}, markdown(compilations, about))
 
 
 if __name__ == "__main__":

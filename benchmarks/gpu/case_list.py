@@ -6,7 +6,7 @@ from .cases import Case
 
 
 def _conv3x3() -> list[Case]:
-    found = []
+    cases = []
     table = [  # size, channels, q of about 2x and of a lower rank, {q: {batch: what the design expects}}
         (56, 64, (32, 16), {32: {32: (1.35, 1.4), 128: (1.4, 1.5)}, 16: {32: (1.6, 1.4), 128: (1.7, 1.5)}}),
         (28, 128, (64, 32), {64: {32: (1.5, 1.3), 128: (1.5, 1.3)}, 32: {32: (2.0, 1.35), 128: (2.0, 1.35)}}),
@@ -18,11 +18,11 @@ def _conv3x3() -> list[Case]:
             for q in ranks:
                 options = {"priority": 0 if batch > 1 else 1, "aim": aims.get(q, {}).get(batch)}
                 options["compiled"] = batch == 32 and q == ranks[0]
-                found.append(Case("conv3x3", c, c, q, batch=batch, size=size, **options))
+                cases.append(Case("conv3x3", c, c, q, batch=batch, size=size, **options))
     sliced = [(64, 56, 32, 2), (64, 56, 64, 4), (128, 28, 128, 4), (128, 28, 192, 4), (256, 14, 256, 4)]
     for c, size, q, groups in sliced:
-        found += [Case("conv3x3", c, c, q, batch=b, size=size, groups=groups) for b in (32, 128)]
-    return found + [Case("conv3x3", 64, 64, 16, batch=b, size=56, scheme=3, priority=2) for b in (32, 128)]
+        cases += [Case("conv3x3", c, c, q, batch=b, size=size, groups=groups) for b in (32, 128)]
+    return cases + [Case("conv3x3", 64, 64, 16, batch=b, size=56, scheme=3, priority=2) for b in (32, 128)]
 
 
 def _conv1x1() -> list[Case]:
@@ -47,14 +47,14 @@ def _linears() -> list[Case]:
     aims = {(768, 3072, 128, tokens): (2.4, 1.05), (4096, 4096, 1024, 2048): (1.6, 0.98)}
     aims |= {(4096, 4096, 1024, m): decode for m in (1, 4, 16)}
     chosen = [(768, 3072, 304, tokens), (4096, 4096, 1024, 1)]
-    found = []
+    cases = []
     for c, f, ranks, rows, bias in table:
         for q, m in ((q, m) for q in ranks for m in rows):
             place = (c, f, q, m)
             urgent = 0 if place in aims or (q == ranks[0] and m != 4) else 1
             options = {"bias": bias, "priority": urgent, "aim": aims.get(place), "compiled": place in chosen}
-            found.append(Case("linear", c, f, q, rows=m, **options))
-    return found
+            cases.append(Case("linear", c, f, q, rows=m, **options))
+    return cases
 
 
 def _qkv() -> list[Case]:

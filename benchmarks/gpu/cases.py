@@ -198,14 +198,14 @@ def sides(case: Case) -> dict[str, Callable[[Tensors], Any]]:
             "merged_two_op": lambda t: merged(t, "two-op"),
         }
     dense = convolve if case.is_conv else F.linear
-    found: dict[str, Callable[[Tensors], Any]] = {
+    calls: dict[str, Callable[[Tensors], Any]] = {
         "dense": lambda t: dense(t["x"], t["weights"][0], t["biases"][0]),
         "two_op": lambda t: lowrank(case, t, "two-op"),
         "fused": lambda t: lowrank(case, t, "fused"),
     }
     if case.groups > 1 and case.is_conv:
-        found["padded"] = lambda t: F.conv2d(convolve(t["x"], t["full"], None), t["decoders"][0], t["biases"][0])
-    return found
+        calls["padded"] = lambda t: F.conv2d(convolve(t["x"], t["full"], None), t["decoders"][0], t["biases"][0])
+    return calls
 
 
 def two_op(case: Case) -> Callable[[Tensors], Any]:

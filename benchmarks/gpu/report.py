@@ -25,16 +25,16 @@ def line(row: Row) -> str:
 
 def problems(results: dict[str, Any]) -> list[str]:
     """What makes the run a failure: failed tests, wrong results, cases that broke."""
-    found, tests = [], results["correctness"]
+    failures, tests = [], results["correctness"]
     if tests and not tests["ok"]:
-        found.append(f"kernel tests: {tests['failed']} failed, timed out: {tests['timed_out']}")
-    found += [f"{r['name']}: wrong, errors {r['errors']}" for r in results["rows"] if r["errors_ok"] is False]
-    found += [f"{r['name']}: {r['error']}" for r in results["rows"] if r["error"]]
-    found += [f"{d['task']}: {d['error']}" for d in results["deaths"] if not str(d["task"]).startswith("row ")]
+        failures.append(f"kernel tests: {tests['failed']} failed, timed out: {tests['timed_out']}")
+    failures += [f"{r['name']}: wrong, errors {r['errors']}" for r in results["rows"] if r["errors_ok"] is False]
+    failures += [f"{r['name']}: {r['error']}" for r in results["rows"] if r["error"]]
+    failures += [f"{d['task']}: {d['error']}" for d in results["deaths"] if not str(d["task"]).startswith("row ")]
     for name, model in results["end_to_end"].items():
         reasons = model.get("reasons", {}).items()
-        found += [f"{name}, {step}: {why}" for step, why in reasons if not why.startswith(EXPECTED)]
-    return found
+        failures += [f"{name}, {step}: {why}" for step, why in reasons if not why.startswith(EXPECTED)]
+    return failures
 
 
 def write(results: dict[str, Any], file: Path) -> str:

@@ -80,25 +80,25 @@ def _rotated(case: Case, device: torch.device) -> list[cases.Tensors]:
 
 def _prepared(case: Case, sets: list, options: Settings, row: Row, compile_it: bool) -> dict[str, Prepared]:
     """Every side that runs; why the others do not goes to the row."""
-    calls, found = dict(cases.sides(case)), {}
+    calls, prepared = dict(cases.sides(case)), {}
     if compile_it:
         calls["compiled"] = compiled(cases.two_op(case), options.mode)
     else:
         row["reasons"]["compiled"] = "not among the rows that are compiled" if not case.compiled else "no time left"
     for name, call in calls.items():
         try:
-            found[name] = timing.prepare(call, sets, options.device)
+            prepared[name] = timing.prepare(call, sets, options.device)
         except BackendError as e:
             row["reasons"][name] = str(e)
         except Exception as e:
             check_device(options.device, e, f"{name}:")
             row["reasons"][name] = row["error"] = f"{name}: {timing.describe(e)}"
-    return found
+    return prepared
 
 
-def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
+def relative_error(results: list[Tensor], exact: list[Tensor]) -> float:
     """The largest relative Frobenius error of several results; NaN if one has NaN."""
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 

@@ -65,9 +65,9 @@ def clean(value: Any) -> Any:
 def save(results: Results, args: argparse.Namespace) -> None:
     """Replace the file at once, so that a reader or a kill never finds half of it."""
     done = set(results["progress"]["done"])
-    left = [t.key for t in tasks(args) if t.key not in done]
+    waiting = [t.key for t in tasks(args) if t.key not in done]
     steps = [f"step {s}" for s in STEPS if s not in args.steps]
-    results["not_run"] = [{"name": k, "reason": "not reached in the time given"} for k in left]
+    results["not_run"] = [{"name": k, "reason": "not reached in the time given"} for k in waiting]
     results["not_run"] += [{"name": s, "reason": "not asked for, or too long under the interpreter"} for s in steps]
     write_text(args.file, json.dumps(clean(results), indent=1) + "\n")
 

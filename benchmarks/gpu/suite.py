@@ -75,11 +75,11 @@ def kill(process: subprocess.Popen) -> None:
 
 def variables(args: argparse.Namespace) -> dict[str, str]:
     """The environment of the processes that are started; with a GPU kernels are never interpreted."""
-    found = {**os.environ, "PYTHONUNBUFFERED": "1", "GPU_SUITE_START": str(START)}
-    found.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "GPU_SUITE_START": str(START)}
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.device == "cuda":
-        found.pop("TRITON_INTERPRET", None)
-    return found
+        env.pop("TRITON_INTERPRET", None)
+    return env
 
 
 def counts(report: Path) -> dict[str, Any]:
@@ -115,13 +115,13 @@ def correctness(args: argparse.Namespace, limit_s: float) -> dict[str, Any]:
             timed_out = process.poll() is None
             kill(process)
     code = process.returncode
-    found = {"command": " ".join(["python", *command[1:]]), "returncode": code, "timed_out": timed_out}
-    found |= {**counts(report), "ok": code == 0 and not timed_out, "seconds": time.time() - begin}
+    outcome = {"command": " ".join(["python", *command[1:]]), "returncode": code, "timed_out": timed_out}
+    outcome |= {**counts(report), "ok": code == 0 and not timed_out, "seconds": time.time() - begin}
     report.unlink(missing_ok=True)
-    found["tail"] = log.read_text(errors="replace")[-6000:]
-    if found["ok"]:
+    outcome["tail"] = log.read_text(errors="replace")[-6000:]
+    if outcome["ok"]:
         log.unlink()
-    return found
+    return outcome
 
 
 def watch(args: argparse.Namespace) -> None:
@@ -187,9 +187,9 @@ def drive(args: argparse.Namespace) -> int:
     say(f"{results['device']}, torch {results['torch']}, triton {results['triton']}, commit {results['commit']}")
     try:
         if "correctness" in args.steps:
-            results["correctness"] = found = correctness(args, 0.4 * args.minutes * 60)
-            verdict = "passed" if found["ok"] else "FAILED\n" + found["tail"]
-            say(f"correctness: {found['passed']} passed, {found['failed']} failed, {verdict}")
+            results["correctness"] = outcome = correctness(args, 0.4 * args.minutes * 60)
+            verdict = "passed" if outcome["ok"] else "FAILED\n" + outcome["tail"]
+            say(f"correctness: {outcome['passed']} passed, {outcome['failed']} failed, {verdict}")
             save(results, args)
         if tasks(args):
             watch(args)

@@ -23,8 +23,8 @@ def ratio(row: Row, above: str, below: str) -> float | None:
 
 def geometric(values: Iterable[float | None]) -> float | None:
     """Geometric mean of those that are there."""
-    found = [v for v in values if v]
-    return statistics.geometric_mean(found) if found else None
+    measured = [v for v in values if v]
+    return statistics.geometric_mean(measured) if measured else None
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -59,7 +59,7 @@ def targets(results: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     convs = [ratio(r, "two_op", "fused") for r in _wide_convs(results)]
     merged = [r for r in rows if r["op"] == "qkv"]
     gains = [g for g in (ratio(r, "dense", "deployed") for r in rows) if g]
-    found = [
+    aims = [
         ("dense / deployed, geometric mean, convolutions and linears at about half the FLOPs", 1.3,
          geometric(ratio(r, "dense", "deployed") for r in grid(results))),
         ("dense / deployed, worst row (1.0 by choice: dense is among the three)", 1.0, min(gains, default=None)),
@@ -72,8 +72,8 @@ def targets(results: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     ]  # fmt: skip
     for name, least in (("resnet50 b128", 1.2), ("vit-b b32", 1.4), ("vit-b b128", 1.4)):
         measured = results["end_to_end"].get(name, {}).get("ratios", {}).get("deployed_compiled")
-        found.append((f"{name}: dense compiled / deployed compiled", least, measured))
-    return found
+        aims.append((f"{name}: dense compiled / deployed compiled", least, measured))
+    return aims
 
 
 def _table(head: str, rows: Iterable[Iterable[str]]) -> str:
@@ -138,13 +138,13 @@ def _losses(results: dict[str, Any]) -> str:
     """How often, and how badly, the factorised and the fused forms lose."""
     lines = []
     for above, below in (("dense", "two_op"), ("dense", "fused"), ("two_op", "fused")):
-        found = [(ratio(r, above, below), r["name"]) for r in results["rows"]]
-        found = sorted((v, name) for v, name in found if v)
-        lost = [v for v, _ in found if v < 1]
-        if found:
+        ratios = [(ratio(r, above, below), r["name"]) for r in results["rows"]]
+        ratios = sorted((v, name) for v, name in ratios if v)
+        lost = [v for v, _ in ratios if v < 1]
+        if ratios:
             lines.append(
-                f"- {below} is slower than {above} in {len(lost)} of {len(found)} rows; worst {found[0][0]:.2f}x "
-                f"({found[0][1]}), best {found[-1][0]:.2f}x ({found[-1][1]})"
+                f"- {below} is slower than {above} in {len(lost)} of {len(ratios)} rows; worst {ratios[0][0]:.2f}x "
+                f"({ratios[0][1]}), best {ratios[-1][0]:.2f}x ({ratios[-1][1]})"
             )
     return "\n".join(lines)
 
@@ -164,27 +164,27 @@ def _others_table(results: dict[str, Any]) -> list[str]:
 
 def _models(results: dict[str, Any]) -> list[str]:
     text = ["## Whole models at half the FLOPs"]
-    for name, found in results["end_to_end"].items():
-        plan = found.get("plan", {})
-        text.append(f"### {name}, {found.get('dtype')}")
+    for name, model in results["end_to_end"].items():
+        plan = model.get("plan", {})
+        text.append(f"### {name}, {model.get('dtype')}")
         if plan:
             text.append(
                 f"{plan['factorised']} of {plan['layers']} layers factorised, {plan['params_kept']:.0%} of the "
-                f"parameters; torch.compile: {found['compile_mode']!r} on both sides; deployed is deploy()'s choice"
+                f"parameters; torch.compile: {model['compile_mode']!r} on both sides; deployed is deploy()'s choice"
             )
-        sides = [[n, f"{t['ms']:.3f}", f"{t['q20']:.3f}..{t['q80']:.3f}"] for n, t in sorted(found["sides"].items())]
+        sides = [[n, f"{t['ms']:.3f}", f"{t['q20']:.3f}..{t['q80']:.3f}"] for n, t in sorted(model["sides"].items())]
         text.append(_table("side | ms | 20 %..80 %", sides))
-        text.append(_table("dense / | ", ([n, f"{v:.2f}x"] for n, v in found.get("ratios", {}).items())))
+        text.append(_table("dense / | ", ([n, f"{v:.2f}x"] for n, v in model.get("ratios", {}).items())))
         rows = [
             [n, *(number(m[k] and m[k] / 1e6, 0) for k in ("weights_bytes", "run_bytes", "peak_bytes")),
-             f"{found['errors'][n]:.1e}" if isinstance(found["errors"].get(n), float) else "-"]
-            for n, m in found.get("memory", {}).items()
+             f"{model['errors'][n]:.1e}" if isinstance(model["errors"].get(n), float) else "-"]
+            for n, m in model.get("memory", {}).items()
         ]  # fmt: skip
         text.append(_table("memory, MB | weights | added by a run | peak | error against float64", rows))
-        reasons = {**found.get("reasons", {}), **({"all": found["error"]} if found.get("error") else {})}
+        reasons = {**model.get("reasons", {}), **({"all": model["error"]} if model.get("error") else {})}
         text.append("\n".join(f"- {n}: {r}" for n, r in reasons.items()))
-        if found.get("deploy"):
-            text.append(f"```\n{found['deploy']['table']}\n```")
+        if model.get("deploy"):
+            text.append(f"```\n{model['deploy']['table']}\n```")
     return text if results["end_to_end"] else [*text, "Not run."]
 
 

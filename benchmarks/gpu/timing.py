@@ -86,13 +86,13 @@ def prepare(call: Callable[[Any], Any], sets: Sequence[Any], device: torch.devic
 
 def poisoned(prepared: Prepared, device: torch.device) -> list[list[Tensor]]:
     """First and last outputs of a run before which they were filled with NaN (CUDA; on the CPU as they are)."""
-    found = [list(o) if isinstance(o, list | tuple) else [o] for o in (prepared.outputs[0], prepared.outputs[-1])]
+    outputs = [list(o) if isinstance(o, list | tuple) else [o] for o in (prepared.outputs[0], prepared.outputs[-1])]
     if device.type == "cuda":
-        for t in (t for ts in found for t in ts):
+        for t in (t for ts in outputs for t in ts):
             t.fill_(math.nan)
         prepared.run()
         torch.cuda.synchronize(device)
-    return found
+    return outputs
 
 
 def sample_ms(run: Callable[[], object], count: int, device: torch.device) -> float:
@@ -126,11 +126,11 @@ def interleaved(
         side.run()
         once = min(sample_ms(side.run, 1, device) for _ in range(2))
         counts[name] = max(1, min(1000, math.ceil(min_ms / max(once, 1e-4))))
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    samples: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name in list(sides) if i % 2 == 0 else reversed(list(sides)):
-            found[name].append(sample_ms(sides[name].run, counts[name], device) / sides[name].copies)
-    return {name: summary(times[1:]) for name, times in found.items()}  # the first round brings the clocks up
+            samples[name].append(sample_ms(sides[name].run, counts[name], device) / sides[name].copies)
+    return {name: summary(times[1:]) for name, times in samples.items()}  # the first round brings the clocks up
 
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, float | None]:

@@ -33,14 +33,14 @@ def committed() -> dict[Key, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder that run.py wrote")
-    known, found = committed(), defaultdict(list)
+    known, differences = committed(), defaultdict(list)
     for folder in folders(parser.parse_args().results):
         for row in rows_of(folder):
             key = folder.name, row["variant"], round(row["share"], 6), row["seed"]
             if row["variant"] != "dense" and row["quality"] is not None and key in known:
-                found[row["variant"], key[2]].append((row["quality"] - known[key], f"{key[0]} seed {key[3]}"))
+                differences[row["variant"], key[2]].append((row["quality"] - known[key], f"{key[0]} seed {key[3]}"))
     rows = []
-    for (variant, share), values in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1])):
+    for (variant, share), values in sorted(differences.items(), key=lambda item: (item[0][0], -item[0][1])):
         mean, low, high = statistics.mean(v for v, _ in values), min(values), max(values)
         ends = [f"{value:+.4f} ({where})" for value, where in (low, high)]
         rows.append([variant, f"{share:g}", len(values), f"{mean:+.4f}", *ends])

@@ -34,12 +34,12 @@ def wide() -> tuple[nn.Module, list[torch.Tensor]]:
 
 
 def cases(names: list[str]) -> dict[str, tuple[nn.Module, list, str | None]]:
-    found = {"2 x Conv2d(512, 512, 3)": (*wide(), None)}
+    networks = {"2 x Conv2d(512, 512, 3)": (*wide(), None)}
     for name in names:
         network = NETWORKS[name]
         if network.missing() is None:
-            found[name] = network.build(0), network.calibration(0)[:8], network.include
-    return found
+            networks[name] = network.build(0), network.calibration(0)[:8], network.include
+    return networks
 
 
 def times(model: nn.Module, batches: list, layers: list, rounds: int) -> dict[str, float]:

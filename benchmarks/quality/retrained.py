@@ -89,11 +89,11 @@ def main() -> None:
                 print(f"{name}: left out, {reason}", flush=True)
                 continue
             try:
-                found = search(name, seed, chosen(network, args.variants), args.out, args.part)
+                shares = search(name, seed, chosen(network, args.variants), args.out, args.part)
             except alds.AldsError as error:
                 print(f"{name} seed {seed}: {error}", flush=True)
                 continue
-            print(f"{name} seed {seed}: " + ", ".join(f"{v} {s:g}" for v, s in found.items()), flush=True)
+            print(f"{name} seed {seed}: " + ", ".join(f"{v} {s:g}" for v, s in shares.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,27 +21,27 @@ Reductions = dict[tuple[str, str], dict[int, float]]  # network, variant: by see
 
 def reductions(results: Path) -> tuple[list[dict], Reductions]:
     """All cells, and 1 - the smallest share that kept the quality, 0 where none did."""
-    rows, found = [], {}
+    rows, saved = [], {}
     for folder in folders(results):
-        own = rows_of(folder)
-        rows += own
-        dense = {row["seed"]: row["quality"] for row in own if row["variant"] == "dense"}
-        for row in own:
+        cells = rows_of(folder)
+        rows += cells
+        dense = {row["seed"]: row["quality"] for row in cells if row["variant"] == "dense"}
+        for row in cells:
             if row["variant"] == "dense":
                 continue
-            by_seed = found.setdefault((folder.name, row["variant"]), {})
+            by_seed = saved.setdefault((folder.name, row["variant"]), {})
             by_seed.setdefault(row["seed"], 0.0)
             after = row["quality_after"]
             if after is not None and dense[row["seed"]] - after <= DROP + 1e-9:
                 by_seed[row["seed"]] = max(by_seed[row["seed"]], 1 - row["share"])
-    return rows, found
+    return rows, saved
 
 
-def by_variant(found: Reductions, seeds: dict[str, list[int]]) -> str:
+def by_variant(saved: Reductions, seeds: dict[str, list[int]]) -> str:
     """Percent saved, one line per variant; in bold the largest of the network."""
-    networks = list(dict.fromkeys(network for network, _ in found))
-    variants = [v for v in CHOSEN if any(v == variant for _, variant in found)]
-    mean = {key: statistics.mean(by_seed.values()) for key, by_seed in found.items()}
+    networks = list(dict.fromkeys(network for network, _ in saved))
+    variants = [v for v in CHOSEN if any(v == variant for _, variant in saved)]
+    mean = {key: statistics.mean(by_seed.values()) for key, by_seed in saved.items()}
     best = {n: max(m for (network, _), m in mean.items() if network == n) for n in networks}
     rows = []
     for v in variants:
@@ -51,22 +51,22 @@ def by_variant(found: Reductions, seeds: dict[str, list[int]]) -> str:
     return table(["variant", *(f"{n} ({len(seeds[n])})" for n in networks)], rows)
 
 
-def complete(rows: list[dict], found: Reductions) -> tuple[Reductions, dict[str, list[int]]]:
+def complete(rows: list[dict], saved: Reductions) -> tuple[Reductions, dict[str, list[int]]]:
     """Only the seeds of a network for which every variant's search is over, and which these are."""
-    left: Reductions = {}
+    ended: Reductions = {}
     seeds: dict[str, list[int]] = {}
     shares: dict[tuple[str, str, int], set[float]] = {}
     for row in rows:
         shares.setdefault((row["network"], row["variant"], row["seed"]), set()).add(row["share"])
-    for network in dict.fromkeys(network for network, _ in found):
-        variants = [v for n, v in found if n == network]
-        every = set.intersection(*(set(found[network, v]) for v in variants))
+    for network in dict.fromkeys(network for network, _ in saved):
+        variants = [v for n, v in saved if n == network]
+        every = set.intersection(*(set(saved[network, v]) for v in variants))
         steps = (len(GRID)).bit_length()  # of a bisection with 2^k - 1 shares
         seeds[network] = sorted(s for s in every if all(len(shares[network, v, s]) >= steps for v in variants))
         for v in variants:
             if seeds[network]:
-                left[network, v] = {s: found[network, v][s] for s in seeds[network]}
-    return left, seeds
+                ended[network, v] = {s: saved[network, v][s] for s in seeds[network]}
+    return ended, seeds
 
 
 def main() -> None:
@@ -76,9 +76,9 @@ def main() -> None:
     parser.add_argument("--commit", help="that made the results; the present one by default")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, found = reductions(args.results)
+    rows, saved = reductions(args.results)
     write_cells(args.out / "retrained.csv", rows)
-    ended, seeds = complete(rows, found)
+    ended, seeds = complete(rows, saved)
     about = (
         f"{described(environment(args.commit), timed=False)}; `python -m benchmarks.quality.retrained`. Percent of the "
         f"parameters saved at a loss of {100 * DROP:g} points at most "

@@ -48,11 +48,11 @@ def collected(results: Path) -> tuple[list[dict], Cells, dict[str, float]]:
     """All rows, qualities by cell, and the dense networks' mean qualities."""
     rows, cells, dense = [], {}, {}
     for folder in folders(results):
-        own = rows_of(folder)
-        rows += own
-        shares = sorted({row["share"] for row in own if row["variant"] != "dense"}, reverse=True)
-        dense[folder.name] = statistics.mean(row["quality"] for row in own if row["variant"] == "dense")
-        for row in own:
+        of_network = rows_of(folder)
+        rows += of_network
+        shares = sorted({row["share"] for row in of_network if row["variant"] != "dense"}, reverse=True)
+        dense[folder.name] = statistics.mean(row["quality"] for row in of_network if row["variant"] == "dense")
+        for row in of_network:
             if row["quality"] is not None and row["variant"] != "dense":
                 key = folder.name, row["variant"], shares.index(row["share"])
                 cells.setdefault(key, []).append(row["quality"])
@@ -78,12 +78,12 @@ def by_variant(cells: Cells, networks: list[str], level: int) -> str:
 
 def by_shares(rows: list[dict]) -> dict[tuple[float, ...], list[str]]:
     """Networks by the shares that they were compressed to: not all of a network may be what is compressed."""
-    found: dict[str, set[float]] = {}
+    shares_of: dict[str, set[float]] = {}
     for row in rows:
         if row["variant"] != "dense":
-            found.setdefault(row["network"], set()).add(row["share"])
+            shares_of.setdefault(row["network"], set()).add(row["share"])
     grouped: dict[tuple[float, ...], list[str]] = {}
-    for network, shares in found.items():
+    for network, shares in shares_of.items():
         grouped.setdefault(tuple(sorted(shares, reverse=True)), []).append(network)
     return grouped
 
@@ -118,9 +118,9 @@ def main() -> None:
         "Dense: " + ", ".join(f"{name} {quality:.4f}" for name, quality in dense.items()) + ".",
     ]
     for shares, networks in by_shares(rows).items():
-        own = {key: values for key, values in cells.items() if key[0] in networks}
+        group = {key: values for key, values in cells.items() if key[0] in networks}
         for level, share in enumerate(shares):
-            parts += [f"## params = {share:.4g}", by_variant(own, networks, level), drops(own, dense, level)]
+            parts += [f"## params = {share:.4g}", by_variant(group, networks, level), drops(group, dense, level)]
     (args.out / "quality.md").write_text(page(*parts))
     print(f"wrote {args.out}: {len(rows)} cells of {len(dense)} networks")
 

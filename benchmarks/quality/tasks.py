@@ -49,8 +49,8 @@ def drawn(inputs: Tensor, count: int, size: int, seed: int) -> list[Tensor]:
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit is that of their label."""
-    found = torch.cat([model(batch).argmax(1) for batch in images.split(250)])
-    return float((found == labels).float().mean())
+    predicted = torch.cat([model(batch).argmax(1) for batch in images.split(250)])
+    return float((predicted == labels).float().mean())
 
 
 @dataclass(frozen=True)

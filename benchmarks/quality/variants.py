@@ -35,27 +35,27 @@ def variants(include: str | None, example_inputs: Any, sensitivity: Any = True) 
     """
     common = {"include": include} if include else {}
     seeing = {**common, "data": True, "sensitivity": sensitivity}
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for criterion in ("frobenius", "operator"):
         for p in (math.inf, 8.0, 4.0, 2.0, 1.0):
-            found[f"{criterion} p={p:g}"] = {**common, "criterion": criterion, "p": p}
-    found["frobenius p=inf encode"] = {**common, "p": math.inf, "schemes": (0,)}
-    found["frobenius p=inf one slice"] = {**common, "p": math.inf, "groups": (1,)}
+            options[f"{criterion} p={p:g}"] = {**common, "criterion": criterion, "p": p}
+    options["frobenius p=inf encode"] = {**common, "p": math.inf, "schemes": (0,)}
+    options["frobenius p=inf one slice"] = {**common, "p": math.inf, "groups": (1,)}
     for method in ("svd", "svd-energy", "svd-nuclear", "l-rank", "uniform", "alds-heuristic"):
-        found[method] = {**common, "method": method}
-    found["alds-heuristic reference"] = {**common, "method": "alds-heuristic", "criterion": "reference"}
+        options[method] = {**common, "method": method}
+    options["alds-heuristic reference"] = {**common, "method": "alds-heuristic", "criterion": "reference"}
     if isinstance(example_inputs, torch.Tensor) and include is None:
         for scope in ("global", "uniform"):
-            found[f"filters {scope}"] = FilterThreshold(example_inputs, scope)
+            options[f"filters {scope}"] = FilterThreshold(example_inputs, scope)
     for criterion in ("output", "sensitivity"):
         for p in (math.inf, 8.0, 4.0, 2.0, 1.0):
-            found[f"{criterion} p={p:g}"] = {**seeing, "criterion": criterion, "p": p}
-    found["output p=inf no bias correction"] = {**seeing, "criterion": "output", "p": math.inf,
+            options[f"{criterion} p={p:g}"] = {**seeing, "criterion": criterion, "p": p}
+    options["output p=inf no bias correction"] = {**seeing, "criterion": "output", "p": math.inf,
                                                 "bias_correction": False}  # fmt: skip
-    found["pca"] = {**seeing, "method": "pca"}
+    options["pca"] = {**seeing, "method": "pca"}
     for name in REFITTED:
-        found[f"{name} refit"] = {**found[name], "refit": True}
-    return found
+        options[f"{name} refit"] = {**options[name], "refit": True}
+    return options
 
 
 def chosen(network: Network, patterns: Sequence[str]) -> dict[str, Any]:

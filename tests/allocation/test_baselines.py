@@ -117,8 +117,8 @@ def test_uniform_by_hand():
     layers = [Candidates((first, sliced), 100), Candidates((second,), 50)]
     # Shares of the own cost: .1, .15 (sliced), .2, .3 (sliced: less error at 30) and 1; .4, .8 and 1. The second
     # layer's cheapest costs 20 even at smaller shares. Share .2: 20 + 20. .3, .4: 30 + 20. .8: 30 + 40. 1: 150.
-    for budget, found in ((30, [0, 0]), (40, [1, 0]), (49, [1, 0]), (69, [4, 0]), (75, [4, 1]), (150, [5, 2])):
-        assert uniform(layers, [], budget) == found
+    for budget, picks in ((30, [0, 0]), (40, [1, 0]), (49, [1, 0]), (69, [4, 0]), (75, [4, 1]), (150, [5, 2])):
+        assert uniform(layers, [], budget) == picks
     with pytest.raises(BudgetError, match="a cost of 29 cannot be met; the smallest reachable one is 30"):
         uniform(layers, [], 29)
 
@@ -219,12 +219,12 @@ def test_the_common_level_is_the_largest_that_fits(problem, budget):
 
 @st.composite
 def models(draw):
-    found = []
+    layers = []
     for _ in range(draw(st.integers(1, 3))):
         channels, filters = draw(st.sampled_from([4, 6, 8, 12])), draw(st.integers(4, 12))
         values = draw(st.lists(st.integers(0, 9), max_size=min(channels, filters)))
-        found.append((channels, filters, [float(v) for v in values]))
-    return diagonal(*found)
+        layers.append((channels, filters, [float(v) for v in values]))
+    return diagonal(*layers)
 
 
 @pytest.mark.slow
@@ -275,8 +275,8 @@ def test_errors_of_the_plan_are_those_of_the_criterion(method):
             dense = model[int(row.name)].weight
             error = ((small[int(row.name)].dense_weight() - dense).norm() / dense.norm()).detach()
             assert float(error) == pytest.approx(row.error, rel=1e-3)
-    again = alds.Plan.from_json(plan.to_json())
-    assert again == plan and torch.equal(again.apply(model)(images().double()), small(images().double()))
+    reread = alds.Plan.from_json(plan.to_json())
+    assert reread == plan and torch.equal(reread.apply(model)(images().double()), small(images().double()))
     criteria = [alds.analyze(model).plan(params=0.5, method=method, criterion=c) for c in ("operator", "paper")]
     if BASELINES[method].one_slice:  # the choice is theirs, and for one slice both errors are the same
         assert [r.rank for r in criteria[0].layers] == [r.rank for r in plan.layers]

@@ -25,8 +25,8 @@ def test_float32_spectra_are_within_the_band(kind, shape, groups):
     torch.manual_seed(0)
     matrix = weight(kind, *shape)
     pairs = zip(linalg.spectra([matrix], [groups], float32=True)[0], linalg.spectra([matrix], [groups])[0], strict=True)
-    for k, (found, expected) in zip(groups, pairs, strict=True):
-        check_band(matrix, k, found, expected)
+    for k, (values, expected) in zip(groups, pairs, strict=True):
+        check_band(matrix, k, values, expected)
 
 
 @pytest.mark.parametrize("kind", BIASED)
@@ -49,8 +49,8 @@ def test_the_cuda_implementation_on_small_matrices(kind):
     torch.manual_seed(0)
     matrix = weight(kind, 2, 60, 80)
     for k in (1, 4):
-        found = spectra_torch(matrix, [k], float32=True).unflatten(1, (k, -1))
-        check_band(matrix, k, found, linalg.spectra([matrix], [[k]])[0][0])
+        values = spectra_torch(matrix, [k], float32=True).unflatten(1, (k, -1))
+        check_band(matrix, k, values, linalg.spectra([matrix], [[k]])[0][0])
 
 
 def test_float32_spectra_refuse_what_float64_ones_do():
@@ -64,17 +64,17 @@ def test_float32_spectra_do_not_depend_on_the_number_of_threads_or_on_what_else_
     torch.manual_seed(0)
     matrices, before = [torch.randn(1, 70, 90), torch.randn(2, 40, 40)], torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(linalg.spectra(matrices, [[1, 2], [1, 4]], float32=True))
-        found.append(
+            results.append(linalg.spectra(matrices, [[1, 2], [1, 4]], float32=True))
+        results.append(
             [linalg.spectra([m], [ks], float32=True)[0] for m, ks in zip(matrices, ([1, 2], [1, 4]), strict=True)]
         )
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for x, y in zip(found[0], other, strict=True) for a, b in zip(x, y, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for x, y in zip(results[0], other, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def network(kind):
@@ -103,10 +103,10 @@ def test_the_plan_is_that_of_float64(kind, p):
     narrow, double = alds.analyze(net, precision="float32"), alds.analyze(net)
     assert all(s.float32 for s in narrow.spectra.values()) and not any(s.float32 for s in double.spectra.values())
     for params in (0.7, 0.5, 0.2):
-        found, expected = (a.plan(params=params, p=p) for a in (narrow, double))
-        assert choices(found) == choices(expected)
-        assert [r.error for r in found.layers] == pytest.approx([r.error for r in expected.layers], rel=1e-3, abs=1e-12)
-        assert found.gap == pytest.approx(expected.gap, abs=1e-4)
+        plan, expected = (a.plan(params=params, p=p) for a in (narrow, double))
+        assert choices(plan) == choices(expected)
+        assert [r.error for r in plan.layers] == pytest.approx([r.error for r in expected.layers], rel=1e-3, abs=1e-12)
+        assert plan.gap == pytest.approx(expected.gap, abs=1e-4)
 
 
 def twins(difference):
@@ -210,8 +210,8 @@ def test_checkpoints_in_float32_have_the_plan_of_float64(tmp_path, monkeypatch):
     alds.compress_checkpoint(tmp_path / "dense", tmp_path / "single", **options)
     assert "spectra in doubt" in told
     assert rows(tmp_path / "single") == rows(tmp_path / "double")
-    found, expected = (tmp_path / name / "alds_plan.json" for name in ("single", "double"))
-    errors_of = [[row.error for row in alds.Plan.from_json(p.read_text()).layers] for p in (found, expected)]
+    narrow, expected = (tmp_path / name / "alds_plan.json" for name in ("single", "double"))
+    errors_of = [[row.error for row in alds.Plan.from_json(p.read_text()).layers] for p in (narrow, expected)]
     assert errors_of[0] == pytest.approx(errors_of[1], rel=1e-12)
 
 
@@ -226,8 +226,8 @@ def test_the_largest_singular_values_too_are_computed_in_float64_when_asked_for(
     net = nn.Sequential(*network("low rank")[:2])
     narrow, double = alds.analyze(net, groups=(2,), precision="float32"), alds.analyze(net, groups=(2,))
     narrow.plan(params=0.7)  # errors are small: all spectra of slices are in doubt
-    found, expected = (a.plan(params=0.5, criterion="operator") for a in (narrow, double))
-    assert [r.error for r in found.layers] == pytest.approx([r.error for r in expected.layers], rel=1e-12)
+    plan, expected = (a.plan(params=0.5, criterion="operator") for a in (narrow, double))
+    assert [r.error for r in plan.layers] == pytest.approx([r.error for r in expected.layers], rel=1e-12)
 
 
 def test_a_model_that_has_gone_is_named():

@@ -40,13 +40,13 @@ class Timer:
         return self.fixed + sum(c * (self.slower if isinstance(m, LowRankLayer) else 1.0) for m, c in parts)
 
     def __call__(self, calls, device, *, rounds=7, min_ms=2.0):
-        found = {}
+        times = {}
         for name, call in calls.items():
             whole = call.func is latency.call_model
-            found[name] = [self.model(call.args[0]) if whole else self.layer(call.func)] * rounds
+            times[name] = [self.model(call.args[0]) if whole else self.layer(call.func)] * rounds
             if isinstance(call.func, LowRankLayer):
                 self.timed.append((call.func.weight_shape, call.func.scheme, call.func.groups, call.func.rank))
-        return found
+        return times
 
 
 @pytest.fixture
@@ -66,18 +66,19 @@ def net():
 
 def plan(timer, tmp_path, share=0.6, **options):
     model = net()
-    found = alds.analyze(model).plan(latency=share, example_inputs=images(), cache=tmp_path, **options)
-    return model, found
+    timed_plan = alds.analyze(model).plan(latency=share, example_inputs=images(), cache=tmp_path, **options)
+    return model, timed_plan
 
 
 def test_the_latency_is_met_measured_and_printed(timer, tmp_path):
-    model, found = plan(timer, tmp_path)
-    small = found.apply(model)
+    model, timed_plan = plan(timer, tmp_path)
+    small = timed_plan.apply(model)
     achieved = timer.model(small) / timer.model(model)
-    assert found.latency.measured == pytest.approx(achieved) and 0.54 <= achieved <= 0.66
-    assert (found.latency.asked, found.budget, found.p) == (0.6, "latency=0.6", 4.0) and found.gap < 0.02
-    assert found.latency.dense_ms == pytest.approx(timer.model(model))
-    assert str(found).splitlines()[-1].startswith(f"latency 0.60 asked, {achieved:.2f} measured, 2.")
+    assert timed_plan.latency.measured == pytest.approx(achieved) and 0.54 <= achieved <= 0.66
+    assert (timed_plan.latency.asked, timed_plan.budget, timed_plan.p) == (0.6, "latency=0.6", 4.0)
+    assert timed_plan.gap < 0.02
+    assert timed_plan.latency.dense_ms == pytest.approx(timer.model(model))
+    assert str(timed_plan).splitlines()[-1].startswith(f"latency 0.60 asked, {achieved:.2f} measured, 2.")
     assert small(images()).shape == model(images()).shape
 
 
@@ -94,19 +95,19 @@ def test_the_cost_table_holds_the_times(timer, tmp_path):
     for layer, choice, costs in zip(layers, choices, table.costs, strict=True):
         assert costs.dtype == np.int64 and costs[-1] == pytest.approx(timer.layer(layer.module) * 1e6, abs=2)
         for curve, start in zip(choice.curves, choice.starts, strict=False):
-            own = costs[start : start + len(curve.costs)]
-            assert (np.diff(own) >= 0).all()
+            stated = costs[start : start + len(curve.costs)]
+            assert (np.diff(stated) >= 0).all()
             true = (0.01 + 1e-4 * curve.costs) * 1e6
             timed = np.isin(curve.ranks, list(timings.of(call_key(layer, next(iter(calls[layer.name]))))[
                 curve.scheme, curve.groups]))  # fmt: skip
-            assert timed.any() and np.allclose(own[timed], true[timed], atol=3)
+            assert timed.any() and np.allclose(stated[timed], true[timed], atol=3)
             inside = curve.ranks <= curve.ranks[timed].max()
-            assert (own[inside] >= true[inside] - 3).all()
+            assert (stated[inside] >= true[inside] - 3).all()
 
 
 def test_layers_of_one_kind_are_timed_once_and_few_slices_only(timer, tmp_path):
-    _, found = plan(timer, tmp_path)
-    assert str(found).endswith("on " + found.latency.device + "; up to 8 channel slices were tried")
+    _, timed_plan = plan(timer, tmp_path)
+    assert str(timed_plan).endswith("on " + timed_plan.latency.device + "; up to 8 channel slices were tried")
     twins = [t for t in timer.timed if t[0].weight == (32, 32, 3, 3)]
     assert len(twins) == len(set(twins)) and {t[2] for t in timer.timed} == {1, 2, 3, 4, 8}
 
@@ -119,12 +120,12 @@ def test_what_is_slower_than_dense_is_timed_no_further(tmp_path, monkeypatch):
 
     timer = Slow()
     monkeypatch.setattr(latency, "interleaved_ms", timer)
-    _, found = plan(timer, tmp_path, 0.7)
-    assert all(row.groups in (None, 1) for row in found.layers)
+    _, timed_plan = plan(timer, tmp_path, 0.7)
+    assert all(row.groups in (None, 1) for row in timed_plan.layers)
     ranks = {}
     for shape, scheme, groups, rank in timer.timed:
         ranks.setdefault((shape, scheme, groups), []).append(rank)
-    assert found.layers[-1].reason == "no factorisation saves latency"
+    assert timed_plan.layers[-1].reason == "no factorisation saves latency"
     assert max(len(r) for (*_, g), r in ranks.items() if g == 4) < max(len(r) for (*_, g), r in ranks.items() if g == 1)
 
 
@@ -170,15 +171,15 @@ def test_a_corrupt_cache_is_reported_and_rebuilt(timer, tmp_path, damage):
     file.write_text(damage(whole))
     timer.timed.clear()
     with pytest.warns(UserWarning, match="not a valid file of timings"):
-        _, again = plan(timer, tmp_path)
-    assert timer.timed and again == first and json.loads(file.read_text()) == json.loads(whole)
+        _, second = plan(timer, tmp_path)
+    assert timer.timed and second == first and json.loads(file.read_text()) == json.loads(whole)
 
 
 def test_a_folder_that_cannot_be_written_is_reported(timer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="timings could not be kept in .*cache= names another folder"):
-        _, found = plan(timer, tmp_path / "file")
-    assert found.latency.distance < 0.1
+        _, timed_plan = plan(timer, tmp_path / "file")
+    assert timed_plan.latency.distance < 0.1
 
 
 def test_timings_of_other_settings_are_not_used(tmp_path, monkeypatch):
@@ -211,17 +212,17 @@ def _slower(monkeypatch, factor):
 @pytest.mark.parametrize("factor", [1.5, 0.6])
 def test_layers_that_run_otherwise_in_the_model_are_corrected(monkeypatch, tmp_path, factor):
     timer = _slower(monkeypatch, factor)
-    model, found = plan(timer, tmp_path, 0.5)
-    assert timer.model(found.apply(model)) / timer.model(model) == pytest.approx(found.latency.measured)
-    assert found.latency.distance <= 0.1 and 1 <= found.latency.refinements <= 4
-    assert "NOT" not in str(found)
+    model, timed_plan = plan(timer, tmp_path, 0.5)
+    assert timer.model(timed_plan.apply(model)) / timer.model(model) == pytest.approx(timed_plan.latency.measured)
+    assert timed_plan.latency.distance <= 0.1 and 1 <= timed_plan.latency.refinements <= 4
+    assert "NOT" not in str(timed_plan)
 
 
 def test_what_cannot_be_reached_is_said(monkeypatch, tmp_path):
     timer = _slower(monkeypatch, 8.0)
     with pytest.warns(UserWarning, match="was not brought within 10% of the latency asked for: latency 0.40 asked"):
-        _, found = plan(timer, tmp_path, 0.4)
-    assert found.latency.measured > 0.44 and "measured, NOT within 10% of it" in str(found)
+        _, timed_plan = plan(timer, tmp_path, 0.4)
+    assert timed_plan.latency.measured > 0.44 and "measured, NOT within 10% of it" in str(timed_plan)
 
 
 def test_a_smallest_reachable_latency_is_named(timer, tmp_path):
@@ -232,25 +233,25 @@ def test_a_smallest_reachable_latency_is_named(timer, tmp_path):
     assert plan(timer, tmp_path, share / 1.05)[1].latency.distance < 0.1  # within the tolerance it is tried
     with pytest.raises(BudgetError):
         plan(timer, tmp_path, share / 1.2)
-    _, found = plan(timer, tmp_path, share)
-    assert found.latency.distance < 0.1
+    _, timed_plan = plan(timer, tmp_path, share)
+    assert timed_plan.latency.distance < 0.1
 
 
 def test_parameters_and_latency_hold_at_once(timer, tmp_path):
     for params, share in ((0.5, 0.6), (0.3, 0.9), (0.9, 0.5)):
-        model, found = plan(timer, tmp_path, share, params=params)
-        small = found.apply(model)
-        assert count(small) <= params * count(model) and found.budget == f"params={params}, latency={share}"
-        assert timer.model(small) / timer.model(model) <= 1.1 * share and found.gap < 0.2
-    _, found = plan(timer, tmp_path, 0.7, flops=0.5)
-    assert found.budget == "flops=0.5, latency=0.7"
+        model, timed_plan = plan(timer, tmp_path, share, params=params)
+        small = timed_plan.apply(model)
+        assert count(small) <= params * count(model) and timed_plan.budget == f"params={params}, latency={share}"
+        assert timer.model(small) / timer.model(model) <= 1.1 * share and timed_plan.gap < 0.2
+    _, timed_plan = plan(timer, tmp_path, 0.7, flops=0.5)
+    assert timed_plan.budget == "flops=0.5, latency=0.7"
 
 
 def test_the_exact_solver_takes_the_times_as_they_are(timer, tmp_path):
     """Under a timer that counts weights, parameters and latency ask for the same: no plan may be worse."""
-    _, found = plan(timer, tmp_path, 0.6)
+    _, timed_plan = plan(timer, tmp_path, 0.6)
     _, other = plan(timer, tmp_path, 0.6, p=4)
-    assert other.gap >= 0 and other.error >= found.error
+    assert other.gap >= 0 and other.error >= timed_plan.error
 
 
 def test_a_model_that_cannot_be_copied_or_run(timer, tmp_path):
@@ -267,8 +268,10 @@ def test_a_model_that_cannot_be_copied_or_run(timer, tmp_path):
 def test_a_model_of_few_parts_runs_with_the_real_timer(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether a real machine gets within 10 % decides no test
-        found = alds.analyze(small_net(), groups=(1, 2)).plan(latency=1.0, example_inputs=images(), cache=tmp_path)
-    assert found.latency.asked == 1.0 and found.latency.measured > 0 and found.latency.compressed_ms > 0
+        achieved = alds.analyze(small_net(), groups=(1, 2)).plan(
+            latency=1.0, example_inputs=images(), cache=tmp_path
+        ).latency  # fmt: skip
+    assert achieved.asked == 1.0 and achieved.measured > 0 and achieved.compressed_ms > 0
 
 
 # ------------------------------------------------------------------------------------------------- parts
@@ -277,10 +280,10 @@ def test_a_model_of_few_parts_runs_with_the_real_timer(tmp_path):
 @given(st.dictionaries(st.integers(1, 60), st.floats(0.01, 5.0), min_size=1), st.integers(1, 80))
 def test_ratios_never_fall_with_the_rank(known, top):
     ranks = np.arange(1, top + 1)
-    found = interpolate(known, ranks)
-    assert (np.diff(found) >= -1e-12).all() and (found > 0).all()
+    ratios = interpolate(known, ranks)
+    assert (np.diff(ratios) >= -1e-12).all() and (ratios > 0).all()
     for rank, ratio in known.items():
-        assert rank > top or found[rank - 1] >= ratio * (1 - 1e-12)
+        assert rank > top or ratios[rank - 1] >= ratio * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -302,11 +305,11 @@ def test_the_description_of_a_call_tells_what_matters():
 
 
 def test_plans_with_a_latency_survive_json_and_old_ones_load(timer, tmp_path):
-    _, found = plan(timer, tmp_path)
-    assert alds.Plan.from_json(found.to_json()) == found
-    data = json.loads(found.to_json())
+    _, timed_plan = plan(timer, tmp_path)
+    assert alds.Plan.from_json(timed_plan.to_json()) == timed_plan
+    data = json.loads(timed_plan.to_json())
     row = next(r for r in data["layers"] if r["rank"])
-    edited = json.loads(found.to_json())
+    edited = json.loads(timed_plan.to_json())
     next(r for r in edited["layers"] if r["rank"])["rank"] = row["rank"] + 1
     assert alds.Plan.from_json(json.dumps(edited)).latency is None  # it was of another plan
     old = {k: v for k, v in data.items() if k != "latency"}
@@ -317,6 +320,6 @@ def test_plans_with_a_latency_survive_json_and_old_ones_load(timer, tmp_path):
 
 
 def test_a_plan_with_a_latency_is_saved_with_the_model(timer, tmp_path):
-    model, found = plan(timer, tmp_path)
-    alds.save(found.apply(model), tmp_path / "small.safetensors")
-    assert alds.load(tmp_path / "small.safetensors", model).alds_plan == found
+    model, timed_plan = plan(timer, tmp_path)
+    alds.save(timed_plan.apply(model), tmp_path / "small.safetensors")
+    assert alds.load(tmp_path / "small.safetensors", model).alds_plan == timed_plan

@@ -38,11 +38,11 @@ def _feasible(fronts, budget):
 @given(problems())
 def test_minimax_equals_brute_force_lexicographically(problem):
     fronts, budget = problem
-    found = one_budget.minimax(fronts, budget)
-    errors = pareto.errors_of(fronts, found.picks)
+    solution = one_budget.minimax(fronts, budget)
+    errors = pareto.errors_of(fronts, solution.picks)
     profiles = [sorted(pareto.errors_of(fronts, p), reverse=True) for p in _feasible(fronts, budget)]
-    assert pareto.total_cost(fronts, found.picks) <= budget
-    assert errors.max() == found.bound == min(p[0] for p in profiles)
+    assert pareto.total_cost(fronts, solution.picks) <= budget
+    assert errors.max() == solution.bound == min(p[0] for p in profiles)
     positive = np.concatenate([f.errors[:-1] for f in fronts])
     if np.unique(positive).size == positive.size:  # with equal errors in two layers either may be improved first
         assert sorted(errors, reverse=True) == min(profiles)
@@ -51,12 +51,12 @@ def test_minimax_equals_brute_force_lexicographically(problem):
 @given(problems(), st.sampled_from([1.0, 2.0, 4.0, 8.0, 50.0, 1e3, 1e5]))
 def test_least_p_norm_is_within_its_certified_gap_of_brute_force(problem, p):
     fronts, budget = problem
-    found = one_budget.allocate(fronts, budget, p)
-    value = pareto.p_norm(pareto.errors_of(fronts, found.picks), p)
+    solution = one_budget.allocate(fronts, budget, p)
+    value = pareto.p_norm(pareto.errors_of(fronts, solution.picks), p)
     best = min(pareto.p_norm(pareto.errors_of(fronts, q), p) for q in _feasible(fronts, budget))
-    gap = one_budget.gap(fronts, found.picks, found.bound, p)
-    assert pareto.total_cost(fronts, found.picks) <= budget
-    assert found.bound <= best * (1 + 1e-9) + 1e-12
+    gap = one_budget.gap(fronts, solution.picks, solution.bound, p)
+    assert pareto.total_cost(fronts, solution.picks) <= budget
+    assert solution.bound <= best * (1 + 1e-9) + 1e-12
     assert best <= value * (1 + 1e-12) and value <= best * (1 + gap) * (1 + 1e-9)
 
 
@@ -65,9 +65,9 @@ def test_no_affordable_improvement_is_left(problem):
     fronts, budget = problem
     for p in (math.inf, 2.0, 1e4):
         picks = one_budget.allocate(fronts, budget, p).picks
-        left = budget - pareto.total_cost(fronts, picks)
+        unspent = budget - pareto.total_cost(fronts, picks)
         for front, i in zip(fronts, picks, strict=True):
-            assert i == len(front.costs) - 1 or front.costs[i + 1] - front.costs[i] > left
+            assert i == len(front.costs) - 1 or front.costs[i + 1] - front.costs[i] > unspent
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))

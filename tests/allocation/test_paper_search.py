@@ -12,7 +12,7 @@ from alds_fast.errors import BudgetError
 
 @st.composite
 def layers(draw):
-    found = []
+    drawn = []
     for _ in range(draw(st.integers(1, 4))):
         dense, curves = draw(st.integers(4, 40)), []
         for groups in (1, 2):
@@ -21,8 +21,8 @@ def layers(draw):
             errors = sorted(draw(st.lists(st.integers(1, 99), min_size=count, max_size=count)), reverse=True)
             if count:
                 curves.append(Curve(0, groups, 1, slope * np.arange(1, count + 1), np.array(errors) / 100))
-        found.append(Candidates(tuple(curves), dense))
-    return found
+        drawn.append(Candidates(tuple(curves), dense))
+    return drawn
 
 
 @given(layers(), st.integers(0, 100))
@@ -31,11 +31,11 @@ def test_alds_heuristic_is_feasible_and_never_better_than_exact(problem, percent
     low, high = (sum(int(f.costs[i]) for f in fronts) for i in (0, -1))
     budget = low + (high - low) * percent // 100
     try:
-        found = alds_heuristic(problem, budget)
+        picks = alds_heuristic(problem, budget)
     except BudgetError:
         return  # a heuristic may find nothing where something exists
-    assert sum(int(layer.costs[i]) for layer, i in zip(problem, found, strict=True)) <= budget
-    worst = max(float(layer.errors[i]) for layer, i in zip(problem, found, strict=True))
+    assert sum(int(layer.costs[i]) for layer, i in zip(problem, picks, strict=True)) <= budget
+    worst = max(float(layer.errors[i]) for layer, i in zip(problem, picks, strict=True))
     assert worst >= one_budget.minimax(fronts, budget).bound
 
 
@@ -64,8 +64,8 @@ def test_alds_heuristic_by_hand():
         Candidates((Curve(0, 1, 1, costs, bad), Curve(0, 2, 1, costs, good)), 100),
         Candidates((Curve(0, 1, 1, costs, better), Curve(0, 2, 1, costs, worse)), 100),
     ]
-    found = alds_heuristic(layers, 80)
-    assert [layer.decomposition(i) for layer, i in zip(layers, found, strict=True)] == [(0, 2, 2), (0, 1, 2)]
+    picks = alds_heuristic(layers, 80)
+    assert [layer.decomposition(i) for layer, i in zip(layers, picks, strict=True)] == [(0, 2, 2), (0, 1, 2)]
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_alds_heuristic_keeps_the_best_start():
             layers.append(Candidates(tuple(curves), 70))
         ends = [paper_search._search(layers, 90, np.random.default_rng(start)) for start in range(paper_search.SEEDS)]
         errors = [end[1] for end in ends if end is not None]
-        found = alds_heuristic(layers, 90)
-        assert max(float(la.errors[i]) for la, i in zip(layers, found, strict=True)) == min(errors)
+        picks = alds_heuristic(layers, 90)
+        assert max(float(la.errors[i]) for la, i in zip(layers, picks, strict=True)) == min(errors)
         different += max(errors) > min(errors)
     assert different >= 10

@@ -38,11 +38,11 @@ def _errors(errors, picks):
 def test_bound_and_budgets_against_brute_force(problem):
     costs, errors, limits = problem
     largest = [max(_errors(errors, picks)) for picks in _feasible(costs, limits)]
-    found = several_budgets.least_largest(costs, errors, limits)
+    solution = several_budgets.least_largest(costs, errors, limits)
     if not largest:
-        assert found is None
-    elif found is not None:
-        picks, bound = found
+        assert solution is None
+    elif solution is not None:
+        picks, bound = solution
         assert tuple(picks) in set(_feasible(costs, limits))
         assert bound <= min(largest) <= max(_errors(errors, picks))
 
@@ -50,10 +50,10 @@ def test_bound_and_budgets_against_brute_force(problem):
 @given(problems())
 def test_no_affordable_improvement_is_left(problem):
     costs, errors, limits = problem
-    found = several_budgets.least_largest(costs, errors, limits)
-    for layer in range(len(costs) if found else 0):
+    solution = several_budgets.least_largest(costs, errors, limits)
+    for layer in range(len(costs) if solution else 0):
         for other in range(costs[layer].shape[1]):
-            picks = list(found[0])
+            picks = list(solution[0])
             if errors[layer][other] < errors[layer][picks[layer]]:
                 picks[layer] = other
                 used = sum(c[:, i] for c, i in zip(costs, picks, strict=True))
@@ -64,12 +64,12 @@ def test_no_affordable_improvement_is_left(problem):
 def test_one_budget_gives_what_the_exact_solver_gives(problem):
     costs, errors, limits = problem
     fronts = [pareto.pareto_front(c[0], e) for c, e in zip(costs, errors, strict=True)]
-    found = several_budgets.least_largest(costs, errors, limits)
-    if found is None:
+    solution = several_budgets.least_largest(costs, errors, limits)
+    if solution is None:
         assert sum(int(f.costs[0]) for f in fronts) > limits[0]
     else:
         exact = one_budget.minimax(fronts, int(limits[0]))
-        assert max(_errors(errors, found[0])) == found[1] == exact.bound
+        assert max(_errors(errors, solution[0])) == solution[1] == exact.bound
 
 
 @given(problems())

@@ -46,7 +46,7 @@ def test_plans_are_those_of_all_slices(power, criterion):
             # (Gram matrices of coarse slices are sums of those of finer ones, so rounding depends on what is computed.)
             for k, v in few[n].values.items():
                 torch.testing.assert_close(v, whole[n].values[k], rtol=1e-12, atol=1e-7 * whole[n].top[k[0]])
-        analyses = [alds.Analysis(tuple(layers), found, count_params(net), net) for found in (whole, few)]
+        analyses = [alds.Analysis(tuple(layers), by_name, count_params(net), net) for by_name in (whole, few)]
         for budget in ({"params": 0.7}, {"params": 0.3}, {"error": 0.2}):
             for p in (None,) if "error" in budget else (2.0, 4.0, np.inf):
                 a, b = (x.plan(**budget, criterion=criterion, p=p, align=align) for x in analyses)
@@ -66,8 +66,8 @@ def test_something_is_left_out_and_nothing_by_reference():
 
 
 def test_named_groups_only():
-    found = prune_spectra(find_layers(nn.Sequential(nn.Linear(24, 24))), (0,), (8, 12), "frobenius")
-    assert {k for _, k in found[0].values} <= {8, 12} and (0, 8) in found[0].values
+    spectra = prune_spectra(find_layers(nn.Sequential(nn.Linear(24, 24))), (0,), (8, 12), "frobenius")
+    assert {k for _, k in spectra[0].values} <= {8, 12} and (0, 8) in spectra[0].values
 
 
 @given(st.integers(1, 12), st.integers(1, 4), st.integers(2, 4), st.integers(1, 5), st.floats(0, 2), st.integers(0, 99))
@@ -75,9 +75,9 @@ def test_finer_slices_have_no_smaller_error(rows, coarse, finer, width, power, s
     fine = coarse * finer
     layer = nn.Linear(fine * width, rows, bias=False)
     layer.weight.data = falling(rows, fine * width, power, seed)
-    (found,) = layer_spectra(find_layers(layer), (0,), (coarse, fine))
+    (spectra,) = layer_spectra(find_layers(layer), (0,), (coarse, fine))
     for criterion in BOUNDS:
-        errors = {k: found.errors(0, k, CRITERIA[criterion].rule).numpy() for k in (coarse, fine)}
+        errors = {k: spectra.errors(0, k, CRITERIA[criterion].rule).numpy() for k in (coarse, fine)}
         ranks = np.arange(len(errors[fine]))
         bound = errors[coarse][np.minimum(ranks * finer, len(errors[coarse]) - 1)]
         assert (errors[fine] >= bound - 1e-7).all()  # singular values are resolved to 1e-8 of the largest
@@ -85,5 +85,5 @@ def test_finer_slices_have_no_smaller_error(rows, coarse, finer, width, power, s
 
 def test_may_win_needs_something_to_compare_with():
     layer = find_layers(nn.Linear(8, 8))[0]
-    (found,) = layer_spectra([layer], (0,), (3,))
-    assert may_win(layer.shape, found, 0, 4, "frobenius", 1)
+    (spectra,) = layer_spectra([layer], (0,), (3,))
+    assert may_win(layer.shape, spectra, 0, 4, "frobenius", 1)

@@ -34,8 +34,8 @@ def test_reads_what_safetensors_writes(folder):
     assert shards.tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         stored = shards.tensors[name]
-        found = stored.tensor()
-        assert found.dtype == tensor.dtype and torch.equal(found, tensor) and found.shape == tensor.shape
+        loaded = stored.tensor()
+        assert loaded.dtype == tensor.dtype and torch.equal(loaded, tensor) and loaded.shape == tensor.shape
         assert b"".join(stored.chunks()) == tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -47,8 +47,8 @@ def test_writes_what_safetensors_reads(tmp_path):
         return [data[:3], data[3:]]
 
     write_shard(tmp_path / "out.safetensors", entries, content)
-    found = load_file(tmp_path / "out.safetensors")
-    assert found.keys() == TENSORS.keys() and all(torch.equal(found[n], t) for n, t in TENSORS.items())
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert loaded.keys() == TENSORS.keys() and all(torch.equal(loaded[n], t) for n, t in TENSORS.items())
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
     assert list(stored_in(tmp_path / "out.safetensors")) == list(TENSORS)
 

@@ -85,10 +85,10 @@ class _Tied(nn.Module):
         super().__init__()
         self.embedding, self.body, self.head = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 40, bias=False)
         self.head.weight = self.embedding.weight
-        self.again = self.body
+        self.second_body = self.body
 
     def forward(self, x):
-        return self.head(self.again(self.body(self.embedding(x))))
+        return self.head(self.second_body(self.body(self.embedding(x))))
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
@@ -100,7 +100,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
         meta = _Tied()
     for fresh in (_Tied(), meta):
         loaded = alds.load(tmp_path / "m.safetensors", fresh)
-        assert loaded.head.weight is loaded.embedding.weight and loaded.again is loaded.body
+        assert loaded.head.weight is loaded.embedding.weight and loaded.second_body is loaded.body
         assert torch.equal(loaded(x), small(x))
 
 

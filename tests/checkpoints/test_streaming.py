@@ -35,8 +35,8 @@ def test_same_as_in_memory(kind, dtype, tmp_path):
     expected = result.plan.apply(dense)
     small = alds.from_pretrained(tmp_path / "small", dtype=dtype)
     assert type(small) is type(dense) and not small.training
-    found, wanted = small.state_dict(), expected.state_dict()
-    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in found)
+    weights, wanted = small.state_dict(), expected.state_dict()
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[k], wanted[k]) for k in weights)
     with torch.no_grad():
         assert torch.equal(small(**checkpoints.inputs(kind)).logits, expected(**checkpoints.inputs(kind)).logits)
     index = json.loads((tmp_path / "small/model.safetensors.index.json").read_text())
@@ -119,9 +119,9 @@ def test_other_files_go_along(copied, tmp_path):
     (copied / "pytorch_model.bin").write_text("another format")
     (copied / ".hidden").write_text("")
     alds.compress_checkpoint(copied, tmp_path / "small", **OPTIONS)
-    found = checkpoints.contents(tmp_path / "small")
-    assert {n for n in found if "Pooling" in n} == {"1_Pooling/config.json", "1_Pooling/model.safetensors"}
-    assert "pytorch_model.bin" not in found and ".hidden" not in found and "tokenizer.json" in found
+    contents = checkpoints.contents(tmp_path / "small")
+    assert {n for n in contents if "Pooling" in n} == {"1_Pooling/config.json", "1_Pooling/model.safetensors"}
+    assert "pytorch_model.bin" not in contents and ".hidden" not in contents and "tokenizer.json" in contents
 
 
 def test_a_checkpoint_without_a_layer(copied, tmp_path):

@@ -108,8 +108,8 @@ def stopped(monkeypatch, phase, source, output, **options):
 def rewrite(folder, change, *names):
     """Change tensors of a checkpoint in place: all whose names hold one of ``names``."""
     for path in sorted(folder.glob("*.safetensors")):
-        found = load_file(path)
-        changed = {k: change(v) if any(n in k for n in names) else v for k, v in found.items()}
+        tensors = load_file(path)
+        changed = {k: change(v) if any(n in k for n in names) else v for k, v in tensors.items()}
         save_file(changed, path, {"format": "pt"})
 
 

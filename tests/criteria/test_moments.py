@@ -56,13 +56,13 @@ def test_moments_are_those_of_all_tokens_in_float64():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     batches = [torch.randn(7, 5), torch.randn(3, 2, 5)]
-    found = collect_moments(model, batches, layers_of(model))
+    moments = collect_moments(model, batches, layers_of(model))
     x = torch.cat([b.flatten(0, -2) for b in batches]).double()
-    assert found["0"].rows == 13 and found["0"].second.dtype == torch.float64 and found["0"].gradient is None
-    torch.testing.assert_close(found["0"].second[0], x.mT @ x / 13, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found["0"].mean[0], x.mean(0), rtol=1e-6, atol=1e-6)
+    assert moments["0"].rows == 13 and moments["0"].second.dtype == torch.float64 and moments["0"].gradient is None
+    torch.testing.assert_close(moments["0"].second[0], x.mT @ x / 13, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments["0"].mean[0], x.mean(0), rtol=1e-6, atol=1e-6)
     hidden = torch.tanh(model[0](x.float())).double()
-    torch.testing.assert_close(found["2"].second[0], hidden.mT @ hidden / 13, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments["2"].second[0], hidden.mT @ hidden / 13, rtol=1e-6, atol=1e-6)
 
 
 def test_padded_tokens_do_not_count():
@@ -77,10 +77,10 @@ def test_padded_tokens_do_not_count():
     model, x = Model(), torch.randn(2, 4, 3)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     batch = {"x": x.masked_fill(mask[..., None] == 0, 1e6), "attention_mask": mask}
-    found = collect_moments(model, [batch], layers_of(model))
+    moments = collect_moments(model, [batch], layers_of(model))
     real = x[mask.bool()].double()
-    torch.testing.assert_close(found["first"].second[0], real.mT @ real / 4, rtol=1e-6, atol=1e-6)
-    assert found["first"].rows == found["second"].rows == 4
+    torch.testing.assert_close(moments["first"].second[0], real.mT @ real / 4, rtol=1e-6, atol=1e-6)
+    assert moments["first"].rows == moments["second"].rows == 4
     assert collect_moments(model, [batch], layers_of(model), mask=None)["first"].rows == 8
 
 
@@ -94,9 +94,9 @@ def test_layers_with_one_input_share_its_moment():
             return self.q(x) + self.k(x) + self.v(x * 2)
 
     model, x = Heads(), torch.randn(6, 4)
-    found = collect_moments(model, [x, x + 1], layers_of(model))
-    assert found["q"].second is found["k"].second and found["v"].second is not found["q"].second
-    torch.testing.assert_close(found["v"].second, 4 * found["q"].second)
+    moments = collect_moments(model, [x, x + 1], layers_of(model))
+    assert moments["q"].second is moments["k"].second and moments["v"].second is not moments["q"].second
+    torch.testing.assert_close(moments["v"].second, 4 * moments["q"].second)
 
 
 def test_an_input_changed_in_place_is_another_input():
@@ -110,8 +110,8 @@ def test_an_input_changed_in_place_is_another_input():
             return y + self.b(x.mul_(2))
 
     model, x = InPlace(), torch.randn(5, 3)
-    found = collect_moments(model, [x.clone()], layers_of(model))
-    torch.testing.assert_close(found["b"].second, 4 * found["a"].second)
+    moments = collect_moments(model, [x.clone()], layers_of(model))
+    torch.testing.assert_close(moments["b"].second, 4 * moments["a"].second)
 
 
 def test_gradients_are_those_along_random_signs():
@@ -119,10 +119,12 @@ def test_gradients_are_those_along_random_signs():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4))
     x = torch.randn(500, 3)
-    found = collect_moments(model, [x], layers_of(model), sensitivity=True)["0"]
+    moments = collect_moments(model, [x], layers_of(model), sensitivity=True)["0"]
     energy = float(model(x).detach().double().square().sum())
-    torch.testing.assert_close(found.gradient[0].diagonal(), torch.full((4,), 500 / energy).double(), rtol=1e-4, atol=0)
-    off = found.gradient[0] - torch.diag(found.gradient[0].diagonal())
+    torch.testing.assert_close(
+        moments.gradient[0].diagonal(), torch.full((4,), 500 / energy).double(), rtol=1e-4, atol=0
+    )
+    off = moments.gradient[0] - torch.diag(moments.gradient[0].diagonal())
     assert float(off.abs().max()) < 0.25 * 500 / energy
 
 
@@ -130,9 +132,9 @@ def test_gradients_of_a_loss_by_hand():
     model, x = nn.Sequential(nn.Linear(2, 2, bias=False)), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    found = collect_moments(model, [x], layers_of(model), sensitivity=lambda y, batch: (y**2).sum() / 2)["0"]
+    moments = collect_moments(model, [x], layers_of(model), sensitivity=lambda y, batch: (y**2).sum() / 2)["0"]
     y = x @ model[0].weight.detach().T  # the gradient of the loss
-    torch.testing.assert_close(found.gradient[0], (y.mT @ y).double())
+    torch.testing.assert_close(moments.gradient[0], (y.mT @ y).double())
 
 
 def test_sensitivity_of_the_tensor_that_a_function_returns():
@@ -145,9 +147,9 @@ def test_sensitivity_of_the_tensor_that_a_function_returns():
         return output[:, :1]
 
     x = torch.randn(20, 4)
-    found = collect_moments(model, [x], layers_of(model), sensitivity=first_only)
+    moments = collect_moments(model, [x], layers_of(model), sensitivity=first_only)
     assert torch.equal(seen[0], x) and seen[0] is not x
-    assert float(found["2"].gradient[0, 1, 1]) == 0.0 and float(found["2"].gradient[0, 0, 0]) > 0
+    assert float(moments["2"].gradient[0, 1, 1]) == 0.0 and float(moments["2"].gradient[0, 0, 0]) > 0
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -165,11 +167,11 @@ def test_checkpointed_layers_count_once(reentrant):
     saving, x = Model(True), torch.randn(9, 3)
     plain = Model(False)
     plain.load_state_dict(saving.state_dict())
-    found, wanted = (collect_moments(m, [x], layers_of(m), sensitivity=True) for m in (saving, plain))
+    moments, wanted = (collect_moments(m, [x], layers_of(m), sensitivity=True) for m in (saving, plain))
     for name in ("first", "second"):
-        assert found[name].rows == 9
-        torch.testing.assert_close(found[name].second, wanted[name].second)
-        torch.testing.assert_close(found[name].gradient, wanted[name].gradient)
+        assert moments[name].rows == 9
+        torch.testing.assert_close(moments[name].second, wanted[name].second)
+        torch.testing.assert_close(moments[name].gradient, wanted[name].gradient)
 
 
 def test_no_gradients_are_left_on_the_data():
@@ -182,11 +184,11 @@ def test_a_layer_above_the_limit_gets_the_moment_of_its_output():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
     x = torch.randn(5, 3, 3, 3)
-    found = collect_moments(model, [x], layers_of(model), order=30)
-    assert found["0"].second is not None and found["3"].second is None
+    moments = collect_moments(model, [x], layers_of(model), order=30)
+    assert moments["0"].second is not None and moments["3"].second is None
     z = (model[:3](x) @ model[3].weight.T).double()
-    torch.testing.assert_close(found["3"].output[0], z.mT @ z / 5, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["3"].mean[0], z.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moments["3"].output[0], z.mT @ z / 5, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moments["3"].mean[0], z.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_the_model_is_left_as_it_was():
@@ -229,8 +231,8 @@ def test_layers_under_no_grad_get_no_gradient():
                 h = self.a(x)
             return self.b(h)
 
-    found = alds.analyze(Frozen(), data=[torch.randn(8, 3)], sensitivity=True).moments
-    assert not found["a"].gradient.any() and found["b"].gradient.any()
+    moments = alds.analyze(Frozen(), data=[torch.randn(8, 3)], sensitivity=True).moments
+    assert not moments["a"].gradient.any() and moments["b"].gradient.any()
 
 
 def test_sensitivity_is_refused_in_inference_mode():

@@ -58,10 +58,10 @@ def test_errors_are_those_of_the_truncated_weight(name, centred, sensitive):
     layer, moments = case(name)
     w = weighting(layer.shape, layer.module.weight, moments, centred, sensitive)
     for scheme, groups in every_fold(layer):
-        found = errors(w, scheme, groups)
-        assert len(found) == max_rank(layer.shape, scheme, groups) + 1 and found[-1] == 0
-        for rank in range(len(found) - 1):
-            assert abs(float(found[rank]) - true_error(w, scheme, groups, rank)) < 1e-7 * float(1 + found[0])
+        stated = errors(w, scheme, groups)
+        assert len(stated) == max_rank(layer.shape, scheme, groups) + 1 and stated[-1] == 0
+        for rank in range(len(stated) - 1):
+            assert abs(float(stated[rank]) - true_error(w, scheme, groups, rank)) < 1e-7 * float(1 + stated[0])
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
@@ -86,12 +86,12 @@ def test_factors_reach_the_error_and_full_rank_is_exact(name, order):
         for scheme, groups in every_fold(layer) if order > 1 else [(0, 1)]:
             stated = errors(w, scheme, groups)
             for rank in range(1, len(stated)):
-                found = factors(w, Decomposition(scheme, groups, rank))
-                assert found.error <= float(stated[rank]) + 1e-6
-            product = (found.left @ found.right).transpose(1, 2).flatten(2)
+                factor_pair = factors(w, Decomposition(scheme, groups, rank))
+                assert factor_pair.error <= float(stated[rank]) + 1e-6
+            product = (factor_pair.left @ factor_pair.right).transpose(1, 2).flatten(2)
             whole = unfold(product, layer.shape, scheme).reshape(dense.shape)
             torch.testing.assert_close(whole, dense, rtol=1e-5, atol=1e-5)
-            assert float(found.shift.abs().max()) < 1e-5
+            assert float(factor_pair.shift.abs().max()) < 1e-5
 
 
 def minimised(w, rank, steps=400):
@@ -111,8 +111,8 @@ def minimised(w, rank, steps=400):
 def test_output_mode_is_the_direct_minimum(rank, centred):
     layer, moments = case("linear")
     w = weighting(layer.shape, layer.module.weight, moments, centred, False)
-    stated, found = float(errors(w, 0, 1)[rank]), factors(w, Decomposition(0, 1, rank))
-    assert found.error == pytest.approx(stated, rel=1e-9)
+    stated, factor_pair = float(errors(w, 0, 1)[rank]), factors(w, Decomposition(0, 1, rank))
+    assert factor_pair.error == pytest.approx(stated, rel=1e-9)
     assert minimised(w, rank) == pytest.approx(stated, rel=1e-4)
 
 
@@ -150,8 +150,8 @@ def test_few_samples_and_dead_channels(name):
             stated = errors(w, scheme, groups)
             assert bool(stated.isfinite().all())
             rank = min(2, len(stated) - 1)
-            found = factors(w, Decomposition(scheme, groups, rank))
-            assert found.error <= float(stated[rank]) + 1e-6 and bool(found.left.isfinite().all())
+            factor_pair = factors(w, Decomposition(scheme, groups, rank))
+            assert factor_pair.error <= float(stated[rank]) + 1e-6 and bool(factor_pair.left.isfinite().all())
     assert float(errors(w, 0, 1)[1]) < 1e-6
 
 
@@ -162,7 +162,7 @@ def test_sensitive_errors_predict_the_change_of_a_linear_network():
     x, layer = torch.randn(40, 8).double(), find_layers(model)[0]
     moments = without_noise(collect_moments(model, [x] * 200, [layer], sensitivity=True)["0"])
     w = weighting(layer.shape, layer.module.weight, moments, False, True)
-    found = factors(w, Decomposition(0, 1, 3))
-    small = (found.left @ found.right)[0, 0]
+    factor_pair = factors(w, Decomposition(0, 1, 3))
+    small = (factor_pair.left @ factor_pair.right)[0, 0]
     y, cut = x @ model[0].weight.T @ model[1].weight.T, x @ small.T @ model[1].weight.T
-    assert found.error == pytest.approx(float((y - cut).norm() / y.norm()), rel=0.1)
+    assert factor_pair.error == pytest.approx(float((y - cut).norm() / y.norm()), rel=0.1)

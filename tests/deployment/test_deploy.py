@@ -157,9 +157,9 @@ def test_table_is_saved_and_used_again(monkeypatch, tmp_path):
     table.save(tmp_path / "t.json")
     assert DeployTable.load(tmp_path / "t.json") == table
     asked.clear()
-    _, again = alds.deploy(small, x, table=tmp_path / "t.json", report=True)
-    assert len(asked) == 1 and all(row.source == "table" for row in again.rows)  # only the whole model
-    assert [row.won for row in again.rows] == [row.won for row in table.rows]
+    _, reused = alds.deploy(small, x, table=tmp_path / "t.json", report=True)
+    assert len(asked) == 1 and all(row.source == "table" for row in reused.rows)  # only the whole model
+    assert [row.won for row in reused.rows] == [row.won for row in table.rows]
     asked.clear()
     alds.deploy(small, images(5), table=table)
     assert len(asked) > 1  # another input is another call
@@ -171,8 +171,8 @@ def test_table_of_other_hardware_is_not_used(monkeypatch):
     _, table = alds.deploy(small, x, report=True)
     other = DeployTable(table.rows, {**table.environment, "device": "another"}, table.model_ms, table.kept)
     asked.clear()
-    _, again = alds.deploy(small, x, table=other, report=True)
-    assert len(asked) > 1 and all(row.source == "measured" for row in again.rows)
+    _, measured = alds.deploy(small, x, table=other, report=True)
+    assert len(asked) > 1 and all(row.source == "measured" for row in measured.rows)
 
 
 def test_table_is_printed(monkeypatch):

@@ -30,6 +30,6 @@ def test_regrouped_refuses():
 
 def test_variants_are_smaller_than_dense():
     layer = alds.LowRankLinear(256, 256, 5, groups=4)
-    found = variants(layer, 8)
-    assert found and all(v.encoder.numel() + v.decoder.numel() < 256 * 256 for v in found.values())
-    assert all(v.rank % 8 == 0 and v.rank * v.groups >= 20 for v in found.values())
+    layers = variants(layer, 8)
+    assert layers and all(v.encoder.numel() + v.decoder.numel() < 256 * 256 for v in layers.values())
+    assert all(v.rank % 8 == 0 and v.rank * v.groups >= 20 for v in layers.values())

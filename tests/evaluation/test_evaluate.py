@@ -172,9 +172,9 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
     with open(parts / "results.jsonl", "a") as file:
         file.write('{"variant": "al')  # killed while writing
     rest = Counted()
-    again = alds.evaluate(net, rest, out=parts, **options)
+    resumed = alds.evaluate(net, rest, out=parts, **options)
     assert rest.calls == quality.calls - 7
-    assert _rows(again) == _rows(table) == _rows(alds.Evaluation.read(parts)) == _rows(alds.Evaluation.read(whole))
+    assert _rows(resumed) == _rows(table) == _rows(alds.Evaluation.read(parts)) == _rows(alds.Evaluation.read(whole))
     assert len({p.stat().st_mode for p in parts.iterdir()}) == 1
     assert {p.name for p in parts.iterdir()} == {p.name for p in whole.iterdir()}
     assert (parts / "table.md").read_text() == (whole / "table.md").read_text()
@@ -400,9 +400,9 @@ def test_refused_models():
 
 def test_combinations_that_do_not_go_together_are_named():
     with pytest.warns(UserWarning, match=r"left out of the evaluation: alds-heuristic p=2 \(p=2 applies to"):
-        found = variant_module.product(["alds", "alds-heuristic"], ["operator"], [2, math.inf], groups=(1,))
-    assert list(found) == ["alds p=2", "alds p=inf", "alds-heuristic p=inf"]
-    assert found["alds p=2"] == {"method": "alds", "criterion": "operator", "p": 2, "groups": (1,)}
+        combinations = variant_module.product(["alds", "alds-heuristic"], ["operator"], [2, math.inf], groups=(1,))
+    assert list(combinations) == ["alds p=2", "alds p=inf", "alds-heuristic p=inf"]
+    assert combinations["alds p=2"] == {"method": "alds", "criterion": "operator", "p": 2, "groups": (1,)}
 
 
 def test_pictures_of_a_run(tmp_path, monkeypatch):

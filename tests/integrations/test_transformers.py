@@ -49,8 +49,8 @@ def test_saved_and_loaded_again_it_stays_small(kind, small, tmp_path):
     model = alds.from_pretrained(small / kind)
     assert low_rank(model) and size(model) < 0.71 * size(checkpoints.dense(kind))
     model.save_pretrained(tmp_path / "again")
-    again = alds.from_pretrained(tmp_path / "again")
-    assert size(again) == size(model) and torch.equal(logits(again, kind), logits(model, kind))
+    loaded = alds.from_pretrained(tmp_path / "again")
+    assert size(loaded) == size(model) and torch.equal(logits(loaded, kind), logits(model, kind))
     auto = type(model).from_pretrained(tmp_path / "again")  # transformers' own, now that it knows the format
     assert size(auto) == size(model) and torch.equal(logits(auto, kind), logits(model, kind))
 
@@ -60,9 +60,9 @@ def test_compressed_in_memory_it_stays_small_too(kind, tmp_path):
     dense = checkpoints.dense(kind)
     model = alds.compress(dense, params=0.7)
     model.save_pretrained(tmp_path / "saved")
-    again = alds.from_pretrained(tmp_path / "saved")
-    assert low_rank(again) == low_rank(model) != []
-    torch.testing.assert_close(logits(again, kind), logits(model, kind))
+    reloaded = alds.from_pretrained(tmp_path / "saved")
+    assert low_rank(reloaded) == low_rank(model) != []
+    torch.testing.assert_close(logits(reloaded, kind), logits(model, kind))
     assert "quantization_config" not in dense.config.to_dict()
     alds.save(model, tmp_path / "one.safetensors")
     loaded = alds.load(tmp_path / "one.safetensors", dense)
@@ -74,12 +74,12 @@ def test_deployed_models_are_saved_as_they_are(tmp_path):
     small = alds.compress(checkpoints.dense("llama"), params=0.6)
     before = logits(small, "llama")
     names = low_rank(small)
-    parent, _, own = names[0].rpartition(".")
-    setattr(small.get_submodule(parent), own, small.get_submodule(names[0]).to_dense())  # as deploy does
+    parent, _, child = names[0].rpartition(".")
+    setattr(small.get_submodule(parent), child, small.get_submodule(names[0]).to_dense())  # as deploy does
     small.save_pretrained(tmp_path / "mixed")
-    again = alds.from_pretrained(tmp_path / "mixed")
-    assert low_rank(again) == names[1:]
-    torch.testing.assert_close(logits(again, "llama"), before)
+    loaded = alds.from_pretrained(tmp_path / "mixed")
+    assert low_rank(loaded) == names[1:]
+    torch.testing.assert_close(logits(loaded, "llama"), before)
     mlp = small.model.layers[0].mlp
     merged = MergedLinears([mlp.gate_proj, mlp.up_proj])
     mlp.gate_proj, mlp.up_proj = MergedPart(merged, 0), MergedPart(merged, 1)
@@ -177,8 +177,8 @@ def test_other_classes_read_it(small, tmp_path):
     base = alds.from_pretrained(small / "llama", transformers.AutoModel)
     assert type(base).__name__ == "LlamaModel" and low_rank(base) == [n.removeprefix("model.") for n in low_rank(head)]
     base.save_pretrained(tmp_path / "base")
-    again = alds.from_pretrained(tmp_path / "base", transformers.AutoModelForCausalLM)
-    assert low_rank(again) == low_rank(head) and torch.equal(logits(again, "llama"), logits(head, "llama"))
+    loaded = alds.from_pretrained(tmp_path / "base", transformers.AutoModelForCausalLM)
+    assert low_rank(loaded) == low_rank(head) and torch.equal(logits(loaded, "llama"), logits(head, "llama"))
     assert alds.from_pretrained(small / "bert", transformers.AutoModel).encoder.layer[0].intermediate is not None
 
 
@@ -288,16 +288,16 @@ def test_parts_of_composite_models(tmp_path):
         for name, value in inner.state_dict().items():
             assert torch.equal(mine.state_dict()[name], value)
         inner.save_pretrained(tmp_path / part)
-        again = alds.from_pretrained(tmp_path / part, cls)
-        assert low_rank(again) == low_rank(inner) and size(again) == size(inner)
+        loaded = alds.from_pretrained(tmp_path / part, cls)
+        assert low_rank(loaded) == low_rank(inner) and size(loaded) == size(inner)
     whole = alds.from_pretrained(tmp_path / "clip")
     assert low_rank(whole) == low_rank(model)
 
 
 def test_pickled_and_dequantized(small, tmp_path):
     model = alds.from_pretrained(small / "llama")
-    again = pickle.loads(pickle.dumps(model))
-    assert low_rank(again) == low_rank(model) and torch.equal(logits(again, "llama"), logits(model, "llama"))
+    unpickled = pickle.loads(pickle.dumps(model))
+    assert low_rank(unpickled) == low_rank(model) and torch.equal(logits(unpickled, "llama"), logits(model, "llama"))
     assert (
         pickle.loads(pickle.dumps(model.config)).quantization_config.layers == model.config.quantization_config.layers
     )

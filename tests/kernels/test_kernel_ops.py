@@ -231,8 +231,8 @@ def test_layers_take_input_by_name_and_refuse_wrong_channels():
 
 def test_deepcopy_and_state_dict_keep_working():
     net = Net().to(DEVICE)
-    again = copy.deepcopy(net)
-    assert again.head.backend == "fused" and "backend" not in "".join(net.state_dict())
+    copied = copy.deepcopy(net)
+    assert copied.head.backend == "fused" and "backend" not in "".join(net.state_dict())
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -20,8 +20,8 @@ from alds_fast.kernels.fused import conv2d, few_rows, linear, tickets
 TYPES = [torch.float32, slow(torch.float16), torch.bfloat16]
 
 
-def error(found, reference):
-    return float((found.double() - reference).norm() / reference.norm())
+def error(result, reference):
+    return float((result.double() - reference).norm() / reference.norm())
 
 
 def sequential_rounding(*terms):
@@ -45,10 +45,10 @@ def compare(call, tensors, options):
     """The rule of this module, for a call of (tensors, options, backend=)."""
     exact = {k: t if t is None else t.double() for k, t in tensors.items()}
     reference = call(**exact, **options, backend="two-op")
-    found = call(**tensors, **options, backend="fused")
+    fused = call(**tensors, **options, backend="fused")
     plain = call(**tensors, **options, backend="two-op")
-    assert found.shape == plain.shape and found.dtype == plain.dtype
-    assert error(found, reference) <= allowed(error(plain, reference), tensors)
+    assert fused.shape == plain.shape and fused.dtype == plain.dtype
+    assert error(fused, reference) <= allowed(error(plain, reference), tensors)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -92,9 +92,9 @@ def test_lowrank_linears(layers, dtype, present):
     x, encoder = random(5, 48, dtype=dtype), random(sum(ranks), 48, dtype=dtype, scale=48**-0.5)
     decoders = [random(f, r, dtype=dtype, scale=r**-0.5) for f, r in zip(filters, ranks, strict=True)]
     biases = [random(f, dtype=dtype) if i in present else None for i, f in enumerate(filters)]
-    found = lowrank_linears(x, encoder, decoders, biases, backend="fused")
+    fused = lowrank_linears(x, encoder, decoders, biases, backend="fused")
     plain = lowrank_linears(x, encoder, decoders, biases, backend="two-op")
-    for y, p, d, b, part in zip(found, plain, decoders, biases, encoder.split(ranks), strict=True):
+    for y, p, d, b, part in zip(fused, plain, decoders, biases, encoder.split(ranks), strict=True):
         b64 = None if b is None else b.double()
         reference = lowrank_linear(x.double(), part.double(), d.double(), b64, backend="two-op")
         assert error(y, reference) <= allowed(error(p, reference), {"x": x, "encoder": part, "decoder": d})
@@ -131,8 +131,8 @@ def test_any_strides_and_leading_shape(rows):
     views = [wide, random(2, 32, rows).mT, random(1, 1, 32).expand(2, rows, 32), random(32)]
     for x in views:
         args = (x, case["encoder"], case["decoder"], case["bias"])
-        found, plain = (lowrank_linear(*args, groups=2, backend=b) for b in ("fused", "two-op"))
-        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+        fused, plain = (lowrank_linear(*args, groups=2, backend=b) for b in ("fused", "two-op"))
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_non_contiguous_factors_and_residual():
@@ -153,8 +153,8 @@ def test_strided_bias(rows):
     compare(lowrank_conv2d, image, {})
     args = case["x"], case["encoder"], [case["decoder"]], [random(48)[::2]]
     if rows <= 16:
-        found, plain = (lowrank_linears(*args, backend=b)[0] for b in ("fused", "two-op"))
-        torch.testing.assert_close(found, plain)
+        fused, plain = (lowrank_linears(*args, backend=b)[0] for b in ("fused", "two-op"))
+        torch.testing.assert_close(fused, plain)
 
 
 def test_memory_format_does_not_change_a_bit():
@@ -177,9 +177,9 @@ def test_zero_rows(backend):
 def test_nan_and_infinity_pass_through():
     case = linear_case(20, 16, 1, 4, 8, residual=False)
     case["x"][3, 5], case["x"][7, 0] = float("nan"), float("inf")
-    found = lowrank_linear(**case, activation="relu", backend="fused")
-    assert found[3].isnan().all() and torch.isfinite(found[[0, 1, 2, 4, 5, 6]]).all()
-    assert not torch.isfinite(found[7]).all()
+    fused = lowrank_linear(**case, activation="relu", backend="fused")
+    assert fused[3].isnan().all() and torch.isfinite(fused[[0, 1, 2, 4, 5, 6]]).all()
+    assert not torch.isfinite(fused[7]).all()
 
 
 @pytest.fixture

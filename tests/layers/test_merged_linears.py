@@ -41,8 +41,8 @@ def merged(model):
 @pytest.mark.parametrize("backend", ["two-op", "fused", "auto"])
 def test_outputs_are_those_of_the_layers(backend):
     layers, x = [alds.LowRankLinear(32, f, r, bias=b) for f, r, b in ((8, 3, True), (17, 5, False))], torch.randn(4, 32)
-    for found, layer in zip(MergedLinears(layers, backend)(x), layers, strict=True):
-        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+    for output, layer in zip(MergedLinears(layers, backend)(x), layers, strict=True):
+        torch.testing.assert_close(output, layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_one_encoder_call_for_all_parts(monkeypatch):
@@ -117,9 +117,9 @@ def test_merged_layers_compile_and_copy():
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     new.q(x)
     torch.testing.assert_close(torch.export.export(new, (x,)).module()(x), model(x), rtol=1e-5, atol=1e-5)
-    again = copy.deepcopy(new)
-    assert again.q.merged is again.k.merged and again.q.merged._last is None
-    again.load_state_dict(new.state_dict())
+    copied = copy.deepcopy(new)
+    assert copied.q.merged is copied.k.merged and copied.q.merged._last is None
+    copied.load_state_dict(new.state_dict())
 
 
 def test_shared_inputs():
@@ -168,6 +168,6 @@ def test_deploy_merges_where_that_is_faster(monkeypatch, tmp_path, merge):
         assert rows["gate + up"].ratio == 2.0 and fast.q.merged.backend == "two-op"
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
     table.save(tmp_path / "t.json")
-    again, reused = alds.deploy(model, x, table=DeployTable.load(tmp_path / "t.json"), report=True)
+    redeployed, reused = alds.deploy(model, x, table=DeployTable.load(tmp_path / "t.json"), report=True)
     assert all(row.source == "table" for row in reused.rows)
-    torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(redeployed(x), model(x), rtol=1e-4, atol=1e-5)

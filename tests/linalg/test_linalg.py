@@ -36,9 +36,9 @@ def _slice_errors(matrix, groups, factors):
 def test_spectra_equal_a_full_svd_of_every_slice(batch, rows, cols, dtype):
     matrix = _matrix(batch, rows, cols, dtype)
     ks = divisors(cols)
-    for found, expected in zip(linalg.spectra([matrix], [ks])[0], spectra_ref(matrix, ks), strict=True):
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-7 * float(expected.max() + 1))
+    for values, expected in zip(linalg.spectra([matrix], [ks])[0], spectra_ref(matrix, ks), strict=True):
+        assert values.dtype == torch.float64
+        torch.testing.assert_close(values, expected, rtol=0, atol=2e-7 * float(expected.max() + 1))
 
 
 @pytest.mark.parametrize("ks", [(1, 2, 3, 4, 6, 12), (12, 4, 6), (3,), (8, 12), (24, 1)])
@@ -46,24 +46,24 @@ def test_spectra_share_grams_for_any_selection_of_groups(ks):
     """Group counts that do not divide one another need Gram matrices of their own."""
     for rows in (2, 9, 30):
         matrix = _matrix(2, rows, 24 * 3)
-        for found, expected in zip(linalg.spectra([matrix], [ks])[0], spectra_ref(matrix, ks), strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        for values, expected in zip(linalg.spectra([matrix], [ks])[0], spectra_ref(matrix, ks), strict=True):
+            torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
 
 
 def test_spectra_of_a_batch_of_layers_are_those_of_each():
     matrices = [_matrix(1, 20, 36), _matrix(5, 3, 8, torch.float32), _matrix(1, 64, 16)]
     groups = [[1, 4], [8, 1, 2], [2]]
     together = linalg.spectra(matrices, groups)
-    for matrix, ks, found in zip(matrices, groups, together, strict=True):
+    for matrix, ks, values in zip(matrices, groups, together, strict=True):
         alone = linalg.spectra([matrix], [ks])[0]
-        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(values, alone, strict=True))
 
 
 def test_spectra_resolve_small_values_to_1e_minus_8():
     """The precision that the documentation states for float64 Gram matrices."""
     matrix = _decaying(60, 90)
-    found, expected = linalg.spectra([matrix], [[1]])[0][0], spectra_ref(matrix, [1])[0]
-    assert float((found - expected).abs().max()) < 1e-8
+    values, expected = linalg.spectra([matrix], [[1]])[0][0], spectra_ref(matrix, [1])[0]
+    assert float((values - expected).abs().max()) < 1e-8
     tiny = torch.diag(torch.tensor([1.0, 1e-3, 1e-6], dtype=torch.float64))[None]
     torch.testing.assert_close(linalg.spectra([tiny], [[1]])[0][0][0, 0], tiny[0].diagonal(), rtol=1e-3, atol=1e-9)
 
@@ -85,8 +85,8 @@ def test_spectra_of_large_slices_by_two_stages(order):
     """Orders that end in every way a band of 32 columns."""
     matrix = _large("random", order)
     expected = spectra_ref(matrix, [1])[0]
-    found = linalg.spectra([matrix], [[1]])[0][0]
-    torch.testing.assert_close(found.square(), expected.square(), rtol=0, atol=1e-13 * float(expected.max()) ** 2)
+    values = linalg.spectra([matrix], [[1]])[0][0]
+    torch.testing.assert_close(values.square(), expected.square(), rtol=0, atol=1e-13 * float(expected.max()) ** 2)
 
 
 @pytest.mark.slow
@@ -94,8 +94,8 @@ def test_spectra_of_large_slices_by_two_stages(order):
 def test_spectra_of_large_slices_with_nothing_to_reflect(kind):
     matrix = _large(kind, 1061)
     expected = spectra_ref(matrix, [1])[0]
-    found = linalg.spectra([matrix], [[1]])[0][0]
-    torch.testing.assert_close(found.square(), expected.square(), rtol=0, atol=1e-13 * float(expected.max()) ** 2)
+    values = linalg.spectra([matrix], [[1]])[0][0]
+    torch.testing.assert_close(values.square(), expected.square(), rtol=0, atol=1e-13 * float(expected.max()) ** 2)
 
 
 def test_spectra_of_zeros_are_zero():

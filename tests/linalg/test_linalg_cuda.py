@@ -26,8 +26,8 @@ def test_spectra(kind, shape, groups):
     m = matrix(kind, *shape)
     expected = spectra_ref(m, groups)
     for float32 in (False, True):
-        found = linalg.spectra([m.cuda()], [groups], float32=float32)[0]
-        for values, exact in zip(found, expected, strict=True):
+        spectra = linalg.spectra([m.cuda()], [groups], float32=float32)[0]
+        for values, exact in zip(spectra, expected, strict=True):
             assert values.is_cuda
             if float32:
                 assert (squared_errors(values.cpu()) - squared_errors(exact)).abs().max() <= float32_check.TAIL
@@ -40,12 +40,12 @@ def test_spectra(kind, shape, groups):
 def test_factors(kind, exact):
     m = matrix(kind, 1, 256, 512)
     for k, rank in ((1, 12), (2, 100), (4, 8)):
-        (found,) = linalg.batched_rsvd([m.cuda()], [k], [rank], exact=exact)
+        (factors,) = linalg.batched_rsvd([m.cuda()], [k], [rank], exact=exact)
         best = batched_rsvd_ref(m, k, rank)
         limit = (1 + torch_backend.TOLERANCE) * best.error + 1e-12 * best.norm
-        assert (found.error.cpu() <= limit).all()
+        assert (factors.error.cpu() <= limit).all()
         slices = m.double().unflatten(2, (k, -1)).transpose(1, 2).flatten(0, 1)
-        reached = (slices - (found.left.cpu().double() @ found.right.cpu().double())).square().sum((1, 2))
+        reached = (slices - (factors.left.cpu().double() @ factors.right.cpu().double())).square().sum((1, 2))
         assert (reached <= limit + 1e-6 * best.norm).all()
 
 

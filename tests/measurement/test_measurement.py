@@ -25,9 +25,9 @@ class Twice(nn.Module):
 
 
 def test_inputs_are_counted_by_description():
-    found = layer_inputs(Twice(), torch.ones(4, 8), ["used", "unused"])
+    inputs = layer_inputs(Twice(), torch.ones(4, 8), ["used", "unused"])
     spec = InputSpec((4, 8), torch.float32, "cpu", False)
-    assert found == {"used": {spec: 2, InputSpec((1, 8), torch.float32, "cpu", False): 1}, "unused": {}}
+    assert inputs == {"used": {spec: 2, InputSpec((1, 8), torch.float32, "cpu", False): 1}, "unused": {}}
 
 
 @pytest.mark.parametrize("inputs", [(torch.ones(4, 8), 2.0), [torch.ones(4, 8)], {"x": torch.ones(4, 8), "scale": 3.0}])
@@ -102,8 +102,8 @@ def test_unknown_layers_and_models_are_refused():
 
 def test_a_shared_module_is_found_under_both_names():
     shared = nn.Linear(4, 4)
-    found = layer_inputs(nn.Sequential(shared, shared), torch.ones(2, 4), ["0", "1"])
-    assert [sum(found[n].values()) for n in ("0", "1")] == [2, 2]
+    inputs = layer_inputs(nn.Sequential(shared, shared), torch.ones(2, 4), ["0", "1"])
+    assert [sum(inputs[n].values()) for n in ("0", "1")] == [2, 2]
 
 
 def test_torchs_transformer_layers_show_their_linears():

@@ -34,9 +34,9 @@ def test_a_page_and_its_json(tmp_path):
 
 def test_sides_take_turns():
     calls = []
-    found = measure.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    medians = measure.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert calls == ["a", "b"] * 3
-    assert all(side.keys() == {"wall_s", "cpu_s"} and min(side.values()) >= 0 for side in found.values())
+    assert all(side.keys() == {"wall_s", "cpu_s"} and min(side.values()) >= 0 for side in medians.values())
 
 
 def test_peak_memory_is_that_of_what_is_held_at_once():

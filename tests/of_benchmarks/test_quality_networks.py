@@ -65,10 +65,10 @@ def test_the_attention_is_that_of_torch():
 
 
 def test_the_registry_is_whole():
-    found = networks.NETWORKS
-    assert {name for name, network in found.items() if network.trained_here} == ARCHITECTURES.keys()
-    assert found.keys() - ARCHITECTURES.keys() >= {"minilm", "ccexam-mnist", "crepe-tiny", "crepe-full"}
-    for name, network in found.items():
+    registry = networks.NETWORKS
+    assert {name for name, network in registry.items() if network.trained_here} == ARCHITECTURES.keys()
+    assert registry.keys() - ARCHITECTURES.keys() >= {"minilm", "ccexam-mnist", "crepe-tiny", "crepe-full"}
+    for name, network in registry.items():
         assert network.name == name and network.about and network.needs and network.seeds == (0, 1, 2)
         retrained = network.train_loader, network.recipe, network.loss, network.optimizer
         assert all(x is None for x in retrained) or all(callable(x) or x is network.recipe for x in retrained)
@@ -161,12 +161,12 @@ def test_training_is_kept_and_the_same_for_a_seed(empty_cache, monkeypatch):
     assert len(said) == 5 and said[-1].endswith('{"test": 0.5}')
     assert tasks.accuracy(model, _blobs(0).inputs, _blobs(0).targets) > 0.9
     assert torch.equal(torch.random.get_rng_state(), before)
-    again, silence = _train(3, epochs=4)
-    assert silence == [] and not again.training
+    reloaded, silence = _train(3, epochs=4)
+    assert silence == [] and not reloaded.training
     monkeypatch.setenv("ALDS_QUALITY_CACHE", str(empty_cache / "other"))
     anew, _ = _train(3, epochs=4)
     for key, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[key], value) and torch.equal(anew.state_dict()[key], value)
+        assert torch.equal(reloaded.state_dict()[key], value) and torch.equal(anew.state_dict()[key], value)
 
 
 def test_targets_may_be_probabilities(empty_cache):
@@ -216,8 +216,8 @@ def test_similarities_leave_padding_out():
 
     states = torch.tensor([[[1.0, 0], [9, 9]], [[0, 2.0], [0, 0.0]], [[2.0, 0], [0, 2.0]]])
     mask = torch.tensor([[1, 0], [1, 1], [1, 1]])
-    found = tasks.similarities(Model(), [{"states": states, "attention_mask": mask}])
-    torch.testing.assert_close(found, torch.tensor([0, 0.5**0.5, 0.5**0.5]))
+    cosines = tasks.similarities(Model(), [{"states": states, "attention_mask": mask}])
+    torch.testing.assert_close(cosines, torch.tensor([0, 0.5**0.5, 0.5**0.5]))
 
 
 def test_evaluation_texts_are_not_calibration_texts(monkeypatch):

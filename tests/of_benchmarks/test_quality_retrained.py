@@ -27,9 +27,9 @@ def kept_above(share, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("least", "found"), [(0.9, 1.0), (0.4, 0.5), (0.21, 0.3), (0.14, 0.2), (0.1, 0.13), (0.06, 0.08), (0.0, 0.05)]
+    ("least", "share"), [(0.9, 1.0), (0.4, 0.5), (0.21, 0.3), (0.14, 0.2), (0.1, 0.13), (0.06, 0.08), (0.0, 0.05)]
 )
-def test_bisection_finds_the_smallest_share_that_keeps_the_quality(least, found, tmp_path, monkeypatch):
+def test_bisection_finds_the_smallest_share_that_keeps_the_quality(least, share, tmp_path, monkeypatch):
     recipe = training.Recipe(partial(training.sgd, lr=0.01), 4)
     network = Network(
         "tiny", "", tiny, partial(kept_above, least), lambda seed: [batches(seed)[0][0]], torch.zeros(1, 100), (),
@@ -37,11 +37,11 @@ def test_bisection_finds_the_smallest_share_that_keeps_the_quality(least, found,
     )  # fmt: skip
     monkeypatch.setitem(retrained.NETWORKS, "tiny", network)
     chosen = {"a": {"p": 4.0}, "b": {"method": "svd"}}
-    assert retrained.search("tiny", 0, chosen, tmp_path, 0.25)["a"] == found  # below 0.05 no rank is left
+    assert retrained.search("tiny", 0, chosen, tmp_path, 0.25)["a"] == share  # below 0.05 no rank is left
     rows, reductions = retrained_table.reductions(tmp_path)
-    assert reductions["tiny", "a"] == {0: 1 - found} and len(rows) <= 1 + 2 * 3
-    left, seeds = retrained_table.complete(rows, reductions)
-    assert seeds == {"tiny": [0]} and "| tiny (1) |" in retrained_table.by_variant(left, seeds)
+    assert reductions["tiny", "a"] == {0: 1 - share} and len(rows) <= 1 + 2 * 3
+    ended, seeds = retrained_table.complete(rows, reductions)
+    assert seeds == {"tiny": [0]} and "| tiny (1) |" in retrained_table.by_variant(ended, seeds)
 
 
 def test_rewinding_takes_the_last_epochs_of_the_schedule():

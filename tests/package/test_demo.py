@@ -45,6 +45,6 @@ def test_demo_script_runs(tmp_path):
 
 def test_tones_are_normalised_and_reproducible():
     frames, cents = crepe.tones(8, seed=3)
-    again, _ = crepe.tones(8, seed=3)
-    assert torch.equal(frames, again) and frames.shape == (8, crepe.WINDOW) and bool((cents > 3000).all())
+    repeated, _ = crepe.tones(8, seed=3)
+    assert torch.equal(frames, repeated) and frames.shape == (8, crepe.WINDOW) and bool((cents > 3000).all())
     torch.testing.assert_close(frames.std(1), torch.ones(8))

@@ -63,9 +63,9 @@ def test_readme_is_short():
 
 @every_page
 def test_kinds_of_blocks(page):
-    found = blocks(page)
-    assert page.read_text().count("```") == 2 * len(found) and {b.kind for b in found} <= KINDS
-    for before, block in zip([None, *found], found, strict=False):
+    sequence = blocks(page)
+    assert page.read_text().count("```") == 2 * len(sequence) and {b.kind for b in sequence} <= KINDS
+    for before, block in zip([None, *sequence], sequence, strict=False):
         if block.kind == "output":
             assert before is not None and before.kind == "python" and before.not_run is None, f"line {block.line}"
 
@@ -94,9 +94,9 @@ WITH_CODE = [page for page in PAGES if any(b.kind == "python" for b in blocks(pa
 
 @pytest.mark.parametrize("page", [slow(p) if p.stem == "README" else p for p in WITH_CODE], ids=name)
 def test_snippets_run(page, monkeypatch, tmp_path):
-    namespace, found = {"__name__": "snippet"}, blocks(page)
+    namespace, sequence = {"__name__": "snippet"}, blocks(page)
     with as_for_a_user(monkeypatch, tmp_path):
-        for block, after in zip(found, [*found[1:], None], strict=True):
+        for block, after in zip(sequence, [*sequence[1:], None], strict=True):
             if block.kind != "python" or block.not_run is not None:
                 continue
             printed = io.StringIO()
@@ -201,22 +201,22 @@ def _script():
 
 def test_figures_are_those_of_the_results():
     script, remedy = _script(), "run python docs/make_measurements.py"
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), remedy
+    assert script.PAGE.read_text(encoding="utf-8") == script.measurements(), remedy
     assert script.README.read_text(encoding="utf-8") == script.readme(), remedy
     assert script.figures() in script.README.read_text(encoding="utf-8")
 
 
 def tree(text):
     """From wing to the names of its files, as docs/code.md draws them."""
-    found, folders = {}, []
+    files, folders = {}, []
     for line in text.splitlines():
         head = re.match(r"( +)(\w+)/ +(.*)", line)
         if head:
             folders = [*folders[: len(head[1]) // 2 - 1], head[2]]
-            found["/".join(folders)] = set(head[3].split())
+            files["/".join(folders)] = set(head[3].split())
         elif line.startswith(" " * 20):
-            found["/".join(folders)] |= set(line.split())
-    return found
+            files["/".join(folders)] |= set(line.split())
+    return files
 
 
 def test_the_tree_is_drawn_as_it_is():

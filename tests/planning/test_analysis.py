@@ -161,9 +161,9 @@ def test_plan_errors_are_those_of_the_compressed_weights(analysis, criterion):
     modules, replaced = dict(model.named_modules()), dict(small.named_modules())
     for row in plan.layers:
         shape = weight_shape(modules[row.name])
-        dense, found = modules[row.name].weight, replaced[row.name].dense_weight()
+        dense, small_weight = modules[row.name].weight, replaced[row.name].dense_weight()
         scheme = row.scheme
-        w, e = fold(dense, shape, scheme), fold(dense - found, shape, scheme)
+        w, e = fold(dense, shape, scheme), fold(dense - small_weight, shape, scheme)
         frobenius = float(e.norm() / w.norm())
         operator = float(torch.linalg.matrix_norm(e, 2).max() / torch.linalg.matrix_norm(w, 2).max())
         if criterion == "frobenius":

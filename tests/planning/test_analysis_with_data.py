@@ -93,12 +93,12 @@ def test_every_criterion_plans_and_applies(net, analysis, criterion):
 
 def test_a_plan_from_json_needs_the_moments(net, analysis):
     plan = analysis.plan(params=0.5)
-    again = alds.Plan.from_json(plan.to_json())
-    assert again == plan
+    reread = alds.Plan.from_json(plan.to_json())
+    assert reread == plan
     with pytest.raises(PlanError, match=r"criterion 'sensitivity' needs moments.* moments=analysis.moments"):
-        again.apply(net)
+        reread.apply(net)
     x = images()
-    assert torch.equal(again.apply(net, moments=analysis.moments)(x), plan.apply(net)(x))
+    assert torch.equal(reread.apply(net, moments=analysis.moments)(x), plan.apply(net)(x))
     text = plan.to_json().replace('"bias_correction": true', '"bias_correction": 3')
     with pytest.raises(PlanError, match="bias_correction=3 is not true or false"):
         alds.Plan.from_json(text)
@@ -180,8 +180,8 @@ def test_a_network_whose_output_is_zero_is_judged_by_its_layers_outputs():
 
 def test_no_more_than_eight_slices_unless_asked_for():
     net, x = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()), torch.randn(4, 16, 6, 6)
-    found = alds.analyze(net, data=[x]).plan(params=0.5)
-    assert found.layers[0].groups <= 8
+    plan = alds.analyze(net, data=[x]).plan(params=0.5)
+    assert plan.layers[0].groups <= 8
     assert alds.analyze(net, groups=(16,), data=[x]).plan(params=0.6).layers[0].groups == 16
 
 
@@ -341,9 +341,9 @@ def test_noise_of_moments_is_their_variance():
     estimates, distances = [], []
     for _ in range(60):
         x = torch.randn(100, 12) @ mix.T
-        found = alds.analyze(net, data=list(x.split([40, 35, 20, 5])), held_out=0).moments[""]
-        covariance = found.second[0] - found.mean[0].outer(found.mean[0])
-        estimates.append(found.noise)
+        moments = alds.analyze(net, data=list(x.split([40, 35, 20, 5])), held_out=0).moments[""]
+        covariance = moments.second[0] - moments.mean[0].outer(moments.mean[0])
+        estimates.append(moments.noise)
         distances.append(float((covariance - true).square().sum()))
     assert 0.8 < sum(estimates) / sum(distances) < 1.25
 

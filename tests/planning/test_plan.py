@@ -40,9 +40,9 @@ def test_plan_totals(plan):
 def test_json_round_trip_is_exact(options):
     model = small_net()
     plan = alds.analyze(model).plan(params=0.45, **options)
-    again = alds.Plan.from_json(plan.to_json())
-    assert again == plan and again.to_json() == plan.to_json()
-    assert torch.equal(again.apply(model)(images()), plan.apply(model)(images()))
+    reread = alds.Plan.from_json(plan.to_json())
+    assert reread == plan and reread.to_json() == plan.to_json()
+    assert torch.equal(reread.apply(model)(images()), plan.apply(model)(images()))
 
 
 def _edit(plan, **fields):

@@ -53,16 +53,16 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_equal(data, tmp_path, case, a
             run(net(), data, **options, loss=_stopping(after), checkpoint=tmp_path / "run")
         random.seed(99), np.random.seed(99)
     seen = []
-    again = run(net(), data, **options, checkpoint=tmp_path / "run", log=seen.append)
-    assert equal(again.model, whole.model) and again.plans == whole.plans
-    assert without_seconds(again.history) == without_seconds(whole.history)
-    assert seen == list(again.history)[(after - 1) // 3 if after <= 12 else 0 :]
+    resumed = run(net(), data, **options, checkpoint=tmp_path / "run", log=seen.append)
+    assert equal(resumed.model, whole.model) and resumed.plans == whole.plans
+    assert without_seconds(resumed.history) == without_seconds(whole.history)
+    assert seen == list(resumed.history)[(after - 1) // 3 if after <= 12 else 0 :]
     lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == list(again.history)
-    assert [m.training for m in again.model] == [m.training for m in whole.model]
-    assert getattr(again.model, "alds_plan", None) == again.plans[-1]
+    assert [json.loads(line) for line in lines] == list(resumed.history)
+    assert [m.training for m in resumed.model] == [m.training for m in whole.model]
+    assert getattr(resumed.model, "alds_plan", None) == resumed.plans[-1]
     finished = run(net(), data, **options, checkpoint=tmp_path / "run", loss=_stopping(1))  # nothing is left to do
-    assert equal(finished.model, whole.model) and finished.history == again.history
+    assert equal(finished.model, whole.model) and finished.history == resumed.history
 
 
 def test_generators_of_the_loader_and_of_python_and_numpy_are_restored(tmp_path):
@@ -114,10 +114,10 @@ def test_frozen_and_tied_parameters_survive_a_stop(tmp_path):
     whole = go(nn.functional.cross_entropy)
     with pytest.raises(Stop):
         go(_stopping(3), checkpoint=tmp_path)
-    again = go(nn.functional.cross_entropy, checkpoint=tmp_path)
-    assert equal(again, whole) and again.head.weight is again.embedding.weight
+    resumed = go(nn.functional.cross_entropy, checkpoint=tmp_path)
+    assert equal(resumed, whole) and resumed.head.weight is resumed.embedding.weight
     frozen = {name for name, p in whole.named_parameters() if not p.requires_grad}
-    assert frozen == {name for name, p in again.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in resumed.named_parameters() if not p.requires_grad}
     assert frozen == {"body.encoder", "body.decoder"}
 
 

@@ -139,9 +139,9 @@ def test_retraining_recovers_what_compression_lost(data):
         return nn.functional.cross_entropy(m(x), y).item()
 
     small = alds.compress(model, params=0.15)
-    again = run(model, data, keep=0.15, epochs=25, optimizer=adam)
-    assert loss(again.model) < 0.5 * loss(small)
-    assert again.history[-1]["loss"] < again.history[0]["loss"]
+    retrained = run(model, data, keep=0.15, epochs=25, optimizer=adam)
+    assert loss(retrained.model) < 0.5 * loss(small)
+    assert retrained.history[-1]["loss"] < retrained.history[0]["loss"]
 
 
 def _trains(model, start, epochs, log):
@@ -168,8 +168,8 @@ def test_a_training_function_of_ones_own(tmp_path):
     with pytest.raises(Stop):
         run(net(), None, **{**options, "train": train}, checkpoint=tmp_path)
     assert calls == [(3, 5), (3, 5)]
-    again = run(net(), None, **options, checkpoint=tmp_path)
-    assert equal(again.model, whole.model) and again.history == whole.history
+    resumed = run(net(), None, **options, checkpoint=tmp_path)
+    assert equal(resumed.model, whole.model) and resumed.history == whole.history
     assert [(r["cycle"], r["epoch"], r["mode"]) for r in whole.history] == [
         (0, 3, "train"), (0, 4, "train"), (1, 3, "train"), (1, 4, "train")
     ]  # fmt: skip
@@ -223,8 +223,8 @@ def test_distillation_by_hand():
     assert student.grad[0].tolist() == pytest.approx(by_hand, rel=1e-12)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_the_loss_mixes_the_targets_and_the_dense_model(own):
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_the_loss_mixes_the_targets_and_the_dense_model(with_loss):
     """One step of plain gradient descent against the formula; with a loss of one's own for regression."""
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()  # the teacher drops nothing
@@ -232,7 +232,7 @@ def test_the_loss_mixes_the_targets_and_the_dense_model(own):
     small = alds.compress(dense, params=0.8)
     for model in (dense, small):
         model[1].p = 0.0 if model is small else 0.5
-    options = {"distill": 0.25, "temperature": 4.0, "distill_loss": nn.functional.mse_loss if own else None}
+    options = {"distill": 0.25, "temperature": 4.0, "distill_loss": nn.functional.mse_loss if with_loss else None}
 
     def compress(model, keep, cycle):
         new = alds.compress(model, params=keep)
@@ -246,7 +246,7 @@ def test_the_loss_mixes_the_targets_and_the_dense_model(own):
     with torch.no_grad():
         wanted = dense.eval()(x)
     output = small(x)
-    teach = nn.functional.mse_loss(output, wanted) if own else soft_target_loss(output, wanted, 4.0)
+    teach = nn.functional.mse_loss(output, wanted) if with_loss else soft_target_loss(output, wanted, 4.0)
     total = 0.75 * nn.functional.cross_entropy(output, y) + 0.25 * teach
     total.backward()
     assert result.history[0]["loss"] == pytest.approx(total.item(), rel=1e-6)

@@ -48,13 +48,13 @@ def squared_errors(values):
     return tails / tails[0]
 
 
-def check_band(matrix, groups, found, expected):
-    assert found.dtype == torch.float64 and (found.diff(dim=-1) <= 0).all()
+def check_band(matrix, groups, values, expected):
+    assert values.dtype == torch.float64 and (values.diff(dim=-1) <= 0).all()
     norms = matrix.double().unflatten(2, (groups, -1)).square().sum((1, 3))
-    torch.testing.assert_close(found.square().sum(-1), norms, rtol=1e-12, atol=0)
+    torch.testing.assert_close(values.square().sum(-1), norms, rtol=1e-12, atol=0)
     exact = squared_errors(expected)
-    assert (squared_errors(found) - exact).abs().max() <= float32_check.TAIL
-    steps = (found.square() - expected.square()).flatten(0, -2).sum(0).abs()
+    assert (squared_errors(values) - exact).abs().max() <= float32_check.TAIL
+    steps = (values.square() - expected.square()).flatten(0, -2).sum(0).abs()
     limit = float32_check.VALUE * (expected * expected[..., :1]).flatten(0, -2).sum(0)
     ranks = range(expected.shape[-1])
     assert all(steps[j] <= limit[j] or float32_check.too_small(expected, j) for j in ranks)

@@ -9,9 +9,11 @@ import io
 import subprocess
 import sys
 import tarfile
+from importlib.util import resolve_name
 from pathlib import Path
 
 NAME = "alds_fast"
+IMPORTING_CALLS = ("import_module", "__import__")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,21 +22,40 @@ def parsed(text):
     return ast.parse(text)
 
 
+def absolute(dotted, anchor):
+    """The parts of a dotted name; leading dots start at the anchor, a package's name, and give () without one."""
+    if dotted.startswith(".") and anchor is None:
+        return ()
+    return tuple(resolve_name(dotted, anchor).split("."))
+
+
+def imported_by_call(node, anchor=None):
+    """The parts of the module that ``import_module("a literal")`` or ``__import__`` loads; () for any other node."""
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) in IMPORTING_CALLS:
+        given = dict(zip(("name", "package"), node.args, strict=False)) | {k.arg: k.value for k in node.keywords}
+        name, package = (getattr(given.get(word), "value", None) for word in ("name", "package"))
+        if isinstance(name, str):
+            return absolute(name, package if isinstance(package, str) else anchor)
+    return ()
+
+
 def imports_of(tree, package=None):
     """(module, name) of every first-party import in a tree: a module is the parts of its dotted name, () the root.
 
-    A file of the package says in which folder it lies. The name is None where a module itself is imported.
+    A file of the package says in which folder it lies. The name is None where a module itself is imported, as by
+    ``import_module`` of a literal. A name that is put together when the code runs is not seen.
     """
+    anchor = None if package is None else ".".join((NAME, *package))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             dotted = (alias.name.split(".") for alias in node.names)
             yield from ((tuple(inside), None) for first, *inside in dotted if first == NAME)
         elif isinstance(node, ast.ImportFrom):
-            module = tuple(node.module.split(".")) if node.module else ()
-            if node.level and package is not None:
-                module = (NAME, *package[: len(package) - node.level + 1], *module)
-            if module[:1] == (NAME,):
-                yield from ((module[1:], alias.name) for alias in node.names)
+            first, *inside = absolute("." * node.level + (node.module or ""), anchor) or (None,)
+            if first == NAME:
+                yield from ((tuple(inside), alias.name) for alias in node.names)
+        elif (module := imported_by_call(node, anchor))[:1] == (NAME,):
+            yield module[1:], None
 
 
 @functools.cache
@@ -44,13 +65,13 @@ def _imports(text, package):
 
 def floors(below):
     """Sets of nodes, each on top of what it imports, lowest first; and the nodes on circles, which have no floor."""
-    left, levels = dict(below), []
-    while level := {a for a, others in left.items() if not others & left.keys()}:
+    rest, levels = dict(below), []
+    while level := {a for a, others in rest.items() if not others & rest.keys()}:
         levels.append(level)
-        left = {a: others for a, others in left.items() if a not in level}
-    while top := left.keys() - set().union(*left.values()):
-        left = {a: others for a, others in left.items() if a not in top}
-    return levels, set(left)
+        rest = {a: others for a, others in rest.items() if a not in level}
+    while top := rest.keys() - set().union(*rest.values()):
+        rest = {a: others for a, others in rest.items() if a not in top}
+    return levels, set(rest)
 
 
 class House:
