@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..allocation import BASELINES, Candidates, candidates, dense_reason, with_exact_values
 from ..criteria import Basis, Errors, Key, LayerSpectra, Moments, Recompute, exact_spectra, layer_errors, with_outputs
-from ..layers import DecomposableLayer, Layer, decomposable
+from ..layers import DecomposableLayer, Layer, decomposable, left_out_text, saying_what_is_left_out
 from ..text import shape_text, table
 from .budget_loop import PlanProblem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
@@ -98,7 +99,8 @@ class Analysis:
         the method "alds".
 
         Warns:
-            UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``).
+            UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
+                no layer can be decomposed under error=.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
@@ -126,8 +128,11 @@ class Analysis:
             problem = PlanProblem(self.model, self.params, layers, choices, spectra, method)
             if error is not None:
                 outcome = problem.within(float(error))
+                if not layers:
+                    warnings.warn(f"no layer can be decomposed: {left_out_text(self.layers)}", stacklevel=2)
                 break
-            outcome = solve_shares(problem, shares, example_inputs, p, cache)
+            with saying_what_is_left_out(self.layers):
+                outcome = solve_shares(problem, shares, example_inputs, p, cache)
             doubt = problem.doubt(outcome, list(weights.values()), p)
             if not doubt:
                 break

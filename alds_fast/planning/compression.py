@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError
+from ..layers import check_copyable
 from ..measurement import check_batches
 from .defaults import resolved_precision
 from .options import check_plan_options
@@ -54,6 +55,7 @@ def compress(
         check_batches(options.get("data"))
     shares = {"params": params, "flops": flops, "latency": latency}
     check_plan_options(shares, error, example_inputs, **planning)  # before the work
+    check_copyable(model)
     analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
     if options.get("data") is None:
         analysing.setdefault("precision", resolved_precision(shares, options.get("criterion"), options.get("method")))

@@ -17,7 +17,7 @@ from ..errors import AldsError, PlanError
 from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved
-from ..layers import annotate, count_params, decomposable, find_layers, label
+from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
 from ..measurement import check_batches
 from ..text import number, shape_text, table
 from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row
@@ -112,6 +112,7 @@ class Plan:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
         if refit is not None:
             check_batches(refit)
+        check_copyable(model)
         choices = [row.choice for row in self.layers]
         chosen = [c for c in choices if c is not None]
         small, reports = factorize(
@@ -119,6 +120,7 @@ class Plan:
         )
         if refit is not None:
             reports |= self._refit(small, model, refit, mask, moments)
+        warn_of_holders(model, [choice.name for choice in chosen])
         keep_when_saved(small)
         annotate(small, plan=self, factors=reports)
         return small
