@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..checks import check_model
 from ..errors import ArgumentError, BudgetError, LayerNotFoundError, WeightError
 from ..linalg import WeightShape
-from .obstacles import Ancestors, held_past_the_model, is_sharded, reasons_text, structural_reason
+from .obstacles import SHARDED, Ancestors, held_past_the_model, reasons_text, structural_reason
 from .registry import is_transposed, weight_shape
 from .shared_weights import tied_names
 
@@ -192,5 +192,5 @@ def saying_what_is_left_out(layers: Sequence[Layer]) -> Iterator[None]:
 
 def check_weights_are_there(layers: Sequence[Layer]) -> None:
     """Raise WeightError, with the reasons, if no layer can be decomposed and weights lie elsewhere (sharded models)."""
-    if not decomposable(layers) and any(is_sharded(layer.module) for layer in layers if layer.reason):
+    if not decomposable(layers) and any(SHARDED in layer.reason for layer in layers if layer.reason):
         raise WeightError(f"no layer of the model can be decomposed: {left_out_text(layers)}")

@@ -39,9 +39,10 @@ def _copied(model: nn.Module, memo: dict[int, Any], new: Mapping[str, nn.Module]
     except Exception as e:
         shallow = {id(t): _shallow(t) for t in _tensors(model)}
         path, part = uncopied("model", model, shallow)
+        cause = str(e).partition("\n")[0]
         raise ModelError(
-            f"the model cannot be deep-copied ({e}), for {path}, a {type(part).__name__}; the compressed model is "
-            f"built from a copy: take it off the model for the call, and put it on the result"
+            f"the model cannot be deep-copied ({cause}), for {path}, a {type(part).__name__}; the "
+            f"compressed model is built from a copy: take it off the model for the call, and put it on the result"
         ) from e
     inside = {id(module) for module in result.modules()}
     for name, layer in new.items():
@@ -67,10 +68,12 @@ def _why_not_inside(model: nn.Module, name: str) -> str:
 def check_copyable(model: nn.Module) -> None:
     """ModelError, naming attribute or class, unless the model can be deep-copied with other layers in it.
 
-    No weight is copied for the answer.
+    No weight is copied for the answer. A model without a layer that can be decomposed is not looked at.
     """
-    memo: dict[int, Any] = {id(t): _shallow(t) for t in _tensors(model)}
     layers = decomposable(find_layers(model))
+    if not layers:
+        return
+    memo: dict[int, Any] = {id(t): _shallow(t) for t in _tensors(model)}
     new = {layer.name: low_rank_like(layer.module, Decomposition(0, 1, 1)) for layer in layers}
     _copied(model, memo | {id(layer.module): new[layer.name] for layer in layers}, new)
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Size)
-_ENDS = (*_PLAIN, Tensor, types.FunctionType, weakref.ref)
+_ENDS = (*_PLAIN, Tensor, types.FunctionType, weakref.ref, torch.jit.ScriptModule)
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """(path, part) of what an object holds, as a deep copy goes through it."""
+    if isinstance(value, _ENDS):
+        return
     if isinstance(value, dict):
         yield from ((f"{path}[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, list | tuple | set | frozenset | collections.deque):
@@ -31,7 +33,7 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
     elif isinstance(value, nn.Module):
         yield from ((f"{path}.{key}", part) for table in _TABLES for key, part in vars(value)[table].items())
-    if isinstance(value, _ENDS) or type(value).__name__ == "OptimizedModule":  # which makes its functions anew
+    if type(value).__name__ == "OptimizedModule":  # which makes its functions anew
         return
     for name, part in getattr(value, "__dict__", {}).items():
         if name not in _TABLES and not (isinstance(part, dict | set) and not part):  # most are tables without hooks
@@ -56,7 +58,9 @@ def attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def uncopied(path: str, value: Any, memo: Mapping[int, Any], above: frozenset[int] = frozenset()) -> tuple[str, Any]:
-    """The innermost part at which a deep copy of an object fails, and its path."""
+    """The innermost part at which a deep copy of an object fails, and its path; no part of what copies itself."""
+    if hasattr(value, "__deepcopy__"):
+        return path, value
     above |= {id(value)}
     for part_path, part in _parts(path, value):
         if id(part) not in above:

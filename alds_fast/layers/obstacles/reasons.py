@@ -14,7 +14,10 @@ from ..shared_weights import has_plain_type
 
 Ancestors = Sequence[tuple[nn.Module, str]]  # a module and the name of its child, from the model down to the layer
 
-SHARDED = "gathered weights are needed, as within deepspeed.zero.GatheredParameters or FSDP.summon_full_params"
+SHARDED = (
+    "gathered weights are needed, as within deepspeed.zero.GatheredParameters or FSDP.summon_full_params, or loaded "
+    "from a full state dict"
+)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HARMLESS = {
     "__init__", "__doc__", "__module__", "__annotations__", "__annotate_func__", "__annotations_cache__",
@@ -30,8 +33,17 @@ _CALLS_BASE = ("lora", "ia3", "loha", "lokr", "adalora")  # of peft's layers, th
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks of any kind, which a replacement would drop."""
-    return any(name.endswith("hooks") and len(value) for name, value in vars(module).items() if isinstance(value, dict))
+    """Whether the module has hooks of any kind, which a replacement would drop.
+
+    Those that torch's norms of weights leave behind when they are removed do not count: they translate old state dicts.
+    """
+    tables = {n: hooks for n, hooks in vars(module).items() if n.endswith("hooks") and isinstance(hooks, dict)}
+    return any(not ("state_dict" in n and _is_of_norms(hook)) for n, hooks in tables.items() for hook in hooks.values())
+
+
+def _is_of_norms(hook: object) -> bool:
+    function = getattr(hook, "hook", hook)
+    return str(getattr(function, "__module__", "")).startswith("torch.nn.utils.")
 
 
 def structural_reason(module: nn.Module, places: Iterable[Ancestors]) -> str | None:
@@ -59,6 +71,8 @@ def _reason_of_kind(module: nn.Module) -> str | None:
 
 def _reason_of_subclass(module: nn.Module, dense: type[nn.Module]) -> str | None:
     """What its class does otherwise than ``dense``."""
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        return f"it is sharded by FSDP: {SHARDED}"
     between = type(module).__mro__[: type(module).__mro__.index(dense)]
     names = {name for cls in between for name in vars(cls)}
     changed = {n for n in names if hasattr(dense, n) or n.startswith("__") or n in dense.__annotations__}
@@ -108,21 +122,13 @@ def _reason_of_hooks(module: nn.Module) -> str | None:
     return None
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether the weight of a Linear or convolution is a placeholder or a flat piece, as sharded training leaves it."""
-    weight, shape = module._parameters.get("weight"), weight_shape(module)
-    if shape is None or isinstance(weight, UninitializedParameter):
-        return False
-    return weight is None or weight.dim() < 2 or (weight.numel() == 0) != (shape.numel == 0)
-
-
 def _reason_of_weight(module: nn.Module) -> str | None:
     """What is not as in a dense layer about its tensors."""
     weight, shape = module._parameters.get("weight"), weight_shape(module)
     assert shape is not None
     if weight is None:
         return f"its weight is not a parameter of it, as in a sharded model: {SHARDED}"
-    if is_sharded(module):
+    if weight.dim() < 2 or (weight.numel() == 0) != (shape.numel == 0):
         state = "flat" if weight.numel() else "empty"
         return f"its weight is {state}, {tuple(weight.shape)} in the place of {shape.weight}: {SHARDED}"
     if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
@@ -143,7 +149,7 @@ def _of_another_type(tensor: Tensor) -> str:
     """What the tensor is, and what to do about it."""
     name, package = type(tensor).__name__, type(tensor).__module__.split(".")[0]
     if name == "DTensor":
-        return "DTensor, sharded over processes; gather it first, as full_tensor() does"
+        return f"DTensor, sharded over processes: {SHARDED}"
     if name == "FakeTensor":
         return "FakeTensor, which holds no numbers; make the model outside of FakeTensorMode"
     if package == "torchao":
