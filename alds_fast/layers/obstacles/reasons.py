@@ -92,13 +92,13 @@ def _reason_around(module: nn.Module, place: Ancestors) -> str | None:
         return None
     _, owner, child = of_peft[-1]
     names = {cls.__name__ for cls in type(owner).__mro__}
-    if names & {"PeftModel", "BaseTuner"} and child in ("base_model", "model"):
+    if names & {"PeftModel", "BaseTuner", "AdaptionPromptModel"} and child in ("base_model", "model"):
         return None
     if "BaseTunerLayer" not in names or child != "base_layer":
         return f"it belongs to an adapter of peft ({type(owner).__name__}), which is saved by itself"
     kind = type(owner).__module__.split(".")[2]
     if kind not in _CALLS_BASE or getattr(owner, "lora_variant", None):
-        return f"peft's {kind} computes with its weight here; merge_and_unload() the adapter first"
+        return f"peft's {kind} layers may compute with its weight; merge_and_unload() the adapter first"
     if getattr(owner, "merged_adapters", None):
         return "peft has merged an adapter into its weight; unmerge_adapter() or merge_and_unload() first"
     return None
