@@ -54,7 +54,8 @@ class Collector:
     def _on_input(self, layer: DecomposableLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.back:
-                self._add_input(layer, first_input(args, kwargs))
+                with torch.inference_mode(False):  # the model may run in it; the sums are to be added to later
+                    self._add_input(layer, first_input(args, kwargs))
 
         return hook
 
@@ -79,7 +80,8 @@ class Collector:
     def _on_output(self, layer: DecomposableLayer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
             if layer.name in self.by_output and not self.back:
-                self._add_output(layer, y.detach())
+                with torch.inference_mode(False):
+                    self._add_output(layer, y.detach())
             if not self.gradients or not torch.is_grad_enabled():  # or it runs where no gradient can matter
                 return None
             if not y.requires_grad:  # nothing before it does: the gradient starts here

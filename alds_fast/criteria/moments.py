@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, label
 from ..measurement import (
     attribute_set,
-    call_model,
-    inference,
-    keeping_buffers,
+    copy_batch,
     mask_of,
     naming_batch,
-    without_nested_tensors,
+    private_runs,
 )
 from .moment_hooks import Collector
 
@@ -71,7 +68,12 @@ def _first_floating(output: Any) -> Tensor | None:
 
 def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torch.Generator) -> float:
     """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
-    z = sensitivity(output, batch) if callable(sensitivity) else _first_floating(output)
+    z = sensitivity(output, copy_batch(batch)) if callable(sensitivity) else _first_floating(output)
+    if isinstance(z, Tensor) and z.is_inference():
+        raise ModelError(
+            "the model's forward runs in torch.inference_mode(), which has no gradients: leave out sensitivity=, or "
+            "take that out of the forward (torch.no_grad() around calls of the model does the same for users)"
+        )
     if not isinstance(z, Tensor) or not z.requires_grad:
         raise ModelError(
             "sensitivity= needs a floating-point output that depends on the layers with gradients allowed; pass "
@@ -83,12 +85,6 @@ def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torc
     signs = torch.randint(0, 2, z.shape, generator=generator, device="cpu").to(z) * 2 - 1
     (z * signs).sum().backward()
     return float(z.detach().double().square().sum())
-
-
-def _detach(batch: Any) -> Any:
-    """The batch without tensors that ask for a gradient, which would be left in their ``grad``."""
-    asking = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(batch))
-    return tree_map_only(Tensor, Tensor.detach, batch) if asking else batch
 
 
 def collect_moments(
@@ -130,12 +126,12 @@ def collect_moments(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
         )
     count, masks = 0, 0
-    with collector.hooked(), keeping_buffers(model), inference(model), without_nested_tensors(model), _frozen(model):
+    with collector.hooked(), private_runs(model) as run, _frozen(model):
         for count, batch in enumerate(data, 1):
             collector.keep = mask_of(batch, mask)
             masks += collector.keep is not None
             with naming_batch(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
-                output = call_model(model, _detach(batch), f"batch {count} of data=")
+                output = run(batch, count, f"batch {count} of data=")
                 if sensitivity:
                     collector.back = True
                     collector.energy += _backward(output, batch, sensitivity, generator)

@@ -17,11 +17,12 @@ from ..errors import ArgumentError, BackendError
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
 from ..measurement import (
     call_model,
+    copy_batch,
     device_of,
     environment,
     inference,
     interleaved_ms,
-    keeping_buffers,
+    keeping_state,
     layer_inputs,
     median_ratio,
     shared_inputs,
@@ -146,7 +147,8 @@ def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds:
 
         return run
 
-    with keeping_buffers(next(iter(sides.values()))):
+    example_inputs = copy_batch(example_inputs)
+    with keeping_state(next(iter(sides.values()))):
         return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
 
 

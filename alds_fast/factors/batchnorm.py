@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..measurement import call_model, first_input, inference, keeping_buffers, naming_batch, numbered_batches
+from ..measurement import first_input, naming_batch, numbered_batches, private_runs
 
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by name: mean and variance, call by call
@@ -39,13 +39,12 @@ def _statistics(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> 
         return normalise
 
     with ExitStack() as stack:
-        stack.enter_context(keeping_buffers(model))
-        stack.enter_context(inference(model))
+        run = stack.enter_context(private_runs(model))
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True).remove)
         for number, batch in numbered_batches(data):
             with naming_batch(number, "refit="):
-                call_model(model, batch, f"batch {number} of refit=")
+                run(batch, number, f"batch {number} of refit=")
     return seen
 
 

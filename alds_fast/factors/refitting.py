@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,14 +26,12 @@ from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, LowRankLayer, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import (
-    call_model,
+    Run,
     first_input,
-    inference,
-    keeping_buffers,
     mask_of,
     naming_batch,
     numbered_batches,
-    without_nested_tensors,
+    private_runs,
 )
 from .batchnorm import move_statistics
 from .choice import FactorReport
@@ -47,7 +45,16 @@ class _Reached(BaseException):
     """Ends a forward pass; no Exception, which a model may catch."""
 
 
-def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str) -> None:
+class _Network(NamedTuple):
+    """A network, and how it is run."""
+
+    model: nn.Module
+    run: Run
+
+
+def _pass(
+    net: _Network, batch: Any, number: int, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str
+) -> None:
     """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
     remaining = calls
 
@@ -63,13 +70,13 @@ def _pass(model: nn.Module, batch: Any, hooks: Mapping[str, Callable[..., None]]
 
     with ExitStack() as stack:
         for name, hook in hooks.items():
-            register = getattr(model.get_submodule(name), f"register_{kind}")
+            register = getattr(net.model.get_submodule(name), f"register_{kind}")
             stack.callback(register(counted(hook), with_kwargs=True).remove)
         with suppress(_Reached):
-            call_model(model, batch, "a batch of refit=")
+            net.run(batch, number, "a batch of refit=")
 
 
-def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
+def _stages(net: _Network, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
     """Layers in the order of their first calls, with the number of their calls; those that read one tensor together."""
     order: list[tuple[str, Tensor, int]] = []  # with the version: an input changed in place is another one
 
@@ -80,7 +87,7 @@ def _stages(model: nn.Module, batch: Any, names: Sequence[str]) -> list[dict[str
 
         return note
 
-    _pass(model, batch, {name: hook(name) for name in names}, 0, "forward_pre_hook")
+    _pass(net, batch, 1, {name: hook(name) for name in names}, 0, "forward_pre_hook")
     calls = dict.fromkeys((name for name, *_ in order), 0)
     stages: list[dict[str, int]] = []
     before: tuple[Tensor | None, int] = None, 0
@@ -124,7 +131,7 @@ class _Batch:
 
 
 def _collect_sums(
-    stage: Mapping[str, int], layers: Mapping[str, DecomposableLayer], model: nn.Module, small: nn.Module,
+    stage: Mapping[str, int], layers: Mapping[str, DecomposableLayer], model: _Network, small: _Network,
     data: Iterable[Any], mask: str | None,
 ) -> dict[str, CrossSums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
@@ -133,8 +140,8 @@ def _collect_sums(
         keep = mask_of(batch, mask)
         hooks = {name: _Batch(layers[name], sums[name], keep, number) for name in stage}
         with naming_batch(number, "refit="):
-            _pass(model, batch, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
-            _pass(small, batch, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
+            _pass(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
+            _pass(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
     return sums
 
 
@@ -183,22 +190,18 @@ def refit(
     known = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
     reports: dict[str, FactorReport] = {}
     with ExitStack() as stack:
-        stack.enter_context(without_nested_tensors(model, small))
-        for net in (model, small):
-            stack.enter_context(inference(net))
-            stack.enter_context(keeping_buffers(net))
+        dense_net, small_net = (_Network(net, stack.enter_context(private_runs(net))) for net in (model, small))
         first = next(iter(data), _Reached)
         if first is _Reached:
             raise ArgumentError("refit= has no batches")
         with naming_batch(1, "refit="):
-            stages = _stages(model, first, list(known))
+            stages = _stages(dense_net, first, list(known))
         for stage in stages:
-            for name, sums in _collect_sums(stage, known, model, small, data, mask).items():
+            for name, sums in _collect_sums(stage, known, dense_net, small_net, data, mask).items():
                 if sums.rows and not sums.finite():
                     raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
                 if sums.rows and sums.paired:
                     centred = bias_correction and known[name].own_bias and low[name].bias is not None
                     reports[name] = _fit(known[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)
-    with without_nested_tensors(model, small):
-        move_statistics(model, small, data)
+    move_statistics(model, small, data)
     return reports

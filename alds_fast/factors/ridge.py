@@ -62,6 +62,10 @@ class CrossSums:
         """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, in the order of the samples."""
         if not len(x):
             return  # nothing but padding
+        with torch.inference_mode(False):
+            self._add_halves(y, x, rows)
+
+    def _add_halves(self, y: Tensor, x: Tensor, rows: int) -> None:
         self.drawn += len(x)
         exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
         middle = (len(x) + 1) // 2

@@ -6,14 +6,13 @@ Here belongs what observes models. What is decided by the observations belongs i
 from .data_batches import check_batches, mask_of, naming_batch, numbered_batches
 from .flops import count_inputs, dense_flops, flops_per_rank
 from .inputs import InputSpec, layer_inputs, shared_inputs
+from .private_runs import Run, copy_batch, keeping_state, private_runs
 from .run_model import (
     attribute_set,
     call_model,
     device_of,
     first_input,
     inference,
-    keeping_buffers,
-    without_nested_tensors,
 )
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
@@ -21,10 +20,12 @@ from .timing_cache import Ratios, Timings, device_name, environment
 __all__ = [
     "InputSpec",
     "Ratios",
+    "Run",
     "Timings",
     "attribute_set",
     "call_model",
     "check_batches",
+    "copy_batch",
     "count_inputs",
     "dense_flops",
     "device_name",
@@ -34,12 +35,12 @@ __all__ = [
     "flops_per_rank",
     "inference",
     "interleaved_ms",
-    "keeping_buffers",
+    "keeping_state",
     "layer_inputs",
     "mask_of",
     "median_ratio",
     "naming_batch",
     "numbered_batches",
+    "private_runs",
     "shared_inputs",
-    "without_nested_tensors",
 ]

@@ -57,21 +57,6 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """The model's buffers and torch's random state are put back at the end."""
-    buffers = [b for b in model.buffers() if not b.is_meta and b.layout == torch.strided]
-    saved = [(b, b._version, b.detach().clone()) for b in buffers if not b.is_inference()]
-    with torch.random.fork_rng(sorted({b.device.index or 0 for b in model.parameters() if b.is_cuda})):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, version, old in saved:
-                    if buffer._version != version:
-                        buffer.copy_(old)
-
-
-@contextmanager
 def without_nested_tensors(*models: nn.Module) -> Iterator[None]:
     """Transformer encoders work on padded tensors, not on nested ones, whose rows are other tokens to each layer."""
     encoders = [m for model in models for m in model.modules() if isinstance(m, nn.TransformerEncoder)]

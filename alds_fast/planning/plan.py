@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,9 +103,10 @@ class Plan:
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
-        error. The result carries this plan as ``alds_plan`` and, per replaced layer, how its factors were computed as
-        ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises LayerNotFoundError, PlanError or
-        WeightError where the plan does not fit the model, ModelError if the model cannot be copied.
+        error. The result carries this plan, without moments and spectra, as ``alds_plan`` and, per replaced layer, how
+        its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
+        LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
+        cannot be copied.
         """
         check_model(model)
         if count_params(model) != self.params_before:
@@ -122,7 +123,7 @@ class Plan:
             reports |= self._refit(small, model, refit, mask, moments)
         warn_of_holders(model, [choice.name for choice in chosen])
         keep_when_saved(small)
-        annotate(small, plan=self, factors=reports)
+        annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
         return small
 
     def _refit(

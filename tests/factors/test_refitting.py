@@ -12,11 +12,17 @@ import alds_fast as alds
 from alds_fast.errors import ArgumentError, ModelError, PlanError
 from alds_fast.factors import refitting, ridge
 from alds_fast.factors.batchnorm import move_statistics
+from alds_fast.measurement import private_runs
 
 
 def outputs_apart(model, small, x):
     with torch.no_grad():
         return float((model(x) - small(x)).norm() / model(x).norm())
+
+
+def stages_of(model, x, names):
+    with private_runs(model) as run:
+        return refitting._stages(refitting._Network(model, run), x, names)
 
 
 def linear_chain(*widths):
@@ -126,7 +132,7 @@ class Heads(nn.Module):
 
 def test_layers_that_read_one_tensor_share_a_pass():
     net = Heads()
-    assert refitting._stages(net, torch.randn(4, 16), ["q", "k", "twice", "never"]) == [{"q": 1, "k": 1}, {"twice": 2}]
+    assert stages_of(net, torch.randn(4, 16), ["q", "k", "twice", "never"]) == [{"q": 1, "k": 1}, {"twice": 2}]
 
 
 def test_a_layer_called_twice_and_one_never_called():
@@ -234,7 +240,7 @@ def test_an_input_changed_in_place_is_another_stage():
                 x += layer(x).relu()
             return x
 
-    assert refitting._stages(Residual(), torch.randn(4, 16), [f"layers.{i}" for i in range(3)]) == [
+    assert stages_of(Residual(), torch.randn(4, 16), [f"layers.{i}" for i in range(3)]) == [
         {f"layers.{i}": 1} for i in range(3)
     ]
 

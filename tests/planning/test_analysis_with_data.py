@@ -359,3 +359,14 @@ def test_a_loader_that_does_not_know_its_length():
     loader, told = torch.utils.data.DataLoader(_Stream(), batch_size=4), []
     alds.analyze(small_net(), data=loader, progress=lambda *what: told.append(what))
     assert told[-2:] == [("moments", 1, 0), ("moments", 2, 0)]
+
+
+def test_the_plan_on_a_model_carries_no_data(tmp_path):
+    net, batches = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), [torch.randn(32, 64)]
+    sizes = []
+    for options in ({}, {"data": batches, "sensitivity": True}):
+        small = alds.compress(net, params=0.5, p=2, groups=(1,), **options)
+        assert small.alds_plan.basis is None and not small.alds_plan.spectra
+        torch.save(small, tmp_path / "small.pt")
+        sizes.append((tmp_path / "small.pt").stat().st_size)
+    assert sizes[1] < 1.1 * sizes[0]

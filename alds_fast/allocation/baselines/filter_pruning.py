@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import AldsError, ArgumentError, BudgetError, ModelError
 from ...layers import count_params, replace_layers, tied_names
-from ...measurement import call_model, count_inputs, inference, keeping_buffers, layer_inputs
+from ...measurement import call_model, count_inputs, inference, keeping_state, layer_inputs
 from ..costs import SHARES
 from ..pareto import Floats, Ints
 
@@ -67,7 +67,7 @@ def _graph(model: nn.Module, example_inputs: Any) -> Any:
         p.requires_grad_(p.is_floating_point() or p.is_complex())
     graph = _torch_pruning().DependencyGraph()
     try:
-        with torch.enable_grad(), keeping_buffers(model):
+        with torch.enable_grad(), keeping_state(model):
             graph.build_dependency(model, example_inputs, forward_fn=call_model, verbose=False)
     except Exception as e:
         raise ModelError(f"torch-pruning cannot trace the model ({type(e).__name__}: {e})") from e
@@ -128,7 +128,7 @@ def _prune(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Any]:
     """Shapes of the model's outputs."""
-    with keeping_buffers(model), inference(model):
+    with keeping_state(model), inference(model):
         return [getattr(leaf, "shape", None) for leaf in tree_leaves(call_model(model, example_inputs))]
 
 

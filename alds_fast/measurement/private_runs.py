@@ -1,0 +1,151 @@
+"""Runs of a user's model that leave no trace and do not depend on one another.
+
+Every run gets its own copy of the batch, begins in the same state of the model and, for batches of the same number, of
+the random numbers. At the end the model and the random numbers are as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .run_model import call_model, inference, without_nested_tensors
+
+Run = Callable[..., Any]  # (batch, number, name) -> the model's output
+_SEED = 0x5EED
+_DEPTH = 4  # of objects in objects
+_OWN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "training"}  # hooks, which others set
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    try:
+        return copy.deepcopy(value)  # a cache, say, that the model would fill
+    except Exception:  # what cannot be copied (a lock, an open file) holds no values that a model computes with
+        return value
+
+
+def copy_batch(batch: Any) -> Any:
+    """The batch with tensors of its own, detached, and whatever else it carries copied too."""
+    with torch.inference_mode(False):  # or they would be inference tensors, which a model need not take
+        return tree_map(_copy, batch)
+
+
+def _content(value: Any) -> Any:
+    """What a list, deque, set, dict or object holds, to be read and written; None for anything else."""
+    if isinstance(value, list | deque | set | dict):
+        return value
+    skipped = isinstance(value, Tensor | type | ModuleType | FunctionType) or not hasattr(value, "__dict__")
+    return None if skipped else vars(value)
+
+
+def _values(content: Any) -> list[Any]:
+    return [value for name, value in content.items() if name not in _OWN] if isinstance(content, dict) else [*content]
+
+
+class _State:
+    """What a model's modules, and the objects in them, hold, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.contents: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, int, Tensor]] = []
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        seen: set[int] = set()
+        for module in model.modules():
+            self._keep(module, 0, seen)
+
+    def _keep(self, value: Any, depth: int, seen: set[int]) -> None:
+        if isinstance(value, torch.Generator):
+            self.generators.append((value, value.get_state()))
+        if depth > _DEPTH or id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference()):
+                self.tensors.append((value, value._version, value.detach().clone()))
+            return
+        content = _content(value)
+        if content is None:
+            return
+        self.contents.append((content, dict(content) if isinstance(content, dict) else type(content)(content)))
+        for part in _values(content):
+            self._keep(part, depth + 1, seen)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for content, kept in self.contents:
+            if isinstance(content, dict):
+                _refill(content, kept)
+            elif len(content) != len(kept) or any(a is not b for a, b in zip(content, kept, strict=True)):
+                content.clear()
+                (content.update if isinstance(content, set) else content.extend)(kept)
+        with torch.no_grad():
+            for i, (tensor, version, old) in enumerate(self.tensors):
+                if tensor._version != version:
+                    tensor.detach().copy_(old)
+                    self.tensors[i] = tensor, tensor._version, old
+        for generator, state in self.generators:
+            generator.set_state(state)
+
+
+def _refill(content: dict[Any, Any], kept: dict[Any, Any]) -> None:
+    """The entries as they were, in their order; hooks and the like, which others set, as they are."""
+    mine, others = ({k: v for k, v in content.items() if (k in _OWN) == own} for own in (False, True))
+    before = {k: v for k, v in kept.items() if k not in _OWN}
+    if list(mine) != list(before) or any(mine[key] is not before[key] for key in before):
+        content.clear()
+        content.update({**others, **before})
+
+
+@contextmanager
+def keeping_random_state(model: nn.Module) -> Iterator[None]:
+    """Torch's, numpy's and Python's random numbers go on as if nothing had been drawn."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def keeping_state(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """What the model holds, and all random numbers, are put back at the end; gives what puts back the former."""
+    with keeping_random_state(model):
+        state = _State(model)
+        try:
+            yield state.restore
+        finally:
+            state.restore()
+
+
+@contextmanager
+def private_runs(model: nn.Module) -> Iterator[Run]:
+    """Runs in evaluation mode, without gradients, each as if it were the only one.
+
+    Gives ``run(batch, number, name)``: the model's output for a copy of the batch; ``name`` is what errors call it, and
+    runs of one ``number`` draw the same random numbers, also those of other models.
+    """
+    with inference(model), without_nested_tensors(model), keeping_state(model) as restore:
+
+        def run(batch: Any, number: int, name: str) -> Any:
+            restore()
+            random.seed(_SEED + number)
+            np.random.seed(_SEED + number)
+            torch.manual_seed(_SEED + number)
+            return call_model(model, copy_batch(batch), name)
+
+        yield run

@@ -1,0 +1,127 @@
+"""Runs of a user's model that leave no trace."""
+
+import copy
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import alds_fast as alds
+from alds_fast.errors import ModelError
+from alds_fast.measurement import copy_batch, private_runs
+
+
+class Stateful(nn.Module):
+    """Changes whatever a forward can change: its input, its attributes, buffers, generators and global state."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.last, self.history, self.memory = None, [], {"sum": torch.zeros(16), "steps": [0]}
+        self.cache, self.noise = SimpleNamespace(keys=torch.zeros(16), filled=0), torch.Generator().manual_seed(3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        x.mul_(2).add_(torch.rand(x.shape, generator=self.noise) + torch.rand(()) + random.random() + np.random.rand())
+        self.last = self.body(x) + self.memory["sum"] + self.cache.keys
+        self.history.append(self.last)
+        self.memory["sum"] += x.detach().mean(0)
+        self.memory["steps"].append(len(self.history))
+        self.cache.filled, self.fresh = self.cache.filled + 1, True
+        self.cache.keys.add_(1)
+        self.seen += 1
+        return self.last
+
+
+def state(model):
+    memory, cache = model.memory, model.cache
+    tensors = [memory["sum"], cache.keys, model.seen, model.noise.get_state(), *model.parameters()]
+    plain = model.last, list(model.history), list(memory["steps"]), cache.filled, hasattr(model, "fresh")
+    numbers = torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].astype(np.int64)), random.getstate()
+    return [t.detach().clone() for t in [*tensors, *numbers[:2]]], (*plain, numbers[2], model.training)
+
+
+def same(before, after):
+    return before[1] == after[1] and all(map(torch.equal, before[0], after[0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"sensitivity": True}, {"refit": True}])
+def test_model_batches_and_random_numbers_are_left_as_they_were(options):
+    model, batches = Stateful(), [torch.randn(8, 16) for _ in range(3)]
+    kept, before = copy.deepcopy(batches), state(model)
+    alds.compress(model, params=0.6, data=batches, **options)
+    assert same(before, state(model)) and all(map(torch.equal, kept, batches))
+    alds.compress(model, flops=0.6, example_inputs=batches[0])
+    assert same(before, state(model)) and all(map(torch.equal, kept, batches))
+
+
+def test_every_run_is_as_if_it_were_the_only_one():
+    model, x = Stateful(), torch.randn(8, 16)
+    with private_runs(model) as run:
+        first, second, third = (run(x, number, "x") for number in (1, 1, 2))
+        assert torch.equal(first, second) and not torch.equal(first, third)
+    twin = copy.deepcopy(model)
+    with private_runs(model) as run, private_runs(twin) as run_twin:
+        assert torch.equal(run(x, 4, "x"), run_twin(x, 4, "x"))
+
+
+def test_refit_of_a_model_that_changes_its_batch_is_that_of_one_that_does_not():
+    class InPlace(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(1.0).div_(2.0))
+
+    class Pure(nn.Sequential):
+        def forward(self, x):
+            return super().forward((x - 1.0) / 2.0)
+
+    layers = nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)
+    batches = [torch.randn(32, 16) for _ in range(2)]
+    options = {"params": 0.6, "data": batches, "sensitivity": True, "refit": True}
+    changing, plain = (alds.compress(kind(*layers), **options) for kind in (InPlace, Pure))
+    for name, p in changing.named_parameters():
+        assert torch.equal(p, plain.get_parameter(name))
+
+
+def test_a_batch_is_copied_with_what_it_carries():
+    cache = SimpleNamespace(keys=[torch.ones(2)])
+    batch = {"x": torch.ones(2, requires_grad=True), "cache": cache, "flag": True}
+    copied = copy_batch(batch)
+    copied["x"].zero_()
+    copied["cache"].keys.append(3)
+    assert batch["x"].sum() == 2 and len(cache.keys) == 1 and copied["flag"] is True
+
+
+def test_a_model_that_keeps_an_activation_can_be_compressed_with_gradients():
+    class Keeps(nn.Sequential):
+        last = None
+
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    model = Keeps(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    small = alds.compress(model, params=0.6, data=[torch.randn(8, 16)], sensitivity=True, refit=True)
+    assert model.last is None and small.last is None
+
+
+class InferenceOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    @torch.inference_mode()
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_forward_in_inference_mode_gives_moments_but_no_gradients():
+    model, batches = InferenceOnly(), [torch.randn(32, 16), torch.randn(32, 16)]
+    small = alds.compress(model, params=0.6, data=batches, refit=True)
+    plain = alds.compress(model.body, params=0.6, data=batches, refit=True)
+    for name, p in small.body.named_parameters():
+        assert torch.equal(p, plain.get_parameter(name))
+    with pytest.raises(ModelError, match=r"runs in torch.inference_mode\(\).*leave out sensitivity="):
+        alds.compress(model, params=0.6, data=batches, sensitivity=True)
