@@ -23,7 +23,7 @@ from .merged_linears import MergedLinears, MergedPart
 from .obstacles import has_hooks, warn_of_holders
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
 from .replacement import check_copyable, replace_layers
-from .shared_weights import overlaps, tied_names
+from .shared_weights import has_plain_memory, overlaps, tied_names
 from .values import check_values, check_weight
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "decomposable",
     "find_layers",
     "has_hooks",
+    "has_plain_memory",
     "is_linear",
     "label",
     "left_out_text",

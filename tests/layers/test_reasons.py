@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import Wrapped
 from torch import nn
 from torch.nn.utils import prune
 
@@ -28,24 +29,6 @@ def check_second_is_compressed(model, words):
     x = torch.randn(3, 32)
     torch.testing.assert_close(small[0](x), model[0](x))
     return small
-
-
-class Wrapped(torch.Tensor):
-    """A tensor that holds another one and no memory, as quantised and sharded ones do."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        unwrapped = torch.utils._pytree.tree_map_only(Wrapped, lambda t: t.inner, (args, kwargs or {}))
-        result = func(*unwrapped[0], **unwrapped[1])
-        copies = (torch.ops.aten.detach.default, torch.ops.aten.clone.default)
-        return cls(result) if func in copies else result
 
 
 def test_a_weight_without_memory_of_its_own_is_left_out():
