@@ -36,7 +36,8 @@ def compress(
     moment_order, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align,
     bias_correction, importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
-    Raises what these raise, and ArgumentError for an unknown option.
+    Raises what these raise, ArgumentError for an unknown option, and ModelError, before the work, for a model that
+    cannot be copied.
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))

@@ -106,7 +106,7 @@ class Plan:
         error. The result carries this plan, without moments and spectra, as ``alds_plan`` and, per replaced layer, how
         its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
         LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
-        cannot be copied.
+        cannot be copied. Warns of optimizers and functions that hang on the model and hold dense layers.
         """
         check_model(model)
         if count_params(model) != self.params_before:

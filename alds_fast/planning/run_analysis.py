@@ -56,7 +56,8 @@ def analyze(
         progress: told (what, done, total) as the work goes on; total is 0 where ``data`` has no length.
 
     Raises:
-        WeightError: a layer has NaN or infinite weights, or none at all (meta device).
+        WeightError: a parameter has NaN or infinite values, or a buffer NaN; or weights are not there (meta device,
+            sharded models).
         LayerNotFoundError: a pattern matches no layer.
         ArgumentError, ModelError: an argument is out of range or not a module.
 

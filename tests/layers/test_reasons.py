@@ -100,6 +100,12 @@ def sharded(layer, how):
     return layer
 
 
+def test_a_sharded_weight_comes_before_the_hooks_of_what_sharded_it():
+    layer = sharded(nn.Linear(32, 32), "empty")
+    layer.register_forward_pre_hook(lambda *a: None)
+    assert "gathered weights are needed" in reasons(layer)[""]
+
+
 @pytest.mark.parametrize("how", ["empty", "flat", "no parameter"])
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(32, 32), lambda: nn.Conv2d(32, 32, 3)], ids=["linear", "conv"])
 def test_sharded_weights_are_to_be_gathered(how, layer):

@@ -49,7 +49,8 @@ def _is_of_norms(hook: object) -> bool:
 def structural_reason(module: nn.Module, places: Iterable[Ancestors]) -> str | None:
     """Why this module, which stands at these places, cannot be replaced whatever its values are; None if it can."""
     around = (reason for place in places if (reason := _reason_around(module, place)))
-    return _reason_of_kind(module) or next(around, None) or _reason_of_hooks(module) or _reason_of_weight(module)
+    first = _reason_of_kind(module) or next(around, None) or _reason_of_size(module)
+    return first or _reason_of_hooks(module) or _reason_of_weight(module)
 
 
 def _reason_of_kind(module: nn.Module) -> str | None:
@@ -104,6 +105,16 @@ def _reason_around(module: nn.Module, place: Ancestors) -> str | None:
     return None
 
 
+def _reason_of_size(module: nn.Module) -> str | None:
+    """Whether sharded training has left a placeholder or a flat piece in the place of its weight."""
+    weight, shape = module._parameters.get("weight"), weight_shape(module)
+    assert shape is not None
+    if weight is None or (weight.dim() >= 2 and (weight.numel() == 0) == (shape.numel == 0)):
+        return None
+    state = "flat" if weight.numel() else "empty"
+    return f"its weight is {state}, {tuple(weight.shape)} in the place of {shape.weight}: {SHARDED}"
+
+
 def _reason_of_hooks(module: nn.Module) -> str | None:
     """What hangs on it that a replacement would drop."""
     if hasattr(module, "_hf_hook"):
@@ -128,9 +139,6 @@ def _reason_of_weight(module: nn.Module) -> str | None:
     assert shape is not None
     if weight is None:
         return f"its weight is not a parameter of it, as in a sharded model: {SHARDED}"
-    if weight.dim() < 2 or (weight.numel() == 0) != (shape.numel == 0):
-        state = "flat" if weight.numel() else "empty"
-        return f"its weight is {state}, {tuple(weight.shape)} in the place of {shape.weight}: {SHARDED}"
     if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
         return "it has parameters, buffers or modules beside weight and bias"
     if weight.dtype not in _TYPES:
