@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import TypeGuard
 
+import torch
 from torch import nn
 
 from .errors import ModelError
@@ -32,6 +33,11 @@ def is_count(value: object, least: int = 1) -> TypeGuard[int]:
 
 
 def check_model(model: object) -> None:
-    """ModelError unless it is a module."""
+    """ModelError unless it is a module whose parts can be replaced."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "model is a ScriptModule, compiled code whose layers cannot be replaced; pass the torch.nn.Module that it "
+            "was made from, then script or trace the result"
+        )

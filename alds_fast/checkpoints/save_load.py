@@ -16,7 +16,17 @@ from ..checks import check_model
 from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
 from ..files import crc32, replacing, target_file
 from ..integrations import keep_when_saved
-from ..layers import LowRankLayer, MergedLinears, annotate, find_layers, label, low_rank_like, overlaps, replace_layers
+from ..layers import (
+    LowRankLayer,
+    MergedLinears,
+    annotate,
+    find_layers,
+    has_plain_memory,
+    label,
+    low_rank_like,
+    overlaps,
+    replace_layers,
+)
 from ..linalg import Decomposition
 from ..planning import Plan
 from .file_format import FORMAT, VERSION, memory_order, own_storages, read_header, read_tensors
@@ -34,6 +44,11 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             raise ModelError(f"state {name!r} is on the meta device and has no values to save")
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise ModelError(f"state {name!r} is sparse or quantized; only dense tensors can be saved in safetensors")
+        if not has_plain_memory(tensor):
+            raise ModelError(
+                f"state {name!r} is a {type(tensor).__name__} without memory of its own; only plain tensors can be "
+                f"saved in safetensors: save the model before it is quantised, or gather its shards first"
+            )
         storage = tensor.untyped_storage().data_ptr()
         key = (tensor.device, storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         first = seen.setdefault(key, name) if storage else name

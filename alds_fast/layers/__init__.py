@@ -9,19 +9,22 @@ from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .discovery import (
     DecomposableLayer,
     Layer,
-    check_weight,
+    check_weights_are_there,
     count_params,
     decomposable,
     find_layers,
-    has_hooks,
     label,
+    left_out_text,
     patterns,
+    saying_what_is_left_out,
 )
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
+from .obstacles import has_hooks, warn_of_holders
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
-from .replacement import replace_layers
-from .shared_weights import overlaps, tied_names
+from .replacement import check_copyable, replace_layers
+from .shared_weights import has_plain_memory, overlaps, tied_names
+from .values import check_values, check_weight
 
 __all__ = [
     "LOW_RANK",
@@ -35,18 +38,25 @@ __all__ = [
     "MergedLinears",
     "MergedPart",
     "annotate",
+    "check_copyable",
+    "check_values",
     "check_weight",
+    "check_weights_are_there",
     "count_params",
     "decomposable",
     "find_layers",
     "has_hooks",
+    "has_plain_memory",
     "is_linear",
     "label",
+    "left_out_text",
     "low_rank_like",
     "oriented_weight",
     "overlaps",
     "patterns",
     "replace_layers",
+    "saying_what_is_left_out",
     "tied_names",
+    "warn_of_holders",
     "weight_shape",
 ]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..checks import check_model
-from ..errors import ArgumentError, LayerNotFoundError, WeightError
+from ..errors import ArgumentError, BudgetError, LayerNotFoundError, WeightError
 from ..linalg import WeightShape
-from .registry import LOW_RANK, is_transposed, oriented_weight, weight_shape
+from .obstacles import SHARDED, Ancestors, held_past_the_model, reasons_text, structural_reason
+from .registry import is_transposed, weight_shape
 from .shared_weights import tied_names
-
-_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -71,41 +70,6 @@ def label(name: str) -> str:
     return repr(name) if name else "the model itself"
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks of any kind, which a replacement would drop."""
-    return any(name.endswith("hooks") and len(value) for name, value in vars(module).items() if isinstance(value, dict))
-
-
-def _structural_reason(module: nn.Module, parent: nn.Module | None) -> str | None:
-    """Why this module cannot be replaced whatever its values are."""
-    if not isinstance(module, tuple(LOW_RANK)) and not is_transposed(module):
-        return f"{type(module).__name__} is not decomposed (Linear, Conv1d, Conv2d and Conv3d are)"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads this weight directly"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized; remove the parametrization first"
-    if isinstance(module.weight, UninitializedParameter):
-        return "its weight is not initialised yet; run one forward pass first"
-    if type(module) not in LOW_RANK and not is_transposed(module):
-        return f"{type(module).__name__} is a subclass with a forward of its own"
-    if "forward" in vars(module):
-        return "it has a forward of its own set on the instance"
-    if has_hooks(module):
-        return "it has hooks, which a replacement would drop; remove them first"
-    if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
-        return "it has parameters, buffers or modules beside weight and bias"
-    if not isinstance(module.weight, Tensor) or module.weight.dtype not in _TYPES:
-        return f"its weight is {getattr(module.weight, 'dtype', type(module.weight).__name__)}, not real floating point"
-    if module.weight.layout != torch.strided:
-        return f"its weight is not dense but {module.weight.layout}"
-    shape = weight_shape(module)
-    if shape is not None and tuple(oriented_weight(module).shape) != shape.weight:
-        return f"its weight has shape {tuple(oriented_weight(module).shape)}, not the {shape.weight} of its settings"
-    if module.weight.numel() == 0:
-        return "its weight is empty"
-    return None
-
-
 def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...] | None:
     """Name patterns as a tuple, None for none given; ArgumentError for anything else."""
     if value is None:
@@ -116,7 +80,8 @@ def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...
     return several
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the shell-style patterns matches the name."""
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
@@ -128,11 +93,35 @@ def _check_patterns(patterns: Iterable[str], names: Sequence[str], argument: str
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
-    weights = [p for p in module._parameters.values() if p is not None]
-    weights = [p for p in weights if isinstance(p, UninitializedParameter) or p.dim() >= 2]
+    """The module's weight: of a layer that is decomposed, whatever it is; of others the first of two dimensions."""
     if parametrize.is_parametrized(module):
         return next(iter(module.parameters()))
-    return weights[0] if weights else None
+    if weight_shape(module) is not None:
+        weight = vars(module).get("weight", module._parameters.get("weight"))
+        if isinstance(weight, Tensor):
+            return weight
+    weights = [p for p in module._parameters.values() if p is not None]
+    return next((p for p in weights if isinstance(p, UninitializedParameter) or p.dim() >= 2), None)
+
+
+def _places(model: nn.Module) -> dict[int, list[Ancestors]]:
+    """For each module (by id) where it stands: under every module that holds it."""
+    places: dict[int, list[Ancestors]] = {id(model): [()]}
+    waiting: list[tuple[nn.Module, Ancestors]] = [(model, ())]
+    for module, above in waiting:  # it grows
+        for name, child in module.named_children():
+            place = (*above, (module, name))
+            if id(child) not in places:
+                waiting.append((child, place))
+            places.setdefault(id(child), []).append(place)
+    return places
+
+
+def _sizes(module: nn.Module, weight: Tensor | None) -> tuple[int, ...]:
+    """The weight's shape with the filters first; () without one, or before its first forward pass."""
+    if weight is None or isinstance(weight, UninitializedParameter) or weight.is_nested:
+        return ()
+    return tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
 
 
 def find_layers(
@@ -145,35 +134,36 @@ def find_layers(
     """
     check_model(model)
     wanted, unwanted = patterns(include, "include") or (), patterns(exclude, "exclude") or ()
-    parents = {id(child): module for module in model.modules() for child in module.children()}
+    places = _places(model)
     weighted = [
         (n, m, w)
         for n, m in model.named_modules()
-        if (w := _weight_of(m)) is not None and "parametrizations" not in n.split(".")
+        if "parametrizations" not in n.split(".") and ((w := _weight_of(m)) is not None or weight_shape(m) is not None)
     ]
     names = [n for n, _, _ in weighted]
     _check_patterns(wanted, names, "include")
     _check_patterns(unwanted, names, "exclude")
-    tied = tied_names(model)
+    tied, held = tied_names(model), held_past_the_model(model)
 
-    def reason(name: str, module: nn.Module, weight: Tensor) -> str | None:
-        structural = _structural_reason(module, parents.get(id(module)))
+    def reason(name: str, module: nn.Module, weight: Tensor | None) -> str | None:
+        structural = structural_reason(module, places[id(module)])
         if structural:
             return structural
-        if include is not None and not _matches(name, wanted):
+        if include is not None and not matches(name, wanted):
             return "not matched by include="
-        if _matches(name, unwanted):
+        if matches(name, unwanted):
             return "matched by exclude="
-        if id(weight) not in tied:
-            return None
-        other = next(n for n in tied[id(weight)] if n != f"{name}.weight".lstrip("."))
-        return f"its weight is shared with {other!r} and stays tied"
+        if id(weight) in tied:
+            other = next(n for n in tied[id(weight)] if n != f"{name}.weight".lstrip("."))
+            return f"its weight is shared with {other!r} and stays tied"
+        holder = held.get(id(module)) or held.get(id(weight))
+        return holder and f"{holder} holds it in a function, past the model; use it as a part of the model there"
 
     layers: list[Layer] = []
     for name, module, weight in weighted:
-        ready = not isinstance(weight, UninitializedParameter)
+        ready = weight is not None and not isinstance(weight, UninitializedParameter)
         shape = weight_shape(module) if ready else None
-        sizes = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape) if ready else ()
+        sizes = _sizes(module, weight)
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
         own_bias = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
         why = reason(name, module, weight)
@@ -182,23 +172,25 @@ def find_layers(
     return layers
 
 
-def check_weight(layer: DecomposableLayer) -> None:
-    """Raise WeightError unless the layer's weight has finite values."""
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta:
-        raise WeightError(
-            f"layer {label(layer.name)}: its weight is on the meta device and has no values; load the weights first "
-            f"(for example with load_state_dict(..., assign=True))"
-        )
-    weight, limit = weight.detach(), 1e150  # squares of larger values would overflow
-    low, high = map(float, weight.aminmax())  # NaN if there is one
-    largest = max(-low, high)
-    if 0 < largest < 1 / limit:
-        raise WeightError(f"layer {label(layer.name)}: its largest weight is {largest:g}, below 1e-150; scale it up")
-    if not largest <= limit:
-        bad = int((~(weight.double().abs() <= limit)).sum())
-        raise WeightError(
-            f"layer {label(layer.name)}: {bad} of {weight.numel()} weights are NaN, infinite or above 1e150; mend "
-            f"them, or leave the layer out with exclude={[layer.name]!r}"
-        )
+def left_out_text(layers: Iterable[Layer]) -> str:
+    """In words why layers are left out."""
+    why = reasons_text((label(layer.name), layer.reason) for layer in layers if layer.reason)
+    return why or "there is none with a weight of two or more dimensions"
+
+
+@contextmanager
+def saying_what_is_left_out(layers: Sequence[Layer]) -> Iterator[None]:
+    """A BudgetError inside, where no layer can be decomposed, says why."""
+    nothing = "" if decomposable(layers) else f"no layer can be decomposed: {left_out_text(layers)}"
+    try:
+        yield
+    except BudgetError as e:
+        if not nothing:
+            raise
+        raise BudgetError(f"{e}; {nothing}") from e
+
+
+def check_weights_are_there(layers: Sequence[Layer]) -> None:
+    """Raise WeightError, with the reasons, if no layer can be decomposed and weights lie elsewhere (sharded models)."""
+    if not decomposable(layers) and any(SHARDED in layer.reason for layer in layers if layer.reason):
+        raise WeightError(f"no layer of the model can be decomposed: {left_out_text(layers)}")

@@ -47,9 +47,14 @@ LOW_RANK: dict[type[nn.Module], type[LowRankLayer]] = {
 }
 
 
+def dense_type(module: nn.Module) -> type[nn.Module] | None:
+    """Which of the types in ``LOW_RANK`` the module is, or is a subclass of; None for anything else."""
+    return next((cls for cls in LOW_RANK if isinstance(module, cls)), None)
+
+
 def weight_shape(module: nn.Module) -> WeightShape | None:
     """The weight shape of a Linear or ``nn.Conv1d/2d/3d`` (subclasses included), None for anything else."""
-    return _shape_of(module) if isinstance(module, tuple(LOW_RANK)) or is_transposed(module) else None
+    return _shape_of(module) if dense_type(module) or is_transposed(module) else None
 
 
 def low_rank_like(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
@@ -58,6 +63,8 @@ def low_rank_like(module: nn.Module, decomposition: Decomposition) -> LowRankLay
         shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
         options: dict[str, Any] = {**decomposition.to_dict(), "bias": bias, "device": "meta"}
         return LowRankLinear(shape.in_channels, shape.out_channels, **options).train(module.training)
-    cls: Any = LOW_RANK[type(module)]
+    dense = dense_type(module)
+    assert dense is not None
+    cls: Any = LOW_RANK[dense]
     layer: LowRankLayer = cls.shaped_like(module, decomposition)
     return layer.train(module.training)

@@ -4,31 +4,96 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..linalg import Decomposition
 from .base import LowRankLayer
-from .shared_weights import copy_shared_memory
+from .discovery import decomposable, find_layers, label
+from .obstacles import attributes, uncopied
+from .registry import low_rank_like
+from .shared_weights import copy_shared_memory, has_plain_type
+
+_COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Every tensor that hangs on the model, parameters and buffers included."""
+    return [value for _, value in attributes(model) if isinstance(value, Tensor)]
+
+
+def _shallow(tensor: Tensor) -> Tensor:
+    """Another tensor of the same memory, outside of any graph."""
+    if not has_plain_type(tensor) or tensor.is_inference():
+        return tensor
+    shallow = tensor.detach()
+    return nn.Parameter(shallow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shallow
+
+
+def _copied(model: nn.Module, memo: dict[int, Any], new: Mapping[str, nn.Module]) -> nn.Module:
+    """A deep copy with that memo; ModelError where it fails, or where it lacks the new layers."""
+    try:
+        result = copy.deepcopy(model, memo)
+    except Exception as e:
+        shallow = {id(t): _shallow(t) for t in _tensors(model)}
+        path, part = uncopied("model", model, shallow)
+        cause = str(e).partition("\n")[0]
+        raise ModelError(
+            f"the model cannot be deep-copied ({cause}), for {path}, a {type(part).__name__}; the "
+            f"compressed model is built from a copy: take it off the model for the call, and put it on the result"
+        ) from e
+    inside = {id(module) for module in result.modules()}
+    for name, layer in new.items():
+        if id(layer) not in inside:
+            raise ModelError(_why_not_inside(model, name))
+    return result
+
+
+def _why_not_inside(model: nn.Module, name: str) -> str:
+    """Which class around the layer makes its copies in its own way."""
+    path = ["", *(".".join(name.split(".")[: i + 1]) for i in range(name.count(".") + 1))]
+    for place in path if name else [""]:
+        for cls in type(model.get_submodule(place)).__mro__:
+            methods = [method for method in _COPYING if method in vars(cls)]
+            if methods and cls not in nn.Module.__mro__:
+                return (
+                    f"{label(place)}: {cls.__name__} has a {methods[0]} of its own, which does not take layer "
+                    f"{label(name)} over from copy.deepcopy's memo; let it copy its parts by copy.deepcopy(part, memo)"
+                )
+    return f"layer {label(name)} is not in a deep copy of the model, so that it cannot be replaced"
+
+
+def check_copyable(model: nn.Module) -> None:
+    """ModelError, naming attribute or class, unless the model can be deep-copied with other layers in it.
+
+    No weight is copied for the answer. A model without a layer that can be decomposed is not looked at.
+    """
+    layers = decomposable(find_layers(model))
+    if not layers:
+        return
+    memo: dict[int, Any] = {id(t): _shallow(t) for t in _tensors(model)}
+    new = {layer.name: low_rank_like(layer.module, Decomposition(0, 1, 1)) for layer in layers}
+    _copied(model, memo | {id(layer.module): new[layer.name] for layer in layers}, new)
 
 
 def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied
     along.
 
-    The dense weights are not copied on the way. Raises ModelError if the model cannot be deep-copied.
+    The dense weights are not copied on the way. Tensors that stand in a graph (activations that a model keeps, weights
+    under a pruning mask) are copied outside of it. Raises ModelError if the model cannot be deep-copied, or makes its
+    copies in a way of its own that drops the new layers.
     """
     modules = dict(model.named_modules())
-    memo: dict[int, object] = {}
-    try:
-        copy_shared_memory(model, memo)
-        for name, layer in new.items():
-            if modules[name].bias is not None and hasattr(layer, "bias"):
-                layer.bias = copy.deepcopy(modules[name].bias, memo)
-            memo[id(modules[name])] = layer
-        result = copy.deepcopy(model, memo)
-    except Exception as e:
-        raise ModelError(f"the model cannot be deep-copied ({e}); the compressed model is built from a copy") from e
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _tensors(model) if not t.is_leaf}
+    copy_shared_memory(model, memo)
+    for name, layer in new.items():
+        if modules[name].bias is not None and hasattr(layer, "bias"):
+            layer.bias = copy.deepcopy(modules[name].bias, memo)
+        memo[id(modules[name])] = layer
+    result = _copied(model, memo, new)
     _return_to_fast_path(result)
     _leave_fast_path(result)
     return result

@@ -6,7 +6,6 @@ import itertools
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 
 def _owners(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
@@ -21,6 +20,24 @@ def _owners(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
     return names, parameters
 
 
+_PLAIN_TYPES = {*nn.Parameter.__mro__, *nn.Buffer.__mro__}
+
+
+def has_plain_type(tensor: Tensor) -> bool:
+    """Whether it is a tensor or parameter as torch makes them, and no subclass that computes in its own way (quantised
+    by torchao, sharded as a DTensor, fake, not initialised yet).
+    """
+    others = [cls for cls in type(tensor).__mro__ if cls not in _PLAIN_TYPES]
+    return not any(vars(cls).keys() & {"__torch_dispatch__", "__torch_function__"} for cls in others)
+
+
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Whether its numbers lie in one piece of memory, at strides."""
+    if not has_plain_type(tensor) or tensor.layout != torch.strided:
+        return False
+    return not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+
+
 def _extent(p: Tensor) -> tuple[int, int]:
     """First byte and the one after the last, in the storage."""
     start = int(p.storage_offset()) * p.element_size()
@@ -32,7 +49,7 @@ def overlaps(parameters: dict[int, Tensor]) -> list[tuple[int, int]]:
     """Pairs of different tensors (by id) whose memory overlaps; every tensor that overlaps another is in a pair."""
     by_storage: dict[tuple, list[tuple[int, int, int]]] = {}
     for key, p in parameters.items():
-        if not isinstance(p, UninitializedParameter) and p.layout == torch.strided and p.numel() and not p.is_meta:
+        if has_plain_memory(p) and p.numel():
             by_storage.setdefault((p.device, p.untyped_storage().data_ptr()), []).append((*_extent(p), key))
     pairs = []
     for extents in by_storage.values():

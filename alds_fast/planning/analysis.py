@@ -25,7 +25,7 @@ from ..criteria import (
     layer_held_out_errors,
     with_outputs,
 )
-from ..layers import DecomposableLayer, Layer, decomposable
+from ..layers import DecomposableLayer, Layer, decomposable, left_out_text, saying_what_is_left_out
 from ..text import shape_text, table
 from .budget_loop import PlanProblem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
@@ -117,7 +117,8 @@ class Analysis:
 
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
-                errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too little to be used.
+                errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too little to be used;
+                no layer can be decomposed under error=.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
@@ -152,8 +153,11 @@ class Analysis:
             problem = PlanProblem(self.model, self.params, layers, choices, spectra, method)
             if error is not None:
                 outcome = problem.within(float(error))
+                if not layers:
+                    warnings.warn(f"no layer can be decomposed: {left_out_text(self.layers)}", stacklevel=2)
                 break
-            outcome = solve_shares(problem, shares, example_inputs, p, cache)
+            with saying_what_is_left_out(self.layers):
+                outcome = solve_shares(problem, shares, example_inputs, p, cache)
             doubt = problem.doubt(outcome, list(weights.values()), p)
             if not doubt:
                 break

@@ -111,6 +111,8 @@ def solve_shares(
         tables.append(flops_table(layers, choices, calls, operations, float(flops)))
     if latency is None:
         return PlanOutcome(choices, problem.solve(tables, p), tables)
+    if not layers and latency < 1:
+        raise BudgetError(f"latency={latency:g} cannot be met: the smallest reachable is latency=1")
     device = device_of(problem.model)
     times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
     return _solve_within_latency(problem, tables, times, float(latency), example_inputs, p, device)

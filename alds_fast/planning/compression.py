@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError
+from ..layers import check_copyable
 from ..measurement import check_batches
 from .defaults import resolved_precision
 from .options import check_plan_options
@@ -36,7 +37,8 @@ def compress(
     moment_order, held_out, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align,
     bias_correction, importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
-    Raises what these raise, and ArgumentError for an unknown option.
+    Raises what these raise, ArgumentError for an unknown option, and ModelError, before the work, for a model that
+    cannot be copied.
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
@@ -55,6 +57,7 @@ def compress(
         check_batches(options.get("data"))
     shares = {"params": params, "flops": flops, "latency": latency}
     check_plan_options(shares, error, example_inputs, **planning)  # before the work
+    check_copyable(model)
     analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
     if options.get("data") is None:
         analysing.setdefault("precision", resolved_precision(shares, options.get("criterion"), options.get("method")))

@@ -17,7 +17,7 @@ from ..errors import AldsError, PlanError
 from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved
-from ..layers import annotate, count_params, decomposable, find_layers, label
+from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
 from ..measurement import check_batches
 from ..text import number, shape_text, table
 from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row
@@ -114,13 +114,14 @@ class Plan:
         error. The result carries this plan, without moments and spectra, as ``alds_plan`` and, per replaced layer, how
         its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
         LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
-        cannot be copied.
+        cannot be copied. Warns of optimizers and functions that hang on the model and hold dense layers.
         """
         check_model(model)
         if count_params(model) != self.params_before:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
         if refit is not None:
             check_batches(refit)
+        check_copyable(model)
         choices = [row.choice for row in self.layers]
         chosen = [c for c in choices if c is not None]
         small, reports = factorize(
@@ -128,6 +129,7 @@ class Plan:
         )
         if refit is not None:
             reports |= self._refit(small, model, refit, mask, moments)
+        warn_of_holders(model, [choice.name for choice in chosen])
         keep_when_saved(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
         return small

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, layer_spectra, total_work, with_groups
-from ..layers import check_weight, count_params, decomposable, find_layers
+from ..layers import check_values, check_weights_are_there, count_params, decomposable, find_layers
 from ..linalg import SCHEMES
 from .analysis import Analysis
 from .options import check_groups, check_held_out, check_schemes, is_float32
@@ -59,7 +59,8 @@ def analyze(
         progress: told (what, done, total) as the work goes on; total is 0 where ``data`` has no length.
 
     Raises:
-        WeightError: a layer has NaN or infinite weights, or none at all (meta device).
+        WeightError: a parameter has NaN or infinite values, or a buffer NaN; or weights are not there (meta device,
+            sharded models).
         LayerNotFoundError: a pattern matches no layer.
         ArgumentError, ModelError: an argument is out of range or not a module.
 
@@ -72,8 +73,8 @@ def analyze(
     schemes, groups, float32 = check_schemes(schemes), check_groups(groups), is_float32(precision)
     layers = [with_groups(layer, groups) for layer in find_layers(model, include, exclude)]
     ready = decomposable(layers)
-    for layer in ready:
-        check_weight(layer)
+    check_weights_are_there(layers)
+    check_values(model, layers, exclude)
     told = progress or tell_nobody
     weights, finished = total_work(ready, schemes), 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.models import images, small_net
+from support.models import Wrapped, images, small_net
 from torch import nn
 
 import alds_fast as alds
@@ -319,3 +319,12 @@ def test_a_saved_file_has_ordinary_permissions(path):
     mask = os.umask(0)
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.filterwarnings("ignore:no layer can be decomposed")
+def test_a_state_without_memory_of_its_own_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(Wrapped(model[0].weight.data))
+    small = alds.compress(model, error=0.5)
+    with pytest.raises(ModelError, match=r"state '0\.weight' is a Wrapped.*save the model before it is quantised"):
+        alds.save(small, tmp_path / "model.st")

@@ -33,3 +33,21 @@ def weight_shapes(draw):
     channels, filters = g0 * draw(st.sampled_from([1, 2, 3, 4, 6])), g0 * draw(st.integers(1, 5))
     kernel = draw(st.lists(st.integers(1, 4), max_size=3))
     return WeightShape(filters, channels, tuple(kernel), g0 if kernel else 1)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that holds another one and no memory, as quantised and sharded ones do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        unwrapped = torch.utils._pytree.tree_map_only(Wrapped, lambda t: t.inner, (args, kwargs or {}))
+        result = func(*unwrapped[0], **unwrapped[1])
+        copies = (torch.ops.aten.detach.default, torch.ops.aten.clone.default)
+        return cls(result) if func in copies else result

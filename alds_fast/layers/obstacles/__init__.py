@@ -1,0 +1,20 @@
+"""What stands in the way of a replacement: reasons of single layers, and what hangs on a model.
+
+Here belongs what is looked at before a layer is replaced. Finding layers belongs in ``discovery``, copying in
+``replacement``.
+"""
+
+from .attributes import attributes, held_past_the_model, uncopied, warn_of_holders
+from .reasons import SHARDED, Ancestors, has_hooks, reasons_text, structural_reason
+
+__all__ = [
+    "SHARDED",
+    "Ancestors",
+    "attributes",
+    "has_hooks",
+    "held_past_the_model",
+    "reasons_text",
+    "structural_reason",
+    "uncopied",
+    "warn_of_holders",
+]

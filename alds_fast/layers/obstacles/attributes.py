@@ -1,0 +1,133 @@
+"""What hangs on a model: objects that cannot be copied, and functions that hold a layer past the model."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+import warnings
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Size)
+_ENDS = (*_PLAIN, Tensor, types.FunctionType, weakref.ref, torch.jit.ScriptModule)
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(path, part) of what an object holds, as a deep copy goes through it."""
+    if isinstance(value, _ENDS):
+        return
+    if isinstance(value, dict):
+        yield from ((f"{path}[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+        yield from ((f"{path}[{i}]", part) for i, part in enumerate(value))
+    elif isinstance(value, types.MethodType):
+        yield f"{path}.__self__", value.__self__
+    elif isinstance(value, functools.partial):
+        yield from ((f"{path}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, nn.Module):
+        yield from ((f"{path}.{key}", part) for table in _TABLES for key, part in vars(value)[table].items())
+    if type(value).__name__ == "OptimizedModule":  # which makes its functions anew
+        return
+    for name, part in getattr(value, "__dict__", {}).items():
+        if name not in _TABLES and not (isinstance(part, dict | set) and not part):  # most are tables without hooks
+            yield f"{path}.{name}", part
+
+
+def attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, object), each object once, of all that hangs on the model: ``("model.trainer.lock", lock)``.
+
+    It goes through modules, containers and the attributes of objects, not into functions.
+
+    >>> [path for path, part in attributes(nn.Linear(2, 2)) if isinstance(part, Tensor)]
+    ['model.weight', 'model.bias']
+    """
+    waiting: list[tuple[str, Any]] = [("model", model)]
+    seen: set[int] = set()
+    for path, value in waiting:  # it grows
+        if not isinstance(value, _PLAIN) and id(value) not in seen:
+            seen.add(id(value))
+            yield path, value
+            waiting.extend(_parts(path, value))
+
+
+def uncopied(path: str, value: Any, memo: Mapping[int, Any], above: frozenset[int] = frozenset()) -> tuple[str, Any]:
+    """The innermost part at which a deep copy of an object fails, and its path; no part of what copies itself."""
+    if hasattr(value, "__deepcopy__"):
+        return path, value
+    above |= {id(value)}
+    for part_path, part in _parts(path, value):
+        if id(part) not in above:
+            try:
+                copy.deepcopy(part, dict(memo))
+            except Exception:
+                return uncopied(part_path, part, memo, above)
+    return path, value
+
+
+def _captured(function: Any) -> Iterator[nn.Module | Tensor]:
+    """Modules and tensors that a function or weak reference holds where a deep copy does not follow."""
+    waiting, seen = [function], set()
+    for value in waiting:  # it grows
+        if id(value) in seen or isinstance(value, _PLAIN):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module | Tensor):
+            yield value
+        elif isinstance(value, types.FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            waiting += [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif isinstance(value, weakref.ref):
+            waiting.append(value())
+        elif isinstance(value, types.MethodType | functools.partial | dict | list | tuple | set):
+            waiting += [part for _, part in _parts("", value)]
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(path, id of a module or tensor) for every function that holds it past the model."""
+    for path, value in attributes(model):
+        if isinstance(value, types.FunctionType | weakref.ref):
+            yield from ((path, id(part)) for part in _captured(value))
+
+
+def held_past_the_model(model: nn.Module) -> dict[int, str]:
+    """By id of a module or tensor, the path of a function that would keep the dense one after a replacement.
+
+    That is a closure, a default or a weak reference, which a copy shares with the model, or a bound method of another
+    class than the new layer's.
+    """
+    held = {key: path for path, key in _holders(model)}
+    for path, value in attributes(model):
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            owner = value.__self__
+            if not any(part is value for part in vars(owner).values()):
+                held.setdefault(id(owner), path)
+    return held
+
+
+def warn_of_holders(model: nn.Module, replaced: Collection[str]) -> None:
+    """UserWarning for an optimizer of replaced layers, and for a function that holds a module with such layers."""
+    layers = [model.get_submodule(name) for name in replaced]
+    modules = {id(layer) for layer in layers}
+    tensors = {id(p) for layer in layers for p in layer.parameters()}
+    for path, value in attributes(model):
+        groups = value.param_groups if isinstance(value, torch.optim.Optimizer) else []
+        if any(id(p) in tensors for group in groups for p in group["params"]):
+            warnings.warn(
+                f"{path}: this optimizer trains weights of the dense layers; give the compressed model a new one",
+                stacklevel=3,
+            )
+    above = {id(m): n for n, m in model.named_modules() if any(id(part) in modules for part in m.modules())}
+    for path, key in _holders(model):
+        if key in above:
+            warnings.warn(
+                f"{path}: this function holds {above[key] or 'the model'!r}, and would use its dense layers in the "
+                f"compressed model too; set it anew there",
+                stacklevel=3,
+            )
