@@ -18,6 +18,9 @@ class LowRankLinear(LowRankLayer):
     (out_features, groups * rank). Raises ArgumentError for groups that do not divide in_features or a rank outside
     1..min(out_features, in_features / groups).
 
+    Attributes of ``nn.Linear`` are here with their meaning. ``slices`` is the number of input slices, which the
+    constructor takes as ``groups``; as ``nn.Linear`` has no groups, ``.groups`` is another name of it.
+
     >>> LowRankLinear(64, 32, rank=4, groups=2)
     LowRankLinear(in_features=64, out_features=32, scheme=0, groups=2, rank=4)
     """
@@ -37,6 +40,21 @@ class LowRankLinear(LowRankLayer):
         decomposition = Decomposition(scheme, groups, rank)
         super().__init__(WeightShape(out_features, in_features), decomposition, bias, device, dtype)
 
+    @property
+    def in_features(self) -> int:
+        """As of ``nn.Linear``."""
+        return self.weight_shape.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """As of ``nn.Linear``."""
+        return self.weight_shape.out_channels
+
+    @property
+    def groups(self) -> int:
+        """The number of input slices, as ``slices``."""
+        return self.slices
+
     @classmethod
     def from_dense(cls, linear: nn.Linear, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankLinear:
         """The layer of that rank whose weight is nearest to that of ``linear`` (Frobenius), of its type and device.
@@ -55,8 +73,8 @@ class LowRankLinear(LowRankLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._two_op(input):
-            return lowrank_linear_ref(input, self.encoder, self.decoder, self.bias, None, self.groups)
-        return lowrank_linear(input, self.encoder, self.decoder, self.bias, groups=self.groups, backend=self.backend)
+            return lowrank_linear_ref(input, self.encoder, self.decoder, self.bias, None, self.slices)
+        return lowrank_linear(input, self.encoder, self.decoder, self.bias, groups=self.slices, backend=self.backend)
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the fused kernel cannot run this layer on ``x``; None if it can."""
@@ -64,9 +82,7 @@ class LowRankLinear(LowRankLayer):
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` that the layer stands for, on the meta device."""
-        shape = self.weight_shape
-        return nn.Linear(shape.in_channels, shape.out_channels, self.bias is not None, device="meta")
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
 
     def extra_repr(self) -> str:
-        shape = self.weight_shape
-        return f"in_features={shape.in_channels}, out_features={shape.out_channels}, {self._structure()}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._structure()}"
