@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class LowRankLayer(nn.Module):
 
     bias: Tensor | None
     backend: str = "auto"
+    _dense_attributes: tuple[str, ...]  # those of the dense layer that are not tensors
 
     def __init__(
         self,
@@ -109,6 +111,22 @@ class LowRankLayer(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return dense.train(self.training)
+
+    def plain_module(self) -> nn.Sequential:
+        """The same function as an encoder and a decoder of torch's types, which hold this very layer's parameters.
+
+        It has the attributes of the dense layer, and ``weight`` as the layer has it. The encoder of a linear layer with
+        slices is one ``nn.Linear`` for each slice, with a copy of its part of the parameter.
+        """
+        encoder, decoder = self._plain_halves()
+        plain: Any = nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder)).train(self.training)
+        for name in self._dense_attributes:
+            setattr(plain, name, getattr(self, name))
+        plain.weight = AbsentWeight(f"the plain form of {type(self).__name__}", self.weight_shape.weight, plain)
+        return plain
+
+    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
+        raise NotImplementedError
 
     def set_factors(self, left: Tensor, right: Tensor, like: Tensor) -> None:
         """Take the slices' factors in the type, on the device and with the requires_grad of ``like``.

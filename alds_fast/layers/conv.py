@@ -53,6 +53,20 @@ class _HalfConv:
             x = F.pad(x, self.pad, self.mode)
         return self.conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def module(self, layer: LowRankConv, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """The same as an ``nn.Conv1d``, 2d or 3d that holds these very parameters; ``layer``: whose half it is."""
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        if self.pad:
+            padding = "same" if layer.padding == "same" else tuple(self.pad[-2::-2])
+            options |= {"padding": padding, "padding_mode": layer.padding_mode}
+        options |= {"groups": self.groups, "bias": bias is not None, "device": "meta"}
+        out_channels, in_channels, *kernel = weight.shape
+        conv: nn.Module = layer._dense(in_channels * self.groups, out_channels, tuple(kernel), **options)
+        conv.weight = weight
+        if bias is not None:
+            conv.bias = bias
+        return conv
+
 
 class LowRankConv(LowRankLayer):
     """Convolution of rank ``rank`` per channel slice; see :class:`LowRankConv2d`."""
@@ -60,6 +74,10 @@ class LowRankConv(LowRankLayer):
     ndim: int
     _dense: Any
     transposed = False
+    _dense_attributes = (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+        *("transposed", "output_padding", "padding_mode"),
+    )
 
     def __init__(
         self,
@@ -160,6 +178,10 @@ class LowRankConv(LowRankLayer):
         """The ``nn.Conv1d``, 2d or 3d that the layer stands for, on the meta device."""
         options = self._conv_options() | {"groups": self.groups, "bias": self.bias is not None, "device": "meta"}
         return self._dense(self.in_channels, self.out_channels, self.kernel_size, **options)
+
+    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
+        encoder = self._encode.module(self, self.encoder, None)
+        return encoder, self._decode.module(self, self.decoder, self.bias)
 
     def extra_repr(self) -> str:
         defaults = ((1,) * self.ndim, (0,) * self.ndim, (1,) * self.ndim, "zeros")

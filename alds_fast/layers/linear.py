@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,34 @@ from ..errors import ArgumentError
 from ..kernels import lowrank_linear, lowrank_linear_ref, why_not_fused_linear
 from ..linalg import Decomposition, WeightShape
 from .base import LowRankLayer
+
+
+def _linear(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Linear:
+    """The ``nn.Linear`` that holds these very parameters."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias  # type: ignore[assignment]
+    return linear
+
+
+class SlicedLinear(nn.Module):
+    """An ``nn.Linear`` for each of the equal slices of the last dimension, their outputs one after the other.
+
+    x (..., sum of in_features) to (..., sum of out_features). The encoder of a low-rank linear layer with slices, in a
+    form that traces and scripts and whose parameters every tool finds.
+    """
+
+    def __init__(self, slices: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.slices = nn.ModuleList(slices)
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = input.chunk(len(self.slices), -1)
+        outputs = []
+        for i, linear in enumerate(self.slices):
+            outputs.append(linear(parts[i]))
+        return torch.cat(outputs, -1)
 
 
 class LowRankLinear(LowRankLayer):
@@ -24,6 +54,8 @@ class LowRankLinear(LowRankLayer):
     >>> LowRankLinear(64, 32, rank=4, groups=2)
     LowRankLinear(in_features=64, out_features=32, scheme=0, groups=2, rank=4)
     """
+
+    _dense_attributes = ("in_features", "out_features")
 
     def __init__(
         self,
@@ -83,6 +115,13 @@ class LowRankLinear(LowRankLayer):
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` that the layer stands for, on the meta device."""
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+
+    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
+        decoder = _linear(self.decoder, self.bias)
+        if self.slices == 1:
+            return _linear(self.encoder), decoder
+        blocks, trained = self.encoder.detach().chunk(self.slices), self.encoder.requires_grad
+        return SlicedLinear([_linear(nn.Parameter(block.clone(), trained)) for block in blocks]), decoder
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._structure()}"
