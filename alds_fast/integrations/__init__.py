@@ -3,6 +3,7 @@
 Here belongs what has to follow another library's releases. Files of this package's own belong in checkpoints.
 """
 
+from .peft import grown_factors
 from .plain import to_plain
 from .transformers_keys import stored_names
 from .transformers_quantizer import METHOD, VERSION, checked_layers, keep_when_saved, layer_config, transformers_format
@@ -11,6 +12,7 @@ __all__ = [
     "METHOD",
     "VERSION",
     "checked_layers",
+    "grown_factors",
     "keep_when_saved",
     "layer_config",
     "stored_names",
