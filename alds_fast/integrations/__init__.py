@@ -5,12 +5,14 @@ Here belongs what has to follow another library's releases. Files of this packag
 
 from .peft import grown_factors
 from .plain import to_plain
+from .transformers_embeddings import check_resizing
 from .transformers_keys import stored_names
 from .transformers_quantizer import METHOD, VERSION, checked_layers, keep_when_saved, layer_config, transformers_format
 
 __all__ = [
     "METHOD",
     "VERSION",
+    "check_resizing",
     "checked_layers",
     "grown_factors",
     "keep_when_saved",

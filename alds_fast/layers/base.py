@@ -76,7 +76,13 @@ class LowRankLayer(nn.Module):
                 f"{type(self).__name__} has no dense weight to set; set .encoder and .decoder, or put layer.to_dense() "
                 f"in its place and set the weight of that"
             )
-        super().__setattr__(name, value)
+        if not isinstance(getattr(type(self), name, None), property):
+            super().__setattr__(name, value)
+        elif value != getattr(self, name):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is {getattr(self, name)!r} by the shape of its factors and cannot be set "
+                f"to {value!r}; put another layer in its place"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Modules that an earlier version pickled have the number of slices as ``groups``."""
