@@ -5,6 +5,7 @@ Here belongs what has to follow another library's releases. Files of this packag
 
 from .peft import grown_factors
 from .plain import to_plain
+from .torchao import warn_of_low_rank
 from .transformers_embeddings import check_resizing
 from .transformers_keys import stored_names
 from .transformers_quantizer import METHOD, VERSION, checked_layers, keep_when_saved, layer_config, transformers_format
@@ -20,4 +21,5 @@ __all__ = [
     "stored_names",
     "to_plain",
     "transformers_format",
+    "warn_of_low_rank",
 ]

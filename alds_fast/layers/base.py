@@ -80,8 +80,8 @@ class LowRankLayer(nn.Module):
             super().__setattr__(name, value)
         elif value != getattr(self, name):
             raise AttributeError(
-                f"{type(self).__name__}.{name} is {getattr(self, name)!r} by the shape of its factors and cannot be set "
-                f"to {value!r}; put another layer in its place"
+                f"{type(self).__name__}.{name} is {getattr(self, name)!r} by the shape of its factors and cannot be "
+                f"set to {value!r}; put another layer in its place"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
