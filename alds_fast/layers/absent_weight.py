@@ -72,6 +72,10 @@ class AbsentWeight:
             factor.requires_grad_(requires_grad)
         return self
 
+    def stands_for(self, layer: nn.Module) -> bool:
+        """Whether it is the weight of that layer."""
+        return self._holder is layer
+
     def _refuse(self, *_: Any) -> NoReturn:
         raise AttributeError(
             f"{self._owner} has no dense weight; code that uses .weight needs the layer left out (exclude=) or the "

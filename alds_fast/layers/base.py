@@ -72,6 +72,8 @@ class LowRankLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
+            if isinstance(value, AbsentWeight) and value.stands_for(self):
+                return
             raise AttributeError(
                 f"{type(self).__name__} has no dense weight to set; set .encoder and .decoder, or put layer.to_dense() "
                 f"in its place and set the weight of that"

@@ -94,6 +94,16 @@ class MergedPart(nn.Module):
         super().__init__()
         self.merged, self.index = merged, index
 
+    @property
+    def in_features(self) -> int:
+        """As of ``nn.Linear``."""
+        return self.merged.encoder.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """As of ``nn.Linear``."""
+        return self.merged.decoders[self.index].shape[0]
+
     def forward(self, input: Tensor) -> Tensor:
         return self.merged.part(input, self.index)
 

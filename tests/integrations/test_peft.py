@@ -159,6 +159,14 @@ def test_several_adapters():
     assert torch.equal(adapted(X), one)
 
 
+def test_mixed_adapters():
+    mixed = peft.get_peft_model(compressed(), lora(target_modules=["first"]), mixed=True)
+    mixed.add_adapter("other", lora(target_modules=["first", "second"]))
+    mixed.set_adapter(["default", "other"])
+    y = mixed(X)
+    torch.testing.assert_close(mixed.merge_and_unload()(X), y)
+
+
 def test_a_merge_that_is_not_finite_changes_nothing():
     adapted = peft.get_peft_model(compressed(), lora(target_modules=["first"]))
     before = factors(adapted)

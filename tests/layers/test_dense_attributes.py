@@ -9,7 +9,7 @@ from support.models import CONV
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.layers import LOW_RANK, LowRankLayer
+from alds_fast.layers import LOW_RANK, LowRankLayer, MergedLinears, MergedPart
 
 CONV_ATTRIBUTES = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
@@ -118,6 +118,20 @@ def test_a_weight_cannot_be_put_in(value):
     with pytest.raises(AttributeError, match=r"LowRankLinear has no dense weight to set; .*to_dense\(\)"):
         layer.weight = value
     assert layer.state_dict().keys() == before.keys()
+
+
+def test_its_own_weight_can_be_put_back():
+    """As peft does when it takes its layers out."""
+    layer, other = alds.LowRankLinear(4, 8, 2), alds.LowRankLinear(4, 8, 2)
+    layer.weight = layer.weight
+    assert layer.weight.shape == (8, 4) and "weight" not in vars(layer)
+    with pytest.raises(AttributeError, match="no dense weight to set"):
+        layer.weight = other.weight
+
+
+def test_merged_layers_tell_their_sizes():
+    merged = MergedLinears([alds.LowRankLinear(8, 8, 2), alds.LowRankLinear(8, 4, 3)])
+    assert [(MergedPart(merged, i).in_features, MergedPart(merged, i).out_features) for i in (0, 1)] == [(8, 8), (8, 4)]
 
 
 VALUE_USES = {
