@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ..errors import WeightError
+from ..errors import ModelError, WeightError
 from ..linalg import (
     Decomposition,
     WeightShape,
@@ -106,6 +107,8 @@ class LowRankLayer(nn.Module):
 
     def _two_op(self, x: Tensor) -> bool:
         """Whether two library calls are all that can come of it; they check their arguments themselves."""
+        if isinstance(x, Proxy):
+            raise ModelError(f"torch.fx cannot trace {type(self).__name__}; trace alds_fast.to_plain(model) instead")
         return self.backend == "two-op" or (self.backend == "auto" and not x.is_cuda)
 
     def why_not_fused(self, x: Tensor) -> str | None:

@@ -135,6 +135,12 @@ def test_it_traces_scripts_and_exports(slices):
     torch.testing.assert_close(torch.fx.symbolic_trace(plain)(other), plain(other))
 
 
+@pytest.mark.parametrize("layer", [alds.LowRankLinear(8, 8, 2, groups=2), alds.LowRankConv2d(4, 6, 3, 2)])
+def test_a_trace_of_the_compressed_model_says_what_to_do(layer):
+    with pytest.raises(ModelError, match=rf"torch.fx cannot trace {type(layer).__name__}; trace .*to_plain"):
+        torch.fx.symbolic_trace(nn.Sequential(layer))
+
+
 def test_features_are_taken_out_by_a_trace():
     """As torchvision's create_feature_extractor does: the graph up to a node."""
     plain = alds.to_plain(mixed(1))
