@@ -14,6 +14,7 @@ from torch import nn
 import alds_fast as alds
 from alds_fast.errors import ModelError
 from alds_fast.integrations import grown_factors
+from alds_fast.integrations import peft as hooks
 from alds_fast.layers import LowRankLayer, MergedLinears, MergedPart
 
 peft = pytest.importorskip("peft")
@@ -296,6 +297,15 @@ def test_layers_that_are_no_target_disturb_nothing():
     for config in (peft.IA3Config(target_modules=["head"], feedforward_modules=[]), lora(target_modules=["head"])):
         adapted = peft.get_peft_model(copy.deepcopy(model), config)
         assert type(adapted.base_model.model.first) is alds.LowRankLinear and adapted(X).shape == (16, 8)
+
+
+def test_a_peft_that_is_built_otherwise_is_left_alone(monkeypatch):
+    utils = sys.modules["peft.tuners.tuners_utils"]
+    before = utils.BaseTuner.inject_adapter
+    monkeypatch.delattr(utils, "SEQ_CLS_HEAD_NAMES")
+    with pytest.warns(UserWarning, match=r"no \['SEQ_CLS_HEAD_NAMES'\]: it cannot adapt low-rank layers; .*to_plain"):
+        hooks._teach_peft()
+    assert utils.BaseTuner.inject_adapter is before
 
 
 @pytest.mark.slow
