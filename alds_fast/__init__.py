@@ -20,6 +20,7 @@ from .checkpoints import CompressedCheckpoint, compress_checkpoint, from_pretrai
 from .deployment import DeployTable, deploy
 from .errors import AldsError
 from .evaluation import Evaluation, evaluate
+from .integrations import to_plain
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .planning import Analysis, LayerPlan, Plan, analyze, compress, plot_plan
 from .retraining import Retrained, retrain
@@ -49,4 +50,5 @@ __all__ = [
     "plot_plan",
     "retrain",
     "save",
+    "to_plain",
 ]

@@ -29,8 +29,8 @@ def regrouped(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
 
     Args:
         layer: a low-rank layer; it is not changed, and the result shares nothing with it.
-        groups: a divisor of ``layer.groups``.
-        rank: at least ``layer.rank * layer.groups / groups``.
+        groups: a divisor of ``layer.slices``.
+        rank: at least ``layer.rank * layer.slices / groups``.
 
     Raises:
         ArgumentError: groups or rank is out of range.
@@ -40,9 +40,9 @@ def regrouped(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
     LowRankLinear(in_features=64, out_features=32, scheme=0, groups=2, rank=8)
     """
     shape = layer.weight_shape
-    if groups < 1 or layer.groups % groups:
-        raise ArgumentError(f"groups={groups} does not divide the layer's {layer.groups}")
-    per_group = layer.groups // groups
+    if groups < 1 or layer.slices % groups:
+        raise ArgumentError(f"groups={groups} does not divide the layer's {layer.slices}")
+    per_group = layer.slices // groups
     full = max_rank(shape, layer.scheme, groups)
     if not layer.rank * per_group <= rank <= full:
         raise ArgumentError(f"rank={rank} is outside {layer.rank * per_group}..{full} for groups={groups}")
@@ -70,10 +70,10 @@ def variants(layer: LowRankLayer, multiple: int) -> dict[str, LowRankLayer]:
     weight is left out.
     """
     shape, forms = layer.weight_shape, {}
-    for groups in sorted({g for g in MERGED_GROUPS if layer.groups % g == 0} | {layer.groups}):
-        least = layer.rank * layer.groups // groups
+    for groups in sorted({g for g in MERGED_GROUPS if layer.slices % g == 0} | {layer.slices}):
+        least = layer.rank * layer.slices // groups
         rank = -(-least // multiple) * multiple
-        if (groups, rank) == (layer.groups, layer.rank) or rank > max_rank(shape, layer.scheme, groups):
+        if (groups, rank) == (layer.slices, layer.rank) or rank > max_rank(shape, layer.scheme, groups):
             continue
         new = regrouped(layer, groups, rank)
         if new.encoder.numel() + new.decoder.numel() < shape.numel:

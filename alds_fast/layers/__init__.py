@@ -3,6 +3,7 @@
 Here belongs what knows a type of layer. How errors are measured belongs in criteria, how factors are made in factors.
 """
 
+from .absent_weight import AbsentWeight
 from .annotations import annotate
 from .base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -28,6 +29,7 @@ from .values import check_values, check_weight
 
 __all__ = [
     "LOW_RANK",
+    "AbsentWeight",
     "DecomposableLayer",
     "Layer",
     "LowRankConv1d",

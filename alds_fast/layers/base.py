@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.fx import Proxy
 
-from ..errors import WeightError
+from ..errors import ModelError, WeightError
 from ..linalg import (
     Decomposition,
     WeightShape,
@@ -19,52 +20,7 @@ from ..linalg import (
     permuted,
     weights_to_dense,
 )
-
-
-class AbsentWeight:
-    """What a low-rank layer has in the place of ``weight``: its shape, type and device, which much code asks for.
-
-    Whatever needs its values raises AttributeError.
-    """
-
-    _is_hf_initialized = True  # transformers' functions that initialise weights pass it by
-
-    def __init__(self, owner: str, shape: tuple[int, ...], like: Tensor) -> None:
-        self._owner, self.shape = owner, torch.Size(shape)
-        self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
-        self.ndim, self.is_cuda = len(shape), like.is_cuda
-
-    def size(self, dim: int | None = None) -> Any:
-        """As of a tensor."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        """As of a tensor."""
-        return self.ndim
-
-    def numel(self) -> int:
-        """As of a tensor."""
-        return self.shape.numel()
-
-    def is_floating_point(self) -> bool:
-        """As of a tensor."""
-        return self.dtype.is_floating_point
-
-    def _refuse(self) -> None:
-        raise AttributeError(
-            f"{self._owner} has no dense weight; code that uses .weight needs the layer left out (exclude=) or "
-            f"dense_weight()"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._refuse()
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        absent = next(a for a in tree_leaves([args, kwargs]) if isinstance(a, AbsentWeight))
-        return absent._refuse()
+from .absent_weight import AbsentWeight
 
 
 class LowRankLayer(nn.Module):
@@ -73,13 +29,15 @@ class LowRankLayer(nn.Module):
     Attributes:
         encoder, decoder: parameters, shapes by :meth:`alds_fast.linalg.Decomposition.factor_shapes`.
         bias: parameter (out_channels,) or None.
+        weight: stands for the dense weight, which is not there: shape, type and device, see AbsentWeight.
         weight_shape: the dense weight that they replace.
-        scheme, groups, rank: the fold, the number of channel slices and the rank of each.
+        scheme, slices, rank: the fold, the number of channel slices and the rank of each.
         backend: "auto", "fused", "fused-first" or "two-op", see :mod:`alds_fast.kernels.functional`; deploy sets it.
     """
 
     bias: Tensor | None
     backend: str = "auto"
+    _dense_attributes: tuple[str, ...]  # those of the dense layer that are not tensors
 
     def __init__(
         self,
@@ -91,7 +49,7 @@ class LowRankLayer(nn.Module):
     ) -> None:
         super().__init__()
         encoder, decoder = decomposition.check(shape).factor_shapes(shape)
-        self.weight_shape, (self.scheme, self.groups, self.rank) = shape, decomposition
+        self.weight_shape, (self.scheme, self.slices, self.rank) = shape, decomposition
         self.encoder = nn.Parameter(torch.empty(encoder, device=device, dtype=dtype))
         self.decoder = nn.Parameter(torch.empty(decoder, device=device, dtype=dtype))
         if bias:
@@ -110,18 +68,38 @@ class LowRankLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            return AbsentWeight(type(self).__name__, self.weight_shape.weight, self.encoder)
+            return AbsentWeight(type(self).__name__, self.weight_shape.weight, self)
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            if isinstance(value, AbsentWeight) and value.stands_for(self):
+                return
+            raise AttributeError(
+                f"{type(self).__name__} has no dense weight to set; set .encoder and .decoder, or put layer.to_dense() "
+                f"in its place and set the weight of that"
+            )
+        if not isinstance(getattr(type(self), name, None), property):
+            super().__setattr__(name, value)
+        elif value != getattr(self, name):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is {getattr(self, name)!r} by the shape of its factors and cannot be "
+                f"set to {value!r}; put another layer in its place"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Modules that an earlier version pickled have the number of slices as ``groups``."""
+        super().__setstate__({("slices" if name == "groups" else name): value for name, value in state.items()})
 
     @property
     def decomposition(self) -> Decomposition:
         """Its (scheme, groups, rank)."""
-        return Decomposition(self.scheme, self.groups, self.rank)
+        return Decomposition(self.scheme, self.slices, self.rank)
 
     def dense_weight(self) -> Tensor:
         """The dense weight that the factors stand for, of shape ``weight_shape.weight``, in their dtype."""
         factors = self.encoder.double(), self.decoder.double()
-        return weights_to_dense(*factors, self.weight_shape, self.scheme, self.groups).to(self.encoder.dtype)
+        return weights_to_dense(*factors, self.weight_shape, self.scheme, self.slices).to(self.encoder.dtype)
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` or ``nn.ConvNd`` that the layer stands for, on the meta device."""
@@ -129,6 +107,8 @@ class LowRankLayer(nn.Module):
 
     def _two_op(self, x: Tensor) -> bool:
         """Whether two library calls are all that can come of it; they check their arguments themselves."""
+        if isinstance(x, Proxy):
+            raise ModelError(f"torch.fx cannot trace {type(self).__name__}; trace alds_fast.to_plain(model) instead")
         return self.backend == "two-op" or (self.backend == "auto" and not x.is_cuda)
 
     def why_not_fused(self, x: Tensor) -> str | None:
@@ -142,6 +122,22 @@ class LowRankLayer(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return dense.train(self.training)
+
+    def plain_module(self) -> nn.Sequential:
+        """The same function as an encoder and a decoder of torch's types, which hold this very layer's parameters.
+
+        It has the attributes of the dense layer, and ``weight`` as the layer has it. The encoder of a linear layer with
+        slices is one ``nn.Linear`` for each slice, with a copy of its part of the parameter.
+        """
+        encoder, decoder = self._plain_halves()
+        plain: Any = nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder)).train(self.training)
+        for name in self._dense_attributes:
+            setattr(plain, name, getattr(self, name))
+        plain.weight = AbsentWeight(f"the plain form of {type(self).__name__}", self.weight_shape.weight, plain)
+        return plain
+
+    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
+        raise NotImplementedError
 
     def set_factors(self, left: Tensor, right: Tensor, like: Tensor) -> None:
         """Take the slices' factors in the type, on the device and with the requires_grad of ``like``.
@@ -160,8 +156,8 @@ class LowRankLayer(nn.Module):
             raise WeightError(f"{module}: its weight has NaN, infinite or, on the meta device, no values")
         wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         matrix = permuted(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
-        (factors,) = batched_rsvd([matrix], [self.groups], [self.rank], exact=True)
-        left, right = (f.unflatten(0, (shape.conv_groups, self.groups)) for f in (factors.left, factors.right))
+        (factors,) = batched_rsvd([matrix], [self.slices], [self.rank], exact=True)
+        left, right = (f.unflatten(0, (shape.conv_groups, self.slices)) for f in (factors.left, factors.right))
         self.set_factors(left, right, weight)
         if isinstance(module.bias, Tensor):
             self.bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)

@@ -41,7 +41,7 @@ class _HalfConv:
             return tuple(v if a in axes else neutral for a, v in enumerate(values))
 
         self.stride, self.dilation = own(layer.stride, 1), own(layer.dilation, 1)
-        pads = own(_axis_padding(layer.padding, layer.weight_shape.kernel, layer.dilation), (0, 0))
+        pads = own(_axis_padding(layer.padding, layer.kernel_size, layer.dilation), (0, 0))
         native = layer.padding_mode == "zeros" and all(before == after for before, after in pads)
         self.padding = tuple(p[0] if native else 0 for p in pads)
         self.pad = [] if native or not any(map(any, pads)) else [n for p in reversed(pads) for n in p]
@@ -53,12 +53,31 @@ class _HalfConv:
             x = F.pad(x, self.pad, self.mode)
         return self.conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def module(self, layer: LowRankConv, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """The same as an ``nn.Conv1d``, 2d or 3d that holds these very parameters; ``layer``: whose half it is."""
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        if self.pad:
+            padding = "same" if layer.padding == "same" else tuple(self.pad[-2::-2])
+            options |= {"padding": padding, "padding_mode": layer.padding_mode}
+        options |= {"groups": self.groups, "bias": bias is not None, "device": "meta"}
+        out_channels, in_channels, *kernel = weight.shape
+        conv: nn.Module = layer._dense(in_channels * self.groups, out_channels, tuple(kernel), **options)
+        conv.weight = weight
+        if bias is not None:
+            conv.bias = bias
+        return conv
+
 
 class LowRankConv(LowRankLayer):
     """Convolution of rank ``rank`` per channel slice; see :class:`LowRankConv2d`."""
 
     ndim: int
     _dense: Any
+    transposed = False
+    _dense_attributes = (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+        *("transposed", "output_padding", "padding_mode"),
+    )
 
     def __init__(
         self,
@@ -96,6 +115,31 @@ class LowRankConv(LowRankLayer):
         self._encode = _HalfConv(self, encoder, conv_groups * groups)
         self._decode = _HalfConv(self, decoder, conv_groups)
 
+    @property
+    def in_channels(self) -> int:
+        """As of the dense layer."""
+        return self.weight_shape.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """As of the dense layer."""
+        return self.weight_shape.out_channels
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """As of the dense layer."""
+        return self.weight_shape.kernel
+
+    @property
+    def groups(self) -> int:
+        """As of the dense layer: the groups of the convolution, which the constructor takes as ``conv_groups``."""
+        return self.weight_shape.conv_groups
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        """As of the dense layer, which is not transposed: zeros."""
+        return (0,) * self.ndim
+
     @classmethod
     def shaped_like(cls, conv: Any, decomposition: Decomposition) -> LowRankConv:
         """The layer that replaces ``conv``, its factors and bias on the meta device."""
@@ -132,17 +176,20 @@ class LowRankConv(LowRankLayer):
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Conv1d``, 2d or 3d that the layer stands for, on the meta device."""
-        shape, options = self.weight_shape, self._conv_options()
-        options |= {"groups": shape.conv_groups, "bias": self.bias is not None, "device": "meta"}
-        return self._dense(shape.in_channels, shape.out_channels, shape.kernel, **options)
+        options = self._conv_options() | {"groups": self.groups, "bias": self.bias is not None, "device": "meta"}
+        return self._dense(self.in_channels, self.out_channels, self.kernel_size, **options)
+
+    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
+        encoder = self._encode.module(self, self.encoder, None)
+        return encoder, self._decode.module(self, self.decoder, self.bias)
 
     def extra_repr(self) -> str:
-        shape, defaults = self.weight_shape, ((1,) * self.ndim, (0,) * self.ndim, (1,) * self.ndim, "zeros")
+        defaults = ((1,) * self.ndim, (0,) * self.ndim, (1,) * self.ndim, "zeros")
         options = zip(self._conv_options().items(), defaults, strict=True)
         shown = [f"{k}={v!r}" for (k, v), default in options if v != default]
-        if shape.conv_groups > 1:
-            shown.append(f"conv_groups={shape.conv_groups}")
-        head = f"{shape.in_channels}, {shape.out_channels}, kernel_size={shape.kernel}"
+        if self.groups > 1:
+            shown.append(f"conv_groups={self.groups}")
+        head = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         return ", ".join([head, *shown, self._structure()])
 
 
@@ -159,6 +206,9 @@ class LowRankConv2d(LowRankConv):
     rank. x is (N, C, H, W) or (C, H, W). Stride, padding and dilation of an axis go to whichever half has that axis
     of the kernel, so the result equals the dense layer's for the recomposed weight (:meth:`to_dense`). Raises
     ArgumentError for groups that do not divide in_channels / conv_groups or a rank outside 1..full.
+
+    Attributes of ``nn.Conv2d`` are here with their meaning, ``.groups`` too: the groups of the convolution. The number
+    of channel slices is ``.slices``.
 
     >>> LowRankConv2d(64, 128, 3, rank=8, groups=4, padding=1)
     LowRankConv2d(64, 128, kernel_size=(3, 3), padding=(1, 1), scheme=0, groups=4, rank=8)
@@ -179,12 +229,12 @@ class LowRankConv2d(LowRankConv):
             batch = F.pad(batch, pad, self._encode.mode)
         padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
         options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
-        options |= {"groups": self.groups, "backend": self.backend}
+        options |= {"groups": self.slices, "backend": self.backend}
         y = lowrank_conv2d(batch, self.encoder, self.decoder, self.bias, **options)
         return y if x.dim() == 4 else y[0]
 
     def _structural_reason(self) -> str | None:
-        if self.weight_shape.conv_groups > 1:
+        if self.groups > 1:
             return "the convolution is grouped itself (conv_groups > 1)"
         return None
 

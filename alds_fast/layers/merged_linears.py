@@ -29,8 +29,8 @@ class MergedLinears(nn.Module):
         super().__init__()
         if not layers or len({layer.weight_shape.in_channels for layer in layers}) > 1:
             raise ArgumentError("the layers to merge do not read the same number of features")
-        if any(layer.groups != 1 for layer in layers):
-            raise ArgumentError(f"layers with channel slices cannot be merged: groups={[la.groups for la in layers]}")
+        if any(layer.slices != 1 for layer in layers):
+            raise ArgumentError(f"layers with channel slices cannot be merged: groups={[la.slices for la in layers]}")
         encoders = torch.cat([layer.encoder.detach() for layer in layers])
         self.encoder = nn.Parameter(encoders, any(layer.encoder.requires_grad for layer in layers))
         self.decoders = nn.ParameterList(copy.deepcopy(layer.decoder) for layer in layers)
@@ -93,6 +93,16 @@ class MergedPart(nn.Module):
     def __init__(self, merged: MergedLinears, index: int) -> None:
         super().__init__()
         self.merged, self.index = merged, index
+
+    @property
+    def in_features(self) -> int:
+        """As of ``nn.Linear``."""
+        return self.merged.encoder.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """As of ``nn.Linear``."""
+        return self.merged.decoders[self.index].shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
         return self.merged.part(input, self.index)

@@ -108,14 +108,20 @@ def _return_to_fast_path(model: nn.Module) -> None:
             vars(module)[flag] = vars(module).pop("alds_fast_path")
 
 
+def _is_changed(module: nn.Module) -> bool:
+    """Whether it is an encoder layer of torch, one of whose linear layers is low-rank or in its plain form."""
+    children = list(module.children()) if isinstance(module, nn.TransformerEncoderLayer) else []
+    return any(isinstance(m, LowRankLayer | nn.Sequential) for m in children)
+
+
 def _leave_fast_path(model: nn.Module) -> None:
     """Keep torch's transformer layers off their fused inference path, which reads the dense weights by name."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(m, LowRankLayer) for m in module.children()
-        ):
+        if isinstance(module, nn.TransformerEncoderLayer) and _is_changed(module):
             vars(module).setdefault("alds_fast_path", module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LowRankLayer) for m in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, LowRankLayer) or _is_changed(m) for m in module.modules()
+        ):
             vars(module).setdefault("alds_fast_path", module.use_nested_tensor)
             module.use_nested_tensor = False

@@ -45,7 +45,7 @@ class Timer:
             whole = call.func is latency.call_model
             times[name] = [self.model(call.args[0]) if whole else self.layer(call.func)] * rounds
             if isinstance(call.func, LowRankLayer):
-                self.timed.append((call.func.weight_shape, call.func.scheme, call.func.groups, call.func.rank))
+                self.timed.append((call.func.weight_shape, call.func.scheme, call.func.slices, call.func.rank))
         return times
 
 
@@ -116,7 +116,7 @@ def test_what_is_slower_than_dense_is_timed_no_further(tmp_path, monkeypatch):
     class Slow(Timer):
         def layer(self, module):
             low_rank, linear = isinstance(module, LowRankLayer), isinstance(module, alds.LowRankLinear)
-            return super().layer(module) * (1000 if linear else 5 if low_rank and module.groups > 1 else 1)
+            return super().layer(module) * (1000 if linear else 5 if low_rank and module.slices > 1 else 1)
 
     timer = Slow()
     monkeypatch.setattr(latency, "interleaved_ms", timer)

@@ -69,7 +69,7 @@ def test_reshaped_forms_can_win(monkeypatch):
     fake_timer(monkeypatch, lambda name: 0.5 if "groups=1" in name or name == "deployed" else 1.0)
     layer = alds.LowRankConv2d(32, 64, 3, 3, groups=4, padding=1)
     fast, table = alds.deploy(nn.Sequential(layer), torch.randn(2, 32, 6, 6), report=True)
-    assert table.rows[0].won == "two-op, groups=1, rank=16" and (fast[0].groups, fast[0].rank) == (1, 16)
+    assert table.rows[0].won == "two-op, groups=1, rank=16" and (fast[0].slices, fast[0].rank) == (1, 16)
     x = torch.randn(2, 32, 6, 6)
     torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
 

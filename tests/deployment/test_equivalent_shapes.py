@@ -16,7 +16,7 @@ def test_regrouped_is_the_same_function(scheme, conv_groups):
     layer, x = layer.double(), torch.randn(2, 24, 7, 7, dtype=torch.float64)
     for groups, rank in ((1, 4), (1, 6), (2, 2), (2, 5), (4, 1), (4, 3)):
         new = regrouped(layer, groups, rank)
-        assert (new.groups, new.rank) == (groups, rank)
+        assert (new.slices, new.rank) == (groups, rank)
         torch.testing.assert_close(new(x), layer(x))
         torch.testing.assert_close(new.dense_weight(), layer.dense_weight())
 
@@ -32,4 +32,4 @@ def test_variants_are_smaller_than_dense():
     layer = alds.LowRankLinear(256, 256, 5, groups=4)
     layers = variants(layer, 8)
     assert layers and all(v.encoder.numel() + v.decoder.numel() < 256 * 256 for v in layers.values())
-    assert all(v.rank % 8 == 0 and v.rank * v.groups >= 20 for v in layers.values())
+    assert all(v.rank % 8 == 0 and v.rank * v.slices >= 20 for v in layers.values())

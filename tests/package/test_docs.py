@@ -25,11 +25,11 @@ from alds_fast.cli import main
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = 2  # snippets with a reason why they cannot run here
+NOT_RUN = 1  # snippets with a reason why they cannot run here
 MOST_LINES = 130  # of the README
 FENCE = re.compile(r"(?:^<!-- not run: *(.*?) *-->\n)?^```(\S*)\n(.*?)^```$", re.M | re.S)
 KINDS = {"python", "output", "console", "text"}
-MODULES = {"torch", "transformers", "alds_fast", *sys.stdlib_module_names}
+MODULES = {"torch", "transformers", "peft", "alds_fast", *sys.stdlib_module_names}
 HISTORY = re.compile(r"\b(no longer|any ?more|formerly|previously|nowadays|now)\b", re.I)
 
 

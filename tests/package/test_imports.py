@@ -9,7 +9,7 @@ from support.marks import slow
 
 import alds_fast as alds
 
-HEAVY = ("torch._dynamo", "torch.export", "numba", "scipy", "triton", "transformers", "matplotlib", "rich")
+HEAVY = ("torch._dynamo", "torch.export", "numba", "scipy", "triton", "transformers", "peft", "matplotlib", "rich")
 REPORT = f"print([name for name in {HEAVY} if name in set(sys.modules) - before])"
 
 

@@ -19,7 +19,7 @@ WINGS = (
     *("deployment", "checkpoints", "retraining", "evaluation", "cli"),
 )
 LEAVES = ("checks", "errors", "files", "import_hooks", "text", "version")
-HEAVY = ("numba", "scipy", "triton", "transformers", "matplotlib", "rich", "torch._dynamo", "torch.export")
+HEAVY = ("numba", "scipy", "triton", "transformers", "peft", "matplotlib", "rich", "torch._dynamo", "torch.export")
 LONGEST, MOST_FILES, DOOR_LINES = 260, 12, 12
 PACKAGE = ROOT / "alds_fast"
 HOUSE = House.of_folder(PACKAGE)

@@ -265,7 +265,7 @@ def test_compress_as_options_and_as_a_function(data):
     by_options = run(model, data, cycles=2, epochs=1, compress={"schemes": (0,), "groups": (1,)})
     assert seen == [(0.4**0.5, 0, False, False), (0.4, 1, False, False)]
     assert equal(by_function.model, by_options.model) and by_function.plans == by_options.plans
-    assert {m.groups for m in by_options.model if isinstance(m, LowRankLayer)} == {1}
+    assert {m.slices for m in by_options.model if isinstance(m, LowRankLayer)} == {1}
 
 
 def test_a_function_may_change_its_model_and_make_any_other(data):
