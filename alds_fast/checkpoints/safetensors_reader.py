@@ -41,17 +41,15 @@ class Stored:
         """Its values, in memory of their own; ArgumentError for a type that torch does not have."""
         if self.dtype not in DTYPES:
             raise ArgumentError(f"{self.file.name}: a tensor of type {self.dtype} cannot be decomposed; convert it")
-        room = bytearray(self.size)
+        room = torch.empty(self.size, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start)
-            read, view = 0, memoryview(room)
+            read, view = 0, room.numpy().data
             while read < self.size and (count := file.readinto(view[read:])):
                 read += count
         if read < self.size:
             raise FileFormatError(f"{str(self.file)!r} ends in the middle of a tensor; it changed while it was read")
-        if not room:
-            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(room, dtype=DTYPES[self.dtype]).view(self.shape)
+        return room.view(DTYPES[self.dtype]).view(self.shape)
 
     def crc32(self) -> int:
         """CRC-32 of its bytes."""

@@ -3,15 +3,19 @@
 Here belongs what has to follow another library's releases. Files of this package's own belong in checkpoints.
 """
 
+from .own_memory import own_memory
+from .stored_layers import METHOD, checked_layers, fields_of_layers, layer_fields, quantization_config
 from .transformers_keys import stored_names
-from .transformers_quantizer import METHOD, VERSION, checked_layers, keep_when_saved, layer_config, transformers_format
+from .transformers_quantizer import keep_when_saved, transformers_name
 
 __all__ = [
     "METHOD",
-    "VERSION",
     "checked_layers",
+    "fields_of_layers",
     "keep_when_saved",
-    "layer_config",
+    "layer_fields",
+    "own_memory",
+    "quantization_config",
     "stored_names",
-    "transformers_format",
+    "transformers_name",
 ]

@@ -14,7 +14,6 @@ from support.marks import slow
 
 import alds_fast as alds
 from alds_fast import errors
-from alds_fast.integrations import transformers_quantizer
 from alds_fast.layers import LowRankLayer, MergedLinears, MergedPart
 
 KINDS = ["llama", "qwen", "gpt2", "bert", "vit"]
@@ -342,9 +341,9 @@ def test_transformers_knows_the_format_where_it_was_imported_before(small):
 
 
 def test_without_transformers(small, monkeypatch):
-    monkeypatch.setattr(
-        transformers_quantizer, "transformers_format", transformers_quantizer.transformers_format.__wrapped__
-    )
+    for name in [name for name in sys.modules if name.startswith("transformers.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "alds_fast.integrations.transformers_loader")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(errors.DependencyError, match=r"pip install 'alds_fast\[transformers\]'"):
         alds.from_pretrained(small / "bert")
