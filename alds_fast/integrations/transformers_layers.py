@@ -27,7 +27,7 @@ def put_low_rank_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]
     in another size, are left out. Raises PlanError if a layer cannot be replaced, or if all are left out though some
     look like the model's.
     """
-    dense_layers = {layer.name: layer for layer in find_layers(model, include="*")}
+    dense_layers = {layer.name: layer for layer in find_layers(model)}
     places = _places(model, dense_layers, layers)
     unknown = [stored for stored in layers if stored not in places]
     new = {name: stored for stored, name in places.items()

@@ -19,6 +19,7 @@ from .discovery import (
 )
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
+from .output_heads import chosen_layers
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
 from .replacement import replace_layers
 from .shared_weights import overlaps, tied_names
@@ -36,6 +37,7 @@ __all__ = [
     "MergedPart",
     "annotate",
     "check_weight",
+    "chosen_layers",
     "count_params",
     "decomposable",
     "find_layers",
