@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..files import crc32
-from ..integrations import own_memory
-from ..linalg import Decomposition
+from ..linalg import Decomposition, own_memory
 from ..planning import Plan
 
 FORMAT = "alds_fast.checkpoint"

@@ -3,7 +3,6 @@
 Here belongs what has to follow another library's releases. Files of this package's own belong in checkpoints.
 """
 
-from .own_memory import own_memory
 from .stored_layers import METHOD, checked_layers, fields_of_layers, layer_fields, quantization_config
 from .transformers_keys import stored_names
 from .transformers_quantizer import keep_when_saved, transformers_name
@@ -14,7 +13,6 @@ __all__ = [
     "fields_of_layers",
     "keep_when_saved",
     "layer_fields",
-    "own_memory",
     "quantization_config",
     "stored_names",
     "transformers_name",

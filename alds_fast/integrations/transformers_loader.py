@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
 from ..layers import LowRankLayer, MergedLinears
-from .own_memory import give_own_memory
+from ..linalg import own_memory
 from .stored_layers import METHOD, VERSION, checked_layers, fields_of_layers
 from .transformers_layers import put_low_rank_layers, set_module
 
@@ -44,7 +44,8 @@ class AldsFastLoader(HfQuantizer):
         for module in _models(model):
             module.config._is_quantized = False
         model.is_quantized = False
-        give_own_memory(model)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = own_memory(tensor.data)
         describe(model)
         return model
 

@@ -40,7 +40,9 @@ def test_directories_and_models_in_memory_agree(kind, tmp_path):
     same = alds.analyze(model).plan(params=0.8)
     for rows in (plan.layers, same.layers):
         row = next(row for row in rows if row.name == "lm_head")
-        assert row.rank is None and ("output head of a language model" if kind == "qwen" else "stays tied") in row.reason
+        assert (
+            row.rank is None and ("output head of a language model" if kind == "qwen" else "stays tied") in row.reason
+        )
 
 
 def test_a_directory_whose_head_was_asked_for_loads(tmp_path):

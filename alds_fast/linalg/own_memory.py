@@ -1,8 +1,8 @@
-"""Tensors that other libraries read out of files, in memory of their own."""
+"""Tensors that come out of files and other libraries, in memory of their own."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 ALIGNMENT = 64  # bytes, as torch's allocator on the CPU gives
 
@@ -17,9 +17,3 @@ def own_memory(tensor: Tensor) -> Tensor:
         return tensor
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole and tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-
-
-def give_own_memory(model: nn.Module) -> None:
-    """Let every parameter and buffer of a model that was just loaded own its memory; ties stay."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = own_memory(tensor.data)
