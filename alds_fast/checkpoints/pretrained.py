@@ -53,13 +53,7 @@ def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: A
         raise ArgumentError("trust_remote_code=True: code that comes with a checkpoint is never run")
     kwargs.pop("local_files_only", None)
     shards = open_shards(folder)
-    settings = shards.config.get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
-        raise ArgumentError(
-            f"{os.fspath(folder)!r} was not compressed by alds_fast: its config.json says nothing of it; load it with "
-            f"transformers, or compress it first"
-        )
-    layers = checked_layers(settings.get("layers"), settings.get("version"))
+    layers = _layers_in(shards)
     model_class = class_of(shards.config) if cls is None else cls
     kwargs |= _config_for(model_class, shards, kwargs.pop("config", None), layers)
     wants_info, new_where_sizes_differ = (
@@ -71,6 +65,25 @@ def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: A
     if not new_where_sizes_differ:
         _check_sizes(model, info, os.fspath(folder))
     return (model, info) if wants_info else model
+
+
+def compressed_layers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The low-rank layers of a compressed directory by name: shape of the dense weight, scheme, groups, rank.
+
+    Raises MissingFileError or FileFormatError as :func:`from_pretrained` does, ArgumentError if the directory was not
+    compressed by this library.
+    """
+    return _layers_in(open_shards(folder))
+
+
+def _layers_in(shards: Shards) -> dict[str, dict[str, Any]]:
+    settings = shards.config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+        raise ArgumentError(
+            f"{str(shards.folder)!r} was not compressed by alds_fast: its config.json says nothing of it; load it with "
+            f"transformers, or compress it first"
+        )
+    return checked_layers(settings.get("layers"), settings.get("version"))
 
 
 def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
