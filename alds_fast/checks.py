@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -34,6 +35,11 @@ def is_count(value: object, least: int = 1) -> TypeGuard[int]:
 
 def check_model(model: object) -> None:
     """ModelError unless it is a module whose parts can be replaced."""
+    if isinstance(model, str | os.PathLike):
+        raise ModelError(
+            f"model={os.fspath(model)!r} is a path; pass the torch.nn.Module itself, or compress a checkpoint "
+            f"directory with compress_checkpoint(source, output)"
+        )
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
     if isinstance(model, torch.jit.ScriptModule):

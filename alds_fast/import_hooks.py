@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -14,8 +13,8 @@ from typing import Any
 class _LoaderThenCalls(Loader):
     """The module's own loader; when it has run the module, the calls are made and it takes its place again."""
 
-    def __init__(self, loader: Any, calls: Sequence[Callable[[], None]]) -> None:
-        self._loader, self._calls = loader, calls
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -26,30 +25,30 @@ class _LoaderThenCalls(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module with its own loader in place, then make the calls."""
+        """Run the module with its own loader in place, then make the calls, each once."""
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        for call in self._calls:
+        for call in self._finder.waiting.pop(module.__spec__.name, ()):
             call()
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find a module that is waited for, once."""
+    """Lets the other finders find a module that is waited for; the calls wait until it is run, not only looked for."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callable[[], None]]] = {}
 
-    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """What the other finders say of a module that is waited for, with the calls added; None for any other."""
-        calls = self.waiting.pop(name, None)
-        if calls is None:
+        if name not in self.waiting:
             return None
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            self.waiting[name] = calls
-            return None
-        spec.loader = _LoaderThenCalls(spec.loader, calls)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoaderThenCalls(spec.loader, self)
         return spec
 
 
@@ -57,7 +56,10 @@ _finder = _Finder()
 
 
 def when_imported(name: str, call: Callable[[], None]) -> None:
-    """Call when that module has been imported: at once if it is, else right after its code has run."""
+    """Call when that module has been imported: at once if it is, else right after its code has run.
+
+    ``name`` may be that of a module inside a package, also of one that loads its modules when they are first used.
+    """
     if name in sys.modules:
         call()
         return

@@ -4,7 +4,7 @@ Here belongs what reads and writes models. What other libraries prescribe belong
 """
 
 from .file_format import read_header
-from .pretrained import from_pretrained
+from .pretrained import compressed_layers, from_pretrained
 from .safetensors_reader import INDEX
 from .safetensors_writer import Entry, write_shard
 from .save_load import assign, load, rebuild, save, structure, unique_tensors
@@ -17,6 +17,7 @@ __all__ = [
     "Entry",
     "assign",
     "compress_checkpoint",
+    "compressed_layers",
     "from_pretrained",
     "load",
     "read_header",

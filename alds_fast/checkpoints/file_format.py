@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..files import crc32
-from ..linalg import Decomposition
+from ..linalg import Decomposition, own_memory
 from ..planning import Plan
 
 FORMAT = "alds_fast.checkpoint"
@@ -98,7 +98,7 @@ def read_tensors(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[s
     tensors = {}
     with safe_open(path, "pt") as f:
         for name in f.keys():  # noqa: SIM118 (safe_open is not a dict)
-            tensor = f.get_tensor(name)
+            tensor = own_memory(f.get_tensor(name))
             if crc32(tensor) != header["crc32"].get(name):
                 raise FileFormatError(
                     f"{os.fspath(path)!r}: tensor {name!r} is corrupt (CRC-32 differs); save it again"

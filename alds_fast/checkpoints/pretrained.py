@@ -9,24 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ArgumentError, FileFormatError, ModelError
-from ..integrations import METHOD, VERSION, checked_layers, transformers_format
+from ..errors import ArgumentError, FileFormatError, ModelError, PlanError
+from ..integrations import METHOD, checked_layers, quantization_config, transformers_name
 from ..layers import LowRankLayer
 from .safetensors_reader import Shards, open_shards
 
 
 def class_of(config: Mapping[str, Any]) -> Any:
     """The class of transformers that the config names; ModelError if there is none."""
-    names = config.get("architectures") or []
-    package = transformers_format().package
+    names, base = config.get("architectures") or [], transformers_name("PreTrainedModel")
     for name in names:
-        cls = getattr(package, str(name), None)
-        if isinstance(cls, type) and issubclass(cls, package.PreTrainedModel):
+        cls = transformers_name(str(name))
+        if isinstance(cls, type) and issubclass(cls, base):
             return cls
     remote = ", and code that comes with a checkpoint is never run" if "auto_map" in config else ""
     raise ModelError(
-        f"config.json names the architectures {names}, none of which transformers {package.__version__} has{remote}; "
-        f"update transformers, or add the name of the model's class"
+        f"config.json names the architectures {names}, none of which transformers {transformers_name('__version__')} "
+        f"has{remote}; update transformers, or add the name of the model's class"
     )
 
 
@@ -41,12 +40,11 @@ def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: A
 
     Returns:
         The model, in evaluation mode. It generates, trains, moves and saves as any other; ``save_pretrained`` keeps it
-        compressed, ``dequantize`` makes it dense. transformers' own ``from_pretrained`` loads it too where it knows the
-        format: if transformers was imported before alds_fast, or after the first call of this function. (Elsewhere it
-        warns of an unknown quantization type and gives dense layers with random weights.)
+        compressed, ``dequantize`` makes it dense. transformers' own ``from_pretrained`` loads it too in a process that
+        imports alds_fast, before transformers or after it. In any other it refuses the shapes of the weights.
 
     Raises:
-        DependencyError: transformers is not installed.
+        DependencyError: transformers is not installed, or its import fails.
         MissingFileError, FileFormatError: a file is missing, truncated, corrupt or of a newer version.
         ArgumentError: the checkpoint was not compressed by this library, or trust_remote_code is asked for.
         ModelError, PlanError: transformers does not know the model, or the file is of another one.
@@ -55,21 +53,37 @@ def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: A
         raise ArgumentError("trust_remote_code=True: code that comes with a checkpoint is never run")
     kwargs.pop("local_files_only", None)
     shards = open_shards(folder)
+    layers = _layers_in(shards)
+    model_class = class_of(shards.config) if cls is None else cls
+    kwargs |= _config_for(model_class, shards, kwargs.pop("config", None), layers)
+    wants_info, new_where_sizes_differ = (
+        kwargs.pop(k, False) for k in ("output_loading_info", "ignore_mismatched_sizes")
+    )
+    fixed = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    model, info = model_class.from_pretrained(shards.folder, ignore_mismatched_sizes=True, **fixed, **kwargs)
+    _check_loaded(model, info, layers, os.fspath(folder))
+    if not new_where_sizes_differ:
+        _check_sizes(model, info, os.fspath(folder))
+    return (model, info) if wants_info else model
+
+
+def compressed_layers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The low-rank layers of a compressed directory by name: shape of the dense weight, scheme, groups, rank.
+
+    Raises MissingFileError or FileFormatError as :func:`from_pretrained` does, ArgumentError if the directory was not
+    compressed by this library.
+    """
+    return _layers_in(open_shards(folder))
+
+
+def _layers_in(shards: Shards) -> dict[str, dict[str, Any]]:
     settings = shards.config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
         raise ArgumentError(
-            f"{os.fspath(folder)!r} was not compressed by alds_fast: its config.json says nothing of it; load it with "
+            f"{str(shards.folder)!r} was not compressed by alds_fast: its config.json says nothing of it; load it with "
             f"transformers, or compress it first"
         )
-    layers = checked_layers(settings.get("layers"), settings.get("version"))
-    model_class = class_of(shards.config) if cls is None else cls
-    kwargs |= _config_for(model_class, shards, kwargs.pop("config", None), layers)
-    wants_info = kwargs.pop("output_loading_info", False)
-    model, info = model_class.from_pretrained(
-        shards.folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **kwargs
-    )
-    _check_loaded(model, info, layers, os.fspath(folder))
-    return (model, info) if wants_info else model
+    return checked_layers(settings.get("layers"), settings.get("version"))
 
 
 def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +99,7 @@ def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]
     if config is None:
         return {}
     config = copy.deepcopy(config)
-    config.quantization_config = {"quant_method": METHOD, "version": VERSION, "layers": dict(layers)}
+    config.quantization_config = quantization_config(layers)
     return {"config": config}
 
 
@@ -95,10 +109,21 @@ def _check_loaded(model: nn.Module, info: Mapping[str, Any], layers: Mapping[str
     lost = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] in low)
     if lost:
         raise FileFormatError(f"{folder!r} lacks {lost[0]!r}, which its config.json asks for; compress it again")
-    dense = {key.removesuffix(".weight") for key in info["missing_keys"] if key.endswith(".weight")}
+    without_values = {*info["missing_keys"], *(key for key, _, _ in info["mismatched_keys"])}
+    dense = {key.removesuffix(".weight") for key in without_values if key.endswith(".weight")}
     factors = {key.rpartition(".")[0] for key in info["unexpected_keys"] if key.endswith((".encoder", ".decoder"))}
     unknown = sorted(factors & dense - set(layers))
     if unknown:
         raise FileFormatError(
             f"{folder!r} has factors of {unknown[0]!r}, of which its config.json says nothing; compress it again"
+        )
+
+
+def _check_sizes(model: nn.Module, info: Mapping[str, Any], folder: str) -> None:
+    """PlanError where the files hold a tensor, or the factors of one, of another size than the model's."""
+    for name, stored, expected in sorted(info["mismatched_keys"])[:1]:
+        size = "of another size" if set(stored) == {1} else f"of shape {tuple(stored)}"
+        raise PlanError(
+            f"{folder!r}: {name!r} is {size}, {type(model).__name__} has it of shape {tuple(expected)}; load the class "
+            f"and the sizes that were compressed, or pass ignore_mismatched_sizes=True for new values there"
         )

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,17 +42,15 @@ class Stored:
         """Its values, in memory of their own; ArgumentError for a type that torch does not have."""
         if self.dtype not in DTYPES:
             raise ArgumentError(f"{self.file.name}: a tensor of type {self.dtype} cannot be decomposed; convert it")
-        room = bytearray(self.size)
+        room = torch.empty(self.size, dtype=torch.uint8, device="cpu")
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start)
-            read, view = 0, memoryview(room)
+            read, view = 0, room.numpy().data
             while read < self.size and (count := file.readinto(view[read:])):
                 read += count
         if read < self.size:
             raise FileFormatError(f"{str(self.file)!r} ends in the middle of a tensor; it changed while it was read")
-        if not room:
-            return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
-        return torch.frombuffer(room, dtype=DTYPES[self.dtype]).view(self.shape)
+        return room.view(DTYPES[self.dtype]).view(self.shape)
 
     def crc32(self) -> int:
         """CRC-32 of its bytes."""
@@ -146,16 +145,28 @@ def _header(path: Path) -> tuple[dict[str, Stored], str]:
     return tensors, f"{path.name} {os.path.getsize(path)} {hashlib.sha256(raw).hexdigest()}"
 
 
+def _existing(folder: object) -> Path:
+    """The directory; MissingFileError with what to do if it is not there, ArgumentError if it is no name of one."""
+    if not isinstance(folder, str | os.PathLike):
+        raise ArgumentError(f"the checkpoint directory is a {type(folder).__name__}: expected the name of a directory")
+    name = os.fspath(folder)
+    if Path(name).is_dir():
+        return Path(name)
+    hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
+    remedy = (f"; it must be a local directory: huggingface_hub.snapshot_download({name!r}) downloads a model of that "
+              f"name and returns its directory") if hub else ""  # fmt: skip
+    raise MissingFileError(f"the checkpoint directory {name!r} does not exist{remedy}")
+
+
 def open_shards(folder: str | os.PathLike[str]) -> Shards:
     """Open a checkpoint directory; only the files' headers are read.
 
     Raises:
+        ArgumentError: ``folder`` is not the name of a directory.
         MissingFileError: the directory, its config.json, its index or a shard that the index names does not exist.
         FileFormatError: one of them is truncated or corrupt, or a tensor is in no file or in two.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise MissingFileError(f"the checkpoint directory {str(folder)!r} does not exist")
+    folder = _existing(folder)
     config = _json(folder / CONFIG)
     tensors: dict[str, Stored] = {}
     identities = []

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..checks import check_model
 from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
 from ..files import crc32, replacing, target_file
-from ..integrations import keep_when_saved
+from ..integrations import fields_of_layers, keep_when_saved
 from ..layers import (
-    LowRankLayer,
     MergedLinears,
     annotate,
     find_layers,
@@ -69,12 +68,9 @@ def _refuse_merged(model: nn.Module) -> None:
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What :func:`rebuild` needs of every low-rank layer, by name; of JSON's types."""
-    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLayer))
     return {
-        n: {"shape": list(m.weight_shape.weight), "conv_groups": m.weight_shape.conv_groups, "kind": type(m).__name__,
-            **m.decomposition.to_dict()}
-        for n, m in layers
-    }  # fmt: skip
+        n: {**fields, "kind": type(model.get_submodule(n)).__name__} for n, fields in fields_of_layers(model).items()
+    }
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -35,7 +35,7 @@ from ..planning import (
     plot_plan,
     resolved_precision,
 )
-from .directory import compress_directory
+from .directory import compress_directory, show_layers
 from .eval import add_eval, check_data_flags
 from .progress import progress_bars
 from .targets import ModelTarget, Target
@@ -120,6 +120,9 @@ def _run_compress(args: argparse.Namespace) -> None:
 
 def _run_show(args: argparse.Namespace) -> None:
     path = Path(args.file) / PLAN if Path(args.file).is_dir() else Path(args.file)
+    if Path(args.file).is_dir() and not path.is_file():
+        show_layers(args.file, args.json)
+        return
     if path.suffix == ".json" and path.is_file():
         try:
             plan: Plan | None = Plan.from_json(path.read_text())

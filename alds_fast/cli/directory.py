@@ -1,4 +1,4 @@
-"""``alds-fast compress`` of a checkpoint directory."""
+"""``alds-fast compress`` and ``show`` of a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ import math
 from collections import Counter
 
 from ..allocation import BASELINES
-from ..checkpoints import compress_checkpoint
+from ..checkpoints import PLAN, compress_checkpoint, compressed_layers
 from ..criteria import DEFAULT_CRITERION
 from ..errors import ArgumentError
+from ..text import shape_text, table
 from .progress import progress_bars
 
 _MODEL_ONLY = ("weights", "flops", "latency", "input", "data", "sensitivity", "refit", "plot")
+
+
+def show_layers(folder: str, as_json: bool) -> None:
+    """Print what config.json says of a compressed directory without a plan, as ``save_pretrained`` writes it."""
+    layers = compressed_layers(folder)
+    if as_json:
+        print(json.dumps({"layers": layers}))
+        return
+    rows = [[name, shape_text(fields["shape"]), *(str(fields[k]) for k in ("scheme", "groups", "rank"))]
+            for name, fields in layers.items()]  # fmt: skip
+    print(table(["layer", "shape", "scheme", "groups", "rank"], rows))
+    print(
+        f"{len(layers)} low-rank layers; the others, the budget and the errors would be in {PLAN}, which is not there"
+    )
 
 
 def compress_directory(args: argparse.Namespace, first: bool) -> None:

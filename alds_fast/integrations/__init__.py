@@ -5,21 +5,23 @@ Here belongs what has to follow another library's releases. Files of this packag
 
 from .peft import grown_factors
 from .plain import to_plain
+from .stored_layers import METHOD, checked_layers, fields_of_layers, layer_fields, quantization_config
 from .torchao import warn_of_low_rank
 from .transformers_embeddings import check_resizing
 from .transformers_keys import stored_names
-from .transformers_quantizer import METHOD, VERSION, checked_layers, keep_when_saved, layer_config, transformers_format
+from .transformers_quantizer import keep_when_saved, transformers_name
 
 __all__ = [
     "METHOD",
-    "VERSION",
     "check_resizing",
     "checked_layers",
+    "fields_of_layers",
     "grown_factors",
     "keep_when_saved",
-    "layer_config",
+    "layer_fields",
+    "quantization_config",
     "stored_names",
     "to_plain",
-    "transformers_format",
+    "transformers_name",
     "warn_of_low_rank",
 ]

@@ -4,7 +4,6 @@ Here belongs what knows a type of layer. How errors are measured belongs in crit
 """
 
 from .absent_weight import AbsentWeight
-from .annotations import annotate
 from .base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .discovery import (
@@ -22,8 +21,9 @@ from .discovery import (
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
 from .obstacles import has_hooks, warn_of_holders
+from .output_heads import chosen_layers
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
-from .replacement import check_copyable, replace_layers
+from .replacement import annotate, check_copyable, replace_layers
 from .shared_weights import has_plain_memory, overlaps, tied_names
 from .values import check_values, check_weight
 
@@ -44,6 +44,7 @@ __all__ = [
     "check_values",
     "check_weight",
     "check_weights_are_there",
+    "chosen_layers",
     "count_params",
     "decomposable",
     "find_layers",

@@ -125,3 +125,9 @@ def _leave_fast_path(model: nn.Module) -> None:
         ):
             vars(module).setdefault("alds_fast_path", module.use_nested_tensor)
             module.use_nested_tensor = False
+
+
+def annotate(model: nn.Module, **notes: Any) -> None:
+    """Hang notes on a model, as ``model.alds_NAME``, past whatever ``__setattr__`` its class has."""
+    for name, value in notes.items():
+        object.__setattr__(model, f"alds_{name}", value)

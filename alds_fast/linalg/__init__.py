@@ -19,6 +19,7 @@ from .folding import (
     unfold,
     weights_to_dense,
 )
+from .own_memory import own_memory
 from .rsvd_op import batched_rsvd
 from .spectra_op import spectra
 from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors
@@ -37,6 +38,7 @@ __all__ = [
     "matrix_shape",
     "max_rank",
     "optimal_errors",
+    "own_memory",
     "params_per_rank",
     "permuted",
     "spectra",

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .own_memory import own_memory
 
 SCHEMES = (0, 1, 2, 3)
 _PREFERENCE = (0, 3, 1, 2)  # which name a fold gets when several schemes coincide
@@ -173,7 +174,7 @@ def factor_shapes(shape: WeightShape, scheme: int, groups: int, rank: int) -> tu
 
 
 def factors_to_weights(left: Tensor, right: Tensor, shape: WeightShape, scheme: int) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder weights from the factors of the slices.
+    """Encoder and decoder weights from the factors of the slices, each in memory of its own.
 
     ``left``: (conv_groups, groups, rows, rank); ``right``: (conv_groups, groups, rank, cols / groups).
     """
@@ -183,7 +184,7 @@ def factors_to_weights(left: Tensor, right: Tensor, shape: WeightShape, scheme: 
     split = left.reshape(g0, groups, shape.filters_per_group, *kernel, rank)
     axes = range(3, 3 + len(kernel))
     decoder = split.permute(0, 2, 1, 3 + len(kernel), *axes).reshape(decoder_shape)
-    return right.reshape(encoder_shape).contiguous(), decoder.contiguous()
+    return own_memory(right.reshape(encoder_shape).contiguous()), own_memory(decoder.contiguous())
 
 
 def weights_to_dense(encoder: Tensor, decoder: Tensor, shape: WeightShape, scheme: int, groups: int) -> Tensor:

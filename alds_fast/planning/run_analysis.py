@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, layer_spectra, total_work, with_groups
-from ..layers import check_values, check_weights_are_there, count_params, decomposable, find_layers
+from ..layers import check_values, check_weights_are_there, chosen_layers, count_params, decomposable
 from ..linalg import SCHEMES
 from .analysis import Analysis
 from .options import check_groups, check_held_out, check_schemes, is_float32
@@ -71,7 +71,7 @@ def analyze(
     True
     """
     schemes, groups, float32 = check_schemes(schemes), check_groups(groups), is_float32(precision)
-    layers = [with_groups(layer, groups) for layer in find_layers(model, include, exclude)]
+    layers = [with_groups(layer, groups) for layer in chosen_layers(model, include, exclude)]
     ready = decomposable(layers)
     check_weights_are_there(layers)
     check_values(model, layers, exclude)

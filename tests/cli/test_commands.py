@@ -180,3 +180,23 @@ def test_budgets_that_need_an_input(tmp_path, capsys):
     assert "need --input" in capsys.readouterr().err
     assert main(["compress", target, "--flops", "0.6", "--params", "0.6", "--input", "2,3,12,12", "-o", out]) == 0
     assert "flops=0.6" in capsys.readouterr().out
+
+
+def test_show_of_a_directory_without_a_plan(capsys, tmp_path):
+    """As save_pretrained writes it: the layers stand in its config.json."""
+    transformers = pytest.importorskip("transformers")
+    config = {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16}
+    small = alds.compress(transformers.ResNetForImageClassification(transformers.ResNetConfig(**config)), params=0.5)
+    small.save_pretrained(tmp_path / "small")
+    capsys.readouterr()
+    code, text, _ = _run(capsys, "show", str(tmp_path / "small"))
+    low = {n: m for n, m in small.named_modules() if isinstance(m, (alds.LowRankConv2d, alds.LowRankLinear))}
+    name, layer = next(iter(low.items()))
+    row = next(line for line in text.splitlines() if line.startswith(f"{name} "))
+    assert code == 0 and row.split()[2:] == [str(v) for v in layer.decomposition]
+    assert f"{len(low)} low-rank layers" in text and "alds_plan.json" in text
+    code, text, _ = _run(capsys, "show", str(tmp_path / "small"), "--json")
+    assert code == 0 and set(json.loads(text)["layers"]) == set(low)
+    transformers.ResNetModel(transformers.ResNetConfig(**config)).save_pretrained(tmp_path / "dense")
+    code, _, refusal = _run(capsys, "show", str(tmp_path / "dense"))
+    assert code == 1 and "was not compressed by alds_fast" in refusal

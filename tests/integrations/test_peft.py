@@ -217,7 +217,7 @@ def test_targets_that_peft_knows_by_itself():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=97)
-    small = alds.compress(transformers.LlamaForCausalLM(config), params=0.5)
+    small = alds.compress(transformers.LlamaForCausalLM(config), params=0.5, include="*")
     adapted = peft.get_peft_model(small, lora(target_modules=None))
     names = {n.split(".")[-1] for n, m in adapted.named_modules() if hasattr(m, "base_layer")}
     assert names == {"q_proj", "v_proj"} and not isinstance(small.lm_head, nn.Linear)

@@ -14,7 +14,6 @@ from support.marks import slow
 
 import alds_fast as alds
 from alds_fast import errors
-from alds_fast.integrations import transformers_quantizer
 from alds_fast.layers import LowRankLayer, MergedLinears, MergedPart
 
 KINDS = ["llama", "qwen", "gpt2", "bert", "vit"]
@@ -341,10 +340,47 @@ def test_transformers_knows_the_format_where_it_was_imported_before(small):
     assert int(run.stdout) == len(low_rank(alds.from_pretrained(small / "llama")))
 
 
+def _forget_transformers(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "alds_fast.integrations.transformers_loader")
+
+
 def test_without_transformers(small, monkeypatch):
-    monkeypatch.setattr(
-        transformers_quantizer, "transformers_format", transformers_quantizer.transformers_format.__wrapped__
-    )
+    _forget_transformers(monkeypatch)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(errors.DependencyError, match=r"pip install 'alds_fast\[transformers\]'"):
         alds.from_pretrained(small / "bert")
+
+
+BROKEN = {
+    "a part is missing": "import no_such_module_at_all",
+    "it says so in several lines": "raise RuntimeError('Failed to import\\nbecause of\\nthis')",
+    "too old": "",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_transformers_is_told_in_one_line(text, small, tmp_path, monkeypatch):
+    _forget_transformers(monkeypatch)
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers/__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = (lambda: alds.from_pretrained(small / "bert"),
+             lambda: alds.compress_checkpoint(small / "bert-dense", tmp_path / "new", params=0.5))  # fmt: skip
+    for call in calls:
+        with pytest.raises(errors.DependencyError, match="needs transformers 5.24 or newer, whose import fails") as e:
+            call()
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["some-org/some.model", "gpt2"])
+def test_a_name_of_the_hub_says_how_to_get_a_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (alds.from_pretrained, lambda name: alds.compress_checkpoint(name, "new", params=0.5)):
+        with pytest.raises(errors.MissingFileError, match=r"local directory: huggingface_hub.snapshot_download\('"):
+            call(name)
+    with pytest.raises(errors.MissingFileError, match="nowhere' does not exist$"):
+        alds.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(errors.ArgumentError, match="is a NoneType: expected the name of a directory"):
+        alds.from_pretrained(None)

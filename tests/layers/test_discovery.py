@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 import torch
 from support.models import images, small_net
@@ -169,3 +171,10 @@ def test_something_that_is_not_a_module():
     for thing in (None, {"weight": torch.zeros(2, 2)}, nn.Linear):
         with pytest.raises(ModelError, match=r"pass the torch\.nn\.Module itself"):
             alds.analyze(thing)
+
+
+@pytest.mark.parametrize("path", ["some/checkpoint", pathlib.Path("checkpoint")])
+def test_a_path_in_the_place_of_a_model_names_the_function_for_directories(path):
+    for function in (alds.analyze, lambda model: alds.compress(model, params=0.5)):
+        with pytest.raises(ModelError, match=r"is a path; .* compress_checkpoint\(source, output\)"):
+            function(path)

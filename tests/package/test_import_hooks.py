@@ -1,6 +1,7 @@
 """Calls that wait for an import."""
 
 import importlib
+import importlib.util
 import sys
 
 import pytest
@@ -47,3 +48,40 @@ def test_a_module_that_is_not_there_goes_on_being_waited_for(tmp_path, monkeypat
     importlib.import_module("waited_for_long")
     assert seen == [1]
     del sys.modules["waited_for_long"]
+
+
+def test_who_only_looks_for_a_module_takes_no_call_away(module):
+    """Packages ask ``find_spec`` whether another one is installed, and import it much later."""
+    seen = []
+    when_imported(module, lambda: seen.append(1))
+    assert importlib.util.find_spec(module) is not None and seen == []
+    importlib.import_module(module)
+    assert seen == [1] and module not in _finder.waiting
+
+
+def test_modules_inside_of_packages_are_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "lazy_package").mkdir()
+    (tmp_path / "lazy_package" / "__init__.py").write_text("def __getattr__(name):\n    import lazy_package.inner\n")
+    (tmp_path / "lazy_package" / "inner.py").write_text("value = 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    when_imported("lazy_package.inner", lambda: seen.append(sys.modules["lazy_package.inner"].value))
+    package = importlib.import_module("lazy_package")
+    assert seen == []
+    assert package.anything is None
+    assert seen == [2]
+    for name in ("lazy_package", "lazy_package.inner"):
+        del sys.modules[name]
+
+
+def test_a_module_that_fails_goes_on_being_waited_for(tmp_path, monkeypatch):
+    seen = []
+    (tmp_path / "fails_once.py").write_text("import os\nos.environ['NO_SUCH_NAME_HERE']")
+    monkeypatch.syspath_prepend(tmp_path)
+    when_imported("fails_once", lambda: seen.append(1))
+    with pytest.raises(KeyError):
+        importlib.import_module("fails_once")
+    monkeypatch.setenv("NO_SUCH_NAME_HERE", "1")
+    importlib.import_module("fails_once")
+    assert seen == [1]
+    del sys.modules["fails_once"]

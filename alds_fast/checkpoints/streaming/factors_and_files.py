@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ...errors import FileFormatError, FileWriteError
 from ...factors import Choice, plain_layers
 from ...files import crc32, whole_or_nothing, write_whole
-from ...integrations import METHOD, VERSION, layer_config
+from ...integrations import layer_fields, quantization_config
 from ...planning import Plan
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
@@ -84,6 +84,8 @@ def _write_file(work: Work, file: OutputFile) -> None:
 
     def content(entry: Entry) -> Iterator[bytes]:
         part = parts[entry.name]
+        if part.layer is not None and entry.name == part.source:
+            return iter([bytes(entry.size)])  # the mark
         if part.layer is not None:
             return _factor(journal, part.layer, entry)
         number = numbers.get(part.source)
@@ -122,12 +124,9 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
     journal = work.journal
     kept = ("method", "iterations", "error")
     reports = {c.name: {k: journal.get("report", i)[1][k] for k in kept} for i, c in choices.items()}
-    layers = {work.sources[c.name].removesuffix(".weight"): layer_config(c.decomposition, c.shape)
+    layers = {work.sources[c.name].removesuffix(".weight"): layer_fields(c.decomposition, c.shape)
               for c in choices.values()}  # fmt: skip
-    config = {
-        **work.shards.config,
-        "quantization_config": {"quant_method": METHOD, "version": VERSION, "layers": layers},
-    }
+    config = {**work.shards.config, "quantization_config": quantization_config(layers)}
     texts = {CONFIG: json.dumps(config, indent=2), PLAN: plan.to_json(), FACTORS: json.dumps(reports, indent=1)}
     if len(files) > 1:
         texts[INDEX] = json.dumps(index_of(list(files)), indent=2)

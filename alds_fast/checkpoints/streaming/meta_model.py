@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import AldsError, ArgumentError, FileFormatError, ModelError
-from ...integrations import transformers_format
+from ...integrations import transformers_name
 from ...layers import find_layers
 from ..pretrained import class_of
 from ..safetensors_reader import Shards
@@ -17,7 +17,7 @@ from ..safetensors_reader import Shards
 
 def _config_of(shards: Shards) -> Any:
     try:
-        return transformers_format().package.AutoConfig.from_pretrained(
+        return transformers_name("AutoConfig").from_pretrained(
             shards.folder, trust_remote_code=False, local_files_only=True
         )
     except AldsError:

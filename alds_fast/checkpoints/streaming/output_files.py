@@ -17,7 +17,10 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that stay together: one of the input as it is, or a layer's encoder and decoder in its weight's place."""
+    """Tensors that stay together: one of the input as it is, or what takes the place of a layer's weight.
+
+    That is the encoder, the decoder, and a mark: one value under the weight's name, whose shape no dense layer takes.
+    """
 
     source: str
     entries: tuple[Entry, ...]
@@ -53,8 +56,9 @@ def _part(source: str, shards: Shards, choice: tuple[int, Choice] | None) -> Par
         return Part(source, (Entry(source, stored.dtype, stored.shape, stored.size),))
     number, replacement = choice
     stem, item = source.removesuffix("weight"), DTYPES[stored.dtype].itemsize
-    shapes = zip(("encoder", "decoder"), replacement.decomposition.factor_shapes(replacement.shape), strict=True)
-    entries = tuple(Entry(stem + name, stored.dtype, sizes, item * math.prod(sizes)) for name, sizes in shapes)
+    encoder, decoder = replacement.decomposition.factor_shapes(replacement.shape)
+    shapes = {"encoder": encoder, "decoder": decoder, "weight": (1,) * len(stored.shape)}
+    entries = tuple(Entry(stem + name, stored.dtype, sizes, item * math.prod(sizes)) for name, sizes in shapes.items())
     return Part(source, entries, number)
 
 

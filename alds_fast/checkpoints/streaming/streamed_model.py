@@ -14,7 +14,7 @@ from ...allocation import auto_groups
 from ...criteria import for_threads, with_groups
 from ...files import crc32
 from ...integrations import stored_names
-from ...layers import DecomposableLayer, Layer, check_weight, find_layers
+from ...layers import DecomposableLayer, Layer, check_weight, chosen_layers
 from ...linalg import WeightShape
 from ...planning import Progress, check_is_possible
 from ..safetensors_reader import DTYPES, Shards
@@ -65,7 +65,7 @@ class Work:
         untie(self.model, self.shards, names)
         self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
-        layers = find_layers(self.model, self.settings.include, self.settings.exclude)
+        layers = chosen_layers(self.model, self.settings.include, self.settings.exclude)
         self.layers = [self._checked(layer) for layer in layers]
 
     def _checked(self, layer: Layer) -> Layer:

@@ -1,0 +1,108 @@
+"""The classes by which transformers loads and saves compressed models, registered when this module is imported.
+
+It is imported only where transformers is: :func:`alds_fast.integrations.transformers_quantizer.loader_module`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import ModelError
+from ..layers import LowRankLayer, MergedLinears
+from ..linalg import own_memory
+from .stored_layers import METHOD, VERSION, checked_layers, fields_of_layers
+from .transformers_layers import put_low_rank_layers, set_module
+
+
+@register_quantization_config(METHOD)
+class AldsFastConfig(QuantizationConfigMixin):
+    """``layers``: by module name, or by that of the stored weight, what ``layer_fields`` gives."""
+
+    def __init__(self, layers: Any = None, version: Any = VERSION, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.version, self.layers = version, checked_layers(layers, version)
+
+
+@register_quantizer(METHOD)
+class AldsFastLoader(HfQuantizer):
+    """Puts the low-rank layers in the place of the dense ones before the weights are read."""
+
+    requires_calibration = True  # nothing is compressed while it is loaded
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        put_low_rank_layers(model, self.quantization_config.layers)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # These are plain floating-point layers: what transformers forbids quantized models (half, float, training)
+        # they can do.
+        for module in _models(model):
+            module.config._is_quantized = False
+        model.is_quantized = False
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = own_memory(tensor.data)
+        describe(model)
+        return model
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is saved, before it is: the low-rank layers that are there, each marked as in :func:`marked_state`."""
+        if any(isinstance(module, MergedLinears) for module in model.modules()):
+            raise ModelError("layers merged by deploy cannot be saved; save the model that was given to deploy")
+        model.config.quantization_config = AldsFastConfig(fields_of_layers(model))
+        return marked_state(model), {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        for name in fields_of_layers(model):
+            set_module(model, name, model.get_submodule(name).to_dense())
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as saving leaves it in the config
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def marked_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with one value in the place of every dense weight that is not there.
+
+    A loader that does not know low-rank layers would otherwise leave that weight random. So it refuses the shape.
+    """
+    low = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    marks = {f"{name}.weight": layer.encoder.new_zeros([1] * len(layer.weight_shape.weight))
+             for name, layer in low.items()}  # fmt: skip
+    return {**model.state_dict(), **marks}
+
+
+def describe(model: nn.Module) -> None:
+    """Make the models of transformers in it say, in their configs and when they are saved, which layers are low-rank.
+
+    Only the outermost models' configs say it, for those of their parts are in these.
+    """
+    inner = {id(part) for outer in _models(model) for part in _models(outer) if part is not outer}
+    for module in _models(model):
+        if layers := fields_of_layers(module):
+            module.hf_quantizer = AldsFastLoader(AldsFastConfig(layers), pre_quantized=True)
+            if id(module) not in inner:
+                module.config.quantization_config = AldsFastConfig(layers)
+
+
+def _models(model: nn.Module) -> list[Any]:
+    """The models of transformers that it consists of, itself included."""
+    from transformers import PreTrainedModel  # not there yet while transformers.quantizers is imported
+
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
