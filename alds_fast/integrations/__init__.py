@@ -3,7 +3,8 @@
 Here belongs what has to follow another library's releases. Files of this package's own belong in checkpoints.
 """
 
-from .peft import grown_factors
+from .peft import teach_peft
+from .peft_merging import grown_factors
 from .plain import to_plain
 from .stored_layers import METHOD, checked_layers, fields_of_layers, layer_fields, quantization_config
 from .torchao import warn_of_low_rank
@@ -21,6 +22,7 @@ __all__ = [
     "layer_fields",
     "quantization_config",
     "stored_names",
+    "teach_peft",
     "to_plain",
     "transformers_name",
     "warn_of_low_rank",

@@ -14,113 +14,18 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ModelError
 from ..import_hooks import when_imported
 from ..layers import LowRankLayer, LowRankLinear, MergedPart, label
-from ..linalg import max_rank
+from .peft_merging import base_of, check_merging, lora_class
 
 _UTILS = "peft.tuners.tuners_utils"
 _CHANGED = ("BaseTuner", "BaseTunerLayer", "SEQ_CLS_HEAD_NAMES", "check_adapters_to_merge")
 _ALL_LINEAR = "_maybe_include_all_linear_layers"
 _INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that do not read the dense weight
 _PLAIN = "adapt alds_fast.to_plain(model) instead"
-
-
-@torch.no_grad()
-def grown_factors(layer: LowRankLinear, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder of ``layer`` plus ``up @ down``, (rank, in_features) and (out_features, rank).
-
-    Every slice gets that much more rank, which is exact. Where this exceeds the full rank, it is the best
-    decomposition of full rank.
-    """
-    scheme, slices, rank = layer.decomposition
-    full = max_rank(layer.weight_shape, scheme, slices)
-    if rank + down.shape[0] > full:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(layer.dense_weight() + (up @ down).to(layer.encoder))
-        low = LowRankLinear.from_dense(dense, rank=full, groups=slices, scheme=scheme)
-        return low.encoder.detach(), low.decoder.detach()
-    parts = down.to(layer.encoder).unflatten(1, (slices, -1)).transpose(0, 1)
-    encoder = torch.cat([layer.encoder.unflatten(0, (slices, rank)), parts], 1)
-    ups = up.to(layer.decoder)[:, None].expand(-1, slices, -1)
-    decoder = torch.cat([layer.decoder.unflatten(1, (slices, rank)), ups], 2)
-    return encoder.flatten(0, 1), decoder.flatten(1)
-
-
-class _OnLowRank:
-    """What peft's LoRA layer does in another way where its base layer is a low-rank one."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
-        super().__init__(base_layer, adapter_name, **options)  # type: ignore[call-arg]
-        self.fan_in_fan_out = False  # also in the place of transformers' Conv1D
-        self._unmerged: tuple[Any, ...] | None = None
-
-    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        return module.in_features, module.out_features
-
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapters into the factors: the rank grows by theirs, the sum is exact.
-
-        ValueError with ``safe_merge`` if a factor would not be finite; nothing is changed then.
-        """
-        names = sys.modules[_UTILS].check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.lora_A]
-        if not names:
-            return
-        layer = self.get_base_layer()
-        down = torch.cat([self.lora_A[name].weight.detach() for name in names])
-        up = torch.cat([self.lora_B[name].weight.detach() * self.scaling[name] for name in names], 1)
-        factors, bias = grown_factors(layer, down, up), self._merged_bias(names)
-        if safe_merge and not all(bool(torch.isfinite(f).all()) for f in (*factors, bias) if f is not None):
-            raise ValueError(f"the adapters {names} or their base layer have NaN or infinite values")
-        if self._unmerged is None:
-            self._unmerged = layer.encoder, layer.decoder, layer.bias
-        _set(layer, *factors, bias)
-        self.merged_adapters.extend(names)
-
-    def _merged_bias(self: Any, names: list[str]) -> Tensor | None:
-        bias = self.get_base_layer().bias
-        for name in names:
-            if self.lora_bias[name]:
-                more = self.lora_B[name].bias.detach() * self.scaling[name]
-                bias = more if bias is None else bias.detach() + more.to(bias)
-        return bias
-
-    def unmerge(self: Any) -> None:
-        """Put the factors back that were there before the first adapter was merged."""
-        if self._unmerged is None:
-            warnings.warn("no adapter is merged", stacklevel=2)
-            return
-        _set(self.get_base_layer(), *self._unmerged)
-        self._unmerged = None
-        self.merged_adapters.clear()
-
-
-def _set(layer: LowRankLinear, encoder: Tensor, decoder: Tensor, bias: Tensor | None) -> None:
-    """Put factors and bias in, in the type, on the device and with the requires_grad of those that are there."""
-    for name, new in (("encoder", encoder), ("decoder", decoder), ("bias", bias)):
-        old = getattr(layer, name)
-        like = layer.decoder if old is None else old
-        if new is not old:
-            setattr(layer, name, None if new is None else nn.Parameter(new.detach().to(like), like.requires_grad))
-    layer.rank = encoder.shape[0] // layer.slices
-
-
-@functools.cache
-def _lora_class() -> type:
-    from peft.tuners.lora.layer import Linear
-
-    return type("LoraLowRankLinear", (_OnLowRank, Linear), {"__module__": __name__})
-
-
-def __getattr__(name: str) -> Any:
-    """``LoraLowRankLinear``, the class of adapted layers, by which they are pickled: made when it is asked for."""
-    if name == "LoraLowRankLinear":
-        return _lora_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _why_not(config: Any, layer: nn.Module) -> str | None:
@@ -170,7 +75,8 @@ def _including_low_rank(utils: Any, original: Any) -> Any:
 
 def _check_targets(utils: Any, tuner: Any, model: nn.Module, config: Any) -> None:
     """ModelError, before anything is changed, if a low-rank layer is a target that cannot be adapted."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer | MergedPart)}
+    layers = {name: base_of(m) for name, m in model.named_modules()}
+    layers = {name: base for name, base in layers.items() if isinstance(base, LowRankLayer | MergedPart)}
     if not layers or not hasattr(config, "target_modules"):
         return
     config = tuner._prepare_adapter_config(copy.copy(config), tuner.get_model_config(model))
@@ -201,13 +107,24 @@ def _knowing_low_rank(utils: Any, original: Any) -> Any:
         config = self.peft_config[adapter_name]
         _check_targets(utils, self, model, config)
         if config.peft_type == "LORA" and any(isinstance(m, LowRankLinear) for m in model.modules()):
-            config._register_custom_module({LowRankLinear: _lora_class()})
+            config._register_custom_module({LowRankLinear: lora_class()})
         return original(self, model, adapter_name, *args, **kwargs)
 
     return inject_adapter
 
 
-def _teach_peft() -> None:
+def _checking_merge(original: Any) -> Any:
+    """``merge_and_unload`` or ``merge_adapter`` of ``BaseTuner``, which go through the layers one by one."""
+
+    @functools.wraps(original)
+    def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_merging(self.model)
+        return original(self, *args, **kwargs)
+
+    return merge
+
+
+def teach_peft() -> None:
     """Change what this peft asks of layers, in every module of it that has been imported."""
     utils: Any = sys.modules[_UTILS]
     missing = [name for name in (*_CHANGED, _ALL_LINEAR) if not hasattr(utils, name)]
@@ -221,10 +138,12 @@ def _teach_peft() -> None:
             setattr(module, _ALL_LINEAR, changed)
     utils.BaseTuner.__init__ = _checking_first(utils, utils.BaseTuner.__init__)
     utils.BaseTuner.inject_adapter = _knowing_low_rank(utils, utils.BaseTuner.inject_adapter)
+    for name in ("merge_and_unload", "merge_adapter"):
+        setattr(utils.BaseTuner, name, _checking_merge(getattr(utils.BaseTuner, name)))
 
 
 def _modules_of_peft() -> list[ModuleType]:
     return [module for name, module in list(sys.modules.items()) if name.startswith("peft.")]
 
 
-when_imported(_UTILS, _teach_peft)
+when_imported(_UTILS, teach_peft)

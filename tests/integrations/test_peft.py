@@ -13,8 +13,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.errors import ModelError
-from alds_fast.integrations import grown_factors
-from alds_fast.integrations import peft as hooks
+from alds_fast.integrations import grown_factors, teach_peft
 from alds_fast.layers import LowRankLayer, MergedLinears, MergedPart
 
 peft = pytest.importorskip("peft")
@@ -304,7 +303,7 @@ def test_a_peft_that_is_built_otherwise_is_left_alone(monkeypatch):
     before = utils.BaseTuner.inject_adapter
     monkeypatch.delattr(utils, "SEQ_CLS_HEAD_NAMES")
     with pytest.warns(UserWarning, match=r"no \['SEQ_CLS_HEAD_NAMES'\]: it cannot adapt low-rank layers; .*to_plain"):
-        hooks._teach_peft()
+        teach_peft()
     assert utils.BaseTuner.inject_adapter is before
 
 
