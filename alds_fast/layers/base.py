@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,12 @@ class LowRankLayer(nn.Module):
         if isinstance(x, Proxy):
             raise ModelError(f"torch.fx cannot trace {type(self).__name__}; trace alds_fast.to_plain(model) instead")
         return self.backend == "two-op" or (self.backend == "auto" and not x.is_cuda)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks a module for before it compiles anything."""
+        raise ModelError(
+            f"torch.jit.script cannot compile {type(self).__name__}; script alds_fast.to_plain(model) instead"
+        )
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why no fused kernel can run this layer on ``x``; None if one can."""

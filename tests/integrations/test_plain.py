@@ -121,8 +121,8 @@ def test_attributes_of_the_dense_layer_stay():
     assert [p.requires_grad for p in plain.parameters()] == [False, False, True]
     with pytest.raises(AttributeError, match="plain form of LowRankLinear has no dense weight"):
         plain.weight + 1
-    again = pickle.loads(pickle.dumps(plain))
-    assert again.weight.shape == (6, 12) and copy.deepcopy(plain).in_features == 12
+    unpickled = pickle.loads(pickle.dumps(plain))
+    assert unpickled.weight.shape == (6, 12) and copy.deepcopy(plain).in_features == 12
 
 
 @pytest.mark.parametrize("slices", [1, 4])
@@ -133,6 +133,16 @@ def test_it_traces_scripts_and_exports(slices):
     other = X[:1, :, :5]  # neither the batch nor the sizes are written down
     torch.testing.assert_close(torch.jit.script(plain)(other), plain(other))
     torch.testing.assert_close(torch.fx.symbolic_trace(plain)(other), plain(other))
+
+
+def test_a_script_of_the_compressed_model_says_what_to_do():
+    small = mixed(1)
+    before = list(small.modules())
+    kind = next(type(module).__name__ for module in before if isinstance(module, LowRankLayer))
+    with pytest.raises(ModelError, match=rf"torch.jit.script cannot compile {kind}; script alds_fast.to_plain"):
+        torch.jit.script(small)
+    assert list(small.modules()) == before
+    torch.testing.assert_close(torch.jit.trace(small, X)(X), small(X))
 
 
 @pytest.mark.parametrize("layer", [alds.LowRankLinear(8, 8, 2, groups=2), alds.LowRankConv2d(4, 6, 3, 2)])
@@ -201,7 +211,7 @@ def test_onnx_computes_the_same(slices, tmp_path):
     torch.testing.assert_close(torch.from_numpy(y), plain(X))
 
 
-def test_compressed_again():
+def test_the_plain_form_is_compressed():
     plain = alds.to_plain(mixed(1))
     smaller = alds.compress(plain, params=0.9)
     assert count(smaller) <= 0.9 * count(plain) and smaller(X).shape == plain(X).shape

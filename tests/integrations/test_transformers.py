@@ -44,13 +44,13 @@ def logits(model, kind):
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
-def test_saved_and_loaded_again_it_stays_small(kind, small, tmp_path):
+def test_saved_and_loaded_it_stays_small(kind, small, tmp_path):
     model = alds.from_pretrained(small / kind)
     assert low_rank(model) and size(model) < 0.71 * size(checkpoints.dense(kind))
-    model.save_pretrained(tmp_path / "again")
-    loaded = alds.from_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "saved")
+    loaded = alds.from_pretrained(tmp_path / "saved")
     assert size(loaded) == size(model) and torch.equal(logits(loaded, kind), logits(model, kind))
-    auto = type(model).from_pretrained(tmp_path / "again")  # transformers' own, now that it knows the format
+    auto = type(model).from_pretrained(tmp_path / "saved")  # transformers' own, now that it knows the format
     assert size(auto) == size(model) and torch.equal(logits(auto, kind), logits(model, kind))
 
 
