@@ -1,4 +1,4 @@
-"""Models with adapters of peft that are compressed: what peft does with them works afterwards, or is refused by name."""
+"""Models with adapters of peft that are compressed: peft's calls work afterwards, or are refused by name."""
 
 import copy
 import pickle
@@ -109,7 +109,10 @@ def test_weighted_sums_of_adapters_are_merged(combination):
     torch.testing.assert_close(small.merge_and_unload()(X), y)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+READ_THE_WEIGHT = [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+
+
+@pytest.mark.parametrize("options", READ_THE_WEIGHT)
 def test_a_second_adapter_that_reads_the_weight_is_refused(options):
     small = compressed()
     before = state(small)

@@ -33,7 +33,7 @@ def test_nothing_is_said_of_other_models():
         warnings.filterwarnings("error", "quantize_ leaves")
         torchao.quantize_(nn.Sequential(nn.Linear(64, 64)), torchao.Int8WeightOnlyConfig())
         torchao.quantize_(alds.to_plain(model()).requires_grad_(False), torchao.Int8WeightOnlyConfig())
-        warn_of_low_rank(nn.Sequential(alds.LowRankConv2d(4, 4, 3, 2)), "quantize_")  # convolutions are never quantised by it
+        warn_of_low_rank(nn.Sequential(alds.LowRankConv2d(4, 4, 3, 2)), "quantize_")  # never quantised by it
 
 
 @pytest.mark.slow
