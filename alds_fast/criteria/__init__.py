@@ -23,7 +23,7 @@ from .spectra import (
     with_groups,
 )
 from .weighted_errors import EIGEN_NOISE, folded, slice_bases, tap_blocks
-from .weights import Weighting, unknown_share, weighting
+from .weights import Weighting, on_filters, unknown_share, weighting
 
 __all__ = [
     "CRITERIA",
@@ -57,6 +57,7 @@ __all__ = [
     "layer_held_out_errors",
     "layer_spectra",
     "marked_float32",
+    "on_filters",
     "outputs",
     "patches",
     "place",

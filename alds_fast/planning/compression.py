@@ -14,8 +14,8 @@ from .options import check_plan_options
 from .run_analysis import analyze
 
 _ANALYSIS_OPTIONS = {
-    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "held_out", "precision",
-    "progress",
+    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "held_out",
+    "moment_memory", "precision", "progress",
 }  # fmt: skip
 _PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
 
@@ -34,8 +34,9 @@ def compress(
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
-    moment_order, held_out, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align,
-    bias_correction, importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
+    moment_order, held_out, moment_memory, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p,
+    method, align, bias_correction, importance, cache).
+    ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
     Raises what these raise, ArgumentError for an unknown option, and ModelError, before the work, for a model that
     cannot be copied.

@@ -42,6 +42,15 @@ def check_held_out(share: float) -> float:
     return float(share)
 
 
+def check_moment_memory(limit: int | None) -> int:
+    """The most bytes of moments, half of the machine's memory for None; ArgumentError unless it is a count."""
+    if limit is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if not is_count(limit):
+        raise ArgumentError(f"moment_memory={limit!r} is not a number of bytes >= 1; for example 8 * 10**9")
+    return int(limit)
+
+
 def is_float32(precision: str) -> bool:
     """Whether ``precision`` is "float32", not "float64"; ArgumentError if it is neither."""
     if precision not in ("float32", "float64"):

@@ -252,4 +252,4 @@ def _cells(row: LayerPlan, held_out: bool) -> list[str]:
         errors.append("-" if row.held_out is None else f"{row.held_out:.4f}")
     name = row.name or "(model)"
     counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
-    return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.note]
+    return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]

@@ -28,7 +28,14 @@ def _keywords(function):
 
 
 def test_signatures():
-    seeing = {"data": None, "sensitivity": False, "mask": "attention_mask", "moment_order": 8192, "held_out": 1 / 8}
+    seeing = {
+        "data": None,
+        "sensitivity": False,
+        "mask": "attention_mask",
+        "moment_order": 8192,
+        "held_out": 1 / 8,
+        "moment_memory": None,
+    }
     folds = {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
     assert _keywords(alds.analyze) == {**folds, **seeing, "precision": "float64", "progress": None}
     planning = {"criterion": None, "p": None, "method": "alds", "align": 1, "cache": None}
