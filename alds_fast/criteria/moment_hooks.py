@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layers import DecomposableLayer, is_linear
 from ..linalg import WeightShape
-from ..measurement import first_input
+from ..measurement import Masks, first_input
 from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
 from .moment_sums import DiagonalSums, HeldRows, ProductSums
 
@@ -71,7 +71,7 @@ class Collector:
 
     def __init__(self, layers: Sequence[DecomposableLayer], forms: Mapping[str, Form], gradients: bool) -> None:
         self.layers, self.gradients = layers, gradients
-        self.keep: Tensor | None = None
+        self.masks = Masks()
         self.aside: Tensor | None = None
         self.held: dict[str, HeldRows] = {layer.name: HeldRows() for layer in layers}
         self.sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers}
@@ -116,7 +116,7 @@ class Collector:
         if same and (sums.second is None or sums.shift is products[0].shift):
             self.leaders[layer.name].add(self.last_name)
         else:
-            keep = fitting_mask(layer.module, x, self.keep)
+            keep = fitting_mask(layer.module, x, self.masks.of(layer.name))
             used, aside = by_side(layer.module, x.detach(), keep, self.aside)
             if aside is not None:
                 self.held[layer.name].add(patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
@@ -146,7 +146,7 @@ class Collector:
         return hook
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
-        used, aside = by_side(layer.module, y, fitting_mask(layer.module, y, self.keep), self.aside)
+        used, aside = by_side(layer.module, y, fitting_mask(layer.module, y, self.masks.of(layer.name)), self.aside)
         samples, rows = outputs(layer.module, *used)
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
@@ -158,7 +158,9 @@ class Collector:
     def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
         sums, width = self.gradient_sums[layer.name], layer.shape.filters_per_group
         wanted = _wanted(layer, width, layer.shape.columns, sums.drawn)
-        samples, rows = outputs(layer.module, g.detach(), fitting_mask(layer.module, g, self.keep), wanted, self.seed)
+        samples, rows = outputs(
+            layer.module, g.detach(), fitting_mask(layer.module, g, self.masks.of(layer.name)), wanted, self.seed
+        )
         self.seed += 1
         if isinstance(sums, DiagonalSums):
             sums.add(samples, rows)

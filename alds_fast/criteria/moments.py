@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, label
 from ..measurement import (
+    USUAL,
     Samples,
     attribute_set,
     copy_batch,
-    mask_of,
+    masks_of,
     naming_batch,
     private_runs,
 )
@@ -100,7 +101,7 @@ def collect_moments(
     layers: Sequence[DecomposableLayer],
     *,
     sensitivity: Sensitivity = False,
-    mask: str | None = "attention_mask",
+    mask: str | None = USUAL,
     order: int = 8192,
     held_out: float = 0.0,
     memory: int | None = None,
@@ -117,8 +118,9 @@ def collect_moments(
         data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
         sensitivity: also collect gradients: True for those of the model's first output, or a function of (output,
             batch) that returns the tensor whose squared error matters, or a loss (0-dimensional).
-        mask: name of a keyword argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is
-            not counted in Linear layers.
+        mask: name of an argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is not counted
+            in Linear layers; the other way round for torch's "..._key_padding_mask". The default stands for all usual
+            names, see :func:`alds_fast.measurement.masks_of`.
         order: layers with more columns than this get the moment of their output instead.
         held_out: share of the samples, in [0, 1), of which rows are kept aside, one at least where two differ; they do
             not count in the moments.
@@ -145,8 +147,8 @@ def collect_moments(
     count, masks = 0, 0
     with collector.hooked(), private_runs(model) as run, _frozen(model):
         for count, batch in enumerate(data, 1):
-            collector.keep, collector.aside = mask_of(batch, mask), samples.aside(batch)
-            masks += collector.keep is not None
+            collector.masks, collector.aside = masks_of(model, batch, mask), samples.aside(batch)
+            masks += bool(collector.masks)
             with naming_batch(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
                 output = run(batch, count, f"batch {count} of data=")
                 if sensitivity:
@@ -156,8 +158,8 @@ def collect_moments(
             done(count)
     if not count:
         raise ArgumentError("data= has no batches; an iterator can be used once only")
-    if not masks and mask not in (None, "attention_mask"):
-        raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
+    if not masks and mask not in (None, USUAL):
+        raise ArgumentError(f"mask={mask!r} is an argument of no batch of data=")
     moments = _moments_of(collector, samples.distinct / max(1, samples.total))
     if layers and not moments:
         raise ArgumentError(

@@ -27,11 +27,12 @@ from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import (
+    Masks,
     Run,
     Samples,
     first_input,
     first_sample,
-    mask_of,
+    masks_of,
     naming_batch,
     numbered_batches,
     private_runs,
@@ -111,9 +112,10 @@ class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
     def __init__(
-        self, layer: DecomposableLayer, sums: CrossSums, keep: Tensor | None, halves: Tensor | None, seed: int
+        self, layer: DecomposableLayer, sums: CrossSums, masks: Masks, halves: Tensor | None, seed: int
     ) -> None:
-        self.layer, self.sums, self.keep, self.halves, self.seed = layer, sums, keep, halves, seed
+        self.layer, self.sums, self.halves, self.seed = layer, sums, halves, seed
+        self.masks = masks.of(layer.name)
         self.outputs: list[list[tuple[Tensor, Wanted]]] = []
         self.drawn = sums.drawn
 
@@ -121,7 +123,7 @@ class _Batch:
         """After a call of the dense layer."""
         bias: Any = module.bias
         self.outputs.append([])
-        for part in by_side(module, y, fitting_mask(module, y, self.keep), self.halves):
+        for part in by_side(module, y, fitting_mask(module, y, self.masks), self.halves):
             if part is not None:
                 wanted = rows_wanted(self.layer, self.drawn)
                 samples, _ = outputs(module, *part, wanted, self.seed)
@@ -134,7 +136,9 @@ class _Batch:
         x, dense = first_input(args, kwargs), self.layer.module
         if not self.outputs:
             return
-        sides = [part for part in by_side(dense, x, fitting_mask(dense, x, self.keep), self.halves) if part is not None]
+        sides = [
+            part for part in by_side(dense, x, fitting_mask(dense, x, self.masks), self.halves) if part is not None
+        ]
         for half, ((y, wanted), part) in enumerate(zip(self.outputs.pop(0), sides, strict=True)):
             samples, rows = patches(dense, *part, wanted, self.seed)
             self.sums.paired &= len(y) == len(samples)
@@ -149,8 +153,9 @@ def _collect_sums(
     """Sums of a stage's layers over all batches."""
     sums, calls = {name: CrossSums() for name in stage}, sum(stage.values())
     for number, batch in numbered_batches(data):
-        keep, half = mask_of(batch, mask), None if halves is None else halves.aside(batch)
-        hooks = {name: _Batch(layers[name], sums[name], keep, half, number) for name in stage}
+        masks = masks_of(model.model, batch, mask)
+        half = None if halves is None else halves.aside(batch)
+        hooks = {name: _Batch(layers[name], sums[name], masks, half, number) for name in stage}
         with naming_batch(number, "refit="):
             _pass(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
             _pass(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")

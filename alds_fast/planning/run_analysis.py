@@ -50,7 +50,8 @@ def analyze(
             the moments of the layers' inputs are collected on them, see :func:`alds_fast.criteria.collect_moments`.
         sensitivity: with data, also collect gradients: True for those of the model's first output, or a function of
             (output, batch) that returns the tensor whose squared error matters, or a loss.
-        mask: name of the keyword argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count.
+        mask: name of the argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count; the
+            default stands for all usual names, see :func:`alds_fast.measurement.masks_of`.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
             which allows the encode fold with one slice only.
         held_out: share of the samples, in [0, 1), that are kept aside, one at least where two differ; plans state the
