@@ -148,6 +148,12 @@ class LowRankLayer(nn.Module):
         self.encoder = nn.Parameter(encoder.to(like), like.requires_grad)
         self.decoder = nn.Parameter(decoder.to(like), like.requires_grad)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """As any module, but for the mark that checkpoint directories hold in the place of the dense weight."""
+        if (mark := state_dict.get(f"{prefix}weight")) is not None and mark.numel() == 1:
+            del state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _take_factors_of(self, module: nn.Module) -> None:
         """Best factors of the module's weight (Eckart-Young-Mirsky, slice by slice), and a copy of its bias."""
         weight, shape = module.weight, self.weight_shape
