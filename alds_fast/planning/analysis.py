@@ -96,10 +96,10 @@ class Analysis:
                 that error does to the network's output, to first order), see
                 :mod:`alds_fast.criteria.weighted_errors`. None for the best that the analysis allows: "sensitivity",
                 "output", "frobenius".
-            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
-                exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
-                None for 2 with "sensitivity", whose squares add up, 4 with other criteria, which is what measured
-                best, and inf with several budgets or error=.
+            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then, under one budget, the second
+                largest, ...; exactly under one budget. How far from the optimum is in ``Plan.gap``. None for 2 with
+                "sensitivity", whose squares add up, 4 with other criteria, which is what measured best, and inf with
+                error=.
             method: "alds" (exact) or, for comparison, "alds-heuristic" (the paper's alternating search), "svd",
                 "svd-energy", "svd-nuclear", "l-rank", "pca", "sum" or "uniform", see
                 :mod:`alds_fast.allocation.baselines`: under one budget, of params= or flops=. Their ``Plan.gap`` is

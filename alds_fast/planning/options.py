@@ -130,10 +130,9 @@ def check_plan_options(
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if not is_count(align):
         raise ArgumentError(f"align={align!r} is not an integer >= 1")
-    if not math.isinf(p) and (len(given) != 1 or method in BASELINES):
+    if not math.isinf(p) and (not given or method in BASELINES):
         raise ArgumentError(
-            f"p={p!r} applies to one budget of params=, flops= or latency= with method='alds' only; leave it at "
-            f"math.inf"
+            f"p={p!r} applies to budgets of params=, flops= and latency= with method='alds' only; leave it at math.inf"
         )
     if method in BASELINES and not is_counted_alone(given):
         raise ArgumentError(f"method={method!r} needs params= or flops=, one alone; method='alds' solves the others")
