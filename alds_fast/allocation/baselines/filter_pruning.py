@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import AldsError, ArgumentError, BudgetError, ModelError
 from ...layers import count_params, replace_layers, tied_names
-from ...measurement import call_model, count_inputs, inference, keeping_state, layer_inputs
+from ...measurement import call_model, copy_batch, count_inputs, inference, keeping_state, layer_inputs
 from ..costs import SHARES
 from ..pareto import Floats, Ints
 
@@ -68,7 +68,7 @@ def _graph(model: nn.Module, example_inputs: Any) -> Any:
     graph = _torch_pruning().DependencyGraph()
     try:
         with torch.enable_grad(), keeping_state(model):
-            graph.build_dependency(model, example_inputs, forward_fn=call_model, verbose=False)
+            graph.build_dependency(model, copy_batch(example_inputs), forward_fn=call_model, verbose=False)
     except Exception as e:
         raise ModelError(f"torch-pruning cannot trace the model ({type(e).__name__}: {e})") from e
     for module, training in flags:
@@ -129,7 +129,7 @@ def _prune(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Any]:
     """Shapes of the model's outputs."""
     with keeping_state(model), inference(model):
-        return [getattr(leaf, "shape", None) for leaf in tree_leaves(call_model(model, example_inputs))]
+        return [getattr(leaf, "shape", None) for leaf in tree_leaves(call_model(model, copy_batch(example_inputs)))]
 
 
 def _fits(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: float) -> bool:
