@@ -11,6 +11,7 @@ from ..layers import check_copyable
 from ..measurement import check_batches
 from .defaults import resolved_precision
 from .options import check_plan_options
+from .result_check import first_batch
 from .run_analysis import analyze
 
 _ANALYSIS_OPTIONS = {
@@ -38,6 +39,7 @@ def compress(
     method, align, bias_correction, importance, cache).
     ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
+    The result is run on ``example_inputs``, or else the first batch of ``data``, before it is given back.
     Raises what these raise, ArgumentError for an unknown option, and ModelError, before the work, for a model that
     cannot be copied.
 
@@ -65,6 +67,8 @@ def compress(
     analysis = analyze(model, **analysing)
     budgets = {**shares, "error": error, "example_inputs": example_inputs}
     plan = analysis.plan(**{**budgets, **planning})
+    inputs = first_batch(model, options.get("data")) if example_inputs is None else example_inputs
     if not refit:
-        return plan.apply(model)
-    return plan.apply(model, refit=options["data"], mask=options.get("mask", "attention_mask"))
+        return plan.apply(model, example_inputs=inputs)
+    mask = options.get("mask", "attention_mask")
+    return plan.apply(model, refit=options["data"], mask=mask, example_inputs=inputs)

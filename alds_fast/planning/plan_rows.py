@@ -13,6 +13,7 @@ from ..errors import ArgumentError, PlanError
 from ..factors import Choice
 from ..layers import DecomposableLayer, Layer
 from ..linalg import Decomposition, WeightShape
+from ..text import shape_text
 
 
 @dataclass(frozen=True)
@@ -183,3 +184,14 @@ def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int)
     row |= {**chosen.to_dict(), "error": float(choices.errors[candidate])}
     row["params_after"] -= layer.shape.numel - chosen.params(layer.shape)
     return LayerPlan(**row)
+
+
+def row_cells(row: LayerPlan, held_out: bool) -> list[str]:
+    """The texts of a row in the table of a plan, with a column for errors on samples kept aside if ``held_out``."""
+    chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
+    errors = ["?" if math.isnan(row.error) else f"{row.error:.4f}"]
+    if held_out:
+        errors.append("-" if row.held_out is None else f"{row.held_out:.4f}")
+    name = row.name or "(model)"
+    counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
+    return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]

@@ -56,7 +56,12 @@ def test_signatures():
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
     assert _keywords(kernels.lowrank_linear) == common
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
-    assert _keywords(alds.Plan.apply) == {"moments": None, "refit": None, "mask": "attention_mask"}
+    assert _keywords(alds.Plan.apply) == {
+        "moments": None,
+        "refit": None,
+        "mask": "attention_mask",
+        "example_inputs": None,
+    }
 
 
 def test_plan_attributes():
