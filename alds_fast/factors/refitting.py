@@ -179,7 +179,7 @@ def _fit(
     )
     weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
     fitted = factors(weights, low.decomposition)
-    encoder, decoder = factors_to_weights(fitted.left, fitted.right, low.weight_shape, low.scheme)
+    encoder, decoder = factors_to_weights(fitted.left, fitted.right, low.weight_shape, low.scheme, low.encoder.dtype)
     low.encoder.copy_(encoder)
     low.decoder.copy_(decoder)
     if centred:

@@ -144,7 +144,7 @@ class LowRankLayer(nn.Module):
 
         ``left``: (conv_groups, groups, rows, rank); ``right``: (conv_groups, groups, rank, cols / groups).
         """
-        encoder, decoder = factors_to_weights(left, right, self.weight_shape, self.scheme)
+        encoder, decoder = factors_to_weights(left, right, self.weight_shape, self.scheme, like.dtype)
         self.encoder = nn.Parameter(encoder.to(like), like.requires_grad)
         self.decoder = nn.Parameter(decoder.to(like), like.requires_grad)
 
