@@ -3,7 +3,7 @@
 Here belongs what has to follow another library's releases. Files of this package's own belong in checkpoints.
 """
 
-from .peft import grown_factors
+from .peft import adopt_adapters, grown_factors
 from .plain import to_plain
 from .stored_layers import METHOD, checked_layers, fields_of_layers, layer_fields, quantization_config
 from .torchao import warn_of_low_rank
@@ -13,6 +13,7 @@ from .transformers_quantizer import keep_when_saved, transformers_name
 
 __all__ = [
     "METHOD",
+    "adopt_adapters",
     "check_resizing",
     "checked_layers",
     "fields_of_layers",

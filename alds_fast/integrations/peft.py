@@ -116,6 +116,19 @@ def _lora_class() -> type:
     return type("LoraLowRankLinear", (_OnLowRank, Linear), {"__module__": __name__})
 
 
+def adopt_adapters(model: nn.Module) -> None:
+    """Make the adapters of a compressed model, whose base layers have become low-rank ones, merge into their factors.
+
+    Those of LoRA, that is; other kinds of adapters have no merging that is exact.
+    """
+    lora: Any = sys.modules.get("peft.tuners.lora.layer")
+    wrappers: list[Any] = [] if lora is None else [m for m in model.modules() if type(m) is lora.Linear]
+    for wrapper in wrappers:
+        if isinstance(wrapper.get_base_layer(), LowRankLinear):
+            wrapper.__class__ = _lora_class()
+            wrapper.fan_in_fan_out, wrapper._unmerged = False, None
+
+
 def __getattr__(name: str) -> Any:
     """``LoraLowRankLinear``, the class of adapted layers, by which they are pickled: made when it is asked for."""
     if name == "LoraLowRankLinear":

@@ -16,7 +16,7 @@ from ..criteria import CRITERIA, Basis, Moments
 from ..errors import AldsError, PlanError
 from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
-from ..integrations import keep_when_saved
+from ..integrations import adopt_adapters, keep_when_saved
 from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
 from ..measurement import check_batches
 from ..text import number, table
@@ -139,6 +139,7 @@ class Plan:
         check_result(small, [choice.name for choice in chosen], self.params)
         warn_of_holders(model, [choice.name for choice in chosen])
         keep_when_saved(small)
+        adopt_adapters(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
         return small
 
