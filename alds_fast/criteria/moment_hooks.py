@@ -86,7 +86,7 @@ class Collector:
         self.back = False  # in a backward pass, where checkpointed layers are called again: inputs do not count
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def hooks(self) -> Iterator[None]:
         """With the hooks on the layers."""
         handles = []
         for layer in self.layers:
@@ -120,7 +120,7 @@ class Collector:
             used, aside = by_side(layer.module, x.detach(), keep, self.aside)
             if aside is not None:
                 self.held[layer.name].add(patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
-            samples, rows = patches(layer.module, *used, rows_wanted(layer, sums.drawn), self.seed)
+            samples, rows = patches(layer.module, *used, rows_to_draw(layer, sums.drawn), self.seed)
             products = sums.products(samples)
             if linear:  # convolutions rarely share an input, and their strips may be large
                 products = [replace(product, strips=list(product.strips)) for product in products]
@@ -157,7 +157,7 @@ class Collector:
 
     def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
         sums, width = self.gradient_sums[layer.name], layer.shape.filters_per_group
-        wanted = _wanted(layer, width, layer.shape.columns, sums.drawn)
+        wanted = _rows_to_draw(layer, width, layer.shape.columns, sums.drawn)
         samples, rows = outputs(
             layer.module, g.detach(), fitting_mask(layer.module, g, self.masks.of(layer.name)), wanted, self.seed
         )
@@ -168,7 +168,7 @@ class Collector:
             sums.add(sums.products(samples, centred=False), rows)
 
 
-def _wanted(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wanted:
+def _rows_to_draw(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wanted:
     """How many of a call's rows of ``width`` entries are drawn, the layer's own cost per row being width * other.
 
     All tokens. Of a convolution's patches, which overlap, so many that their product costs what the layer itself does,
@@ -181,9 +181,9 @@ def _wanted(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wan
     return lambda rows: min(rows, max(min(round(rows * share), most), ROWS_PER_COLUMN * width - drawn))
 
 
-def rows_wanted(layer: DecomposableLayer, drawn: int) -> Wanted:
+def rows_to_draw(layer: DecomposableLayer, drawn: int) -> Wanted:
     """How many rows of a call's input are drawn, after ``drawn`` of the calls before."""
-    return _wanted(layer, layer.shape.columns, layer.shape.filters_per_group, drawn)
+    return _rows_to_draw(layer, layer.shape.columns, layer.shape.filters_per_group, drawn)
 
 
 def _geometry(layer: DecomposableLayer) -> tuple[Any, ...]:

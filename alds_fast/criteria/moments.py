@@ -145,7 +145,7 @@ def collect_moments(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
         )
     count, masks = 0, 0
-    with collector.hooked(), private_runs(model) as run, _frozen(model):
+    with collector.hooks(), private_runs(model) as run, _frozen(model):
         for count, batch in enumerate(data, 1):
             collector.masks, collector.aside = masks_of(model, batch, mask), samples.aside(batch)
             masks += bool(collector.masks)

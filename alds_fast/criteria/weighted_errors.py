@@ -20,15 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..linalg import decoder_axes, matrix_shape, permuted
+from ..linalg import decoder_axes, matrix_shape, permute_weight
 from .weights import Weighting, on_filters
 
 EIGEN_NOISE = 1e-10  # eigenvalues below this share of the largest are rounding
 
 
-def folded(w: Weighting, matrix: Tensor, scheme: int) -> Tensor:
+def fold_matrix(w: Weighting, matrix: Tensor, scheme: int) -> Tensor:
     """(g0, filters * taps, cols) of the encode-folded (g0, filters, n) matrix."""
-    return permuted(matrix.reshape(w.shape.weight), w.shape, scheme).reshape(matrix_shape(w.shape, scheme))
+    return permute_weight(matrix.reshape(w.shape.weight), w.shape, scheme).reshape(matrix_shape(w.shape, scheme))
 
 
 def tap_blocks(w: Weighting, scheme: int, second: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ class Bases(NamedTuple):
 def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -> Bases:
     """Every slice's directions by what they carry in the data; ``blocks`` from :func:`tap_blocks`, None without C."""
     weight = on_filters(w.root, w.weight)
-    slices = folded(w, weight, scheme).unflatten(2, (groups, -1)).transpose(1, 2)
+    slices = fold_matrix(w, weight, scheme).unflatten(2, (groups, -1)).transpose(1, 2)
     rows, cols = slices.shape[-2:]
     if blocks is None:
         assert w.output is not None

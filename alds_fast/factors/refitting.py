@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_wanted, unknown_share, weighting
+from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw, unknown_share, weighting
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
 from ..linalg import factors_to_weights
@@ -63,7 +63,7 @@ def _pass(
     """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
     remaining = calls
 
-    def counted(hook: Callable[..., None]) -> Callable[..., None]:
+    def counting(hook: Callable[..., None]) -> Callable[..., None]:
         def count(*args: Any) -> None:
             nonlocal remaining
             hook(*args)
@@ -76,7 +76,7 @@ def _pass(
     with ExitStack() as stack:
         for name, hook in hooks.items():
             register = getattr(net.model.get_submodule(name), f"register_{kind}")
-            stack.callback(register(counted(hook), with_kwargs=True).remove)
+            stack.callback(register(counting(hook), with_kwargs=True).remove)
         with suppress(_Reached):
             net.run(batch, number, "a batch of refit=")
 
@@ -125,7 +125,7 @@ class _Batch:
         self.outputs.append([])
         for part in by_side(module, y, fitting_mask(module, y, self.masks), self.halves):
             if part is not None:
-                wanted = rows_wanted(self.layer, self.drawn)
+                wanted = rows_to_draw(self.layer, self.drawn)
                 samples, _ = outputs(module, *part, wanted, self.seed)
                 samples = samples.clone() if bias is None else samples - bias.view(samples.shape[1:])
                 self.outputs[-1].append((samples, wanted))
@@ -184,7 +184,7 @@ def _fit(
     low.decoder.copy_(decoder)
     if centred:
         cut = low.dense_weight().detach().double().cpu().reshape(*weight.shape)
-        moved = sums.trusted(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))
+        moved = sums.without_noise(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))
         assert low.bias is not None
         low.bias.copy_(dense.bias.detach().double().cpu() + moved.flatten())
     cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..criteria import EIGEN_NOISE, Weighting, folded, on_filters, slice_bases, tap_blocks
+from ..criteria import EIGEN_NOISE, Weighting, fold_matrix, on_filters, slice_bases, tap_blocks
 from ..linalg import Decomposition, matrix_shape, unfold
 
 REFIT_NOISE = 1e-6  # features with less than this share of the largest one's energy are not fitted
@@ -59,7 +59,7 @@ def _refit_decoder(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Te
     seen = torch.einsum("gatbkc,gkrc->gatbkr", parts, right).flatten(3)  # C Z^T, (g0, taps, cols, taps * k * rank)
     inner = torch.einsum("gakcz,gkrc->gakrz", seen.unflatten(2, (k, -1)), right).flatten(1, 3)
     start = left.unflatten(2, (-1, taps)).permute(0, 2, 3, 1, 4).flatten(2)  # (g0, filters, taps * k * rank)
-    target = folded(w, w.weight, scheme).unflatten(1, (-1, taps)).flatten(2) @ seen.flatten(1, 2)
+    target = fold_matrix(w, w.weight, scheme).unflatten(1, (-1, taps)).flatten(2) @ seen.flatten(1, 2)
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     sure = values > REFIT_NOISE * values[..., -1:].clamp_min(0)
     scaled = torch.where(sure, 1 / values.clamp_min(1e-300), 0.0).unsqueeze(-2)

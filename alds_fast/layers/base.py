@@ -17,7 +17,7 @@ from ..linalg import (
     batched_rsvd,
     factors_to_weights,
     matrix_shape,
-    permuted,
+    permute_weight,
     weights_to_dense,
 )
 from .absent_weight import AbsentWeight
@@ -161,7 +161,7 @@ class LowRankLayer(nn.Module):
         if weight.is_meta or not bool(torch.isfinite(weight).all()):
             raise WeightError(f"{module}: its weight has NaN, infinite or, on the meta device, no values")
         wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        matrix = permuted(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
+        matrix = permute_weight(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
         (factors,) = batched_rsvd([matrix], [self.slices], [self.rank], exact=True)
         left, right = (f.unflatten(0, (shape.conv_groups, self.slices)) for f in (factors.left, factors.right))
         self.set_factors(left, right, weight)

@@ -141,10 +141,10 @@ def max_rank(shape: WeightShape, scheme: int, groups: int) -> int:
 
 def fold(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
     """Folded weight, (conv_groups, rows, cols); slice g of ``groups`` is the g-th run of cols / groups columns."""
-    return permuted(weight, shape, scheme).reshape(matrix_shape(shape, scheme))
+    return permute_weight(weight, shape, scheme).reshape(matrix_shape(shape, scheme))
 
 
-def permuted(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
+def permute_weight(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
     """View of the weight whose dimensions are those of the folded matrix in order: (conv_groups, rows..., cols...)."""
     dec = [3 + a for a in decoder_axes(scheme, shape.kernel)]
     enc = [a for a in range(3, 3 + len(shape.kernel)) if a not in dec]

@@ -36,14 +36,14 @@ class Masks(NamedTuple):
         return self.first is not None or self.decoder is not None
 
 
-def _nested(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         yield name, value
         if isinstance(value, Mapping):
-            yield from _nested({str(key): part for key, part in value.items()})
+            yield from _flatten({str(key): part for key, part in value.items()})
 
 
-def _named(model: nn.Module, batch: Any) -> dict[str, Any]:
+def _by_name(model: nn.Module, batch: Any) -> dict[str, Any]:
     """What the model is given by name: keywords, positional arguments by its signature, entries of dicts among them."""
     args = (batch,) if isinstance(batch, Tensor) else batch if isinstance(batch, tuple | list) else ()
     given: dict[str, Any] = {str(i): value for i, value in enumerate(args)}
@@ -53,7 +53,7 @@ def _named(model: nn.Module, batch: Any) -> dict[str, Any]:
         given |= dict(zip(names, args, strict=False))
     except (TypeError, ValueError):  # a forward without a signature
         pass
-    return dict(reversed(list(_nested(given))))  # the outermost of one name counts
+    return dict(reversed(list(_flatten(given))))  # the outermost of one name counts
 
 
 def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
@@ -65,7 +65,7 @@ def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
     """
     if mask is None:
         return Masks()
-    given = _named(model, batch)
+    given = _by_name(model, batch)
     if mask != USUAL:
         padding = mask.endswith("key_padding_mask")
         return Masks(_mask(mask, given.get(mask), padding))

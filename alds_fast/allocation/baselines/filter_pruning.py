@@ -49,7 +49,7 @@ class Unit:
     order: Ints
     levels: Floats
 
-    def removed(self, level: float) -> list[int]:
+    def filters_to_remove(self, level: float) -> list[int]:
         """The filters removed at that threshold."""
         return [int(i) for i in self.order[: int(np.searchsorted(self.levels, level, side="right"))]]
 
@@ -117,7 +117,7 @@ def _prune(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: 
     modules = dict(result.named_modules())
     graph = _graph(result, example_inputs)
     for unit in units:
-        module, filters = modules[unit.name], unit.removed(level)
+        module, filters = modules[unit.name], unit.filters_to_remove(level)
         if filters:
             graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, filters).prune()
     trained = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -152,7 +152,7 @@ def _run(shards: Shards, settings: Settings, place: torch.device, journal: Journ
         finished = journal.check()
         work = None if finished else Work(shards, settings, world, place, journal, progress)
         if world.first and not finished:
-            stack.enter_context(journal.locked())
+            stack.enter_context(journal.lock())
             journal.begin()
         world.together()
         if work is not None:
