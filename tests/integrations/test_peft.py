@@ -78,8 +78,8 @@ def test_saved_adapters_are_those_of_the_dense_model(tmp_path):
     assert adapters(adapted).keys() == adapters(dense).keys()
     assert adapted.peft_config["default"].target_modules == dense.peft_config["default"].target_modules
     adapted.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(compressed(), tmp_path)
-    assert torch.equal(again(X), adapted(X))
+    reread = peft.PeftModel.from_pretrained(compressed(), tmp_path)
+    assert torch.equal(reread(X), adapted(X))
     few = peft.PeftModel.from_pretrained(compressed(), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(few(X), adapted(X))
     peft.PeftModel.from_pretrained(Blocks(), tmp_path)(X)
@@ -188,8 +188,8 @@ def test_merged_models_are_saved(tmp_path):
     small = alds.compress(Blocks(), params=0.5)
     merged = peft.get_peft_model(small, lora()).merge_and_unload()
     alds.save(merged, tmp_path / "merged.safetensors")
-    again = alds.load(tmp_path / "merged.safetensors", Blocks())
-    assert torch.equal(again(X), merged(X))
+    reread = alds.load(tmp_path / "merged.safetensors", Blocks())
+    assert torch.equal(reread(X), merged(X))
 
 
 @pytest.mark.parametrize("kind", ["llama", *(slow(kind) for kind in ("gpt2", "bert", "vit"))])
@@ -208,8 +208,8 @@ def test_models_of_transformers(kind, tmp_path):
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**batch).logits, y, rtol=1e-4, atol=1e-4)
         merged.save_pretrained(tmp_path / "merged")
-        again = alds.from_pretrained(tmp_path / "merged", type(dense))
-        torch.testing.assert_close(again(**batch).logits, merged(**batch).logits)
+        reread = alds.from_pretrained(tmp_path / "merged", type(dense))
+        torch.testing.assert_close(reread(**batch).logits, merged(**batch).logits)
 
 
 def test_targets_that_peft_knows_by_itself():

@@ -121,8 +121,8 @@ def test_attributes_of_the_dense_layer_stay():
     assert [p.requires_grad for p in plain.parameters()] == [False, False, True]
     with pytest.raises(AttributeError, match="plain form of LowRankLinear has no dense weight"):
         plain.weight + 1
-    again = pickle.loads(pickle.dumps(plain))
-    assert again.weight.shape == (6, 12) and copy.deepcopy(plain).in_features == 12
+    unpickled = pickle.loads(pickle.dumps(plain))
+    assert unpickled.weight.shape == (6, 12) and copy.deepcopy(plain).in_features == 12
 
 
 @pytest.mark.parametrize("slices", [1, 4])
