@@ -17,7 +17,7 @@ import numpy as np
 
 from .pareto import Floats, Ints, _compiled, p_norm
 
-MAX_CUTS = 40
+MAX_PLANES = 40
 CLOSE = 1e-4  # relative distance of the bound from what the cuts still allow, at which there are no more
 MAX_DOUBLINGS = 60
 HALVINGS = 12
@@ -86,7 +86,7 @@ class _Instance:
         count = len(self.budgets)
         best, bound, multipliers = np.zeros(count), -np.inf, np.full(count, self.values.sum() / count)
         most, rows, limits = 1e3 * max(1.0, float(self.values.max())) * len(self.starts), [], []
-        for _ in range(MAX_CUTS):
+        for _ in range(MAX_PLANES):
             _, value, excess = self.least(multipliers)
             if value > bound:
                 best, bound = multipliers, value

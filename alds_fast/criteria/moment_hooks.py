@@ -19,7 +19,7 @@ from .moment_sums import DiagonalSums, HeldRows, ProductSums
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
-MAX_FILTERS = 2048  # of a layer, whose gradients' moment is kept whole
+WIDEST_WHOLE = 2048  # of a layer, whose gradients' moment is kept whole
 MAX_OUTPUTS = 8192  # of a layer, whose own moment is kept where that of its input is too large
 ROWS_PER_COLUMN = 2  # of a moment, where the data has them
 
@@ -50,7 +50,7 @@ def moment_forms(
     layers are too, and then the largest layers are left out, as is a layer with too many inputs and outputs.
     """
     shapes = {layer.name: layer.shape for layer in layers}
-    forms = {n: Form(s.columns > order, s.filters_per_group > MAX_FILTERS) for n, s in shapes.items()}
+    forms = {n: Form(s.columns > order, s.filters_per_group > WIDEST_WHOLE) for n, s in shapes.items()}
     forms = {n: form for n, form in forms.items() if not (form.by_output and shapes[n].filters_per_group > MAX_OUTPUTS)}
     if memory is None:
         return forms

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import check_model
+from ..checks import check_model, is_count
 from ..errors import ArgumentError, BackendError
+from ..kernels import MAX_MERGED
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
 from ..measurement import (
     call_model,
@@ -30,10 +31,9 @@ from ..measurement import (
 from .autotune import SEPARATE, TIE, Specs, autotune_layer, autotune_merged, calls_key, is_plain, module_for
 from .table import DeployRow, DeployTable
 
-BACKENDS = ("dense", "two-op", "fused")
+FORCED = ("dense", "two-op", "fused")  # what backend= may ask for
 Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
 MERGED = "merged"  # kind of a row that stands for several layers
-MAX_MERGED = 3  # layers with one encoder call; no more than the few-rows kernel takes
 
 
 def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
@@ -205,9 +205,9 @@ def deploy(
     (['dense', 'deployed', 'two-op'], True)
     """
     check_model(model)
-    if backend is not None and backend not in BACKENDS:
-        raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(BACKENDS)}")
-    if not isinstance(rounds, int) or rounds < 1:
+    if backend is not None and backend not in FORCED:
+        raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(FORCED)}")
+    if not is_count(rounds):
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
     known = _known(table, device_of(model))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}

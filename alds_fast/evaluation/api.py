@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import is_count
 from ..criteria import CRITERIA
 from ..errors import ArgumentError, EvaluationError, MissingFileError, ModelError
 from .cells import Cell, Task, check_cells
@@ -119,7 +120,7 @@ def _check_functions(model: Any, quality: Any, data: Any, after: Any, workers: A
     for name, function in (("quality", quality), ("data", data), ("after", after)):
         if not callable(function) and not (function is None and name != "quality"):
             raise ArgumentError(f"{name} is a {type(function).__name__}, not a function")
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+    if not is_count(workers):
         raise ArgumentError(f"workers={workers!r} is not an integer >= 1")
 
 

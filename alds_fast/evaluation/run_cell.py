@@ -18,9 +18,9 @@ from ..measurement import count_inputs, inference
 from ..planning import Analysis, analyze
 from ..version import __version__
 from .cells import Cell, Task, model_mark
+from .log import Record
 from .variants import DENSE, Variant
 
-Record = dict[str, Any]
 DONE, UNMET, FAILED = "done", "cannot be met", "failed"
 NUMBERS = ("params", "flops", "error", "quality", "quality_after")
 SECONDS = ("seconds_analyze", "seconds_plan", "seconds_apply", "seconds_after", "seconds_quality")

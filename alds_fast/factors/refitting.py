@@ -43,7 +43,7 @@ from .ridge import CrossSums, best_weight
 from .weighted import factors
 
 ORDER = 8192  # columns of a layer, at most
-MOST_NOISE = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
+MOST_UNKNOWN = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
 
 
 class _Reached(BaseException):
@@ -170,7 +170,7 @@ def _fit(
     seen = sums.means()
     covariance = seen.spread(True)[0]
     noise = sums.noise(covariance)
-    if unknown_share(covariance, noise) > MOST_NOISE:
+    if unknown_share(covariance, noise) > MOST_UNKNOWN:
         return None
     weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
     best = best_weight(weight, sums, centred)

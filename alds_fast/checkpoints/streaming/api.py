@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...checks import is_count
 from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
 from ...factors import FactorReport
@@ -58,7 +59,7 @@ def _settings(
             f"{', '.join(WEIGHT_CRITERIA)}, or load the model and use analyze(data=)"
         )
     named = None if isinstance(groups, str) and groups == "auto" else check_groups(groups)
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+    if not is_count(max_shard_bytes):
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
     budget = {name: float(v) for name, v in (("params", params), ("error", error)) if v is not None}
     return Settings(

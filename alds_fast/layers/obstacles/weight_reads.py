@@ -26,20 +26,20 @@ _HARMLESS = {
 }
 _ASKING = {"isinstance", "hasattr", "type"}
 
-Chain = tuple[str, ...]  # attributes from a module down to a child
+Attributes = tuple[str, ...]  # attributes from a module down to a child
 
 
 class _Reads(ast.NodeVisitor):
     """Collects from one function the children whose ``weight`` is used, and the methods of the module."""
 
     def __init__(self, function: ast.FunctionDef) -> None:
-        self.weights: set[Chain] = set()
+        self.weights: set[Attributes] = set()
         self.methods: set[str] = set()
-        self.names: dict[str, Chain] = {function.args.args[0].arg: ()} if function.args.args else {}
+        self.names: dict[str, Attributes] = {function.args.args[0].arg: ()} if function.args.args else {}
         for statement in function.body:
             self.visit(statement)
 
-    def chain(self, node: ast.AST) -> Chain | None:
+    def chain(self, node: ast.AST) -> Attributes | None:
         """Where an expression is below the module; None for anything else."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id)
@@ -87,7 +87,7 @@ def _source(function: Any) -> ast.FunctionDef | None:
 
 
 @functools.cache
-def _weights_read_by(kind: type) -> frozenset[Chain]:
+def _weights_read_by(kind: type) -> frozenset[Attributes]:
     """Children, by their attributes, whose weights the forward of a class and the methods that it calls use."""
     waiting, seen, weights = ["forward"], set(), set()
     while waiting:
@@ -105,7 +105,7 @@ def _weights_read_by(kind: type) -> frozenset[Chain]:
     return frozenset(weights)
 
 
-def _fits(chain: Chain, path: Sequence[str]) -> bool:
+def _fits(chain: Attributes, path: Sequence[str]) -> bool:
     return len(chain) == len(path) and all(a in (ANY, b) for a, b in zip(chain, path, strict=True))
 
 
