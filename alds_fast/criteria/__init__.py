@@ -18,7 +18,7 @@ from .spectra import (
     candidate_groups,
     exact_spectra,
     layer_spectra,
-    marked_float32,
+    mark_float32,
     total_work,
     with_groups,
 )
@@ -56,7 +56,7 @@ __all__ = [
     "layer_errors",
     "layer_held_out_errors",
     "layer_spectra",
-    "marked_float32",
+    "mark_float32",
     "on_filters",
     "outputs",
     "patches",

@@ -45,11 +45,11 @@ def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) 
     Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
     Multivariate Analysis 88 (2004).
     """
-    spread = float((covariance - shrunk(covariance, 1.0, alike)).square().sum())
+    spread = float((covariance - shrink(covariance, 1.0, alike)).square().sum())
     return min(1.0, noise / spread) if spread > 0 else float(noise > 0)
 
 
-def shrunk(covariance: Tensor, share: float, alike: Tensor | None = None) -> Tensor:
+def shrink(covariance: Tensor, share: float, alike: Tensor | None = None) -> Tensor:
     """(1 - share) C + share mu A, of (g0, n, n); A is ``alike`` or the identity, mu A has the trace of C.
 
     Of a diagonal (g0, n) too.
@@ -75,7 +75,7 @@ def _roots(gradient: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
     (A filter that the output does not depend on in the data still has to be approximated somehow.)
     """
-    gradient = shrunk(gradient, share)
+    gradient = shrink(gradient, share)
     values, vectors = (gradient, None) if gradient.dim() == 2 else torch.linalg.eigh(gradient)
     top = values.amax(-1, keepdim=True).clamp_min(0)
     values = torch.where(top > 0, values.clamp_min(1e-6 * top), torch.ones_like(values)).sqrt()
@@ -122,7 +122,7 @@ def weighting(
     sure = max(0.0, 1.0 - moments.mean_noise / norm2) if norm2 > 0 else 1.0
     covariance = _covariance(moments)
     share = shrinkage_of(covariance, moments.noise, alike) if share is None else share
-    mixed = shrunk(covariance, share, alike) + shrunk((1.0 - sure**2) * _outer(moments.mean), 1.0, alike)
+    mixed = shrink(covariance, share, alike) + shrink((1.0 - sure**2) * _outer(moments.mean), 1.0, alike)
     product = _outer(sure * moments.mean)
     second = mixed if centred else mixed + product
     if alike is None:

@@ -108,7 +108,7 @@ def _merge_candidates(
     return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
 
 
-def _built(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
+def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
     """A copy of the model with every layer as the rows say; rows of merged layers come last.
 
     Layers that keep their form are copied in their place, with everything that hangs on them.
@@ -152,7 +152,7 @@ def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds:
         return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
 
 
-def _known(table: DeployTable | str | os.PathLike[str] | None, device: torch.device) -> dict[str, DeployRow]:
+def _read_table(table: DeployTable | str | os.PathLike[str] | None, device: torch.device) -> dict[str, DeployRow]:
     if table is None:
         return {}
     if isinstance(table, str | os.PathLike):
@@ -209,7 +209,7 @@ def deploy(
         raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(FORCED)}")
     if not is_count(rounds):
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
-    known = _known(table, device_of(model))
+    known = _read_table(table, device_of(model))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
@@ -226,10 +226,10 @@ def deploy(
         "two-op": [replace(row, won="two-op") for row in unmerged],
         "deployed": rows,
     }
-    times = _whole_model_ms({name: _built(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
+    times = _whole_model_ms({name: _build(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
     kept = _best(times) if backend is None and changed else "deployed"
     deployed = DeployTable(tuple(rows), environment(device_of(model)), {n: median(ms) for n, ms in times.items()}, kept)
-    result = _built(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
+    result = _build(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
     annotate(result, deployed=deployed)
     return (result, deployed) if report else result

@@ -144,14 +144,14 @@ def _sort(cells: Sequence[Cell], variants: Mapping[str, Any]) -> list[Cell]:
 def _jobs(task: Task, cells: Sequence[Cell], records: Records) -> list[tuple[Cell, bool]]:
     """What to do, seed by seed: (cell, whether only its model is to be looked at, as its results are all there)."""
 
-    def left(cell: Cell) -> bool:
+    def is_to_do(cell: Cell) -> bool:
         return records.by_key.get(task.key(cell), {"status": FAILED})["status"] == FAILED
 
     jobs = []
     for seed in dict.fromkeys(cell.seed for cell in cells):
         dense = Cell(DENSE, 1.0, seed)
-        todo = [cell for cell in cells if cell.seed == seed and left(cell)]
-        jobs += [(dense, not left(dense)), *((cell, False) for cell in todo)]
+        todo = [cell for cell in cells if cell.seed == seed and is_to_do(cell)]
+        jobs += [(dense, not is_to_do(dense)), *((cell, False) for cell in todo)]
     return jobs
 
 

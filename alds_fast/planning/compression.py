@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,16 +11,22 @@ from torch import nn
 from ..errors import ArgumentError
 from ..layers import check_copyable
 from ..measurement import check_batches
+from .analysis import Analysis
 from .defaults import resolved_precision
 from .options import check_plan_options
 from .result_check import first_batch
 from .run_analysis import analyze
 
-_ANALYSIS_OPTIONS = {
-    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "held_out",
-    "moment_memory", "precision", "progress",
-}  # fmt: skip
-_PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
+_NAMED = ("params", "flops", "latency", "error", "example_inputs")
+
+
+def _options(function: Callable[..., Any], *without: str) -> set[str]:
+    """The names of a function's keyword options."""
+    options = inspect.signature(function).parameters.values()
+    return {option.name for option in options if option.kind is option.KEYWORD_ONLY} - set(without)
+
+
+_ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze), _options(Analysis.plan, *_NAMED)
 
 
 def compress(
