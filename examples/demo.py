@@ -16,12 +16,12 @@ def latencies_ms(models: list[torch.nn.Module], frames: torch.Tensor, rounds: in
     """Median milliseconds of one batch, the models taking turns so that a busy machine is busy for all of them."""
     times = [[] for _ in models]
     for turn in range(rounds + 1):
-        for model, own in zip(models, times, strict=True):
+        for model, ms in zip(models, times, strict=True):
             begin = time.perf_counter()
             model(frames)
             if turn:
-                own.append((time.perf_counter() - begin) * 1e3)
-    return [statistics.median(own) for own in times]
+                ms.append((time.perf_counter() - begin) * 1e3)
+    return [statistics.median(ms) for ms in times]
 
 
 def main() -> None:

@@ -60,13 +60,13 @@ def main() -> None:
 
     begin = time.perf_counter()
     dense = network()
-    own = optimizer(dense)
-    rates = scheduler(own)
+    optimiser = optimizer(dense)
+    rates = scheduler(optimiser)
     for _ in range(args.epochs):
         for x, y in loader:
-            own.zero_grad()
+            optimiser.zero_grad()
             nn.functional.cross_entropy(dense(x), y).backward()
-            own.step()
+            optimiser.step()
         rates.step()
 
     def retrained(name, cycles):

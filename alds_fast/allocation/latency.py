@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from ..layers import DecomposableLayer, LowRankLayer, low_rank_like, replace_layers
 from ..linalg import Decomposition
-from ..measurement import InputSpec, Ratios, Timings, call_model, inference, interleaved_ms, median_ratio
+from ..measurement import (
+    InputSpec,
+    Ratios,
+    Timings,
+    call_model,
+    copy_batch,
+    inference,
+    interleaved_ms,
+    keeping_state,
+    median_ratio,
+)
 from .candidates import Candidates, Curve
 from .costs import Calls, CostTable
 from .pareto import Floats, Ints
@@ -142,8 +152,10 @@ class LayerTimes:
 
     def _time_dense(self, model: nn.Module, example_inputs: Any, device: torch.device) -> None:
         sides = {text: spec.caller(module, spec.make()) for text, (module, spec, _) in self._sites.items()}
-        with inference(model):
-            times = interleaved_ms({**sides, "": partial(call_model, model, example_inputs)}, device, rounds=ROUNDS)
+        with inference(model), keeping_state(model):
+            sides[""] = partial(call_model, model, copy_batch(example_inputs))
+            times = interleaved_ms(sides, device, rounds=ROUNDS)
+        del sides[""]
         model_ns = median(times[""]) * NS_PER_MS
         self._dense_ns = {text: median_ratio(times, text, "") * model_ns for text in sides}
         inside = sum(self._layer_dense_ns(layer) for layer in self._layers)
@@ -199,8 +211,8 @@ def end_to_end(
     """
     modules = dict(model.named_modules())
     small = replace_layers(model, {name: random_low_rank(modules[name], d) for name, d in replaced.items()})
-    with inference(model), inference(small):
-        sides = {"dense": partial(call_model, model, example_inputs)}
-        sides["compressed"] = partial(call_model, small, example_inputs)
+    with inference(model), inference(small), keeping_state(model):
+        sides = {"dense": partial(call_model, model, copy_batch(example_inputs))}
+        sides["compressed"] = partial(call_model, small, copy_batch(example_inputs))
         times = interleaved_ms(sides, device)
     return median_ratio(times, "compressed", "dense"), median(times["dense"]), median(times["compressed"])

@@ -23,7 +23,7 @@ from ..criteria import (
     candidate_groups,
     computed_in_float32,
     layer_spectra,
-    marked_float32,
+    mark_float32,
     place,
 )
 from ..layers import DecomposableLayer
@@ -102,4 +102,4 @@ def prune_spectra(
             )
             for (layer, scheme), (values,) in zip(batch, solved, strict=True):
                 results[layer.name].values[scheme, k] = values.cpu()
-    return [marked_float32(s) if s.float32 else s for s in results.values()]
+    return [mark_float32(s) if s.float32 else s for s in results.values()]

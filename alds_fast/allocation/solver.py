@@ -15,8 +15,9 @@ from .baselines import BASELINES
 from .candidates import Candidates
 from .costs import CostTable
 from .one_budget import allocate, gap
-from .pareto import Front, Ints, pareto_front, threshold
+from .pareto import Front, Ints, p_norm, pareto_front, threshold
 from .several_budgets import least_budget, least_largest
+from .several_p_norm import least_sum_within
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def largest_error(choices: Sequence[Candidates], picks: Sequence[int]) -> float:
     return max((float(c.errors[i]) for c, i in zip(choices, picks, strict=True)), default=0.0)
 
 
-def _together(choices: Sequence[Candidates], tables: Sequence[CostTable]) -> Solution:
+def _together(choices: Sequence[Candidates], tables: Sequence[CostTable], p: float) -> Solution:
     """All budgets at once; BudgetError, naming what could be reached, where no allocation within all is found."""
     limits = np.array([t.budget() for t in tables], dtype=np.int64)
     if not choices:
@@ -54,17 +55,21 @@ def _together(choices: Sequence[Candidates], tables: Sequence[CostTable]) -> Sol
         raise BudgetError(
             f"{names} cannot be met at once: keeping the others, the smallest found is {' or '.join(reach)}"
         )
-    picks = tuple(int(i) for i in result[0])
-    return Solution(picks, _relative(largest_error(choices, picks), result[1]))
+    picks, bound = result
+    if not math.isinf(p):
+        picks, least = least_sum_within(costs, errors, limits, p, picks)
+        bound = max(bound, least)  # no p-norm is below the least largest error
+    taken = np.array([e[i] for e, i in zip(errors, picks, strict=True)])
+    return Solution(tuple(int(i) for i in picks), _relative(p_norm(taken, p), bound))
 
 
 def solve(choices: Sequence[Candidates], tables: Sequence[CostTable], p: float = math.inf) -> Solution:
-    """Least p-norm of the errors within one budget (exact for p = inf), or least largest error within several.
+    """Least p-norm of the errors within one budget (exact for p = inf) or several.
 
     Raises BudgetError, naming the budget and the smallest reachable share.
     """
     if len(tables) > 1:
-        return _together(choices, tables)
+        return _together(choices, tables, p)
     fronts = _fronts(choices, tables[0])
     result = allocate(fronts, tables[0].budget(), p)
     picks = tuple(int(f.index[i]) for f, i in zip(fronts, result.picks, strict=True))

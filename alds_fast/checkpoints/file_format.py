@@ -54,7 +54,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"path={path!r}: expected the name of a file")
     if not Path(path).is_file():
-        raise MissingFileError(f"{os.fspath(path)!r} does not exist or is not a file")
+        remedy = "; from_pretrained loads compressed directories" if Path(path).is_dir() else ""
+        raise MissingFileError(f"{os.fspath(path)!r} does not exist or is not a file{remedy}")
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}

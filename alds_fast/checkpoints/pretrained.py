@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError, FileFormatError, ModelError, PlanError
-from ..integrations import METHOD, checked_layers, quantization_config, transformers_name
+from ..integrations import METHOD, quantization_config, read_layers, transformers_name
 from ..layers import LowRankLayer
 from .safetensors_reader import Shards, open_shards
 
@@ -83,7 +83,7 @@ def _layers_in(shards: Shards) -> dict[str, dict[str, Any]]:
             f"{str(shards.folder)!r} was not compressed by alds_fast: its config.json says nothing of it; load it with "
             f"transformers, or compress it first"
         )
-    return checked_layers(settings.get("layers"), settings.get("version"))
+    return read_layers(settings.get("layers"), settings.get("version"))
 
 
 def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:

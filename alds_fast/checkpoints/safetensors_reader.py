@@ -152,6 +152,8 @@ def _existing(folder: object) -> Path:
     name = os.fspath(folder)
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ArgumentError(f"{name!r} is a file, not a directory; load(file, model) loads what save has written")
     hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
     remedy = (f"; it must be a local directory: huggingface_hub.snapshot_download({name!r}) downloads a model of that "
               f"name and returns its directory") if hub else ""  # fmt: skip

@@ -138,7 +138,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             if old is None or name not in tensors:
                 continue
             if id(old) not in fresh:
-                fresh[id(old)] = _filled(name, old, tensors[name], id(old) in shared)
+                fresh[id(old)] = _fill(name, old, tensors[name], id(old) in shared)
             (module._parameters if attribute in module._parameters else module._buffers)[attribute] = fresh[id(old)]
     for name, old in expected.items():  # tied in the model means equal in the file
         if id(old) in fresh and not _same(fresh[id(old)], tensors[name]):
@@ -147,7 +147,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _filled(name: str, old: Tensor, value: Tensor, shares_memory: bool) -> Tensor:
+def _fill(name: str, old: Tensor, value: Tensor, shares_memory: bool) -> Tensor:
     """What takes the tensor's place: the file's, or the model's own with the file's values if it shares memory."""
     if not shares_memory:
         value = value.to(torch.device("cpu") if old.is_meta else old.device)

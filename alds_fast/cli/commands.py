@@ -72,8 +72,8 @@ def _run_analyze(args: argparse.Namespace) -> None:
 def _run_compress(args: argparse.Namespace) -> None:
     if ":" not in args.target and not Path(args.target).is_dir():
         raise MissingFileError(
-            f"{args.target!r}: there is no such checkpoint directory, and a function that returns the model is named "
-            f"package.module:function or file.py:function"
+            f"{args.target!r}: there is no such checkpoint directory (huggingface_hub.snapshot_download gets one by "
+            f"name), and a function that returns the model is named package.module:function or file.py:function"
         )
     if Path(args.target).is_dir():
         compress_directory(args, first=os.environ.get("RANK", "0") == "0")

@@ -6,7 +6,7 @@ Here belongs what turns a layer into errors by rank. What chooses among ranks be
 from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, layer_held_out_errors, with_outputs
 from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
-from .moment_hooks import rows_wanted
+from .moment_hooks import rows_to_draw
 from .moment_sums import distinct_rows, exact_products, with_few_rows
 from .moments import Moments, Sensitivity, collect_moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WEIGHT_CRITERIA
@@ -18,12 +18,12 @@ from .spectra import (
     candidate_groups,
     exact_spectra,
     layer_spectra,
-    marked_float32,
+    mark_float32,
     total_work,
     with_groups,
 )
-from .weighted_errors import EIGEN_NOISE, folded, slice_bases, tap_blocks
-from .weights import Weighting, unknown_share, weighting
+from .weighted_errors import EIGEN_NOISE, fold_matrix, slice_bases, tap_blocks
+from .weights import Weighting, on_filters, unknown_share, weighting
 
 __all__ = [
     "CRITERIA",
@@ -51,16 +51,17 @@ __all__ = [
     "exact_products",
     "exact_spectra",
     "fitting_mask",
-    "folded",
+    "fold_matrix",
     "for_threads",
     "layer_errors",
     "layer_held_out_errors",
     "layer_spectra",
-    "marked_float32",
+    "mark_float32",
+    "on_filters",
     "outputs",
     "patches",
     "place",
-    "rows_wanted",
+    "rows_to_draw",
     "slice_bases",
     "tap_blocks",
     "total_work",

@@ -48,6 +48,15 @@ class Basis:
         reached = gradient is not None and bool(gradient.any())
         return WITHOUT_GRADIENTS if CRITERIA[self.criterion].needs_gradients and not reached else self.criterion
 
+    def remark(self, name: str) -> str | None:
+        """Why a layer is judged by another criterion, or what its moments lack; None for nothing."""
+        criterion = self.criterion_of(name)
+        if criterion != self.criterion:
+            missing = "no gradient" if CRITERIA[criterion].needs_data else "no data"
+            return f"{missing} reached it: judged by {criterion!r}"
+        gradient = self.moments[name].gradient if CRITERIA[criterion].needs_gradients else None
+        return "its gradients are known as a diagonal" if gradient is not None and gradient.dim() == 2 else None
+
     def weighting(self, layer: DecomposableLayer) -> Weighting | None:
         """How this layer's errors are weighted; None where it is judged without data."""
         if not CRITERIA[self.criterion_of(layer.name)].needs_data:
@@ -118,4 +127,7 @@ def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:
     weights = basis.weighting(spectra.layer)
     if weights is None:
         return replace(spectra, output=torch.zeros(1, dtype=torch.float64, device="cpu"))
-    return replace(spectra, output=torch.linalg.eigvalsh(weights.output).sum(0).flip(0).clamp_min(0))
+    w = weights
+    output = w.weight @ w.second @ w.weight.mT if w.second is not None else w.output
+    assert output is not None
+    return replace(spectra, output=torch.linalg.eigvalsh(output).sum(0).flip(0).clamp_min(0))

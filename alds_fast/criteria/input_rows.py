@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,15 @@ def with_batch_dimension(module: nn.Module, x: Tensor) -> Tensor:
     return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
 
 
-def fitting_mask(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor | None:
-    """The batch's mask (samples, tokens) for the leading dimensions of a Linear's input or output, where it fits.
+def fitting_mask(module: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
+    """The first of a batch's masks (samples, tokens) that fits the leading dimensions of a Linear's input or output.
 
     Those are (samples, tokens), (tokens, samples) or both in one; of as many tokens as samples the first.
     """
-    if keep is None or not is_linear(module):
+    if not is_linear(module):
         return None
-    leading = x.shape[:-1]
-    forms = (keep, keep.flatten(), keep.mT)
-    return next((form for form in forms if leading == form.shape), None)
+    forms = (form for keep in masks for form in (keep, keep.flatten(), keep.mT))
+    return next((form for form in forms if x.shape[:-1] == form.shape), None)
 
 
 def _by_row(leading: torch.Size, aside: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers import DecomposableLayer, oriented_weight
-from ..linalg import matrix_shape, permuted
+from ..linalg import matrix_shape, permute_weight
 
 
 def for_threads(sizes: Sequence[int], most: int = 4) -> int:
@@ -56,7 +56,7 @@ class FoldRoom:
 
     def matrices(self, folds: Sequence[tuple[DecomposableLayer, int]]) -> list[Tensor]:
         """Folded weights of (layer, scheme) pairs of one place, each (conv_groups, rows, cols), until the next call."""
-        sources = [permuted(_weight(layer), layer.shape, scheme) for layer, scheme in folds]
+        sources = [permute_weight(_weight(layer), layer.shape, scheme) for layer, scheme in folds]
         device, dtype = place(folds[0][0])
         sizes = [0 if s.dtype == dtype and s.is_contiguous() else s.numel() for s in sources]
         if (self._room.device, self._room.dtype) != (device, dtype) or self._room.numel() < sum(sizes):

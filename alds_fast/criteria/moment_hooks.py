@@ -3,35 +3,82 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import DecomposableLayer, is_linear
-from ..measurement import first_input
+from ..linalg import WeightShape
+from ..measurement import Masks, first_input
 from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
-from .moment_sums import HeldRows, ProductSums
+from .moment_sums import DiagonalSums, HeldRows, ProductSums
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
+WIDEST_WHOLE = 2048  # of a layer, whose gradients' moment is kept whole
+MAX_OUTPUTS = 8192  # of a layer, whose own moment is kept where that of its input is too large
 ROWS_PER_COLUMN = 2  # of a moment, where the data has them
+
+
+class Form(NamedTuple):
+    """How a layer's moments are kept.
+
+    ``by_output``: that of its output, not of its input. ``diagonal``: of the gradients' moment the diagonal alone.
+    """
+
+    by_output: bool
+    diagonal: bool
+
+    def size(self, shape: WeightShape, gradients: bool) -> int:
+        """Bytes of a layer's moments in this form."""
+        filters = shape.filters_per_group
+        numbers = filters**2 if self.by_output else shape.columns**2
+        numbers += (filters if self.diagonal else filters**2) if gradients else 0
+        return 8 * shape.conv_groups * numbers
+
+
+def moment_forms(
+    layers: Sequence[DecomposableLayer], order: int, gradients: bool, memory: int | None
+) -> dict[str, Form]:
+    """The form of every layer's moments, by name, so that all fit in so many bytes; without those left out.
+
+    Gradients of more than 2,048 filters are kept as a diagonal. Where all together is too much, those of the widest
+    layers are too, and then the largest layers are left out, as is a layer with too many inputs and outputs.
+    """
+    shapes = {layer.name: layer.shape for layer in layers}
+    forms = {n: Form(s.columns > order, s.filters_per_group > WIDEST_WHOLE) for n, s in shapes.items()}
+    forms = {n: form for n, form in forms.items() if not (form.by_output and shapes[n].filters_per_group > MAX_OUTPUTS)}
+    if memory is None:
+        return forms
+    need = sum(form.size(shapes[n], gradients) for n, form in forms.items())
+    for name in sorted(forms, key=lambda n: shapes[n].filters_per_group, reverse=True) if gradients else ():
+        if need > memory:
+            need -= forms[name].size(shapes[name], gradients)
+            forms[name] = forms[name]._replace(diagonal=True)
+            need += forms[name].size(shapes[name], gradients)
+    for name in sorted(forms, key=lambda n: forms[n].size(shapes[n], gradients), reverse=True):
+        if need > memory:
+            need -= forms.pop(name).size(shapes[name], gradients)
+    return forms
 
 
 class Collector:
     """Hooks on the layers, and what they have summed up."""
 
-    def __init__(self, layers: Sequence[DecomposableLayer], order: int, gradients: bool) -> None:
+    def __init__(self, layers: Sequence[DecomposableLayer], forms: Mapping[str, Form], gradients: bool) -> None:
         self.layers, self.gradients = layers, gradients
-        self.keep: Tensor | None = None
+        self.masks = Masks()
         self.aside: Tensor | None = None
         self.held: dict[str, HeldRows] = {layer.name: HeldRows() for layer in layers}
         self.sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers}
-        self.gradient_sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers if gradients}
-        self.by_output = {layer.name for layer in layers if layer.shape.columns > order}
+        self.gradient_sums: dict[str, ProductSums | DiagonalSums] = {
+            layer.name: DiagonalSums() if forms[layer.name].diagonal else ProductSums() for layer in layers if gradients
+        }
+        self.by_output = {layer.name for layer in layers if forms[layer.name].by_output}
         self.energy, self.seed = 0.0, 0
         self.last: tuple[Any, ...] = (lambda: None, None, [], 0)
         self.leaders: dict[str, set[str]] = {layer.name: set() for layer in layers}
@@ -39,7 +86,7 @@ class Collector:
         self.back = False  # in a backward pass, where checkpointed layers are called again: inputs do not count
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def hooks(self) -> Iterator[None]:
         """With the hooks on the layers."""
         handles = []
         for layer in self.layers:
@@ -69,11 +116,11 @@ class Collector:
         if same and (sums.second is None or sums.shift is products[0].shift):
             self.leaders[layer.name].add(self.last_name)
         else:
-            keep = fitting_mask(layer.module, x, self.keep)
+            keep = fitting_mask(layer.module, x, self.masks.of(layer.name))
             used, aside = by_side(layer.module, x.detach(), keep, self.aside)
             if aside is not None:
                 self.held[layer.name].add(patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
-            samples, rows = patches(layer.module, *used, rows_wanted(layer, sums.drawn), self.seed)
+            samples, rows = patches(layer.module, *used, rows_to_draw(layer, sums.drawn), self.seed)
             products = sums.products(samples)
             if linear:  # convolutions rarely share an input, and their strips may be large
                 products = [replace(product, strips=list(product.strips)) for product in products]
@@ -99,7 +146,7 @@ class Collector:
         return hook
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
-        used, aside = by_side(layer.module, y, fitting_mask(layer.module, y, self.keep), self.aside)
+        used, aside = by_side(layer.module, y, fitting_mask(layer.module, y, self.masks.of(layer.name)), self.aside)
         samples, rows = outputs(layer.module, *used)
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
@@ -109,14 +156,19 @@ class Collector:
             self.held[layer.name].add(outputs(layer.module, *aside, HeldRows.wanted, self.seed)[0] - shift)
 
     def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
-        sums = self.gradient_sums[layer.name]
-        wanted = _wanted(layer, layer.shape.filters_per_group, layer.shape.columns, sums.drawn)
-        samples, rows = outputs(layer.module, g.detach(), fitting_mask(layer.module, g, self.keep), wanted, self.seed)
+        sums, width = self.gradient_sums[layer.name], layer.shape.filters_per_group
+        wanted = _rows_to_draw(layer, width, layer.shape.columns, sums.drawn)
+        samples, rows = outputs(
+            layer.module, g.detach(), fitting_mask(layer.module, g, self.masks.of(layer.name)), wanted, self.seed
+        )
         self.seed += 1
-        sums.add(sums.products(samples, centred=False), rows)
+        if isinstance(sums, DiagonalSums):
+            sums.add(samples, rows)
+        else:
+            sums.add(sums.products(samples, centred=False), rows)
 
 
-def _wanted(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wanted:
+def _rows_to_draw(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wanted:
     """How many of a call's rows of ``width`` entries are drawn, the layer's own cost per row being width * other.
 
     All tokens. Of a convolution's patches, which overlap, so many that their product costs what the layer itself does,
@@ -129,9 +181,9 @@ def _wanted(layer: DecomposableLayer, width: int, other: int, drawn: int) -> Wan
     return lambda rows: min(rows, max(min(round(rows * share), most), ROWS_PER_COLUMN * width - drawn))
 
 
-def rows_wanted(layer: DecomposableLayer, drawn: int) -> Wanted:
+def rows_to_draw(layer: DecomposableLayer, drawn: int) -> Wanted:
     """How many rows of a call's input are drawn, after ``drawn`` of the calls before."""
-    return _wanted(layer, layer.shape.columns, layer.shape.filters_per_group, drawn)
+    return _rows_to_draw(layer, layer.shape.columns, layer.shape.filters_per_group, drawn)
 
 
 def _geometry(layer: DecomposableLayer) -> tuple[Any, ...]:

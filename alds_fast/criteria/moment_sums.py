@@ -176,6 +176,37 @@ class ProductSums:
         return noise * with_few_rows(free), free * of_rows / max(noise, 1e-300) / with_few_rows(free)
 
 
+class DiagonalSums:
+    """Float64 sums of the squares of rows, entry by entry: the diagonal alone of their products."""
+
+    def __init__(self) -> None:
+        self.rows = self.drawn = 0
+        self.distinct = 0.0
+        self.squares: Tensor | None = None
+        self.fourth: Tensor | None = None
+
+    def add(self, samples: Tensor, rows: int) -> None:
+        """Add some of a call's ``rows``, (drawn, groups, n), scaled up to all of them."""
+        x, scale = plain_rows(samples), rows / max(1, len(samples))
+        if self.squares is None or self.fourth is None:
+            self.squares, self.fourth = (torch.zeros(x[:, 0].shape, dtype=torch.float64, device=x.device) for _ in "12")
+        for part in x.split(max(1, PART // x[:, :1].numel()), 1):
+            squares = part.double().square()
+            self.squares.add_(squares.sum(1), alpha=scale)
+            self.fourth.add_(squares.square().sum(1), alpha=scale**2)
+        self.rows, self.drawn = self.rows + rows, self.drawn + len(samples)
+        self.distinct += distinct_rows(x)
+
+    def over(self, count: float, distinct_share: float = 1.0) -> tuple[Tensor, float]:
+        """The sums over ``count`` (groups, n), on the CPU, and the expected squared distance from those of all data."""
+        assert self.squares is not None and self.fourth is not None
+        free = self.distinct * distinct_share - 2.0
+        if free <= 0.0:
+            return self.squares.cpu() / count, math.inf
+        spread = (self.fourth - self.squares.square() / self.drawn).clamp_min(0).sum()
+        return self.squares.cpu() / count, float(spread) * self.drawn / free / count**2 * with_few_rows(free)
+
+
 class Averages(NamedTuple):
     """Second moment (groups, n, n), mean (groups, n), and the expected squared distance of each from that of all data.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, label
 from ..measurement import (
+    USUAL,
     Samples,
     attribute_set,
     copy_batch,
-    mask_of,
+    masks_of,
     naming_batch,
     private_runs,
 )
-from .moment_hooks import Collector
+from .moment_hooks import Collector, Form, moment_forms
+from .moment_sums import DiagonalSums, ProductSums
 
 Sensitivity = bool | Callable[[Any, Any], Tensor]
 
@@ -36,8 +39,9 @@ class Moments:
         mean: E[x], (conv_groups, n), or, beside ``output``, E[y], (conv_groups, filters of a group).
         output: E[y y^T], (conv_groups, filters of a group, the same), or None.
         gradient: sum over all rows of g g^T over the sum of the squares of the network's output, g the gradient at y
-            of that output's product with random signs; shaped as ``output``; zero where that output does not depend
-            on the layer, None if not asked for.
+            of that output's product with random signs; shaped as ``output``, or its diagonal (conv_groups, filters of a
+            group) for layers with many filters; zero where that output does not depend on the layer, None if not asked
+            for.
         noise, gradient_noise, mean_noise: how far the covariance (of x, or of y beside ``output``), ``gradient`` and
             ``mean`` are from those of all data of this kind: expected squared distance, estimated from how far rows
             and parts of the data are from one another; infinite where nothing is known.
@@ -97,9 +101,10 @@ def collect_moments(
     layers: Sequence[DecomposableLayer],
     *,
     sensitivity: Sensitivity = False,
-    mask: str | None = "attention_mask",
+    mask: str | None = USUAL,
     order: int = 8192,
     held_out: float = 0.0,
+    memory: int | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Moments]:
     """Moments of the layers over all batches of ``data``, by name; layers that are never called are left out.
@@ -113,11 +118,14 @@ def collect_moments(
         data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
         sensitivity: also collect gradients: True for those of the model's first output, or a function of (output,
             batch) that returns the tensor whose squared error matters, or a loss (0-dimensional).
-        mask: name of a keyword argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is
-            not counted in Linear layers.
+        mask: name of an argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is not counted
+            in Linear layers; the other way round for torch's "..._key_padding_mask". The default stands for all usual
+            names, see :func:`alds_fast.measurement.masks_of`.
         order: layers with more columns than this get the moment of their output instead.
         held_out: share of the samples, in [0, 1), of which rows are kept aside, one at least where two differ; they do
             not count in the moments.
+        memory: most bytes of the moments together, None for any number. What does not fit is kept as a diagonal
+            (gradients), or not at all; a warning says so before the model runs.
         done: told the number of batches finished, after each.
 
     Raises:
@@ -125,7 +133,10 @@ def collect_moments(
             that is none or, but for the default, in no batch, or ``sensitivity`` in inference mode.
         ModelError: the model raised an exception, or a layer sees NaN.
     """
-    collector, generator = Collector(layers, order, bool(sensitivity)), torch.Generator().manual_seed(0)
+    forms = moment_forms(layers, order, bool(sensitivity), memory)
+    _warn_of_reductions(layers, forms, order, bool(sensitivity), memory)
+    layers = [layer for layer in layers if layer.name in forms]
+    collector, generator = Collector(layers, forms, bool(sensitivity)), torch.Generator().manual_seed(0)
     samples = Samples(held_out)
     if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
         raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
@@ -134,10 +145,10 @@ def collect_moments(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
         )
     count, masks = 0, 0
-    with collector.hooked(), private_runs(model) as run, _frozen(model):
+    with collector.hooks(), private_runs(model) as run, _frozen(model):
         for count, batch in enumerate(data, 1):
-            collector.keep, collector.aside = mask_of(batch, mask), samples.aside(batch)
-            masks += collector.keep is not None
+            collector.masks, collector.aside = masks_of(model, batch, mask), samples.aside(batch)
+            masks += bool(collector.masks)
             with naming_batch(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
                 output = run(batch, count, f"batch {count} of data=")
                 if sensitivity:
@@ -147,8 +158,8 @@ def collect_moments(
             done(count)
     if not count:
         raise ArgumentError("data= has no batches; an iterator can be used once only")
-    if not masks and mask not in (None, "attention_mask"):
-        raise ArgumentError(f"mask={mask!r} is a keyword argument of no batch of data=")
+    if not masks and mask not in (None, USUAL):
+        raise ArgumentError(f"mask={mask!r} is an argument of no batch of data=")
     moments = _moments_of(collector, samples.distinct / max(1, samples.total))
     if layers and not moments:
         raise ArgumentError(
@@ -158,13 +169,40 @@ def collect_moments(
     return moments
 
 
+def _warn_of_reductions(
+    layers: Sequence[DecomposableLayer], forms: Mapping[str, Form], order: int, gradients: bool, memory: int | None
+) -> None:
+    """Say what is kept in less than its usual form because of ``memory``."""
+    usual = moment_forms(layers, order, gradients, None)
+    diagonal = [name for name, form in forms.items() if form != usual[name]]
+    dropped = [name for name in usual if name not in forms]
+    if (not diagonal and not dropped) or memory is None:
+        return
+    need = sum(usual[layer.name].size(layer.shape, gradients) for layer in layers if layer.name in usual)
+    parts = [f"the gradients of {len(diagonal)} layers are kept as a diagonal"] if diagonal else []
+    parts += [f"{len(dropped)} layers, {label(dropped[0])} for one, are judged by their weights"] if dropped else []
+    warnings.warn(
+        f"the moments of all layers take {need / 1e9:.2f} GB, moment_memory= allows {memory / 1e9:.2f}: "
+        f"{' and '.join(parts)}; raise moment_memory=, or leave layers out with exclude=",
+        stacklevel=4,
+    )
+
+
 def _check(layer: DecomposableLayer, second: Tensor, gradient: Tensor | None) -> None:
     for name, value in (("input", second), ("gradient", gradient)):
-        if value is not None and not bool(value.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares
+        squares = value if value is None or value.dim() == 2 else value.diagonal(dim1=-2, dim2=-1)
+        if squares is not None and not bool(squares.isfinite().all()):
             raise ModelError(
                 f"layer {label(layer.name)}: its {name} has NaN or infinite values on this data; mend the data, or "
                 f"leave the layer out with exclude={[layer.name]!r}"
             )
+
+
+def _gradient(sums: ProductSums | DiagonalSums, energy: float, distinct: float) -> tuple[Tensor, float]:
+    if isinstance(sums, DiagonalSums):
+        return sums.over(energy, distinct)
+    second, _, noise, _ = sums.over(energy, distinct)
+    return second, noise
 
 
 def _moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
@@ -175,9 +213,10 @@ def _moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
         if not sums.rows:
             continue
         if collector.gradients and collector.gradient_sums[layer.name].rows and collector.energy > 0:
-            gradient, _, gradient_noise, _ = collector.gradient_sums[layer.name].over(collector.energy, distinct)
+            gradient, gradient_noise = _gradient(collector.gradient_sums[layer.name], collector.energy, distinct)
         elif collector.gradients:  # what matters does not depend on this layer
-            size = (layer.shape.conv_groups, layer.shape.filters_per_group, layer.shape.filters_per_group)
+            size = [layer.shape.conv_groups, layer.shape.filters_per_group]
+            size += [] if isinstance(collector.gradient_sums[layer.name], DiagonalSums) else size[1:]
             gradient = torch.zeros(size, dtype=torch.float64, device="cpu")
         rows, (second, mean, noise, mean_noise) = sums.rows, sums.over(sums.rows, distinct)
         for other in collector.leaders[layer.name] & moments.keys():

@@ -98,10 +98,10 @@ def layer_spectra(
         by_groups = dict(zip(problem.computed, values, strict=True))
         result.top[problem.scheme] = float(by_groups[1].max())
         result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
-    return [marked_float32(s) if float32 and computed_in_float32(s.layer) else s for s in results.values()]
+    return [mark_float32(s) if float32 and computed_in_float32(s.layer) else s for s in results.values()]
 
 
-def marked_float32(spectra: LayerSpectra) -> LayerSpectra:
+def mark_float32(spectra: LayerSpectra) -> LayerSpectra:
     """The spectra, all of them in float32."""
     return replace(spectra, float32=frozenset({*spectra.values, *((scheme, 1) for scheme in spectra.top)}))
 

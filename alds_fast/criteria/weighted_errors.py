@@ -20,15 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..linalg import decoder_axes, matrix_shape, permuted
-from .weights import Weighting
+from ..linalg import decoder_axes, matrix_shape, permute_weight
+from .weights import Weighting, on_filters
 
 EIGEN_NOISE = 1e-10  # eigenvalues below this share of the largest are rounding
 
 
-def folded(w: Weighting, matrix: Tensor, scheme: int) -> Tensor:
+def fold_matrix(w: Weighting, matrix: Tensor, scheme: int) -> Tensor:
     """(g0, filters * taps, cols) of the encode-folded (g0, filters, n) matrix."""
-    return permuted(matrix.reshape(w.shape.weight), w.shape, scheme).reshape(matrix_shape(w.shape, scheme))
+    return permute_weight(matrix.reshape(w.shape.weight), w.shape, scheme).reshape(matrix_shape(w.shape, scheme))
 
 
 def tap_blocks(w: Weighting, scheme: int, second: Tensor | None = None) -> Tensor:
@@ -61,11 +61,12 @@ class Bases(NamedTuple):
 
 def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -> Bases:
     """Every slice's directions by what they carry in the data; ``blocks`` from :func:`tap_blocks`, None without C."""
-    weight = w.weight if w.root is None else w.root @ w.weight
-    slices = folded(w, weight, scheme).unflatten(2, (groups, -1)).transpose(1, 2)
+    weight = on_filters(w.root, w.weight)
+    slices = fold_matrix(w, weight, scheme).unflatten(2, (groups, -1)).transpose(1, 2)
     rows, cols = slices.shape[-2:]
     if blocks is None:
-        gram = w.output if w.root is None else w.root @ w.output @ w.root
+        assert w.output is not None
+        gram = on_filters(w.root, on_filters(w.root, w.output).mT)
         values, left = torch.linalg.eigh(gram.unsqueeze(1))
         return Bases(slices, left.flip(-1), values.flip(-1).clamp_min(0))
     moments = _slice_moments(blocks, groups)
@@ -132,9 +133,9 @@ def held_out_errors(w: Weighting, scheme: int, groups: int) -> Tensor:
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases, rows = slice_bases(w, scheme, groups, blocks), w.held
     if blocks is None:
-        outer = rows if w.root is None else rows @ w.root
-        energy, centre = rows.square().sum(), w.mean if w.root is None else (w.root @ w.mean.unsqueeze(-1)).squeeze(-1)
-        at = (outer - centre.unsqueeze(-2) if w.centred else outer) @ bases.left.squeeze(1)
+        energy = rows.square().sum()
+        rows = rows - w.mean.unsqueeze(-2) if w.centred else rows
+        at = on_filters(w.root, rows.mT).mT @ bases.left.squeeze(1)
         squares = at.square().sum((0, 1)).flip(0).cumsum(0).flip(0)
     else:
         assert w.mean_input is not None

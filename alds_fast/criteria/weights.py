@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,12 @@ from .moments import Moments
 
 @dataclass(frozen=True)
 class Weighting:
-    """A layer's weight and what it is weighted by, float64: W (g0, f, n), C (g0, n, n) or None, and H, H^-1 (g0, f, f).
+    """A layer's weight and what it is weighted by, float64: W (g0, f, n), C (g0, n, n) or None, and H, H^-1.
 
-    C is the second moment of data, mixed with what is known without: :func:`weighting`. ``output`` is W C W^T, which
-    serves where C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C is known, and ``centred``
+    These are (g0, f, f), or their diagonals (g0, f).
+
+    C is the second moment of data, mixed with what is known without: :func:`weighting`. ``output`` is W C W^T where
+    C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C is known, and ``centred``
     says that a bias takes up the error's mean, which C then does not hold. ``scale`` divides squared errors. ``held``
     are rows x (y, where C is None) that C does not hold, (g0, rows, n) or None.
     """
@@ -25,7 +27,7 @@ class Weighting:
     shape: WeightShape
     weight: Tensor
     second: Tensor | None
-    output: Tensor
+    output: Tensor | None
     mean: Tensor
     mean_input: Tensor | None
     centred: bool
@@ -43,26 +45,42 @@ def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) 
     Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
     Multivariate Analysis 88 (2004).
     """
-    spread = float((covariance - shrunk(covariance, 1.0, alike)).square().sum())
+    spread = float((covariance - shrink(covariance, 1.0, alike)).square().sum())
     return min(1.0, noise / spread) if spread > 0 else float(noise > 0)
 
 
-def shrunk(covariance: Tensor, share: float, alike: Tensor | None = None) -> Tensor:
-    """(1 - share) C + share mu A, of (..., n, n); A is ``alike`` or the identity, mu A has the trace of C."""
+def shrink(covariance: Tensor, share: float, alike: Tensor | None = None) -> Tensor:
+    """(1 - share) C + share mu A, of (g0, n, n); A is ``alike`` or the identity, mu A has the trace of C.
+
+    Of a diagonal (g0, n) too.
+    """
+    if covariance.dim() == 2:
+        return (1.0 - share) * covariance + share * covariance.mean(-1, keepdim=True)
     if alike is None:
         alike = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     traces = (m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for m in (covariance, alike))
     return (1.0 - share) * covariance + share * next(traces) / next(traces).clamp_min(1e-300) * alike
 
 
-def _roots(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root of a positive semidefinite matrix and its inverse, small eigenvalues raised to 1e-6 of the largest.
+def on_filters(matrix: Tensor | None, x: Tensor) -> Tensor:
+    """``matrix`` (g0, f, f), or a diagonal (g0, f), or None for the identity, times x (g0, f, n)."""
+    if matrix is None:
+        return x
+    return matrix.unsqueeze(-1) * x if matrix.dim() == 2 else matrix @ x
+
+
+@functools.lru_cache(maxsize=1)  # a layer is weighted several times in a row
+def _roots(gradient: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Square root of a shrunk moment and its inverse, small eigenvalues raised to 1e-6 of the largest.
 
     (A filter that the output does not depend on in the data still has to be approximated somehow.)
     """
-    values, vectors = torch.linalg.eigh(gradient)
-    top = values[..., -1:].clamp_min(0)
+    gradient = shrink(gradient, share)
+    values, vectors = (gradient, None) if gradient.dim() == 2 else torch.linalg.eigh(gradient)
+    top = values.amax(-1, keepdim=True).clamp_min(0)
     values = torch.where(top > 0, values.clamp_min(1e-6 * top), torch.ones_like(values)).sqrt()
+    if vectors is None:
+        return values, 1.0 / values
     return (vectors * values.unsqueeze(-2)) @ vectors.mT, (vectors / values.unsqueeze(-2)) @ vectors.mT
 
 
@@ -104,13 +122,13 @@ def weighting(
     sure = max(0.0, 1.0 - moments.mean_noise / norm2) if norm2 > 0 else 1.0
     covariance = _covariance(moments)
     share = shrinkage_of(covariance, moments.noise, alike) if share is None else share
-    mixed = shrunk(covariance, share, alike) + shrunk((1.0 - sure**2) * _outer(moments.mean), 1.0, alike)
+    mixed = shrink(covariance, share, alike) + shrink((1.0 - sure**2) * _outer(moments.mean), 1.0, alike)
     product = _outer(sure * moments.mean)
     second = mixed if centred else mixed + product
     if alike is None:
         mean_input: Tensor | None = sure * moments.mean
         mean = (w @ (sure * moments.mean).unsqueeze(-1)).squeeze(-1)
-        output, energy = w @ second @ w.mT, float(((w @ (mixed + product)) * w).sum())
+        output, energy = None, float(((w @ (mixed + product)) * w).sum())
     else:
         mean_input, mean, output = None, sure * moments.mean, second
         energy = float((mixed + product).diagonal(dim1=-2, dim2=-1).sum())
@@ -119,7 +137,5 @@ def weighting(
     if not sensitive:
         return Weighting(shape, w, inner, output, mean, mean_input, centred, None, None, energy, held)
     assert moments.gradient is not None
-    root, inverse = _roots(shrunk(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise)))
-    seen = float(moments.gradient.diagonal(dim1=-2, dim2=-1).sum()) > 0
-    scale = 1.0 if seen else math.inf
-    return Weighting(shape, w, inner, output, mean, mean_input, centred, root, inverse, scale, held)
+    root, inverse = _roots(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise))
+    return Weighting(shape, w, inner, output, mean, mean_input, centred, root, inverse, 1.0, held)

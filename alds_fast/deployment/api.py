@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import check_model
+from ..checks import check_model, is_count
 from ..errors import ArgumentError, BackendError
+from ..kernels import MAX_MERGED
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
 from ..measurement import (
     call_model,
@@ -30,10 +31,9 @@ from ..measurement import (
 from .autotune import SEPARATE, TIE, Specs, autotune_layer, autotune_merged, calls_key, is_plain, module_for
 from .table import DeployRow, DeployTable
 
-BACKENDS = ("dense", "two-op", "fused")
+FORCED = ("dense", "two-op", "fused")  # what backend= may ask for
 Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
 MERGED = "merged"  # kind of a row that stands for several layers
-MAX_MERGED = 3  # layers with one encoder call; no more than the few-rows kernel takes
 
 
 def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
@@ -108,7 +108,7 @@ def _merge_candidates(
     return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
 
 
-def _built(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
+def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
     """A copy of the model with every layer as the rows say; rows of merged layers come last.
 
     Layers that keep their form are copied in their place, with everything that hangs on them.
@@ -152,7 +152,7 @@ def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds:
         return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
 
 
-def _known(table: DeployTable | str | os.PathLike[str] | None, device: torch.device) -> dict[str, DeployRow]:
+def _read_table(table: DeployTable | str | os.PathLike[str] | None, device: torch.device) -> dict[str, DeployRow]:
     if table is None:
         return {}
     if isinstance(table, str | os.PathLike):
@@ -205,11 +205,11 @@ def deploy(
     (['dense', 'deployed', 'two-op'], True)
     """
     check_model(model)
-    if backend is not None and backend not in BACKENDS:
-        raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(BACKENDS)}")
-    if not isinstance(rounds, int) or rounds < 1:
+    if backend is not None and backend not in FORCED:
+        raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(FORCED)}")
+    if not is_count(rounds):
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
-    known = _known(table, device_of(model))
+    known = _read_table(table, device_of(model))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
@@ -226,10 +226,10 @@ def deploy(
         "two-op": [replace(row, won="two-op") for row in unmerged],
         "deployed": rows,
     }
-    times = _whole_model_ms({name: _built(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
+    times = _whole_model_ms({name: _build(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
     kept = _best(times) if backend is None and changed else "deployed"
     deployed = DeployTable(tuple(rows), environment(device_of(model)), {n: median(ms) for n, ms in times.items()}, kept)
-    result = _built(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
+    result = _build(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
     annotate(result, deployed=deployed)
     return (result, deployed) if report else result

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layers import LOW_RANK, LowRankLayer, LowRankLinear, MergedLinears, has_hooks, low_rank_like
 from ..measurement import InputSpec, interleaved_ms, median_ratio
-from .equivalent_shapes import regrouped, variants
+from .equivalent_shapes import regroup, variants
 
 TIE = 0.98  # a less simple candidate must take at most this share of the simpler one's time
 MULTIPLE = {"cpu": 8, "cuda": 16}  # ranks that oneDNN's vectors and the tensor cores' tiles like
@@ -85,7 +85,7 @@ def module_for(layer: LowRankLayer, won: str) -> nn.Module:
     if not sizes:
         return with_backend(layer, backend)
     groups, rank = (int(text.partition("=")[2]) for text in sizes)
-    return with_backend(regrouped(layer, groups, rank), backend)
+    return with_backend(regroup(layer, groups, rank), backend)
 
 
 def _distance(output: Tensor, reference: Tensor) -> float:

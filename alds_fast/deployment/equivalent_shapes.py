@@ -24,7 +24,7 @@ def _merged_encoder(encoder: Tensor, outer: int, groups: int, per_group: int, ra
     return new.flatten(0, 2)
 
 
-def regrouped(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
+def regroup(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
     """The same function with fewer channel slices or a larger rank: zeros fill what is new.
 
     Args:
@@ -36,7 +36,7 @@ def regrouped(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
         ArgumentError: groups or rank is out of range.
 
     >>> from alds_fast import LowRankLinear
-    >>> regrouped(LowRankLinear(64, 32, rank=3, groups=4), 2, 8)
+    >>> regroup(LowRankLinear(64, 32, rank=3, groups=4), 2, 8)
     LowRankLinear(in_features=64, out_features=32, scheme=0, groups=2, rank=8)
     """
     shape = layer.weight_shape
@@ -75,7 +75,7 @@ def variants(layer: LowRankLayer, multiple: int) -> dict[str, LowRankLayer]:
         rank = -(-least // multiple) * multiple
         if (groups, rank) == (layer.slices, layer.rank) or rank > max_rank(shape, layer.scheme, groups):
             continue
-        new = regrouped(layer, groups, rank)
+        new = regroup(layer, groups, rank)
         if new.encoder.numel() + new.decoder.numel() < shape.numel:
             forms[f"groups={groups}, rank={rank}"] = new
     return forms

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import is_count
 from ..criteria import CRITERIA
 from ..errors import ArgumentError, EvaluationError, MissingFileError, ModelError
 from .cells import Cell, Task, check_cells
@@ -119,7 +120,7 @@ def _check_functions(model: Any, quality: Any, data: Any, after: Any, workers: A
     for name, function in (("quality", quality), ("data", data), ("after", after)):
         if not callable(function) and not (function is None and name != "quality"):
             raise ArgumentError(f"{name} is a {type(function).__name__}, not a function")
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+    if not is_count(workers):
         raise ArgumentError(f"workers={workers!r} is not an integer >= 1")
 
 
@@ -143,14 +144,14 @@ def _sort(cells: Sequence[Cell], variants: Mapping[str, Any]) -> list[Cell]:
 def _jobs(task: Task, cells: Sequence[Cell], records: Records) -> list[tuple[Cell, bool]]:
     """What to do, seed by seed: (cell, whether only its model is to be looked at, as its results are all there)."""
 
-    def left(cell: Cell) -> bool:
+    def is_to_do(cell: Cell) -> bool:
         return records.by_key.get(task.key(cell), {"status": FAILED})["status"] == FAILED
 
     jobs = []
     for seed in dict.fromkeys(cell.seed for cell in cells):
         dense = Cell(DENSE, 1.0, seed)
-        todo = [cell for cell in cells if cell.seed == seed and left(cell)]
-        jobs += [(dense, not left(dense)), *((cell, False) for cell in todo)]
+        todo = [cell for cell in cells if cell.seed == seed and is_to_do(cell)]
+        jobs += [(dense, not is_to_do(dense)), *((cell, False) for cell in todo)]
     return jobs
 
 

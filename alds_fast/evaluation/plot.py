@@ -17,7 +17,7 @@ STYLES = ("-", "-.", ":")
 LOG_SPAN = 10.0
 AXES = {"params": "parameters kept (% of the dense model)", "flops": "FLOPs kept (% of the dense model)"}
 TITLES = {"quality": "as compressed", "quality_after": "after retraining"}
-Means = dict[str, Any]
+MeanRows = dict[str, Any]
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -35,7 +35,7 @@ def _scale(axes: Any, shares: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _line(axes: Any, means: Sequence[Means], x: str, y: str, number: int) -> None:
+def _line(axes: Any, means: Sequence[MeanRows], x: str, y: str, number: int) -> None:
     points = sorted((100 * m[x], m[y], m[f"{y}_spread"] or 0.0) for m in means if m[y] is not None)
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -46,7 +46,7 @@ def _line(axes: Any, means: Sequence[Means], x: str, y: str, number: int) -> Non
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def plot_quality(path: str | os.PathLike[str], means: Sequence[Means], x: str, qualities: Sequence[str]) -> None:
+def plot_quality(path: str | os.PathLike[str], means: Sequence[MeanRows], x: str, qualities: Sequence[str]) -> None:
     """Write a picture, one panel for each of ``qualities``, of the means that ``Evaluation.summary`` gives.
 
     The axis of shares is logarithmic where they span more than a factor of ten. ArgumentError without matplotlib.

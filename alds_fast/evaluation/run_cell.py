@@ -18,16 +18,16 @@ from ..measurement import count_inputs, inference
 from ..planning import Analysis, analyze
 from ..version import __version__
 from .cells import Cell, Task, model_mark
+from .log import Record
 from .variants import DENSE, Variant
 
-Record = dict[str, Any]
 DONE, UNMET, FAILED = "done", "cannot be met", "failed"
 NUMBERS = ("params", "flops", "error", "quality", "quality_after")
 SECONDS = ("seconds_analyze", "seconds_plan", "seconds_apply", "seconds_after", "seconds_quality")
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _with_seed(seed: int) -> Iterator[None]:
     """torch's random numbers start from the seed, and go on afterwards as if nothing had been drawn."""
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
         torch.manual_seed(seed)
@@ -82,7 +82,7 @@ class Runner:
 
     def mark_of(self, seed: int) -> str:
         """What a seed's model is known by."""
-        with _seeded(seed):
+        with _with_seed(seed):
             self.model(seed)
         return self.mark
 
@@ -94,10 +94,10 @@ class Runner:
         record |= dict.fromkeys((*NUMBERS, *SECONDS))
         record |= {"torch": torch.__version__, "alds_fast": __version__}
         failure: Exception | None = None
-        with _seeded(cell.seed):
+        with _with_seed(cell.seed):
             dense = self.model(cell.seed)
         try:
-            with _seeded(cell.seed):
+            with _with_seed(cell.seed):
                 self._fill(record, cell, dense)
         except BudgetError as e:
             record |= {"status": UNMET, "message": str(e)}

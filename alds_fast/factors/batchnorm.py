@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..measurement import first_input, naming_batch, numbered_batches, private_runs
 
-NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+BATCHNORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by name: mean and variance, call by call
 
 
@@ -65,7 +65,7 @@ def move_statistics(model: nn.Module, small: nn.Module, data: Iterable[Any]) -> 
     both = dict(model.named_modules())
     names = [
         name for name, norm in small.named_modules()
-        if type(norm) in NORMS and norm.running_mean is not None and type(both.get(name)) is type(norm)
+        if type(norm) in BATCHNORMS and norm.running_mean is not None and type(both.get(name)) is type(norm)
     ]  # fmt: skip
     if not names:
         return

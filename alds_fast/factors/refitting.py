@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_wanted, unknown_share, weighting
+from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw, unknown_share, weighting
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
 from ..linalg import factors_to_weights
 from ..measurement import (
+    Masks,
     Run,
     Samples,
     first_input,
     first_sample,
-    mask_of,
+    masks_of,
     naming_batch,
     numbered_batches,
     private_runs,
@@ -42,7 +43,7 @@ from .ridge import CrossSums, best_weight
 from .weighted import factors
 
 ORDER = 8192  # columns of a layer, at most
-MOST_NOISE = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
+MOST_UNKNOWN = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
 
 
 class _Reached(BaseException):
@@ -62,7 +63,7 @@ def _pass(
     """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
     remaining = calls
 
-    def counted(hook: Callable[..., None]) -> Callable[..., None]:
+    def counting(hook: Callable[..., None]) -> Callable[..., None]:
         def count(*args: Any) -> None:
             nonlocal remaining
             hook(*args)
@@ -75,7 +76,7 @@ def _pass(
     with ExitStack() as stack:
         for name, hook in hooks.items():
             register = getattr(net.model.get_submodule(name), f"register_{kind}")
-            stack.callback(register(counted(hook), with_kwargs=True).remove)
+            stack.callback(register(counting(hook), with_kwargs=True).remove)
         with suppress(_Reached):
             net.run(batch, number, "a batch of refit=")
 
@@ -111,9 +112,10 @@ class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
     def __init__(
-        self, layer: DecomposableLayer, sums: CrossSums, keep: Tensor | None, halves: Tensor | None, seed: int
+        self, layer: DecomposableLayer, sums: CrossSums, masks: Masks, halves: Tensor | None, seed: int
     ) -> None:
-        self.layer, self.sums, self.keep, self.halves, self.seed = layer, sums, keep, halves, seed
+        self.layer, self.sums, self.halves, self.seed = layer, sums, halves, seed
+        self.masks = masks.of(layer.name)
         self.outputs: list[list[tuple[Tensor, Wanted]]] = []
         self.drawn = sums.drawn
 
@@ -121,9 +123,9 @@ class _Batch:
         """After a call of the dense layer."""
         bias: Any = module.bias
         self.outputs.append([])
-        for part in by_side(module, y, fitting_mask(module, y, self.keep), self.halves):
+        for part in by_side(module, y, fitting_mask(module, y, self.masks), self.halves):
             if part is not None:
-                wanted = rows_wanted(self.layer, self.drawn)
+                wanted = rows_to_draw(self.layer, self.drawn)
                 samples, _ = outputs(module, *part, wanted, self.seed)
                 samples = samples.clone() if bias is None else samples - bias.view(samples.shape[1:])
                 self.outputs[-1].append((samples, wanted))
@@ -134,7 +136,9 @@ class _Batch:
         x, dense = first_input(args, kwargs), self.layer.module
         if not self.outputs:
             return
-        sides = [part for part in by_side(dense, x, fitting_mask(dense, x, self.keep), self.halves) if part is not None]
+        sides = [
+            part for part in by_side(dense, x, fitting_mask(dense, x, self.masks), self.halves) if part is not None
+        ]
         for half, ((y, wanted), part) in enumerate(zip(self.outputs.pop(0), sides, strict=True)):
             samples, rows = patches(dense, *part, wanted, self.seed)
             self.sums.paired &= len(y) == len(samples)
@@ -149,8 +153,9 @@ def _collect_sums(
     """Sums of a stage's layers over all batches."""
     sums, calls = {name: CrossSums() for name in stage}, sum(stage.values())
     for number, batch in numbered_batches(data):
-        keep, half = mask_of(batch, mask), None if halves is None else halves.aside(batch)
-        hooks = {name: _Batch(layers[name], sums[name], keep, half, number) for name in stage}
+        masks = masks_of(model.model, batch, mask)
+        half = None if halves is None else halves.aside(batch)
+        hooks = {name: _Batch(layers[name], sums[name], masks, half, number) for name in stage}
         with naming_batch(number, "refit="):
             _pass(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
             _pass(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
@@ -165,7 +170,7 @@ def _fit(
     seen = sums.means()
     covariance = seen.spread(True)[0]
     noise = sums.noise(covariance)
-    if unknown_share(covariance, noise) > MOST_NOISE:
+    if unknown_share(covariance, noise) > MOST_UNKNOWN:
         return None
     weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
     best = best_weight(weight, sums, centred)
@@ -174,12 +179,12 @@ def _fit(
     )
     weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
     fitted = factors(weights, low.decomposition)
-    encoder, decoder = factors_to_weights(fitted.left, fitted.right, low.weight_shape, low.scheme)
+    encoder, decoder = factors_to_weights(fitted.left, fitted.right, low.weight_shape, low.scheme, low.encoder.dtype)
     low.encoder.copy_(encoder)
     low.decoder.copy_(decoder)
     if centred:
         cut = low.dense_weight().detach().double().cpu().reshape(*weight.shape)
-        moved = sums.trusted(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))
+        moved = sums.without_noise(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))
         assert low.bias is not None
         low.bias.copy_(dense.bias.detach().double().cpu() + moved.flatten())
     cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())

@@ -118,7 +118,7 @@ class CrossSums:
             return math.inf
         return self._apart(lambda means: means.mean) * with_few_rows(self.distinct - 2)
 
-    def trusted(self, moved: Callable[[Means], Tensor]) -> Tensor:
+    def without_noise(self, moved: Callable[[Means], Tensor]) -> Tensor:
         """A mean of all rows, of which noise, by how far the halves' are apart, is taken off towards 0."""
         whole = moved(self.means())
         if self.distinct < 3 or not all(self.counts):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..criteria import EIGEN_NOISE, Weighting, folded, slice_bases, tap_blocks
+from ..criteria import EIGEN_NOISE, Weighting, fold_matrix, on_filters, slice_bases, tap_blocks
 from ..linalg import Decomposition, matrix_shape, unfold
 
 REFIT_NOISE = 1e-6  # features with less than this share of the largest one's energy are not fitted
@@ -41,13 +41,13 @@ def _complete(slices: Tensor, left: Tensor, values: Tensor, rank: int) -> Tensor
     return left
 
 
-def _on_filters(matrix: Tensor | None, left: Tensor) -> Tensor:
-    """``matrix`` (g0, f, f) applied to the filters of (g0, k, f * taps, rank)."""
-    if matrix is None:
+def _without(root: Tensor | None, left: Tensor) -> Tensor:
+    """H^-1 applied to the filters of (g0, k, f * taps, rank)."""
+    if root is None:
         return left
-    filters = matrix.shape[-1]
-    split = left.unflatten(2, (filters, -1))
-    return torch.einsum("gij,gkjtr->gkitr", matrix, split).flatten(2, 3)
+    filters = root.shape[1]
+    split = left.unflatten(2, (filters, -1)).transpose(1, 2)
+    return on_filters(root, split.flatten(2)).view(split.shape).transpose(1, 2).flatten(2, 3)
 
 
 def _refit_decoder(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _refit_decoder(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Te
     seen = torch.einsum("gatbkc,gkrc->gatbkr", parts, right).flatten(3)  # C Z^T, (g0, taps, cols, taps * k * rank)
     inner = torch.einsum("gakcz,gkrc->gakrz", seen.unflatten(2, (k, -1)), right).flatten(1, 3)
     start = left.unflatten(2, (-1, taps)).permute(0, 2, 3, 1, 4).flatten(2)  # (g0, filters, taps * k * rank)
-    target = folded(w, w.weight, scheme).unflatten(1, (-1, taps)).flatten(2) @ seen.flatten(1, 2)
+    target = fold_matrix(w, w.weight, scheme).unflatten(1, (-1, taps)).flatten(2) @ seen.flatten(1, 2)
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     sure = values > REFIT_NOISE * values[..., -1:].clamp_min(0)
     scaled = torch.where(sure, 1 / values.clamp_min(1e-300), 0.0).unsqueeze(-2)
@@ -85,7 +85,7 @@ def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
     bases = slice_bases(w, scheme, groups, blocks)
     left = _complete(bases.slices, bases.left, bases.values, rank)
     right = left.mT @ bases.slices
-    left = _on_filters(w.inverse, left)
+    left = _without(w.inverse, left)
     lost, shift = _lost(w, scheme, left, right), torch.zeros_like(w.mean)
     seen = _energy(w, lost, bases.values, rank)
     if blocks is not None and (groups > 1 or blocks.shape[1] > 1):
@@ -99,10 +99,7 @@ def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
         shift = (lost @ w.mean_input.unsqueeze(-1)).squeeze(-1)
     elif w.centred:  # W_hat mean = H^-1 U U^T H W mean
         basis, mean = bases.left[:, 0, :, :rank], w.mean.unsqueeze(-1)
-        if w.root is None or w.inverse is None:
-            shift = (mean - basis @ (basis.mT @ mean)).squeeze(-1)
-        else:
-            shift = (mean - w.inverse @ (basis @ (basis.mT @ (w.root @ mean)))).squeeze(-1)
+        shift = (mean - on_filters(w.inverse, basis @ (basis.mT @ on_filters(w.root, mean)))).squeeze(-1)
     error = math.sqrt(max(0.0, seen / w.scale)) if w.scale > 0 else 0.0
     norm = float(w.weight.norm())
     return WeightedFactors(left, right, shift.flatten(), error, float(lost.norm()) / norm if norm > 0 else 0.0)
@@ -119,5 +116,5 @@ def _energy(w: Weighting, lost: Tensor, values: Tensor, rank: int) -> float:
     """E ||H (W - W_hat) x||^2."""
     if w.second is None:
         return float(values[..., rank:].sum())
-    lost = lost if w.root is None else w.root @ lost
+    lost = on_filters(w.root, lost)
     return float((lost @ w.second * lost).sum())

@@ -6,7 +6,7 @@ Here belongs what has to follow another library's releases. Files of this packag
 from .peft import teach_peft
 from .peft_merging import grown_factors
 from .plain import to_plain
-from .stored_layers import METHOD, checked_layers, fields_of_layers, layer_fields, quantization_config
+from .stored_layers import METHOD, fields_of_layers, layer_fields, quantization_config, read_layers
 from .torchao import warn_of_low_rank
 from .transformers_embeddings import check_resizing
 from .transformers_keys import stored_names
@@ -15,12 +15,12 @@ from .transformers_quantizer import keep_when_saved, transformers_name
 __all__ = [
     "METHOD",
     "check_resizing",
-    "checked_layers",
     "fields_of_layers",
     "grown_factors",
     "keep_when_saved",
     "layer_fields",
     "quantization_config",
+    "read_layers",
     "stored_names",
     "teach_peft",
     "to_plain",

@@ -30,16 +30,16 @@ def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, An
     return {"quant_method": METHOD, "version": VERSION, "layers": dict(layers)}
 
 
-def checked_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:
+def read_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:
     """The layers of a config; FileFormatError unless it is one of this library's, of this version or an older one."""
     if not isinstance(version, int) or version > VERSION:
         raise FileFormatError(f"the checkpoint has format version {version!r}, newer than {VERSION}; update alds_fast")
     if not isinstance(layers, Mapping):
         raise FileFormatError(f"config.json: quantization_config has layers={layers!r}; compress the model again")
-    return {name: _checked_fields(name, fields) for name, fields in layers.items()}
+    return {name: _read_fields(name, fields) for name, fields in layers.items()}
 
 
-def _checked_fields(name: str, fields: Any) -> dict[str, Any]:
+def _read_fields(name: str, fields: Any) -> dict[str, Any]:
     try:
         Decomposition.from_dict(fields)
         return {**fields, "shape": list(fields["shape"])}

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ModelError
 from ..layers import LowRankLayer, MergedLinears
 from ..linalg import own_memory
-from .stored_layers import METHOD, VERSION, checked_layers, fields_of_layers
+from .stored_layers import METHOD, VERSION, fields_of_layers, read_layers
 from .transformers_layers import put_low_rank_layers, set_module
 
 
@@ -26,7 +26,7 @@ class AldsFastConfig(QuantizationConfigMixin):
 
     def __init__(self, layers: Any = None, version: Any = VERSION, **kwargs: Any) -> None:
         self.quant_method = METHOD
-        self.version, self.layers = version, checked_layers(layers, version)
+        self.version, self.layers = version, read_layers(layers, version)
 
 
 @register_quantizer(METHOD)
@@ -53,11 +53,11 @@ class AldsFastLoader(HfQuantizer):
         return dtype
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What is saved, before it is: the low-rank layers that are there, each marked as in :func:`marked_state`."""
+        """What is saved, before it is: the low-rank layers that are there, each marked as in :func:`mark_state`."""
         if any(isinstance(module, MergedLinears) for module in model.modules()):
             raise ModelError("layers merged by deploy cannot be saved; save the model that was given to deploy")
         model.config.quantization_config = AldsFastConfig(fields_of_layers(model))
-        return marked_state(model), {}
+        return mark_state(model), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for name in fields_of_layers(model):
@@ -77,7 +77,7 @@ class AldsFastLoader(HfQuantizer):
         return True
 
 
-def marked_state(model: nn.Module) -> dict[str, Tensor]:
+def mark_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, with one value in the place of every dense weight that is not there.
 
     A loader that does not know low-rank layers would otherwise leave that weight random. So it refuses the shape.

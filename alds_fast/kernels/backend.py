@@ -114,7 +114,7 @@ def _can_measure(x: Tensor) -> bool:
     return x.is_cuda and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def _measured(about: dict[str, Any], x: Tensor, fused: Callable[[], Any], two_op: Callable[[], Any]) -> dict[str, Any]:
+def _measure(about: dict[str, Any], x: Tensor, fused: Callable[[], Any], two_op: Callable[[], Any]) -> dict[str, Any]:
     """Times of both and the winner; a kernel that the device refuses has lost, with the reason."""
     with _disable_current_modes(), torch.cuda.device(x.device if x.is_cuda else -1):
         two_op_ms = _time_ms(two_op)
@@ -143,7 +143,7 @@ def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: 
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         about = {"op": key[0], "shapes": shapes, "dtype": str(x.dtype), "device": str(x.device)}
-        _decisions[key] = _measured(about, x, fused, two_op)
+        _decisions[key] = _measure(about, x, fused, two_op)
     return bool(_decisions[key]["ran"] == "fused")
 
 

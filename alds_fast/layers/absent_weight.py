@@ -79,7 +79,8 @@ class AbsentWeight:
     def _refuse(self, *_: Any) -> NoReturn:
         raise AttributeError(
             f"{self._owner} has no dense weight; code that uses .weight needs the layer left out (exclude=) or the "
-            f"low-rank layer's dense_weight()"
+            f"low-rank layer's dense_weight()",
+            obj=self,
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -17,7 +17,7 @@ from ..linalg import (
     batched_rsvd,
     factors_to_weights,
     matrix_shape,
-    permuted,
+    permute_weight,
     weights_to_dense,
 )
 from .absent_weight import AbsentWeight
@@ -150,9 +150,15 @@ class LowRankLayer(nn.Module):
 
         ``left``: (conv_groups, groups, rows, rank); ``right``: (conv_groups, groups, rank, cols / groups).
         """
-        encoder, decoder = factors_to_weights(left, right, self.weight_shape, self.scheme)
+        encoder, decoder = factors_to_weights(left, right, self.weight_shape, self.scheme, like.dtype)
         self.encoder = nn.Parameter(encoder.to(like), like.requires_grad)
         self.decoder = nn.Parameter(decoder.to(like), like.requires_grad)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """As any module, but for the mark that checkpoint directories hold in the place of the dense weight."""
+        if (mark := state_dict.get(f"{prefix}weight")) is not None and mark.numel() == 1:
+            del state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _take_factors_of(self, module: nn.Module) -> None:
         """Best factors of the module's weight (Eckart-Young-Mirsky, slice by slice), and a copy of its bias."""
@@ -161,7 +167,7 @@ class LowRankLayer(nn.Module):
         if weight.is_meta or not bool(torch.isfinite(weight).all()):
             raise WeightError(f"{module}: its weight has NaN, infinite or, on the meta device, no values")
         wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        matrix = permuted(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
+        matrix = permute_weight(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
         (factors,) = batched_rsvd([matrix], [self.slices], [self.rank], exact=True)
         left, right = (f.unflatten(0, (shape.conv_groups, self.slices)) for f in (factors.left, factors.right))
         self.set_factors(left, right, weight)

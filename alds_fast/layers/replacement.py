@@ -32,7 +32,7 @@ def _shallow(tensor: Tensor) -> Tensor:
     return nn.Parameter(shallow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shallow
 
 
-def _copied(model: nn.Module, memo: dict[int, Any], new: Mapping[str, nn.Module]) -> nn.Module:
+def _copy(model: nn.Module, memo: dict[int, Any], new: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy with that memo; ModelError where it fails, or where it lacks the new layers."""
     try:
         result = copy.deepcopy(model, memo)
@@ -75,7 +75,7 @@ def check_copyable(model: nn.Module) -> None:
         return
     memo: dict[int, Any] = {id(t): _shallow(t) for t in _tensors(model)}
     new = {layer.name: low_rank_like(layer.module, Decomposition(0, 1, 1)) for layer in layers}
-    _copied(model, memo | {id(layer.module): new[layer.name] for layer in layers}, new)
+    _copy(model, memo | {id(layer.module): new[layer.name] for layer in layers}, new)
 
 
 def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
@@ -93,7 +93,7 @@ def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
         if modules[name].bias is not None and hasattr(layer, "bias"):
             layer.bias = copy.deepcopy(modules[name].bias, memo)
         memo[id(modules[name])] = layer
-    result = _copied(model, memo, new)
+    result = _copy(model, memo, new)
     _return_to_fast_path(result)
     _leave_fast_path(result)
     return result

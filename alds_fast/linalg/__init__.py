@@ -15,7 +15,7 @@ from .folding import (
     matrix_shape,
     max_rank,
     params_per_rank,
-    permuted,
+    permute_weight,
     unfold,
     weights_to_dense,
 )
@@ -40,7 +40,7 @@ __all__ = [
     "optimal_errors",
     "own_memory",
     "params_per_rank",
-    "permuted",
+    "permute_weight",
     "spectra",
     "unfold",
     "weights_to_dense",

@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -140,10 +141,10 @@ def max_rank(shape: WeightShape, scheme: int, groups: int) -> int:
 
 def fold(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
     """Folded weight, (conv_groups, rows, cols); slice g of ``groups`` is the g-th run of cols / groups columns."""
-    return permuted(weight, shape, scheme).reshape(matrix_shape(shape, scheme))
+    return permute_weight(weight, shape, scheme).reshape(matrix_shape(shape, scheme))
 
 
-def permuted(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
+def permute_weight(weight: Tensor, shape: WeightShape, scheme: int) -> Tensor:
     """View of the weight whose dimensions are those of the folded matrix in order: (conv_groups, rows..., cols...)."""
     dec = [3 + a for a in decoder_axes(scheme, shape.kernel)]
     enc = [a for a in range(3, 3 + len(shape.kernel)) if a not in dec]
@@ -173,11 +174,27 @@ def factor_shapes(shape: WeightShape, scheme: int, groups: int, rank: int) -> tu
     return outer, (shape.out_channels, groups * rank, *decoder)
 
 
-def factors_to_weights(left: Tensor, right: Tensor, shape: WeightShape, scheme: int) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder weights from the factors of the slices, each in memory of its own.
+def _without_overflow(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, columns of ``left`` with a largest entry of 1.
 
-    ``left``: (conv_groups, groups, rows, rank); ``right``: (conv_groups, groups, rank, cols / groups).
+    A value between the factors is then as large as the largest that it adds to an output, so that it stays in a type's
+    range where outputs do. Rows of ``right`` are as large as the largest that they add to a row of the weight.
     """
+    largest = left.abs().amax(-2)
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return left / largest.unsqueeze(-2), right * largest.unsqueeze(-1)
+
+
+def factors_to_weights(
+    left: Tensor, right: Tensor, shape: WeightShape, scheme: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Encoder and decoder weights from the factors of the slices, each in memory of its own, of the factors' type.
+
+    ``left``: (conv_groups, groups, rows, rank); ``right``: (conv_groups, groups, rank, cols / groups). They are scaled
+    for weights of type ``dtype``: in float16, whose range is narrow, so that no value between them leaves it.
+    """
+    if dtype == torch.float16:
+        left, right = _without_overflow(left, right)
     g0, groups, _, rank = left.shape
     encoder_shape, decoder_shape = factor_shapes(shape, scheme, groups, rank)
     kernel = [shape.kernel[a] for a in decoder_axes(scheme, shape.kernel)]

@@ -3,9 +3,10 @@
 Here belongs what observes models. What is decided by the observations belongs in allocation and deployment.
 """
 
-from .data_batches import check_batches, mask_of, naming_batch, numbered_batches
+from .data_batches import check_batches, naming_batch, numbered_batches
 from .flops import count_inputs, dense_flops, flops_per_rank
 from .inputs import InputSpec, layer_inputs, shared_inputs
+from .masks import USUAL, Masks, masks_of
 from .private_runs import Run, copy_batch, keeping_state, private_runs
 from .run_model import (
     attribute_set,
@@ -19,7 +20,9 @@ from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
 
 __all__ = [
+    "USUAL",
     "InputSpec",
+    "Masks",
     "Ratios",
     "Run",
     "Samples",
@@ -40,7 +43,7 @@ __all__ = [
     "interleaved_ms",
     "keeping_state",
     "layer_inputs",
-    "mask_of",
+    "masks_of",
     "median_ratio",
     "naming_batch",
     "numbered_batches",

@@ -12,19 +12,6 @@ from torch import Tensor
 from ..errors import ArgumentError, ModelError
 
 
-def mask_of(batch: Any, mask: str | None) -> Tensor | None:
-    """The keyword argument that is false at padding, if the batch has it; ArgumentError if it is not such a mask."""
-    value = batch.get(mask) if isinstance(batch, Mapping) and mask is not None else None
-    if not isinstance(value, Tensor):
-        return None
-    if value.dim() != 2 or not bool(((value == 0) | (value == 1)).all()):
-        raise ArgumentError(
-            f"{mask}: expected (samples, tokens) of 1 or True at tokens and 0 or False at padding, got shape "
-            f"{tuple(value.shape)}, values from {value.min()} to {value.max()}; with mask=None all tokens count"
-        )
-    return value.bool()
-
-
 @contextmanager
 def naming_batch(number: int, name: str) -> Iterator[None]:
     """What a model raises on a batch, by its number from 1, becomes a ModelError."""

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+MAX_DEPTH = 6  # of containers in containers
+
+
+def _leaves(value: Any, depth: int = 0) -> Iterator[Any]:
+    """The tensors and plain values in a batch, in whatever mappings, sequences and objects they are."""
+    if isinstance(value, Tensor | str | bytes) or depth > MAX_DEPTH:
+        yield value
+    elif isinstance(value, Mapping):
+        for key in value:
+            yield from _leaves(value[key], depth + 1)
+    elif isinstance(value, Iterable):
+        for part in value:
+            yield from _leaves(part, depth + 1)
+    elif hasattr(value, "__dict__"):
+        yield from _leaves(vars(value), depth + 1)
+    else:
+        yield value
 
 
 def sample_count(batch: Any) -> int:
@@ -16,20 +35,20 @@ def sample_count(batch: Any) -> int:
     >>> sample_count({"ids": torch.zeros(4, 9), "positions": torch.zeros(1, 9)}), sample_count((torch.ones(()),))
     (4, 1)
     """
-    sizes = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()} - {1}
+    sizes = {leaf.shape[0] for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()} - {1}
     return sizes.pop() if len(sizes) == 1 else 1
 
 
 def first_sample(batch: Any) -> Any:
-    """The batch with its first sample alone."""
+    """The batch with its first sample alone, where it is made of tensors in plain containers; else the batch."""
     count = sample_count(batch)
     return tree_map_only(Tensor, lambda t: t[:1] if t.dim() and t.shape[0] == count else t, batch)
 
 
 def _bytes(value: Any) -> bytes:
     if not isinstance(value, Tensor):
-        return repr(value).encode() if isinstance(value, int | float | str | bytes | bool | None) else b""
-    if value.layout != torch.strided or value.is_meta:
+        return repr(value).encode()
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
         return str(value).encode()
     dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return str((value.dtype, value.shape)).encode() + dense.view(-1).view(torch.uint8).numpy().tobytes()
@@ -37,7 +56,7 @@ def _bytes(value: Any) -> bytes:
 
 def _marks(batch: Any) -> list[bytes]:
     """A digest of every sample."""
-    count, leaves = sample_count(batch), tree_leaves(batch)
+    count, leaves = sample_count(batch), list(_leaves(batch))
     marks = []
     for i in range(count):
         digest = hashlib.blake2b(digest_size=8)

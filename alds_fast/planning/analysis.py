@@ -96,10 +96,10 @@ class Analysis:
                 that error does to the network's output, to first order), see
                 :mod:`alds_fast.criteria.weighted_errors`. None for the best that the analysis allows: "sensitivity",
                 "output", "frobenius".
-            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then the second largest, ...;
-                exactly under one budget. Several budgets need p = inf; how far from the optimum is in ``Plan.gap``.
-                None for 2 with "sensitivity", whose squares add up, 4 with other criteria, which is what measured
-                best, and inf with several budgets or error=.
+            p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then, under one budget, the second
+                largest, ...; exactly under one budget. How far from the optimum is in ``Plan.gap``. None for 2 with
+                "sensitivity", whose squares add up, 4 with other criteria, which is what measured best, and inf with
+                error=.
             method: "alds" (exact) or, for comparison, "alds-heuristic" (the paper's alternating search), "svd",
                 "svd-energy", "svd-nuclear", "l-rank", "pca", "sum" or "uniform", see
                 :mod:`alds_fast.allocation.baselines`: under one budget, of params= or flops=. Their ``Plan.gap`` is
@@ -176,15 +176,20 @@ class Analysis:
         return self._bases.setdefault(key, Basis(criterion, self.moments, bias_correction))
 
     def _row(self, layer: Layer, pick: Any, align: int, basis: Basis) -> LayerPlan:
-        criterion = basis.criterion_of(layer.name)
-        row = plan_row(layer, pick, align, None if criterion == basis.criterion else criterion)
-        if row.scheme is None or row.groups is None or row.rank is None or not isinstance(layer, DecomposableLayer):
+        row = plan_row(layer, pick, align)
+        choice = row.choice
+        if choice is None or not isinstance(layer, DecomposableLayer):
             return row
-        key = basis.criterion, basis.bias_correction, layer.name, (row.scheme, row.groups)
+        fold, rank = choice.decomposition.fold, choice.decomposition.rank
+        criterion = basis.criterion_of(layer.name)
+        if criterion != basis.criterion:
+            row = replace(row, criterion=criterion)
+        row = replace(row, remark=basis.remark(layer.name))
+        key = basis.criterion, basis.bias_correction, layer.name, fold
         if key not in self._held_out:
-            self._held_out[key] = layer_held_out_errors(layer, basis, row.scheme, row.groups)
+            self._held_out[key] = layer_held_out_errors(layer, basis, *fold)
         errors = self._held_out[key]
-        return row if errors is None else replace(row, held_out=float(errors[row.rank]))
+        return row if errors is None else replace(row, held_out=float(errors[rank]))
 
     def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
         """These spectra in float64, in the place of those there are; without any, known errors stay."""

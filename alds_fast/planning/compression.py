@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,15 +11,22 @@ from torch import nn
 from ..errors import ArgumentError
 from ..layers import check_copyable
 from ..measurement import check_batches
+from .analysis import Analysis
 from .defaults import resolved_precision
 from .options import check_plan_options
+from .result_check import first_batch
 from .run_analysis import analyze
 
-_ANALYSIS_OPTIONS = {
-    "schemes", "groups", "include", "exclude", "data", "sensitivity", "mask", "moment_order", "held_out", "precision",
-    "progress",
-}  # fmt: skip
-_PLAN_OPTIONS = {"criterion", "p", "method", "align", "bias_correction", "importance", "cache"}
+_NAMED = ("params", "flops", "latency", "error", "example_inputs")
+
+
+def _options(function: Callable[..., Any], *without: str) -> set[str]:
+    """The names of a function's keyword options."""
+    options = inspect.signature(function).parameters.values()
+    return {option.name for option in options if option.kind is option.KEYWORD_ONLY} - set(without)
+
+
+_ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze), _options(Analysis.plan, *_NAMED)
 
 
 def compress(
@@ -34,9 +43,11 @@ def compress(
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
-    moment_order, held_out, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p, method, align,
-    bias_correction, importance, cache). ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
+    moment_order, held_out, moment_memory, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p,
+    method, align, bias_correction, importance, cache).
+    ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
+    The result is run on ``example_inputs``, or else the first batch of ``data``, before it is given back.
     Raises what these raise, ArgumentError for an unknown option, and ModelError, before the work, for a model that
     cannot be copied.
 
@@ -64,6 +75,8 @@ def compress(
     analysis = analyze(model, **analysing)
     budgets = {**shares, "error": error, "example_inputs": example_inputs}
     plan = analysis.plan(**{**budgets, **planning})
+    inputs = first_batch(model, options.get("data")) if example_inputs is None else example_inputs
     if not refit:
-        return plan.apply(model)
-    return plan.apply(model, refit=options["data"], mask=options.get("mask", "attention_mask"))
+        return plan.apply(model, example_inputs=inputs)
+    mask = options.get("mask", "attention_mask")
+    return plan.apply(model, refit=options["data"], mask=mask, example_inputs=inputs)

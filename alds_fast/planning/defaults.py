@@ -28,10 +28,10 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
 
 
 def resolved_norm(p: float | None, criterion: str, shares: Mapping[str, float | None], method: str) -> float:
-    """p if given; else infinity with several budgets, error= or a baseline, and the criterion's own otherwise."""
+    """p if given; else infinity with error= or a baseline, and the criterion's own otherwise."""
     if p is not None:
         return p
-    if method in BASELINES or sum(share is not None for share in shares.values()) != 1:
+    if method in BASELINES or all(share is None for share in shares.values()):
         return math.inf
     return CRITERIA[criterion].p
 

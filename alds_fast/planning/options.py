@@ -42,6 +42,15 @@ def check_held_out(share: float) -> float:
     return float(share)
 
 
+def check_moment_memory(limit: int | None) -> int:
+    """The most bytes of moments, half of the machine's memory for None; ArgumentError unless it is a count."""
+    if limit is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if not is_count(limit):
+        raise ArgumentError(f"moment_memory={limit!r} is not a number of bytes >= 1; for example 8 * 10**9")
+    return int(limit)
+
+
 def is_float32(precision: str) -> bool:
     """Whether ``precision`` is "float32", not "float64"; ArgumentError if it is neither."""
     if precision not in ("float32", "float64"):
@@ -121,10 +130,9 @@ def check_plan_options(
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if not is_count(align):
         raise ArgumentError(f"align={align!r} is not an integer >= 1")
-    if not math.isinf(p) and (len(given) != 1 or method in BASELINES):
+    if not math.isinf(p) and (not given or method in BASELINES):
         raise ArgumentError(
-            f"p={p!r} applies to one budget of params=, flops= or latency= with method='alds' only; leave it at "
-            f"math.inf"
+            f"p={p!r} applies to budgets of params=, flops= and latency= with method='alds' only; leave it at math.inf"
         )
     if method in BASELINES and not is_counted_alone(given):
         raise ArgumentError(f"method={method!r} needs params= or flops=, one alone; method='alds' solves the others")

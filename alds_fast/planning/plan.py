@@ -19,8 +19,9 @@ from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved
 from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
 from ..measurement import check_batches
-from ..text import number, shape_text, table
-from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row
+from ..text import number, table
+from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row, row_cells
+from .result_check import check_result, check_run, first_batch, naming_readers
 
 FORMAT = "alds_fast.plan"
 VERSION = 1
@@ -96,6 +97,7 @@ class Plan:
         moments: Mapping[str, Moments] | None = None,
         refit: Iterable[Any] | None = None,
         mask: str | None = "attention_mask",
+        example_inputs: Any = None,
     ) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
 
@@ -108,13 +110,16 @@ class Plan:
                 statistics of BatchNorms move along, see :mod:`alds_fast.factors.refitting`. One pass of both networks
                 per layer.
             mask: as for analyze.
+            example_inputs: what the model is run with, as for flops=; by default the first batch of ``refit``. The
+                result is run on them before it is given back.
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
         error. The result carries this plan, without moments and spectra, as ``alds_plan`` and, per replaced layer, how
         its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
         LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
-        cannot be copied. Warns of optimizers and functions that hang on the model and hold dense layers.
+        cannot be copied or the result is not what it must be. Warns of optimizers and functions that hang on the model
+        and hold dense layers.
         """
         check_model(model)
         if count_params(model) != self.params_before:
@@ -128,7 +133,10 @@ class Plan:
             model, chosen, self.spectra, exact=self.exact, weighted=self._basis(moments).weighting
         )
         if refit is not None:
-            reports |= self._refit(small, model, refit, mask, moments)
+            with naming_readers(small):
+                reports |= self._refit(small, model, refit, mask, moments)
+        check_run(model, small, first_batch(model, refit) if example_inputs is None else example_inputs)
+        check_result(small, [choice.name for choice in chosen], self.params)
         warn_of_holders(model, [choice.name for choice in chosen])
         keep_when_saved(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
@@ -169,7 +177,7 @@ class Plan:
         held_out = self.held_out
         if held_out is not None:
             headers.insert(7, "held out")
-        lines = table(headers, [_cells(row, held_out is not None) for row in self.layers], (0, 1, len(headers) - 1))
+        lines = table(headers, [row_cells(row, held_out is not None) for row in self.layers], (0, 1, len(headers) - 1))
         held = "" if held_out is None else f", {held_out:.4g} on samples kept aside"
         p = "inf" if math.isinf(self.p) else f"{self.p:g}"
         total = (
@@ -243,13 +251,3 @@ class Plan:
 
 def _is_edited(rows: list[dict[str, Any]]) -> bool:
     return any([row["scheme"], row["groups"], row["rank"]] != row["error_is_of"] for row in rows)
-
-
-def _cells(row: LayerPlan, held_out: bool) -> list[str]:
-    chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
-    errors = ["?" if math.isnan(row.error) else f"{row.error:.4f}"]
-    if held_out:
-        errors.append("-" if row.held_out is None else f"{row.held_out:.4f}")
-    name = row.name or "(model)"
-    counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
-    return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.note]

@@ -13,6 +13,7 @@ from ..errors import ArgumentError, PlanError
 from ..factors import Choice
 from ..layers import DecomposableLayer, Layer
 from ..linalg import Decomposition, WeightShape
+from ..text import shape_text
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class LayerPlan:
     ``scheme``, ``groups`` and ``rank`` are None for a layer that stays dense, and ``reason`` then says why. ``error``
     is the relative error of the plan's criterion (0 for a dense layer, NaN for a row edited by hand). Parameters are
     the layer's own, bias included. ``held_out`` is the error on samples that were kept aside, None without any;
-    ``criterion`` what the layer was judged by, None for that of the plan.
+    ``criterion`` what the layer was judged by, None for that of the plan, and ``remark`` says why, or what else is
+    special about it, None for nothing.
     """
 
     name: str
@@ -38,14 +40,7 @@ class LayerPlan:
     reason: str | None
     held_out: float | None = None
     criterion: str | None = None
-
-    @property
-    def note(self) -> str:
-        """Why it stays dense, or why it was not judged by the plan's criterion; empty otherwise."""
-        if self.reason is not None or self.criterion is None:
-            return self.reason or ""
-        missing = "no gradient" if CRITERIA[self.criterion].needs_data else "no data"
-        return f"{missing} reached it: judged by {self.criterion!r}"
+    remark: str | None = None
 
     @property
     def choice(self) -> Choice | None:
@@ -56,7 +51,7 @@ class LayerPlan:
         return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank))
 
 
-_LATER = {"held_out", "criterion"}  # fields that older plans do not have
+_LATER = {"held_out", "criterion", "remark"}  # fields that older plans do not have
 _FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} - _LATER | {"error_is_of"}
 
 
@@ -133,8 +128,9 @@ def read_row(fields: dict[str, Any]) -> LayerPlan:
         raise PlanError(f"{where}: shape={shape!r} is not a list of integers >= 0")
     if any(v is None for v in triple) != all(v is None for v in triple):
         raise PlanError(f"{where}: scheme, groups and rank must be all null or all integers, got {triple}")
-    if fields["reason"] is not None:
-        read_field(fields, where, "reason", str)
+    for name in ("reason", "remark"):
+        if fields.get(name) is not None:
+            read_field(fields, where, name, str)
     counts = {n: read_field(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
     held_out = None if fields.get("held_out") is None else read_number(fields, where, "held_out")
     if fields.get("criterion") not in (None, *CRITERIA):
@@ -171,11 +167,8 @@ def _check_choice(row: LayerPlan, where: str) -> None:
         raise PlanError(f"{where}: {e}") from e
 
 
-def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, criterion: str | None) -> LayerPlan:
-    """The row of a layer: left out without a ``pick`` (candidates, the one chosen, why it stays dense if it does).
-
-    ``criterion`` is what it was judged by, None for that of the plan.
-    """
+def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int) -> LayerPlan:
+    """The row of a layer: left out without a ``pick`` (candidates, the one chosen, why it stays dense if it does)."""
     groups = layer.shape.conv_groups if layer.shape else 1
     row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
     row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
@@ -188,7 +181,17 @@ def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int,
         multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
         none = f"no factorisation{multiples} is smaller"
         return LayerPlan(**{**row, "reason": reason if choices.curves else none})
-    row["criterion"] = criterion
     row |= {**chosen.to_dict(), "error": float(choices.errors[candidate])}
     row["params_after"] -= layer.shape.numel - chosen.params(layer.shape)
     return LayerPlan(**row)
+
+
+def row_cells(row: LayerPlan, held_out: bool) -> list[str]:
+    """The texts of a row in the table of a plan, with a column for errors on samples kept aside if ``held_out``."""
+    chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
+    errors = ["?" if math.isnan(row.error) else f"{row.error:.4f}"]
+    if held_out:
+        errors.append("-" if row.held_out is None else f"{row.held_out:.4f}")
+    name = row.name or "(model)"
+    counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
+    return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]

@@ -13,7 +13,7 @@ from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, la
 from ..layers import check_values, check_weights_are_there, chosen_layers, count_params, decomposable
 from ..linalg import SCHEMES
 from .analysis import Analysis
-from .options import check_groups, check_held_out, check_schemes, is_float32
+from .options import check_groups, check_held_out, check_moment_memory, check_schemes, is_float32
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -34,6 +34,7 @@ def analyze(
     mask: str | None = "attention_mask",
     moment_order: int = 8192,
     held_out: float = 1 / 8,
+    moment_memory: int | None = None,
     precision: str = "float64",
     progress: Progress | None = None,
 ) -> Analysis:
@@ -49,11 +50,15 @@ def analyze(
             the moments of the layers' inputs are collected on them, see :func:`alds_fast.criteria.collect_moments`.
         sensitivity: with data, also collect gradients: True for those of the model's first output, or a function of
             (output, batch) that returns the tensor whose squared error matters, or a loss.
-        mask: name of the keyword argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count.
+        mask: name of the argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count; the
+            default stands for all usual names, see :func:`alds_fast.measurement.masks_of`.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
             which allows the encode fold with one slice only.
         held_out: share of the samples, in [0, 1), that are kept aside, one at least where two differ; plans state the
             error there too (``Plan.held_out``).
+        moment_memory: most bytes of the moments together, half of the machine's memory by default. Where they need
+            more, gradients are kept as diagonals and then the largest layers judged by their weights; a warning says
+            so before the model runs.
         precision: "float64", or "float32" for weights on the CPU of no wider type: spectra in half the time, for plans
             that come to the same (:meth:`Analysis.plan`); leave the model as it is until these are made.
         progress: told (what, done, total) as the work goes on; total is 0 where ``data`` has no length.
@@ -90,7 +95,7 @@ def analyze(
     batches = operator.length_hint(data)  # 0 for none; a DataLoader may have __len__ and no length
     moments = collect_moments(
         model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order,
-        held_out=check_held_out(held_out),
+        held_out=check_held_out(held_out), memory=check_moment_memory(moment_memory),
         done=lambda count: told("moments", count, batches),
     )  # fmt: skip
     return dataclasses.replace(analysis, moments=moments, max_groups=MAX_DATA_GROUPS if groups == "divisors" else None)

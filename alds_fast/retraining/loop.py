@@ -62,7 +62,7 @@ def training(model: nn.Module) -> Iterator[None]:
     """The model in training mode; every module's ``training`` flag is put back at the end."""
     flags = [(module, module.training) for module in model.modules()]
     try:
-        model.train()
+        model.train()  # a method of the model's own may do more than set the flag
         yield
     finally:
         for module, flag in flags:

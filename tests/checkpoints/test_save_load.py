@@ -14,6 +14,7 @@ from torch import nn
 import alds_fast as alds
 from alds_fast.checkpoints import read_header, save_load
 from alds_fast.errors import (
+    ArgumentError,
     FileFormatError,
     FileWriteError,
     LayerNotFoundError,
@@ -328,3 +329,11 @@ def test_a_state_without_memory_of_its_own_is_refused(tmp_path):
     small = alds.compress(model, error=0.5)
     with pytest.raises(ModelError, match=r"state '0\.weight' is a Wrapped.*save the model before it is quantised"):
         alds.save(small, tmp_path / "model.st")
+
+
+def test_files_and_directories_are_not_taken_for_each_other(tmp_path):
+    (tmp_path / "small.safetensors").write_bytes(b"")
+    with pytest.raises(MissingFileError, match="is not a file; from_pretrained loads compressed directories"):
+        alds.load(tmp_path, torch.nn.Linear(4, 4))
+    with pytest.raises(ArgumentError, match=r"is a file, not a directory; load\(file, model\) loads"):
+        alds.from_pretrained(tmp_path / "small.safetensors")

@@ -86,7 +86,7 @@ def test_too_little_room_is_said_before_the_work(tmp_path, llama, monkeypatch):
 
 def test_two_jobs_in_one_directory(tmp_path, llama):
     Journal(tmp_path / "small", {}).output.mkdir()
-    with Journal(tmp_path / "small", {}).locked(), pytest.raises(errors.ArgumentError, match="another process"):
+    with Journal(tmp_path / "small", {}).lock(), pytest.raises(errors.ArgumentError, match="another process"):
         alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
 
 

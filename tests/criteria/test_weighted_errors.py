@@ -6,7 +6,7 @@ from support.marks import slow
 from support.population import without_noise
 from torch import nn
 
-from alds_fast.criteria import collect_moments, folded, slice_bases, tap_blocks, weighting
+from alds_fast.criteria import collect_moments, fold_matrix, slice_bases, tap_blocks, weighting
 from alds_fast.criteria.weighted_errors import certificate, errors
 from alds_fast.factors.weighted import factors
 from alds_fast.layers import find_layers
@@ -134,7 +134,7 @@ def test_white_data_gives_the_frobenius_error():
     layer, moments = case("linear")
     white = moments.__class__(1, torch.eye(12).double()[None], torch.zeros(1, 12).double())
     w = weighting(layer.shape, layer.module.weight, white, False, False)
-    values = spectra_ref(folded(w, w.weight, 0), [1])[0].flatten()
+    values = spectra_ref(fold_matrix(w, w.weight, 0), [1])[0].flatten()
     tails = torch.stack([values[j:].square().sum() for j in range(10)]) / values.square().sum()
     torch.testing.assert_close(errors(w, 0, 1), tails.sqrt(), rtol=1e-7, atol=1e-9)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import alds_fast as alds
-from alds_fast.deployment.equivalent_shapes import regrouped, variants
+from alds_fast.deployment.equivalent_shapes import regroup, variants
 from alds_fast.errors import ArgumentError
 
 
@@ -15,7 +15,7 @@ def test_regrouped_is_the_same_function(scheme, conv_groups):
     layer = alds.LowRankConv2d(24, 16, 3, 1, scheme=scheme, groups=4, conv_groups=conv_groups, padding=1, dilation=2)
     layer, x = layer.double(), torch.randn(2, 24, 7, 7, dtype=torch.float64)
     for groups, rank in ((1, 4), (1, 6), (2, 2), (2, 5), (4, 1), (4, 3)):
-        new = regrouped(layer, groups, rank)
+        new = regroup(layer, groups, rank)
         assert (new.slices, new.rank) == (groups, rank)
         torch.testing.assert_close(new(x), layer(x))
         torch.testing.assert_close(new.dense_weight(), layer.dense_weight())
@@ -25,7 +25,7 @@ def test_regrouped_refuses():
     layer = alds.LowRankLinear(24, 16, 2, groups=4)
     for groups, rank, message in ((3, 8, "does not divide"), (2, 3, "outside 4..12"), (1, 17, "outside 8..16")):
         with pytest.raises(ArgumentError, match=message):
-            regrouped(layer, groups, rank)
+            regroup(layer, groups, rank)
 
 
 def test_variants_are_smaller_than_dense():

@@ -332,8 +332,8 @@ def test_an_encoder_with_padded_tokens():
     """In torch's own encoder, whose nested tensors leave padded tokens out."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     net = nn.TransformerEncoder(layer, 2).eval()
-    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
-    batch = {"src": torch.randn(3, 5, 8), "src_key_padding_mask": padding}
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]]).repeat(20, 1)
+    batch = {"src": torch.randn(60, 5, 8), "src_key_padding_mask": padding}
     small = alds.analyze(net, data=[batch]).plan(params=0.8).apply(net, refit=[batch])
     assert {r.method for r in small.alds_factors.values()} == {"refitted"}
     assert net.use_nested_tensor and small(**batch).isfinite().all()

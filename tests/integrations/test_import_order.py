@@ -112,3 +112,19 @@ def test_other_sizes_are_refused_with_the_layer_and_the_remedy(folders):
     text = r"embed_tokens.weight' is of shape \(96, 64\), .* \(50, 64\); .* pass ignore_mismatched_sizes=True"
     with pytest.raises(errors.PlanError, match=text):
         alds.from_pretrained(folders[0], vocab_size=50, tie_word_embeddings=True)
+
+
+def test_marks_are_passed_over_by_the_layers_they_stand_for_and_by_no_other(tmp_path):
+    dense = checkpoints.dense("qwen")
+    small = alds.compress(dense, params=0.7)
+    small.save_pretrained(tmp_path / "small")
+    state = load_file(tmp_path / "small/model.safetensors")
+    other = alds.from_pretrained(tmp_path / "small")
+    name = next(name for name, layer in other.named_modules() if isinstance(layer, LowRankLayer))
+    torch.nn.init.zeros_(other.get_submodule(name).encoder)
+    other.load_state_dict(state, strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), small.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        dense.load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        other.load_state_dict({**state, f"{name}.weight": dense.get_parameter(f"{name}.weight")}, strict=True)

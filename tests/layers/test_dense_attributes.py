@@ -68,8 +68,8 @@ def test_a_module_that_an_earlier_version_pickled_keeps_its_slices():
     earlier.__setstate__(state)
     x = torch.randn(2, 8, 5, 5)
     assert (earlier.slices, earlier.groups) == (4, 2) and torch.equal(earlier(x), layer(x))
-    again = pickle.loads(pickle.dumps(earlier))
-    assert again.slices == 4 and "groups" not in vars(again) and torch.equal(again(x), layer(x))
+    unpickled = pickle.loads(pickle.dumps(earlier))
+    assert unpickled.slices == 4 and "groups" not in vars(unpickled) and torch.equal(unpickled(x), layer(x))
 
 
 def low_rank_net():

@@ -63,6 +63,29 @@ def test_base_layers_are_compressed_and_adapters_stay_whole(kind, options, data,
     torch.testing.assert_close(small.unload()(X), without) if "modules_to_save" not in options else small.unload()(X)
 
 
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_lora_merges_into_the_factors_of_a_compressed_base(adapters, tmp_path):
+    model = wrapped(r=3)
+    if adapters == 2:
+        model.add_adapter("more", peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "more"])
+    small = alds.compress(model.eval(), params=0.6)
+    layer = small.base_model.model.fc.base_layer
+    rank, y = layer.rank, small(X)
+    small.merge_adapter()
+    assert layer.rank > rank
+    torch.testing.assert_close(small(X), y, rtol=1e-4, atol=1e-4)
+    small.unmerge_adapter()
+    assert layer.rank == rank
+    torch.testing.assert_close(small(X), y)
+    small.save_pretrained(tmp_path)
+    merged = small.merge_and_unload()
+    torch.testing.assert_close(merged(X), y, rtol=1e-4, atol=1e-4)
+    assert isinstance(merged.fc, alds.LowRankLinear) and not any("lora" in n for n, _ in merged.named_modules())
+    whole = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    assert all(map(torch.equal, *(peft.get_peft_model_state_dict(m).values() for m in (model, whole))))
+
+
 def test_adapters_and_what_peft_saves_are_left_alone():
     why = reasons(wrapped(r=4, modules_to_save=["head"]))
     assert why["fc.base_layer"] is None and why["body"] is None

@@ -146,10 +146,10 @@ def test_weights_that_are_computed_are_left_out_and_copied(change, words, undo):
     change(model[0])
     model(torch.ones(1, 32))  # weights under masks and norms stand in a graph from here on
     small = check_second_is_compressed(model, words)
-    own = next(small[0].parameters())
+    copied = next(small[0].parameters())
     with torch.no_grad():
-        own.zero_()
-    assert not torch.equal(own, next(model[0].parameters()))
+        copied.zero_()
+    assert not torch.equal(copied, next(model[0].parameters()))
     undo(model[0])
     assert reasons(model)["0"] is None  # the remedy is one
 

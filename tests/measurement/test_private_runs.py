@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import alds_fast as alds
+from alds_fast.allocation import end_to_end
 from alds_fast.errors import ModelError
+from alds_fast.linalg import Decomposition
 from alds_fast.measurement import copy_batch, private_runs
 
 
@@ -125,3 +127,11 @@ def test_a_forward_in_inference_mode_gives_moments_but_no_gradients():
         assert torch.equal(p, plain.get_parameter(name))
     with pytest.raises(ModelError, match=r"runs in torch.inference_mode\(\).*leave out sensitivity="):
         alds.compress(model, params=0.6, data=batches, sensitivity=True)
+
+
+def test_timing_leaves_the_example_inputs_as_they_were():
+    model, x = Stateful(), torch.randn(8, 16)
+    before, kept = state(model), x.clone()
+    end_to_end(model, {"body.0": Decomposition(0, 1, 4)}, x, torch.device("cpu"))
+    alds.deploy(alds.compress(model, params=0.6), x, rounds=1)
+    assert torch.equal(x, kept) and same(before, state(model))

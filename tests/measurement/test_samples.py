@@ -35,3 +35,14 @@ def test_samples_of_mappings_and_of_tensors_without_a_common_size():
     assert [odd.aside((ids, torch.full((5,), i))).tolist() for i in range(2)] == [[False], [True]]
     half = torch.randn(4, 2).bfloat16()
     assert len(Samples(0.5).aside(half)) == 4 and len(Samples(0.5).aside((torch.ones(()),))) == 1
+
+
+def test_samples_of_objects_and_of_mappings_of_other_kinds():
+    from collections import UserDict
+    from types import SimpleNamespace
+
+    for wrap in (UserDict, lambda fields: SimpleNamespace(**fields), lambda fields: [fields]):
+        samples = Samples(1 / 2)
+        batches = [wrap({"x": torch.full((2, 3), float(i))}) for i in range(2)]
+        assert [samples.aside(batch).tolist() for batch in batches] == [[False, False], [True, True]]
+    assert Samples(0.5).aside([{"text": "a"}, {"text": "b"}]).tolist() == [False]

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "alds_fast"
 HOUSE = House.of_folder(PACKAGE)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = ("body", "cases")  # what statements that hold others have
+OF_FORMATS = ("FORMAT", "VERSION")  # constants of every file that has a format of its own
 OUTSIDE = ("tests", "examples", "benchmarks")
 COMPILES_KERNELS = ROOT / "benchmarks" / "gpu" / "aot.py"  # it needs the kernels themselves
 
@@ -36,7 +37,9 @@ def dotted(module):
 def used_of_doors(tree, imports, doors):
     """(door, name) of what a file takes from doors: imported, or as an attribute of a door that it imports."""
     imports = set(imports)
-    modules = {name: (*module, name) for module, name in imports if (*module, name) in doors}
+    others = {alias.name: alias.asname for node in ast.walk(tree) for alias in getattr(node, "names", ())
+              if isinstance(alias, ast.alias) and alias.asname}  # fmt: skip
+    modules = {others.get(name, name): (*module, name) for module, name in imports if (*module, name) in doors}
     for node in ast.walk(tree) if modules else ():
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
             imports.add((modules[node.value.id], node.attr))
@@ -63,6 +66,16 @@ def wings_and_doors(house):
         for door, name in used_of_doors(house.tree(module), house.imports(module), others):
             if name is not None and name not in house.names_of(door):
                 yield f"{dotted(module)} uses {name}, which is not in the door of {dotted(door)}"
+
+
+def own_doors(house):
+    """A file takes names of its own folder from the files that define them, not from the door."""
+    for module in house.texts.keys() - house.doors:
+        folder = house.package(module)
+        for imported, name in house.imports(module):
+            from_door = imported == folder and folder and (*folder, name) not in house.texts
+            if from_door or (name is not None and (*imported, name) == folder):
+                yield f"{dotted(module)} imports {name} through its own door"
 
 
 def circles(house):
@@ -102,12 +115,15 @@ def sizes(house):
 
 
 def definitions(house):
-    """A public function or class is defined in one module."""
+    """A public function, class or constant is defined in one module; each file format has its name and version."""
     places = defaultdict(set)
     for module in house.texts:
-        for node in house.tree(module).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                places[node.name].add(dotted(module))
+        for node in statements(house.tree(module).body, itself=True):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
+            for name in names:
+                if isinstance(name, str) and not name.startswith("_") and name not in OF_FORMATS:
+                    places[name].add(dotted(module))
     for name, modules in places.items():
         if len(modules) > 1:
             yield f"{name} is defined in {' and '.join(sorted(modules))}"
@@ -132,15 +148,20 @@ def unused_names_of_doors(house):
                 yield f"{dotted(door)}: nothing outside uses {name}, which its door hands on"
 
 
-def statements(body):
-    """What runs when a module is imported: nothing in functions, nothing under TYPE_CHECKING."""
+def statements(body, itself=False):
+    """What runs when a module is imported: nothing in functions, nothing under TYPE_CHECKING.
+
+    With ``itself`` what functions and classes are called, and nothing in them.
+    """
     for node in body:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from statements(node.orelse)
+            yield from statements(node.orelse, itself)
+        elif itself and isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            yield node
         elif not isinstance(node, FUNCTIONS):
             yield node
             for part in ("body", "orelse", "handlers", "finalbody", "cases"):
-                yield from statements(getattr(node, part, ()))
+                yield from statements(getattr(node, part, ()), itself)
 
 
 def absolute_names(node):
@@ -167,7 +188,9 @@ def heavy_imports(house):
                 yield f"{dotted(module)} imports {package} when it is imported itself"
 
 
-RULES = (wings_and_doors, circles, imports_in_functions, sizes, definitions, unused_names_of_doors, heavy_imports)
+RULES = (
+    wings_and_doors, own_doors, circles, imports_in_functions, sizes, definitions, unused_names_of_doors, heavy_imports,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -210,6 +233,21 @@ FAULTS = [
         "imports a part of the package",
     ),
     (sizes, "text.py", "#\n" * LONGEST, "lines, at most"),
+    (
+        definitions,
+        "planning/plan.py",
+        "if True:\n    async def fold(x): ...",
+        "defined in linalg.folding and planning.plan",
+    ),
+    (definitions, "factors/ridge.py", "SCHEMES = 3", "SCHEMES is defined in factors.ridge and linalg.folding"),
+    (own_doors, "linalg/cpp_core.py", "from .. import linalg", "imports linalg through its own door"),
+    (own_doors, "linalg/cpp_core.py", "from . import spectra", "imports spectra through its own door"),
+    (
+        wings_and_doors,
+        "planning/plan.py",
+        "from .. import linalg as algebra\nalgebra.cpp_core",
+        "uses cpp_core",
+    ),
     (definitions, "planning/plan.py", "class LowRankLinear: ...", "defined in layers.linear and planning.plan"),
     (unused_names_of_doors, "linalg/__init__.py", "__all__ = ['fold']", "nothing outside uses fold"),
     (heavy_imports, "allocation/pareto.py", "import scipy.linalg", "imports scipy"),

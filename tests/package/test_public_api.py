@@ -28,7 +28,14 @@ def _keywords(function):
 
 
 def test_signatures():
-    seeing = {"data": None, "sensitivity": False, "mask": "attention_mask", "moment_order": 8192, "held_out": 1 / 8}
+    seeing = {
+        "data": None,
+        "sensitivity": False,
+        "mask": "attention_mask",
+        "moment_order": 8192,
+        "held_out": 1 / 8,
+        "moment_memory": None,
+    }
     folds = {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
     assert _keywords(alds.analyze) == {**folds, **seeing, "precision": "float64", "progress": None}
     planning = {"criterion": None, "p": None, "method": "alds", "align": 1, "cache": None}
@@ -49,7 +56,12 @@ def test_signatures():
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
     assert _keywords(kernels.lowrank_linear) == common
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
-    assert _keywords(alds.Plan.apply) == {"moments": None, "refit": None, "mask": "attention_mask"}
+    assert _keywords(alds.Plan.apply) == {
+        "moments": None,
+        "refit": None,
+        "mask": "attention_mask",
+        "example_inputs": None,
+    }
 
 
 def test_plan_attributes():

@@ -106,7 +106,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_reachable_one(analysis):
         ({"align": 8.0}, r"align=8\.0 is not an integer"),
         (
             {"method": "alds-heuristic", "p": 2},
-            "p=2 applies to one budget of params=, flops= or latency= with method='alds' only",
+            "p=2 applies to budgets of params=, flops= and latency= with method='alds' only",
         ),
     ],
 )
@@ -117,7 +117,7 @@ def test_bad_options_are_refused(analysis, options, message):
 
 
 def test_options_that_need_a_parameter_budget(analysis):
-    with pytest.raises(ArgumentError, match="p=2 applies to one budget"):
+    with pytest.raises(ArgumentError, match="p=2 applies to budgets"):
         analysis.plan(error=0.3, p=2)
     with pytest.raises(ArgumentError, match="method='alds-heuristic' needs params="):
         analysis.plan(error=0.3, method="alds-heuristic")

@@ -1,5 +1,6 @@
 """Plans from data: criteria, defaults, bias correction, importance, JSON, saving, the PCA baseline, errors."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,10 @@ from support.population import analyze_population
 from torch import nn
 
 import alds_fast as alds
+from alds_fast.criteria.weighted_errors import errors
 from alds_fast.errors import ArgumentError, LayerNotFoundError, PlanError
+from alds_fast.factors.weighted import factors
+from alds_fast.linalg import Decomposition
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +137,8 @@ def test_a_layer_that_data_never_reach_is_judged_by_its_weight():
     net, batches = Branch(), [torch.randn(60, 20)]
     plan = alds.analyze(net, data=batches).plan(params=0.5, criterion="output")
     used, idle = plan.layers
-    assert (used.criterion, used.note, idle.criterion) == (None, "", "frobenius") and used.rank and idle.rank
-    assert idle.note == "no data reached it: judged by 'frobenius'" and idle.note in str(plan)
+    assert (used.criterion, used.remark, idle.criterion) == (None, None, "frobenius") and used.rank and idle.rank
+    assert idle.remark == "no data reached it: judged by 'frobenius'" and idle.remark in str(plan)
     small = plan.apply(net, refit=batches)
     lost = net.idle.weight - small.idle.dense_weight()
     assert float((lost.norm() / net.idle.weight.norm()).detach()) == pytest.approx(idle.error, rel=1e-5)
@@ -164,7 +168,7 @@ def test_a_layer_that_what_matters_does_not_depend_on_is_judged_by_its_output():
     plan, by_output = analysis.plan(params=0.7), alds.analyze(net, data=[x])
     rows = {row.name: row for row in plan.layers}
     if rows["second"].rank is not None:
-        assert rows["second"].note == "no gradient reached it: judged by 'output'" and rows["first"].note == ""
+        assert rows["second"].remark == "no gradient reached it: judged by 'output'" and rows["first"].remark is None
         errors = by_output._choices([by_output.layers[2]], by_output._basis("output", True), 1, {"second": 1.0})
         assert rows["second"].error in errors[0].errors
     assert rows["first"].error > 0 and all(y.isfinite().all() for y in plan.apply(net)(x))
@@ -278,7 +282,7 @@ def test_padding_does_not_count_in_any_layout(layout):
     [
         ({"attention_mask": torch.tensor([[0.0, -1e9]])}, {}, r"expected \(samples, tokens\) of 1 or True"),
         ({"attention_mask": torch.ones(1, 1, 2, 2)}, {}, r"got shape \(1, 1, 2, 2\)"),
-        ({"attention_mask": torch.ones(1, 2)}, {"mask": "padding"}, "mask='padding' is a keyword argument of no batch"),
+        ({"attention_mask": torch.ones(1, 2)}, {"mask": "padding"}, "mask='padding' is an argument of no batch"),
         ({"attention_mask": torch.zeros(1, 2)}, {}, "reaches none of the layers"),
     ],
 )
@@ -393,3 +397,56 @@ def test_the_plan_on_a_model_carries_no_data(tmp_path):
         torch.save(small, tmp_path / "small.pt")
         sizes.append((tmp_path / "small.pt").stat().st_size)
     assert sizes[1] < 1.1 * sizes[0]
+
+
+def wide(outputs=3000):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, outputs))
+
+
+def test_gradients_of_many_outputs_are_a_diagonal_and_the_plan_says_so():
+    net, x = wide(), torch.randn(256, 32)
+    analysis = alds.analyze(net, data=[x], sensitivity=True)
+    whole, diagonal = analysis.moments["0"].gradient, analysis.moments["2"].gradient
+    assert whole.shape == (1, 32, 32) and diagonal.shape == (1, 3000)
+    plan = analysis.plan(params=0.5)
+    assert plan.layers[1].remark == "its gradients are known as a diagonal" and plan.layers[1].remark in str(plan)
+    assert alds.Plan.from_json(plan.to_json()) == plan
+    small = plan.apply(net, refit=[x])
+    with torch.no_grad():
+        assert float((small(x) - net(x)).norm() / net(x).norm()) < 0.9
+
+
+def test_a_diagonal_is_that_of_the_whole_moment(monkeypatch):
+    net, x = wide(40), torch.randn(64, 32)
+    whole = alds.analyze(net, data=list(x.split(16)), sensitivity=True).moments["2"]
+    monkeypatch.setattr("alds_fast.criteria.moment_hooks.WIDEST_WHOLE", 39)
+    narrow = alds.analyze(net, data=list(x.split(16)), sensitivity=True)
+    diagonal = narrow.moments["2"].gradient
+    torch.testing.assert_close(diagonal, whole.gradient.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=1e-12)
+    basis = narrow._basis("sensitivity", True)
+    layer = narrow.spectra["2"].layer
+    root = basis.weighting(layer).root
+    as_matrix = dataclasses.replace(basis.weighting(layer), root=root.diag_embed(), inverse=(1 / root).diag_embed())
+    for fold in ((0, 1), (0, 2)):
+        expected = errors(as_matrix, *fold)
+        torch.testing.assert_close(errors(basis.weighting(layer), *fold), expected, rtol=1e-9, atol=1e-12)
+    decomposition = Decomposition(0, 2, 5)
+    diagonal, matrix = (factors(w, decomposition) for w in (basis.weighting(layer), as_matrix))
+    torch.testing.assert_close(diagonal.left @ diagonal.right, matrix.left @ matrix.right)
+    torch.testing.assert_close(diagonal.shift, matrix.shift)
+
+
+def test_moments_are_bounded_and_what_is_reduced_is_said():
+    net, x = wide(200), torch.randn(64, 32)
+    needed = 8 * (32**2 + 32**2 + 32**2 + 200**2)
+    analysis = alds.analyze(net, data=[x], sensitivity=True, moment_memory=needed)
+    assert analysis.moments["2"].gradient.dim() == 3
+    with pytest.warns(UserWarning, match=r"moment_memory= allows .* the gradients of 1 layers are kept as a diagonal"):
+        reduced = alds.analyze(net, data=[x], sensitivity=True, moment_memory=needed - 1)
+    assert reduced.moments["2"].gradient.dim() == 2 and reduced.moments["0"].gradient.dim() == 3
+    with pytest.warns(UserWarning, match="1 layers, '2' for one, are judged by their weights"):
+        smallest = alds.analyze(net, data=[x], sensitivity=True, moment_memory=8 * (32**2 + 32))
+    assert set(smallest.moments) == {"0"} and smallest.plan(params=0.6).layers[1].criterion == "frobenius"
+    with pytest.raises(ArgumentError, match="moment_memory=0 is not a number of bytes >= 1"):
+        alds.analyze(net, data=[x], moment_memory=0)

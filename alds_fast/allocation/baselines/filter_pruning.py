@@ -20,9 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from ...checks import is_share
 from ...errors import AldsError, ArgumentError, BudgetError, ModelError
 from ...layers import count_params, replace_layers, tied_names
-from ...measurement import call_model, count_inputs, inference, keeping_state, layer_inputs
+from ...measurement import attribute_set, call_model, copy_batch, count_inputs, inference, keeping_state, layer_inputs
 from ..costs import SHARES
 from ..pareto import Floats, Ints
 
@@ -49,7 +50,7 @@ class Unit:
     order: Ints
     levels: Floats
 
-    def removed(self, level: float) -> list[int]:
+    def filters_to_remove(self, level: float) -> list[int]:
         """The filters removed at that threshold."""
         return [int(i) for i in self.order[: int(np.searchsorted(self.levels, level, side="right"))]]
 
@@ -62,17 +63,14 @@ def _unit(name: str, norms: Floats, scope: str) -> Unit:
 
 def _graph(model: nn.Module, example_inputs: Any) -> Any:
     """torch-pruning's graph of a model of our own, traced in evaluation mode by its gradients."""
-    flags = [(module, module.training) for module in model.modules()]
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point() or p.is_complex())
     graph = _torch_pruning().DependencyGraph()
     try:
-        with torch.enable_grad(), keeping_state(model):
-            graph.build_dependency(model, example_inputs, forward_fn=call_model, verbose=False)
+        with torch.enable_grad(), keeping_state(model), attribute_set(model.modules(), "training", False):
+            graph.build_dependency(model, copy_batch(example_inputs), forward_fn=call_model, verbose=False)
     except Exception as e:
         raise ModelError(f"torch-pruning cannot trace the model ({type(e).__name__}: {e})") from e
-    for module, training in flags:
-        module.training = training
     return graph
 
 
@@ -117,7 +115,7 @@ def _prune(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: 
     modules = dict(result.named_modules())
     graph = _graph(result, example_inputs)
     for unit in units:
-        module, filters = modules[unit.name], unit.removed(level)
+        module, filters = modules[unit.name], unit.filters_to_remove(level)
         if filters:
             graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, filters).prune()
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -129,7 +127,7 @@ def _prune(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Any]:
     """Shapes of the model's outputs."""
     with keeping_state(model), inference(model):
-        return [getattr(leaf, "shape", None) for leaf in tree_leaves(call_model(model, example_inputs))]
+        return [getattr(leaf, "shape", None) for leaf in tree_leaves(call_model(model, copy_batch(example_inputs)))]
 
 
 def _fits(model: nn.Module, example_inputs: Any, units: Sequence[Unit], level: float) -> bool:
@@ -158,7 +156,7 @@ def _check(params: object, flops: object, norm: object, scope: object) -> tuple[
     if len(given) != 1:
         raise BudgetError("give one budget, params= or flops=; for example params=0.5 keeps half of the parameters")
     ((name, share),) = given.items()
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+    if not is_share(share):
         raise BudgetError(f"{name}={share!r} is outside (0, 1]: it is the share of {SHARES[name]}, for example 0.5")
     for argument, value, known in (("norm", norm, tuple(NORMS)), ("scope", scope, SCOPES)):
         if value not in known:

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ...checks import is_count
 from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
 from ...factors import FactorReport
@@ -26,7 +29,7 @@ from ...planning import (
     tell_nobody,
 )
 from ...version import __version__
-from ..safetensors_reader import CONFIG, Stored, open_shards
+from ..safetensors_reader import CONFIG, Shards, Stored, open_shards
 from .factors_and_files import FACTORS, compress_streamed
 from .journal import JOB, PLAN, Journal
 from .output_files import companions
@@ -56,7 +59,7 @@ def _settings(
             f"{', '.join(WEIGHT_CRITERIA)}, or load the model and use analyze(data=)"
         )
     named = None if isinstance(groups, str) and groups == "auto" else check_groups(groups)
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+    if not is_count(max_shard_bytes):
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
     budget = {name: float(v) for name, v in (("params", params), ("error", error)) if v is not None}
     return Settings(
@@ -116,22 +119,41 @@ def compress_checkpoint(
     settings = _settings(
         params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision
     )
+    source, output = _folders(source, output)
+    place, shards = own_device(device), open_shards(source)
+    journal = Journal(output, _job(shards, settings))
+    _run(shards, settings, place, journal, progress or tell_nobody)
+    return _result(output)
+
+
+def _folders(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Both directories; ArgumentError if one is no name, or the output lies in the source."""
     for name, value in (("source", source), ("output", output)):
         if not isinstance(value, str | os.PathLike):
             raise ArgumentError(f"{name} is a {type(value).__name__}: expected the name of a directory")
-    place, source, output = own_device(device), Path(source), Path(output)
-    if output.resolve().is_relative_to(source.resolve()):
-        raise ArgumentError(f"the output {str(output)!r} is the checkpoint itself or in it; name another directory")
-    shards = open_shards(source)
+    if Path(output).resolve().is_relative_to(Path(source).resolve()):
+        raise ArgumentError(
+            f"the output {os.fspath(output)!r} is the checkpoint itself or in it; name another directory"
+        )
+    return Path(source), Path(output)
+
+
+def _job(shards: Shards, settings: Settings) -> dict[str, Any]:
+    """What decides the output, of JSON's types: the input's checksums, the settings, and the library's version."""
     others = {name: Stored(path, "U8", (), 0, path.stat().st_size).crc32()
-              for name, path in companions(source, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
+              for name, path in companions(shards.folder, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
     job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
-    journal = Journal(output, json.loads(json.dumps({**job, **asdict(settings)})))
+    fields: dict[str, Any] = json.loads(json.dumps({**job, **asdict(settings)}))
+    return fields
+
+
+def _run(shards: Shards, settings: Settings, place: torch.device, journal: Journal, progress: Progress) -> None:
+    """Do what is not finished yet, together with the job's other processes."""
     with join_processes() as world, ExitStack() as stack:
         finished = journal.check()
-        work = None if finished else Work(shards, settings, world, place, journal, progress or tell_nobody)
+        work = None if finished else Work(shards, settings, world, place, journal, progress)
         if world.first and not finished:
-            stack.enter_context(journal.locked())
+            stack.enter_context(journal.lock())
             journal.begin()
         world.together()
         if work is not None:
@@ -140,6 +162,10 @@ def compress_checkpoint(
             check_unchanged(shards, journal)
             journal.clean()
         world.together()
+
+
+def _result(output: Path) -> CompressedCheckpoint:
+    """What a finished directory holds; FileFormatError if it is damaged."""
     try:
         reports = json.loads((output / FACTORS).read_text())
         factors = {name: FactorReport(**fields) for name, fields in reports.items()}

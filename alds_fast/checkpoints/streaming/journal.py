@@ -101,7 +101,7 @@ class Journal:
             write_whole(self.folder / JOB, [_text(self.job).encode()])
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """No other job works in this directory meanwhile; ArgumentError if one does already."""
         with whole_or_nothing(self.output):
             self.output.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...criteria import Key, LayerSpectra, marked_float32
+from ...criteria import Key, LayerSpectra, mark_float32
 from ...errors import FileFormatError
 from ...layers import label
 from .journal import LATER
@@ -44,7 +44,7 @@ def spectra_of(work: Work, number: int) -> tuple[LayerSpectra, int]:
     values = {(int(k.split(".")[0]), int(k.split(".")[1])): v for k, v in tensors.items()}
     top = {int(scheme): float(value) for scheme, value in notes["top"].items()}
     spectra = LayerSpectra(work.ready[number], dict(sorted(values.items())), top)
-    return marked_float32(spectra) if notes["single"] else spectra, int(notes["crc32"])
+    return mark_float32(spectra) if notes["single"] else spectra, int(notes["crc32"])
 
 
 def exact_values(work: Work, number: int, key: Key) -> Tensor:

@@ -66,9 +66,9 @@ class Work:
         self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         layers = chosen_layers(self.model, self.settings.include, self.settings.exclude)
-        self.layers = [self._checked(layer) for layer in layers]
+        self.layers = [self._check(layer) for layer in layers]
 
-    def _checked(self, layer: Layer) -> Layer:
+    def _check(self, layer: Layer) -> Layer:
         """The layer, left out if its weight cannot be streamed; FileFormatError if its shape is another."""
         if not isinstance(layer, DecomposableLayer):
             return layer
@@ -124,7 +124,7 @@ class Work:
 
     def in_batches(self, what: str, numbers: list[int]) -> Iterator[list[int]]:
         """This process's part of the layers, a few at a time, and the progress told; then all processes meet."""
-        share, ready = self.shared(numbers), self.ready
+        share, ready = self.share(numbers), self.ready
         done, total = 0, sum(ready[i].shape.numel for i in share)
         for batch in self.batches(share):
             yield batch
@@ -132,7 +132,7 @@ class Work:
             self.progress(what, done, total)
         self.world.together()
 
-    def shared(self, numbers: list[int]) -> list[int]:
+    def share(self, numbers: list[int]) -> list[int]:
         """This process's part of the layers; all processes have looked what is left before one begins."""
         self.world.together()
         ready = self.ready

@@ -71,7 +71,7 @@ def uncopied(path: str, value: Any, memo: Mapping[int, Any], above: frozenset[in
     return path, value
 
 
-def _captured(function: Any) -> Iterator[nn.Module | Tensor]:
+def _closure_cells(function: Any) -> Iterator[nn.Module | Tensor]:
     """Modules and tensors that a function or weak reference holds where a deep copy does not follow."""
     waiting, seen = [function], set()
     for value in waiting:  # it grows
@@ -93,7 +93,7 @@ def _holders(model: nn.Module) -> Iterator[tuple[str, int]]:
     """(path, id of a module or tensor) for every function that holds it past the model."""
     for path, value in attributes(model):
         if isinstance(value, types.FunctionType | weakref.ref):
-            yield from ((path, id(part)) for part in _captured(value))
+            yield from ((path, id(part)) for part in _closure_cells(value))
 
 
 def held_past_the_model(model: nn.Module) -> dict[int, str]:

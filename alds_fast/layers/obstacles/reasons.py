@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 from ..registry import dense_type, is_transposed, oriented_weight, weight_shape
 from ..shared_weights import has_plain_type
+from .weight_reads import readers
 
 Ancestors = Sequence[tuple[nn.Module, str]]  # a module and the name of its child, from the model down to the layer
 
@@ -90,7 +91,9 @@ def _reason_around(module: nn.Module, place: Ancestors) -> str | None:
         return "nn.MultiheadAttention reads this weight directly"
     of_peft = [(i, m, child) for i, (m, child) in enumerate(place) if type(m).__module__.split(".")[0] == "peft"]
     if not of_peft:
-        return None
+        return next(
+            (f"the forward of {kind} computes with its weight instead of calling it" for kind in readers(place)), None
+        )
     _, owner, child = of_peft[-1]
     names = {cls.__name__ for cls in type(owner).__mro__}
     if names & {"PeftModel", "BaseTuner", "AdaptionPromptModel"} and child in ("base_model", "model"):

@@ -1,0 +1,93 @@
+"""Which tokens of a batch are padding, by the masks that the model itself is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+
+USUAL = "attention_mask"
+_DECODER = "decoder_attention_mask"
+_TORCH_FIRST, _TORCH_DECODER = ("src_key_padding_mask", "key_padding_mask"), "tgt_key_padding_mask"  # True is padding
+_CROSS = ("encoder_attn", "encdecattention", "crossattention", "cross_attn", "encoder_decoder_attention")
+_READS_ENCODER = ("k", "v", "key", "value", "k_proj", "v_proj", "kv", "kv_proj")
+
+
+class Masks(NamedTuple):
+    """(samples, tokens), True at tokens, of what an encoder (or the only network) and of what a decoder is given."""
+
+    first: Tensor | None = None
+    decoder: Tensor | None = None
+
+    def of(self, layer: str) -> tuple[Tensor, ...]:
+        """Those that may hold for a layer by its name, the likeliest first."""
+        parts = layer.lower().split(".")
+        crossing = any(part in _CROSS for part in parts) and parts[-1] in _READS_ENCODER
+        decoding = any("decoder" in part for part in parts) and not crossing
+        both = (self.decoder, self.first) if decoding else (self.first, self.decoder)
+        return tuple(mask for mask in both if mask is not None)
+
+    def __bool__(self) -> bool:
+        return self.first is not None or self.decoder is not None
+
+
+def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            yield from _flatten({str(key): part for key, part in value.items()})
+
+
+def _by_name(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """What the model is given by name: keywords, positional arguments by its signature, entries of dicts among them."""
+    args = (batch,) if isinstance(batch, Tensor) else batch if isinstance(batch, tuple | list) else ()
+    given: dict[str, Any] = {str(i): value for i, value in enumerate(args)}
+    given |= {str(key): value for key, value in batch.items()} if isinstance(batch, Mapping) else {}
+    try:
+        names = list(inspect.signature(model.forward).parameters)
+        given |= dict(zip(names, args, strict=False))
+    except (TypeError, ValueError):  # a forward without a signature
+        pass
+    return dict(reversed(list(_flatten(given))))  # the outermost of one name counts
+
+
+def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
+    """The masks of a batch, empty for ``mask`` None.
+
+    "attention_mask" stands for all the usual names: "decoder_attention_mask" and, inverted as torch has them,
+    "src_key_padding_mask", "key_padding_mask" and "tgt_key_padding_mask" too. Raises ArgumentError for one that is no
+    mask.
+    """
+    if mask is None:
+        return Masks()
+    given = _by_name(model, batch)
+    if mask != USUAL:
+        padding = mask.endswith("key_padding_mask")
+        return Masks(_mask(mask, given.get(mask), padding))
+    first = _first(given, (USUAL, False), *((name, True) for name in _TORCH_FIRST))
+    return Masks(first, _first(given, (_DECODER, False), (_TORCH_DECODER, True)))
+
+
+def _first(given: Mapping[str, Any], *kinds: tuple[str, bool]) -> Tensor | None:
+    masks = (_mask(name, given.get(name), padding) for name, padding in kinds)
+    return next((mask for mask in masks if mask is not None), None)
+
+
+def _mask(name: str, value: Any, padding: bool) -> Tensor | None:
+    """True at tokens, of a mask that is 1 there, or that is True (or -inf, added to scores) at ``padding``."""
+    if not isinstance(value, Tensor):
+        return None
+    added = padding and value.is_floating_point()
+    allowed = (value == 0) | ((value == -torch.inf) if added else (value == 1))
+    if value.dim() != 2 or not bool(allowed.all()):
+        ones = "True at padding and False at tokens" if padding else "1 or True at tokens and 0 or False at padding"
+        raise ArgumentError(
+            f"{name}: expected (samples, tokens) of {ones}, got shape {tuple(value.shape)}, values from {value.min()} "
+            f"to {value.max()}; with mask=None all tokens count"
+        )
+    return value == 0 if padding else value.bool()

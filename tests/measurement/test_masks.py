@@ -1,0 +1,82 @@
+"""Which tokens are padding: by keyword, by position, in dicts, by torch's convention, of encoder and decoder."""
+
+import pytest
+import torch
+from torch import nn
+
+import alds_fast as alds
+from alds_fast.errors import ArgumentError
+from alds_fast.measurement import masks_of
+
+TOKENS = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+class Takes(nn.Module):
+    def forward(self, input_ids, attention_mask=None, **others):
+        return input_ids
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": TOKENS, "attention_mask": TOKENS},
+        (TOKENS, TOKENS),
+        [TOKENS, TOKENS],
+        ({"input_ids": TOKENS, "attention_mask": TOKENS.bool()},),
+        {"input_ids": {"text": {"attention_mask": TOKENS.float()}}},
+        {"input_ids": TOKENS, "src_key_padding_mask": TOKENS == 0},
+        {"input_ids": TOKENS, "key_padding_mask": torch.where(TOKENS == 0, -torch.inf, 0.0)},
+    ],
+)
+def test_masks_are_taken_wherever_they_are(batch):
+    masks = masks_of(Takes(), batch, "attention_mask")
+    assert torch.equal(masks.first, TOKENS.bool()) and masks.decoder is None
+    assert not masks_of(Takes(), batch, None)
+
+
+def test_other_names_and_none():
+    batch = {"input_ids": TOKENS, "keep": TOKENS, "my_key_padding_mask": TOKENS}
+    assert torch.equal(masks_of(Takes(), batch, "keep").first, TOKENS.bool())
+    assert torch.equal(masks_of(Takes(), batch, "my_key_padding_mask").first, TOKENS == 0)
+    assert not masks_of(Takes(), batch, "attention_mask") and not masks_of(Takes(), TOKENS, "attention_mask")
+
+
+def test_layers_of_a_decoder_go_by_its_own_mask():
+    first, decoder = torch.ones(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    masks = masks_of(Takes(), {"attention_mask": first, "decoder_attention_mask": decoder}, "attention_mask")
+    for name in (
+        "encoder.block.0.q",
+        "decoder.block.0.EncDecAttention.k",
+        "model.decoder.layers.1.encoder_attn.v_proj",
+    ):
+        assert torch.equal(masks.of(name)[0], first.bool())
+    for name in ("decoder.block.0.SelfAttention.k", "decoder.block.0.EncDecAttention.q", "model.decoder.layers.1.fc1"):
+        assert torch.equal(masks.of(name)[0], decoder.bool())
+
+
+def test_what_is_no_mask_is_refused():
+    for name, value in (("attention_mask", torch.zeros(2, 1, 3, 3)), ("src_key_padding_mask", torch.tensor([[0, 2]]))):
+        with pytest.raises(ArgumentError, match=rf"{name}: expected \(samples, tokens\)"):
+            masks_of(Takes(), {name: value}, "attention_mask")
+
+
+def test_rows_of_an_encoder_and_a_decoder_of_one_length():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 50}
+    model = transformers.BartModel(transformers.BartConfig(**sizes))
+    ids, kept = torch.randint(3, 50, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+    kept[0, 2:] = 0
+    batch = {"input_ids": ids, "attention_mask": kept, "decoder_input_ids": ids}
+    batch["decoder_attention_mask"] = torch.ones(2, 5, dtype=torch.long)
+    rows = {n: m.rows for n, m in alds.analyze(model, data=[batch], held_out=0).moments.items()}
+    assert rows["encoder.layers.0.fc1"] == rows["decoder.layers.0.encoder_attn.k_proj"] == 7
+    assert rows["decoder.layers.0.fc1"] == rows["decoder.layers.0.encoder_attn.q_proj"] == 10
+
+
+def test_a_padded_encoder_of_torch_counts_its_tokens_by_default():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    padding = torch.arange(9).expand(2, 9) >= 4
+    analysis = alds.analyze(encoder, data=[{"src": torch.randn(2, 9, 16), "src_key_padding_mask": padding}], held_out=0)
+    assert analysis.moments["layers.0.linear1"].rows == 8
