@@ -136,7 +136,7 @@ class ProductSums:
     def over(self, count: float, distinct_share: float = 1.0) -> Averages:
         """The sums over ``count``, on the CPU, and their noise; the sums are given up.
 
-        ``distinct_share`` is the share of the samples that are none of another: what is repeated tells nothing new.
+        ``distinct_share`` is what of the rows counts: what is repeated tells nothing new.
         """
         assert self.second is not None and self.mean is not None
         second, mean = self.second.div_(count), self.mean / count

@@ -160,7 +160,7 @@ def collect_moments(
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     if not masks and mask not in (None, USUAL):
         raise ArgumentError(f"mask={mask!r} is an argument of no batch of data=")
-    moments = _moments_of(collector, samples.distinct / max(1, samples.total))
+    moments = _moments_of(collector, samples.worth)
     if layers and not moments:
         raise ArgumentError(
             "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "

@@ -31,7 +31,6 @@ from ..measurement import (
     Run,
     Samples,
     first_input,
-    first_sample,
     masks_of,
     naming_batch,
     numbered_batches,
@@ -111,9 +110,7 @@ Gradient = tuple[Tensor | None, float]  # second moment and its noise
 class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
-    def __init__(
-        self, layer: DecomposableLayer, sums: CrossSums, masks: Masks, halves: Tensor | None, seed: int
-    ) -> None:
+    def __init__(self, layer: DecomposableLayer, sums: CrossSums, masks: Masks, halves: Tensor, seed: int) -> None:
         self.layer, self.sums, self.halves, self.seed = layer, sums, halves, seed
         self.masks = masks.of(layer.name)
         self.outputs: list[list[tuple[Tensor, Wanted]]] = []
@@ -143,19 +140,18 @@ class _Batch:
             samples, rows = patches(dense, *part, wanted, self.seed)
             self.sums.paired &= len(y) == len(samples)
             if self.sums.paired:
-                self.sums.add(y, samples, rows, None if self.halves is None else half)
+                self.sums.add(y, samples, rows, half)
 
 
 def _collect_sums(
     stage: Mapping[str, int], layers: Mapping[str, DecomposableLayer], model: _Network, small: _Network,
-    data: Iterable[Any], mask: str | None, halves: Samples | None,
+    data: Iterable[Any], mask: str | None, halves: Samples, worth: float,
 ) -> dict[str, CrossSums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
-    sums, calls = {name: CrossSums() for name in stage}, sum(stage.values())
+    sums, calls = {name: CrossSums(worth) for name in stage}, sum(stage.values())
     for number, batch in numbered_batches(data):
         masks = masks_of(model.model, batch, mask)
-        half = None if halves is None else halves.aside(batch)
-        hooks = {name: _Batch(layers[name], sums[name], masks, half, number) for name in stage}
+        hooks = {n: _Batch(layers[n], sums[n], masks, halves.aside(batch), number) for n in stage}
         with naming_batch(number, "refit="):
             _pass(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
             _pass(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
@@ -192,18 +188,15 @@ def _fit(
     return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
 
 
-def _in_halves(data: Iterable[Any]) -> tuple[Any, Iterable[Any], Samples | None]:
-    """The first batch, the batches, and which samples are which half.
-
-    Of samples that are all the same one is left, whose rows are halved. Raises ArgumentError for no batches.
-    """
+def _in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
+    """The first batch, and which samples are which half; ArgumentError for no batches."""
     halves, first = Samples(1 / 2), None
     for batch in data:
         halves.aside(batch)
         first = batch if first is None else first
     if first is None:
         raise ArgumentError("refit= has no batches")
-    return (first, data, halves) if halves.distinct > 1 else (first, [first_sample(first)], None)
+    return first, halves
 
 
 def refit(
@@ -231,11 +224,12 @@ def refit(
     untold: list[str] = []
     with ExitStack() as stack:
         dense_net, small_net = (_Network(net, stack.enter_context(private_runs(net))) for net in (model, small))
-        first, data, halves = _in_halves(data)
+        first, halves = _in_halves(data)
+        worth = halves.worth
         with naming_batch(1, "refit="):
             stages = _stages(dense_net, first, list(known))
         for stage in stages:
-            for name, sums in _collect_sums(stage, known, dense_net, small_net, data, mask, halves).items():
+            for name, sums in _collect_sums(stage, known, dense_net, small_net, data, mask, halves, worth).items():
                 if sums.rows and not sums.finite():
                     raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
                 if sums.rows and sums.paired:

@@ -49,10 +49,13 @@ class Means(NamedTuple):
 class CrossSums:
     """Float64 sums over rows, for each half of the samples; a call counts by all its rows, drawn or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, worth: float = 1.0) -> None:
+        """``worth``: how much of the rows tells something new, see :class:`alds_fast.measurement.Samples`."""
+        self.worth = worth
         self.halves: tuple[list[Tensor], list[Tensor]] = [], []
         self.counts = [0.0, 0.0]
-        self.drawn = self.distinct = 0
+        self.drawn = 0
+        self.distinct = 0.0
         self.fourth = 0.0  # sum over rows of the fourth power of their distance from ``shift``, times squared weights
         self.shift: Tensor | None = None
         self.paired = True  # every row of y has had its row of x'
@@ -62,26 +65,21 @@ class CrossSums:
         """How many rows there were."""
         return sum(self.counts)
 
-    def add(self, y: Tensor, x: Tensor, rows: int, half: int | None) -> None:
-        """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, to a half; None for half of them to each."""
+    def add(self, y: Tensor, x: Tensor, rows: int, half: int) -> None:
+        """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, to a half."""
         if not len(x):
             return  # nothing but padding
         self.drawn += len(x)
         exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
         with torch.inference_mode(False):
             y, x = (t.detach().to(exact).transpose(0, 1) for t in (y, x))
-            distinct = distinct_rows(x)
-            middle = x.shape[1] if half is not None or distinct < 2 else (x.shape[1] + 1) // 2
             self.shift = x.mean(1, keepdim=True) if self.shift is None else self.shift
             squares = (x - self.shift).square().sum(-1, dtype=torch.float64)
-            self.distinct += distinct
+            self.distinct += distinct_rows(x) * self.worth
             self.fourth += float(squares.square().sum()) * (rows / x.shape[1]) ** 2
-            self._add(half or 0, y[:, :middle], x[:, :middle], rows / x.shape[1])
-            self._add(1, y[:, middle:], x[:, middle:], rows / x.shape[1])
+            self._add(half, y, x, rows / x.shape[1])
 
     def _add(self, half: int, y: Tensor, x: Tensor, scale: float) -> None:
-        if not x.shape[1]:
-            return
         with exact_products():
             parts = [x.mT @ x, y.mT @ x, x.sum(1), y.sum(1), y.square().sum()]
         totals = self.halves[half]
@@ -101,7 +99,7 @@ class CrossSums:
         The larger one of two estimates, by how far the rows are apart and by how far the two halves are.
         """
         free, norm2 = self.distinct - 2, float(covariance.square().sum())
-        if free < 1:
+        if free <= 0:
             return math.inf
         of_rows = max(0.0, self.fourth / self.rows**2 * self.drawn - norm2) / free
         apart = self._apart(lambda means: means.spread(True)[0]) if all(self.counts) else 0.0

@@ -15,7 +15,7 @@ from .run_model import (
     first_input,
     inference,
 )
-from .samples import Samples, first_sample
+from .samples import Samples
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
 
@@ -37,7 +37,6 @@ __all__ = [
     "device_of",
     "environment",
     "first_input",
-    "first_sample",
     "flops_per_rank",
     "inference",
     "interleaved_ms",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+LEAST_SAMPLES = 3  # from which something is known of others
 MAX_DEPTH = 6  # of containers in containers
 
 
@@ -30,19 +30,14 @@ def _leaves(value: Any, depth: int = 0) -> Iterator[Any]:
 
 
 def sample_count(batch: Any) -> int:
-    """How many samples a batch has: the common first size of its tensors; 1 where they have none in common.
+    """How many samples a batch has: the first size of its first tensor of two or more dimensions, or of one.
 
-    >>> sample_count({"ids": torch.zeros(4, 9), "positions": torch.zeros(1, 9)}), sample_count((torch.ones(()),))
+    >>> sample_count({"ids": torch.zeros(4, 9), "positions": torch.zeros(9)}), sample_count((torch.ones(()),))
     (4, 1)
     """
-    sizes = {leaf.shape[0] for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()} - {1}
-    return sizes.pop() if len(sizes) == 1 else 1
-
-
-def first_sample(batch: Any) -> Any:
-    """The batch with its first sample alone, where it is made of tensors in plain containers; else the batch."""
-    count = sample_count(batch)
-    return tree_map_only(Tensor, lambda t: t[:1] if t.dim() and t.shape[0] == count else t, batch)
+    tensors = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    first = next((t for t in tensors if t.dim() > 1), tensors[0] if tensors else None)
+    return 1 if first is None else first.shape[0]
 
 
 def _bytes(value: Any) -> bytes:
@@ -81,6 +76,14 @@ class Samples:
     def distinct(self) -> int:
         """How many differ."""
         return len(self._aside)
+
+    @property
+    def worth(self) -> float:
+        """How much of the rows tells something new: of repeated samples one, and of fewer than three to use none.
+
+        Rows of one sample are alike, so that they do not tell how far others are.
+        """
+        return self.distinct / self.total if self.distinct - self.kept_aside >= LEAST_SAMPLES else 0.0
 
     @property
     def kept_aside(self) -> int:

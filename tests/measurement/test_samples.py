@@ -2,7 +2,7 @@
 
 import torch
 
-from alds_fast.measurement import Samples, first_sample
+from alds_fast.measurement import Samples
 
 
 def test_one_in_eight_is_kept_aside_and_one_at_least_of_two():
@@ -25,14 +25,24 @@ def test_a_sample_that_comes_again_is_where_it_was():
     assert not repeated.aside(x[:1].repeat(8, 1)).any() and repeated.distinct == 1
 
 
+def test_what_rows_are_worth():
+    x = torch.randn(8, 3)
+    for batches, worth in (([x], 1.0), ([x[:1]] * 8, 0.0), ([x[:3]], 0.0), ([x[:4]] * 2, 0.5)):
+        samples = Samples(1 / 8)
+        for batch in batches:
+            samples.aside(batch)
+        assert samples.worth == worth
+
+
 def test_samples_of_mappings_and_of_tensors_without_a_common_size():
     ids = torch.arange(12).view(4, 3)
     batch = {"ids": ids, "positions": torch.arange(3)[None], "flag": True}
     samples = Samples(1 / 4)
     assert samples.aside(batch).tolist() == [False, False, False, True]
-    assert first_sample(batch)["ids"].tolist() == [[0, 1, 2]] and first_sample(batch)["flag"] is True
-    odd = Samples(1 / 4)
-    assert [odd.aside((ids, torch.full((5,), i))).tolist() for i in range(2)] == [[False], [True]]
+    masked = Samples(1 / 4)
+    assert masked.aside((ids, torch.ones(3, 3))).tolist() == [False, False, False, True]
+    alone = Samples(1 / 4)
+    assert [alone.aside({"ids": ids[i : i + 1], "positions": ids[0]}).tolist() for i in range(2)] == [[False], [True]]
     half = torch.randn(4, 2).bfloat16()
     assert len(Samples(0.5).aside(half)) == 4 and len(Samples(0.5).aside((torch.ones(()),))) == 1
 

@@ -68,6 +68,23 @@ def test_never_worse_than_without_data(problem, data, keep):
             assert apart(net, small, fresh) < 1.05 * free
 
 
+def sequences(count, tokens, mix):
+    """Samples whose tokens are alike, more than those of two samples are."""
+    return (torch.randn(count, tokens, 64) / 2 + 2 * torch.randn(count, 1, 64)) @ mix
+
+
+@pytest.mark.parametrize(("count", "times"), [(1, 1), (1, 8), (2, 1), (2, 8), (3, 1), (4, 1), (8, 1)])
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_of_one_sample_are_not_taken_for_samples(count, times, seed):
+    torch.manual_seed(seed)
+    layers = nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 32)
+    net, mix = nn.Sequential(*layers), torch.randn(64, 64) * torch.arange(1, 65.0) ** -0.5
+    fresh, data = sequences(400, 16, mix), sequences(count, 16, mix).repeat(times, 1, 1)
+    free = apart(net, alds.compress(net, params=0.5), fresh)
+    for options in ({}, {"refit": True}, {"sensitivity": True}, {"sensitivity": True, "refit": True}):
+        assert apart(net, compressed(net, params=0.5, data=[data], **options), fresh) < 1.05 * free
+
+
 def test_many_samples_are_much_better_and_their_errors_those_of_others(problem):
     net, x, fresh = problem
     free = apart(net, alds.compress(net, params=0.5), fresh)
