@@ -50,6 +50,7 @@ class AldsFastLoader(HfQuantizer):
         return model
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type asked for: low-rank layers take any."""
         return dtype
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -66,14 +67,17 @@ class AldsFastLoader(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """That they can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """That they can be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
+        """That torch.compile takes them."""
         return True
 
 

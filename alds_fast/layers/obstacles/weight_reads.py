@@ -49,6 +49,7 @@ class _Reads(ast.NodeVisitor):
         return None
 
     def visit_Assign(self, node: ast.Assign) -> None:
+        """A name for a child."""
         self.visit(node.value)
         where = self.chain(node.value)
         for target in node.targets:
@@ -56,17 +57,20 @@ class _Reads(ast.NodeVisitor):
                 self.names[target.id] = where
 
     def visit_For(self, node: ast.For) -> None:
+        """A name for the children of a list."""
         where = self.chain(node.iter)
         if isinstance(node.target, ast.Name) and where is not None:
             self.names[node.target.id] = (*where, ANY)
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
+        """Nothing in a question about the weight."""
         if isinstance(node.func, ast.Name) and node.func.id in _ASKING:
             return  # what it asks is not the weight's values
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
+        """A weight that is used, or a method of the module."""
         inner = node.value
         if node.attr in _HARMLESS and isinstance(inner, ast.Attribute) and inner.attr == "weight":
             return
