@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -54,31 +55,46 @@ def _values(content: Any) -> list[Any]:
     return [value for name, value in content.items() if name not in _OWN] if isinstance(content, dict) else [*content]
 
 
+def _undo(value: Any) -> Callable[[], object] | None:
+    """What puts a random generator, or an array of numpy, back to what it is; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return partial(np.copyto, value, value.copy()) if isinstance(value, np.ndarray) and value.flags.writeable else None
+
+
 class _State:
     """What a model's modules, and the objects in them, hold, to be put back."""
 
     def __init__(self, model: nn.Module) -> None:
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, Tensor]] = []
-        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.others: list[Callable[[], object]] = []  # what puts back random generators and arrays of numpy
         seen: set[int] = set()
         for module in model.modules():
             self._keep(module, 0, seen)
 
     def _keep(self, value: Any, depth: int, seen: set[int]) -> None:
-        if isinstance(value, torch.Generator):
-            self.generators.append((value, value.get_state()))
         if depth > _DEPTH or id(value) in seen:
             return
         seen.add(id(value))
+        if (undo := _undo(value)) is not None:
+            self.others.append(undo)
+            return
         if isinstance(value, Tensor):
             if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference()):
                 self.tensors.append((value, value._version, value.detach().clone()))
             return
-        content = _content(value)
+        content = value if isinstance(value, tuple) else _content(value)
         if content is None:
             return
-        self.contents.append((content, dict(content) if isinstance(content, dict) else type(content)(content)))
+        if not isinstance(content, tuple):
+            self.contents.append((content, dict(content) if isinstance(content, dict) else list(content)))
         for part in _values(content):
             self._keep(part, depth + 1, seen)
 
@@ -95,8 +111,8 @@ class _State:
                 if tensor._version != version:
                     tensor.detach().copy_(old)
                     self.tensors[i] = tensor, tensor._version, old
-        for generator, state in self.generators:
-            generator.set_state(state)
+        for undo in self.others:
+            undo()
 
 
 def _refill(content: dict[Any, Any], kept: dict[Any, Any]) -> None:

@@ -132,13 +132,8 @@ class Analysis:
         check_plan_options(shares, error, example_inputs, **options)
         layers = decomposable(self.layers)
         basis = self._basis(resolved_criterion(criterion, self.moments, method), bias_correction)
-        if criterion is None and method not in BASELINES and basis.used and basis.untold(layers):
-            warnings.warn(
-                f"data= has too few samples that differ to tell what the layers see: the plan goes by the weights "
-                f"alone (criterion={DEFAULT_CRITERION!r}); pass more samples, or criterion={basis.criterion!r}",
-                stacklevel=2,
-            )
-            basis = self._basis(DEFAULT_CRITERION, bias_correction)
+        if criterion is None and method not in BASELINES:
+            basis = self._basis_if_told(basis, layers)
         p = resolved_norm(p, basis.criterion, shares, method)
         weights = {layer.name: 1.0 for layer in layers}
         weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
@@ -174,6 +169,17 @@ class Analysis:
         """What errors are measured by, kept for the next plan."""
         key = criterion, bias_correction
         return self._bases.setdefault(key, Basis(criterion, self.moments, bias_correction))
+
+    def _basis_if_told(self, basis: Basis, layers: Sequence[DecomposableLayer]) -> Basis:
+        """The basis, or, with a warning, the one without data where these tell next to nothing."""
+        if not basis.used or not basis.untold(layers):
+            return basis
+        warnings.warn(
+            f"data= has too few samples that differ to tell what the layers see: the plan goes by the weights alone "
+            f"(criterion={DEFAULT_CRITERION!r}); pass more samples, or criterion={basis.criterion!r}",
+            stacklevel=3,
+        )
+        return self._basis(DEFAULT_CRITERION, basis.bias_correction)
 
     def _row(self, layer: Layer, pick: Any, align: int, basis: Basis) -> LayerPlan:
         row = plan_row(layer, pick, align)

@@ -24,10 +24,15 @@ class Stateful(nn.Module):
         self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
         self.last, self.history, self.memory = None, [], {"sum": torch.zeros(16), "steps": [0]}
         self.cache, self.noise = SimpleNamespace(keys=torch.zeros(16), filled=0), torch.Generator().manual_seed(3)
+        self.drawn = np.random.default_rng(1), np.random.RandomState(2), random.Random(3)
+        self.counts, self.pair = np.zeros(4), (torch.zeros(16), [0])
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
         x.mul_(2).add_(torch.rand(x.shape, generator=self.noise) + torch.rand(()) + random.random() + np.random.rand())
+        x += sum(source.random() for source in self.drawn) + self.counts[0] + self.pair[0]
+        self.counts += 1
+        self.pair[0].add_(1), self.pair[1].append(1)
         self.last = self.body(x) + self.memory["sum"] + self.cache.keys
         self.history.append(self.last)
         self.memory["sum"] += x.detach().mean(0)
@@ -40,8 +45,11 @@ class Stateful(nn.Module):
 
 def state(model):
     memory, cache = model.memory, model.cache
-    tensors = [memory["sum"], cache.keys, model.seen, model.noise.get_state(), *model.parameters()]
-    plain = model.last, list(model.history), list(memory["steps"]), cache.filled, hasattr(model, "fresh")
+    tensors = [memory["sum"], cache.keys, model.seen, torch.tensor(model.counts), model.pair[0]]
+    tensors += [model.noise.get_state(), *model.parameters()]
+    drawn = str(model.drawn[0].bit_generator.state), str(model.drawn[1].get_state()), model.drawn[2].getstate()
+    plain = drawn, len(model.pair[1]), model.last, list(model.history), list(memory["steps"]), cache.filled
+    plain += (hasattr(model, "fresh"),)
     numbers = torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].astype(np.int64)), random.getstate()
     return [t.detach().clone() for t in [*tensors, *numbers[:2]]], (*plain, numbers[2], model.training)
 
