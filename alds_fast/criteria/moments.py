@@ -17,6 +17,7 @@ from ..measurement import (
     USUAL,
     Samples,
     attribute_set,
+    check_data,
     copy_batch,
     masks_of,
     naming_batch,
@@ -138,8 +139,7 @@ def collect_moments(
     layers = [layer for layer in layers if layer.name in forms]
     collector, generator = Collector(layers, forms, bool(sensitivity)), torch.Generator().manual_seed(0)
     samples = Samples(held_out)
-    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
-        raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
+    check_data(data)
     if sensitivity and torch.is_inference_mode_enabled():
         raise ArgumentError(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"

@@ -195,7 +195,9 @@ def _in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
         halves.aside(batch)
         first = batch if first is None else first
     if first is None:
-        raise ArgumentError("refit= has no batches")
+        raise ArgumentError(
+            "refit= has no batches, or had some once, and then none: each layer takes a pass; give a list of them"
+        )
     return first, halves
 
 

@@ -15,17 +15,18 @@ from .discovery import (
     find_layers,
     label,
     left_out_text,
+    matches,
     patterns,
     saying_what_is_left_out,
 )
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
-from .obstacles import has_hooks, warn_of_holders
+from .obstacles import has_hooks, reader_reason, warn_of_holders
 from .output_heads import chosen_layers
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
 from .replacement import annotate, check_copyable, replace_layers
 from .shared_weights import has_plain_memory, overlaps, tied_names
-from .values import check_values, check_weight
+from .values import bad_values, check_values, check_weight
 
 __all__ = [
     "LOW_RANK",
@@ -40,6 +41,7 @@ __all__ = [
     "MergedLinears",
     "MergedPart",
     "annotate",
+    "bad_values",
     "check_copyable",
     "check_values",
     "check_weight",
@@ -54,9 +56,11 @@ __all__ = [
     "label",
     "left_out_text",
     "low_rank_like",
+    "matches",
     "oriented_weight",
     "overlaps",
     "patterns",
+    "reader_reason",
     "replace_layers",
     "saying_what_is_left_out",
     "tied_names",

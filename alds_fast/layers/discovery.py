@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..checks import check_model
 from ..errors import ArgumentError, BudgetError, LayerNotFoundError, WeightError
 from ..linalg import WeightShape
-from .obstacles import SHARDED, Ancestors, held_past_the_model, reasons_text, structural_reason
+from .obstacles import SHARDED, Ancestors, held_past_the_model, is_quantised, reasons_text, structural_reason
 from .registry import is_transposed, weight_shape
 from .shared_weights import tied_names
 
@@ -138,7 +138,8 @@ def find_layers(
     weighted = [
         (n, m, w)
         for n, m in model.named_modules()
-        if "parametrizations" not in n.split(".") and ((w := _weight_of(m)) is not None or weight_shape(m) is not None)
+        if "parametrizations" not in n.split(".")
+        and ((w := _weight_of(m)) is not None or weight_shape(m) is not None or is_quantised(m))
     ]
     names = [n for n, _, _ in weighted]
     _check_patterns(wanted, names, "include")
@@ -180,14 +181,14 @@ def left_out_text(layers: Iterable[Layer]) -> str:
 
 @contextmanager
 def saying_what_is_left_out(layers: Sequence[Layer]) -> Iterator[None]:
-    """A BudgetError inside, where no layer can be decomposed, says why."""
-    nothing = "" if decomposable(layers) else f"no layer can be decomposed: {left_out_text(layers)}"
+    """A BudgetError inside says why layers are left out."""
     try:
         yield
     except BudgetError as e:
-        if not nothing:
+        if all(isinstance(layer, DecomposableLayer) for layer in layers) and layers:
             raise
-        raise BudgetError(f"{e}; {nothing}") from e
+        what = "left out" if decomposable(layers) else "no layer can be decomposed"
+        raise BudgetError(f"{e}; {what}: {left_out_text(layers)}") from e
 
 
 def check_weights_are_there(layers: Sequence[Layer]) -> None:

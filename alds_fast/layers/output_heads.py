@@ -10,6 +10,7 @@ from torch import nn
 from .discovery import DecomposableLayer, Layer, find_layers
 
 _REASON = "output head of a language model; name it in include= to decompose it"
+_BY_SIZE = "has as many outputs as an embedding has entries, as an " + _REASON
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -27,6 +28,16 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     return heads
 
 
+def _head_by_size(model: nn.Module) -> nn.Module | None:
+    """The one linear layer that is as large as an embedding and has more outputs than inputs, if there is one."""
+    if any(hasattr(module, "get_output_embeddings") for module in model.modules()):
+        return None  # which says what it is
+    tables = {(m.num_embeddings, m.embedding_dim) for m in model.modules() if isinstance(m, nn.Embedding)}
+    sizes = [(m, (m.out_features, m.in_features)) for m in model.modules() if isinstance(m, nn.Linear)]
+    heads = [m for m, size in sizes if size in tables and size[0] > size[1]]
+    return heads[0] if len(heads) == 1 else None
+
+
 def chosen_layers(
     model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
 ) -> list[Layer]:
@@ -35,6 +46,11 @@ def chosen_layers(
     A pattern of ``include`` that matches a head, ``"*"`` too, asks for it.
     """
     layers = find_layers(model, include, exclude)
-    heads = set() if include is not None else {id(module) for module in output_heads(model)}
-    dense = [isinstance(layer, DecomposableLayer) and id(layer.module) in heads for layer in layers]
-    return [layer.left_out(_REASON) if stays else layer for layer, stays in zip(layers, dense, strict=True)]
+    if include is not None:
+        return layers
+    reasons = {id(module): _REASON for module in output_heads(model)}
+    head = _head_by_size(model)
+    if head is not None:
+        reasons[id(head)] = _BY_SIZE
+    stays = [isinstance(layer, DecomposableLayer) and id(layer.module) in reasons for layer in layers]
+    return [layer.left_out(reasons[id(layer.module)]) if s else layer for layer, s in zip(layers, stays, strict=True)]

@@ -38,6 +38,11 @@ def has_plain_memory(tensor: Tensor) -> bool:
     return not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Whether its memory was given back, as sharded training does between steps."""
+    return has_plain_memory(tensor) and bool(tensor.numel()) and not tensor.untyped_storage().size()
+
+
 def _extent(p: Tensor) -> tuple[int, int]:
     """First byte and the one after the last, in the storage."""
     start = int(p.storage_offset()) * p.element_size()
@@ -49,7 +54,7 @@ def overlaps(parameters: dict[int, Tensor]) -> list[tuple[int, int]]:
     """Pairs of different tensors (by id) whose memory overlaps; every tensor that overlaps another is in a pair."""
     by_storage: dict[tuple, list[tuple[int, int, int]]] = {}
     for key, p in parameters.items():
-        if has_plain_memory(p) and p.numel():
+        if has_plain_memory(p) and p.numel() and not is_freed(p):
             by_storage.setdefault((p.device, p.untyped_storage().data_ptr()), []).append((*_extent(p), key))
     pairs = []
     for extents in by_storage.values():

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import WeightError
 from .discovery import DecomposableLayer, Layer, decomposable, label, matches, patterns
-from .shared_weights import has_plain_memory
+from .obstacles import SHARDED
+from .shared_weights import has_plain_memory, is_freed
 
 _COUNTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,7 +37,7 @@ def check_weight(layer: DecomposableLayer) -> None:
         )
 
 
-def _bad_values(tensor: Tensor, infinite: bool) -> int:
+def bad_values(tensor: Tensor, infinite: bool) -> int:
     """How many values are NaN or, with ``infinite``, infinite; 0 for tensors whose values cannot be looked at."""
     if not has_plain_memory(tensor) or tensor.dtype not in _COUNTED or not tensor.numel():
         return 0
@@ -71,7 +72,9 @@ def check_values(model: nn.Module, layers: Sequence[Layer], exclude: str | Itera
     unwanted = patterns(exclude, "exclude") or ()
     for prefix, module in model.named_modules():
         for name, tensor, is_parameter in () if matches(prefix, unwanted) else _tensors(module):
-            if id(tensor) not in checked and (bad := _bad_values(tensor, is_parameter)):
+            if is_freed(tensor):
+                raise WeightError(f"{label(prefix)}: the memory of its {name} is freed: {SHARDED}")
+            if id(tensor) not in checked and (bad := bad_values(tensor, is_parameter)):
                 kind = "NaN or infinite" if is_parameter else "NaN"
                 raise WeightError(
                     f"{label(prefix)}: {bad} of {tensor.numel()} values of its {name} are {kind}; mend them, as the "

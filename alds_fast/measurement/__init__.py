@@ -3,11 +3,11 @@
 Here belongs what observes models. What is decided by the observations belongs in allocation and deployment.
 """
 
-from .data_batches import check_batches, naming_batch, numbered_batches
+from .data_batches import check_batches, check_data, first_batch, naming_batch, numbered_batches
 from .flops import count_inputs, dense_flops, flops_per_rank
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
-from .private_runs import Run, copy_batch, keeping_state, private_runs
+from .private_runs import Run, check_runs, copy_batch, keeping_state, private_runs
 from .run_model import (
     attribute_set,
     call_model,
@@ -18,24 +18,31 @@ from .run_model import (
 from .samples import Samples
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
+from .watched_run import LayerCall, Watch, fingerprint, watching, weight_readers
 
 __all__ = [
     "USUAL",
     "InputSpec",
+    "LayerCall",
     "Masks",
     "Ratios",
     "Run",
     "Samples",
     "Timings",
+    "Watch",
     "attribute_set",
     "call_model",
     "check_batches",
+    "check_data",
+    "check_runs",
     "copy_batch",
     "count_inputs",
     "dense_flops",
     "device_name",
     "device_of",
     "environment",
+    "fingerprint",
+    "first_batch",
     "first_input",
     "flops_per_rank",
     "inference",
@@ -48,4 +55,6 @@ __all__ = [
     "numbered_batches",
     "private_runs",
     "shared_inputs",
+    "watching",
+    "weight_readers",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
+from .private_runs import keeping_random_state
 
 
 @contextmanager
@@ -35,11 +37,30 @@ def numbered_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         raise ArgumentError("refit= had batches once, and then none: each layer takes a pass; give a list of them")
 
 
-def check_batches(data: Any) -> None:
-    """ArgumentError unless the batches can be gone through again and again, and there is one."""
+def check_data(data: Any) -> None:
+    """ArgumentError for what is no iterable of batches."""
+    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
+        raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]")
+
+
+def first_batch(model: nn.Module, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+    """The first of the batches, None without any, and all of them: of an iterator another one, which begins there.
+
+    Random numbers go on as if nothing had been drawn.
+    """
+    if data is None:
+        return None, None
+    with keeping_random_state(model):  # a loader draws from the random numbers
+        batches = iter(data)
+        first = next(batches, None)
+    return first, itertools.chain([first], batches) if batches is data and first is not None else data
+
+
+def check_batches(data: Any, name: str = "refit=") -> None:
+    """ArgumentError, which calls the batches ``name``, unless they can be gone through again and again."""
     if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
-        raise ArgumentError(f"refit= is a {type(data).__name__}: expected batches, for example [x]")
+        raise ArgumentError(f"{name} is a {type(data).__name__}: expected batches, for example [x]")
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
         once = iter(data) is data
     if once:
-        raise ArgumentError("refit= is an iterator, which can be used once only; give a list of the batches")
+        raise ArgumentError(f"{name} is an iterator, which can be used once only; give a list of the batches")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_model
-from ..errors import ArgumentError, LayerNotFoundError, ModelError
-from .private_runs import private_runs
+from ..errors import ArgumentError, LayerNotFoundError
+from .private_runs import check_runs
 from .run_model import _check_example, first_input
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -93,8 +93,8 @@ def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | No
 def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, dict[InputSpec, int]]:
     """Which inputs each named layer gets in one run of the model, and how often.
 
-    The model runs once as :func:`private_runs` does, and is left as it was. A layer that is never called has an empty
-    dict.
+    The model runs once (:func:`alds_fast.measurement.private_runs`) and is left as it was. A layer that is never called
+    has an empty dict.
 
     Raises:
         ArgumentError: ``example_inputs`` is nothing that can be passed on.
@@ -120,12 +120,7 @@ def layer_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) ->
 
     handles = [modules[n].register_forward_pre_hook(recorder(c), with_kwargs=True) for n, c in inputs.items()]
     try:
-        with private_runs(model) as run:
-            run(example_inputs, 0, "example_inputs")
-    except Exception as e:
-        raise ModelError(
-            f"the example inputs did not run through the model ({type(e).__name__}: {e}); pass what model(...) takes"
-        ) from e
+        check_runs(model, example_inputs, "example_inputs")
     finally:
         for handle in handles:
             handle.remove()
@@ -151,8 +146,7 @@ def shared_inputs(model: nn.Module, example_inputs: Any, names: Iterable[str]) -
         modules[name].register_forward_pre_hook(recorder(seen), with_kwargs=True) for name, seen in calls.items()
     ]
     try:
-        with private_runs(model) as run:
-            run(example_inputs, 0, "example_inputs")
+        check_runs(model, example_inputs, "example_inputs")
     finally:
         for handle in handles:
             handle.remove()

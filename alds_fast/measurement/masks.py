@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from .samples import sample_count
 
 USUAL = "attention_mask"
 _DECODER = "decoder_attention_mask"
@@ -60,17 +62,22 @@ def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
     """The masks of a batch, empty for ``mask`` None.
 
     "attention_mask" stands for all the usual names: "decoder_attention_mask" and, inverted as torch has them,
-    "src_key_padding_mask", "key_padding_mask" and "tgt_key_padding_mask" too. Raises ArgumentError for one that is no
-    mask.
+    "src_key_padding_mask", "key_padding_mask" and "tgt_key_padding_mask" too. Any other name is that of a mask that is
+    1 at tokens or, with "pad" in it, at padding. A mask of one row is that of all samples. Raises ArgumentError for one
+    that is no mask; warns of tensors that look like one and are not named.
     """
     if mask is None:
         return Masks()
     given = _by_name(model, batch)
-    if mask != USUAL:
-        padding = mask.endswith("key_padding_mask")
-        return Masks(_mask(mask, given.get(mask), padding))
-    first = _first(given, (USUAL, False), *((name, True) for name in _TORCH_FIRST))
-    return Masks(first, _first(given, (_DECODER, False), (_TORCH_DECODER, True)))
+    if mask == USUAL:
+        first = _first(given, (USUAL, False), *((name, True) for name in _TORCH_FIRST))
+        masks = Masks(first, _first(given, (_DECODER, False), (_TORCH_DECODER, True)))
+    else:
+        masks = Masks(_mask(mask, given.get(mask), "pad" in mask))
+    if not masks:
+        _warn_of_others(given)
+    samples = sample_count(batch)
+    return Masks(*(m.expand(samples, -1) if m is not None and len(m) == 1 else m for m in masks))
 
 
 def _first(given: Mapping[str, Any], *kinds: tuple[str, bool]) -> Tensor | None:
@@ -78,13 +85,32 @@ def _first(given: Mapping[str, Any], *kinds: tuple[str, bool]) -> Tensor | None:
     return next((mask for mask in masks if mask is not None), None)
 
 
+def _of_a_mask(value: Tensor, padding: bool) -> Tensor:
+    """Where values are those of a mask: 0 and 1, or 0 and -inf of one that is added to scores."""
+    added = padding and value.is_floating_point()
+    return (value == 0) | ((value == -torch.inf) if added else (value == 1))
+
+
+def _warn_of_others(given: Mapping[str, Any]) -> None:
+    """Say so where a tensor (samples, tokens) looks like a mask of padding."""
+    for name, value in given.items():
+        if "mask" not in name or not isinstance(value, Tensor) or value.dim() != 2:
+            continue
+        square = value.shape[0] == value.shape[1] and "pad" not in name  # which token sees which
+        if not square and bool(_of_a_mask(value, True).all() | _of_a_mask(value, False).all()):
+            warnings.warn(
+                f"{name} looks like a mask of padding and is not used: with mask={name!r} padded tokens do not count "
+                f"(it is {'True at padding' if 'pad' in name else '1 at tokens'} then), with mask=None all do",
+                stacklevel=4,
+            )
+
+
 def _mask(name: str, value: Any, padding: bool) -> Tensor | None:
     """True at tokens, of a mask that is 1 there, or that is True (or -inf, added to scores) at ``padding``."""
+    value = torch.as_tensor(value, device="cpu") if isinstance(value, list) else value
     if not isinstance(value, Tensor):
         return None
-    added = padding and value.is_floating_point()
-    allowed = (value == 0) | ((value == -torch.inf) if added else (value == 1))
-    if value.dim() != 2 or not bool(allowed.all()):
+    if value.dim() != 2 or not bool(_of_a_mask(value, padding).all()):
         ones = "True at padding and False at tokens" if padding else "1 or True at tokens and 0 or False at padding"
         raise ArgumentError(
             f"{name}: expected (samples, tokens) of {ones}, got shape {tuple(value.shape)}, values from {value.min()} "

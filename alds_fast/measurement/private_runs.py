@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..errors import AldsError, ModelError
 from .run_model import call_model, inference, without_nested_tensors
 
 Run = Callable[..., Any]  # (batch, number, name) -> the model's output
@@ -165,3 +166,17 @@ def private_runs(model: nn.Module) -> Iterator[Run]:
             return call_model(model, copy_batch(batch), name)
 
         yield run
+
+
+def check_runs(model: nn.Module, inputs: Any, name: str) -> Any:
+    """The model's output; ModelError if it does not run, ArgumentError for what are no inputs."""
+    try:
+        with private_runs(model) as run:
+            return run(inputs, 0, name)
+    except AldsError:
+        raise
+    except Exception as e:
+        raise ModelError(
+            f"{name} did not run through the model ({type(e).__name__}: {e}); pass what model(...) takes, without "
+            f"labels"
+        ) from e

@@ -118,7 +118,7 @@ class Analysis:
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
                 errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too little to be used;
-                no layer can be decomposed under error=.
+                no layer can be decomposed.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
@@ -148,8 +148,6 @@ class Analysis:
             problem = PlanProblem(self.model, self.params, layers, choices, spectra, method)
             if error is not None:
                 outcome = problem.within(float(error))
-                if not layers:
-                    warnings.warn(f"no layer can be decomposed: {left_out_text(self.layers)}", stacklevel=2)
                 break
             with saying_what_is_left_out(self.layers):
                 outcome = solve_shares(problem, shares, example_inputs, p, cache)
@@ -157,6 +155,8 @@ class Analysis:
             if not doubt:
                 break
             self._recompute(doubt)
+        if not layers:
+            warnings.warn(f"no layer can be decomposed: {left_out_text(self.layers)}", stacklevel=2)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
         rows = tuple(self._row(layer, chosen.get(layer.name), align, basis) for layer in self.layers)

@@ -10,11 +10,10 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..layers import check_copyable
-from ..measurement import check_batches
+from ..measurement import check_batches, check_data, first_batch
 from .analysis import Analysis
 from .defaults import resolved_precision
 from .options import check_plan_options
-from .result_check import first_batch
 from .run_analysis import analyze
 
 _NAMED = ("params", "flops", "latency", "error", "example_inputs")
@@ -26,7 +25,7 @@ def _options(function: Callable[..., Any], *without: str) -> set[str]:
     return {option.name for option in options if option.kind is option.KEYWORD_ONLY} - set(without)
 
 
-_ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze), _options(Analysis.plan, *_NAMED)
+_ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze, "example_inputs"), _options(Analysis.plan, *_NAMED)
 
 
 def compress(
@@ -65,17 +64,21 @@ def compress(
             f"refit is a {type(refit).__name__}: True or False; other batches than data= go to Plan.apply(refit=)"
         )
     if refit:
-        check_batches(options.get("data"))
+        check_batches(options.get("data"), "refit=True: data=")
     shares = {"params": params, "flops": flops, "latency": latency}
     check_plan_options(shares, error, example_inputs, **planning)  # before the work
     check_copyable(model)
     analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
     if options.get("data") is None:
         analysing.setdefault("precision", resolved_precision(shares, options.get("criterion"), options.get("method")))
-    analysis = analyze(model, **analysing)
+    inputs = example_inputs
+    if options.get("data") is not None:
+        check_data(options["data"])
+        first, analysing["data"] = first_batch(model, options["data"])
+        inputs = first if example_inputs is None else example_inputs
+    analysis = analyze(model, example_inputs=example_inputs, **analysing)
     budgets = {**shares, "error": error, "example_inputs": example_inputs}
     plan = analysis.plan(**{**budgets, **planning})
-    inputs = first_batch(model, options.get("data")) if example_inputs is None else example_inputs
     if not refit:
         return plan.apply(model, example_inputs=inputs)
     mask = options.get("mask", "attention_mask")

@@ -18,10 +18,10 @@ from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved
 from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
-from ..measurement import check_batches
+from ..measurement import check_batches, first_batch
 from ..text import number, table
 from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row, row_cells
-from .result_check import check_result, check_run, first_batch, naming_readers
+from .result_check import check_result, check_run, check_way, naming_readers
 
 FORMAT = "alds_fast.plan"
 VERSION = 1
@@ -132,12 +132,18 @@ class Plan:
         small, reports = factorize(
             model, chosen, self.spectra, exact=self.exact, weighted=self._basis(moments).weighting
         )
+        names = [choice.name for choice in chosen]
+        inputs, called = example_inputs, "example_inputs"
+        if inputs is None and refit is not None:
+            inputs, called = first_batch(model, refit)[0], "batch 1 of refit="
+        before = None if inputs is None else check_way(model, small, names, inputs, called)
         if refit is not None:
             with naming_readers(small):
                 reports |= self._refit(small, model, refit, mask, moments)
-        check_run(model, small, first_batch(model, refit) if example_inputs is None else example_inputs)
-        check_result(small, [choice.name for choice in chosen], self.params)
-        warn_of_holders(model, [choice.name for choice in chosen])
+        if before is not None:
+            check_run(small, inputs, before)
+        check_result(small, names, self.params)
+        warn_of_holders(model, names)
         keep_when_saved(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
         return small

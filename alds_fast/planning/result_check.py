@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
 from ..layers import AbsentWeight, LowRankLayer, count_params, label
-from ..measurement import keeping_state, private_runs
+from ..measurement import LayerCall, Watch, check_runs, fingerprint, private_runs, watching
+
+_SAME = 1e-3  # relative: sums over values that differ by the order in which a library adds
 
 
 def check_result(small: nn.Module, chosen: Iterable[str], params: int) -> None:
@@ -38,40 +41,39 @@ def check_result(small: nn.Module, chosen: Iterable[str], params: int) -> None:
         )
 
 
-def first_batch(model: nn.Module, data: Any) -> Any:
-    """The first of the batches; None where they can be gone through once only."""
-    if data is None:
-        return None
-    with keeping_state(model):  # a loader draws from the random numbers
-        batches = iter(data)
-        return None if batches is data else next(batches, None)
+def check_way(model: nn.Module, small: nn.Module, chosen: Iterable[str], inputs: Any, called: str) -> list[Tensor]:
+    """The dense model's outputs; ModelError unless the model with low-rank layers goes the same way on the inputs.
 
-
-def check_run(model: nn.Module, small: nn.Module, inputs: Any) -> None:
-    """ModelError unless the compressed model runs on the inputs, with outputs as those of the dense one.
-
-    They must be as many, of the same shapes, and finite where those are. Both models are left as they were.
+    Its low-rank layers give what the dense ones do for that, so that every value must be the dense model's: where one
+    is not, the code asks for the type of a layer, or calls dense layers that it holds past the model's modules.
+    ``called`` is what errors call the inputs. Both models are left as they were.
     """
-    if inputs is None:
-        return
-    try:
-        with private_runs(model) as run:
-            before = _outputs(run(inputs, 0, "example_inputs"))
-    except Exception as e:
-        raise ModelError(
-            f"the inputs did not run through the dense model ({type(e).__name__}: {e}); pass what model(...) takes"
-        ) from e
-    try:
-        with naming_readers(small), private_runs(small) as run:
-            after = _outputs(run(inputs, 0, "example_inputs"))
-    except ModelError:
-        raise
-    except Exception as e:
-        raise ModelError(f"the compressed model does not run ({type(e).__name__}: {e})") from e
-    if [y.shape for y in before] != [y.shape for y in after]:
-        shapes = [[tuple(y.shape) for y in outputs] for outputs in (before, after)]
-        raise ModelError(f"the compressed model gives outputs of shapes {shapes[1]}, the dense one {shapes[0]}")
-    lost = [i for i, (x, y) in enumerate(zip(before, after, strict=True)) if _finite(x) and not _finite(y)]
+    places = [dict(m.named_modules(remove_duplicate=False)) for m in (model, small)]
+    replaced = [name for name in chosen if isinstance(places[1].get(name), LowRankLayer)]
+    dense, low_rank = ({name: modules[name] for name in replaced} for modules in places)
+
+    def run_dense() -> tuple[Watch, list[Tensor]]:
+        with watching(dense) as watch:
+            return watch, _outputs(check_runs(model, inputs, called))
+
+    seen, before = run_dense()
+    with _saying_that_it_runs_not(small), watching(low_rank, dense) as watch, private_runs(small) as run:
+        after = _outputs(run(inputs, 0, "example_inputs"))
+    expected, way = _way(seen, before), _way(watch, after)
+    apart = _first_apart(expected, way)
+    if apart is not None and _first_apart(expected, _way(*run_dense())) is None:  # or no run is like another
+        raise ModelError(_text_of_apart(expected[min(apart, len(expected) - 1)], way))
+    return before
+
+
+def check_run(small: nn.Module, inputs: Any, before: list[Tensor]) -> None:
+    """ModelError unless the compressed model runs, with outputs that are finite where the dense one's, ``before``, are.
+
+    The model is left as it was.
+    """
+    with _saying_that_it_runs_not(small), private_runs(small) as run:
+        after = _outputs(run(inputs, 0, "example_inputs"))
+    lost = [i for i, (x, y) in enumerate(zip(before, after, strict=False)) if _finite(x) and not _finite(y)]
     if lost:
         raise ModelError(
             f"output {lost[0]} of the compressed model is not finite where the dense model's is: a value between two "
@@ -92,6 +94,45 @@ def naming_readers(small: nn.Module) -> Iterator[None]:
             f"the compressed model does not run: it computes with the weight of layer {label(reader)} instead of "
             f"calling it; leave that out with exclude={[reader]!r}"
         ) from e
+
+
+@contextmanager
+def _saying_that_it_runs_not(small: nn.Module) -> Iterator[None]:
+    try:
+        with naming_readers(small):
+            yield
+    except ModelError:
+        raise
+    except Exception as e:
+        raise ModelError(f"the compressed model does not run ({type(e).__name__}: {e})") from e
+
+
+def _way(watch: Watch, outputs: Iterable[Tensor]) -> list[LayerCall]:
+    """The calls of a run, and its outputs as calls of nothing."""
+    return [*watch.calls, *(fingerprint("", y) for y in outputs)]
+
+
+def _first_apart(expected: Sequence[LayerCall], way: Sequence[LayerCall]) -> int | None:
+    """From which call on two runs are apart; None for runs that are not."""
+    for i, (x, y) in enumerate(zip(expected, way, strict=False)):
+        same = math.isclose(x.total, y.total, rel_tol=_SAME) or (math.isnan(x.total) and math.isnan(y.total))
+        if x[:2] != y[:2] or not same:
+            return i
+    return None if len(expected) == len(way) else min(len(expected), len(way))
+
+
+def _text_of_apart(at: LayerCall, way: Sequence[LayerCall]) -> str:
+    if at.name and at.name not in {call.name for call in way}:
+        return (
+            f"layer {label(at.name)} is called in the dense model and not in its copy: something past the model's "
+            f"modules (a list, a global variable) holds the dense one; leave it out with exclude={[at.name]!r}"
+        )
+    place = f"its call of layer {label(at.name)}" if at.name else "its output"
+    return (
+        f"the compressed model does something else than the dense one before {place}, even where its low-rank layers "
+        f"give the dense ones' values: its code asks for the type of a layer (isinstance), or holds a dense one past "
+        f"the model's modules; leave that layer out with exclude="
+    )
 
 
 def _outputs(output: Any) -> list[Tensor]:

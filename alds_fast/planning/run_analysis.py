@@ -10,8 +10,17 @@ from typing import Any
 from torch import nn
 
 from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, layer_spectra, total_work, with_groups
-from ..layers import check_values, check_weights_are_there, chosen_layers, count_params, decomposable
+from ..layers import (
+    Layer,
+    check_values,
+    check_weights_are_there,
+    chosen_layers,
+    count_params,
+    decomposable,
+    reader_reason,
+)
 from ..linalg import SCHEMES
+from ..measurement import check_data, first_batch, weight_readers
 from .analysis import Analysis
 from .options import check_groups, check_held_out, check_moment_memory, check_schemes, is_float32
 
@@ -20,6 +29,15 @@ Progress = Callable[[str, int, int], None]  # what is done, how much of it, of h
 
 def tell_nobody(what: str, done: int, total: int) -> None:
     """The progress that nobody asked for."""
+
+
+def _without_used(model: nn.Module, layers: Sequence[Layer], inputs: Any, name: str) -> list[Layer]:
+    """The layers, those left out whose weights the model uses itself in a run with the inputs, if there are any."""
+    if inputs is None:
+        return list(layers)
+    modules = {layer.name: layer.module for layer in decomposable(layers)}
+    readers = weight_readers(model, modules, inputs, name)
+    return [layer.left_out(reader_reason(readers[layer.name])) if layer.name in readers else layer for layer in layers]
 
 
 def analyze(
@@ -37,6 +55,7 @@ def analyze(
     moment_memory: int | None = None,
     precision: str = "float64",
     progress: Progress | None = None,
+    example_inputs: Any = None,
 ) -> Analysis:
     """Spectra of every layer under every fold and number of channel slices; the model is not changed.
 
@@ -61,13 +80,15 @@ def analyze(
             so before the model runs.
         precision: "float64", or "float32" for weights on the CPU of no wider type: spectra in half the time, for plans
             that come to the same (:meth:`Analysis.plan`); leave the model as it is until these are made.
+        example_inputs: what the model is run with once, to find layers whose weights its code uses without calling
+            them: they stay dense. The first batch of ``data`` serves too. Without both the source code is looked at.
         progress: told (what, done, total) as the work goes on; total is 0 where ``data`` has no length.
 
     Raises:
         WeightError: a parameter has NaN or infinite values, or a buffer NaN; or weights are not there (meta device,
             sharded models).
         LayerNotFoundError: a pattern matches no layer.
-        ArgumentError, ModelError: an argument is out of range or not a module.
+        ArgumentError, ModelError: an argument is out of range or not a module; the model does not run.
 
     >>> import torch
     >>> analysis = analyze(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()))
@@ -76,10 +97,16 @@ def analyze(
     True
     """
     schemes, groups, float32 = check_schemes(schemes), check_groups(groups), is_float32(precision)
-    layers = [with_groups(layer, groups) for layer in chosen_layers(model, include, exclude)]
-    ready = decomposable(layers)
+    if data is not None:
+        check_data(data)
+    layers = chosen_layers(model, include, exclude)
     check_weights_are_there(layers)
     check_values(model, layers, exclude)
+    batches = operator.length_hint(data) if data is not None else 0  # a DataLoader may have __len__ and no length
+    first, data = first_batch(model, data)
+    named = (first, "batch 1 of data=") if example_inputs is None else (example_inputs, "example_inputs")
+    layers = [with_groups(layer, groups) for layer in _without_used(model, layers, *named)]
+    ready = decomposable(layers)
     told = progress or tell_nobody
     weights, finished = total_work(ready, schemes), 0
 
@@ -92,7 +119,6 @@ def analyze(
     analysis = Analysis(tuple(layers), spectra, count_params(model), model)
     if data is None:
         return analysis
-    batches = operator.length_hint(data)  # 0 for none; a DataLoader may have __len__ and no length
     moments = collect_moments(
         model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order,
         held_out=check_held_out(held_out), memory=check_moment_memory(moment_memory),

@@ -192,7 +192,7 @@ def test_layers_that_are_left_out():
         ({"flops": True}, BudgetError, r"flops=True is outside \(0, 1\]"),
         ({"params": 0.5, "norm": "l3"}, ArgumentError, "norm='l3' is not one of l1, l2"),
         ({"params": 0.5, "scope": "layer"}, ArgumentError, "scope='layer' is not one of global, uniform"),
-        ({"params": 0.5, "example_inputs": torch.ones(1, 5)}, ModelError, "example inputs did not run"),
+        ({"params": 0.5, "example_inputs": torch.ones(1, 5)}, ModelError, "example_inputs did not run"),
         ({"params": 0.5, "example_inputs": 3}, ArgumentError, "example_inputs is a int"),
     ],
 )

@@ -1,10 +1,11 @@
 """Checkpoint directories that are damaged, foreign or hold code: refused, with the file or layer and what to do."""
 
 import json
+import math
 import shutil
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import checkpoints
 from support.checkpoints import OPTIONS, first_shard, poison
 
@@ -112,3 +113,13 @@ def test_no_code_of_the_checkpoint_is_run(copied, tmp_path):
     with pytest.raises(errors.ArgumentError, match="never run"):
         alds.from_pretrained(copied, trust_remote_code=True)
     assert not (tmp_path / "ran").exists()
+
+
+def test_nan_in_what_is_copied_is_named_before_the_work(copied, tmp_path):
+    several = {path: load_file(path) for path in copied.glob("*.safetensors")}
+    path, name = next((p, n) for p, tensors in several.items() for n, t in tensors.items() if t.dim() == 1)
+    tensors = several[path]
+    tensors[name][0] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(errors.WeightError, match=rf"'{name[:-7]}': 1 of \d+ values of its weight are NaN or infinite"):
+        alds.compress_checkpoint(copied, tmp_path / "out", **OPTIONS)

@@ -232,7 +232,7 @@ def test_bad_arguments(options, error, message):
 
 
 def test_example_that_does_not_run():
-    with pytest.raises(ModelError, match="the example inputs did not run"):
+    with pytest.raises(ModelError, match="example_inputs did not run"):
         alds.deploy(compressed(), torch.randn(1, 5, 12, 12))
     with pytest.raises(ModelError, match="pass the torch.nn.Module itself"):
         alds.deploy("model", images())

@@ -346,7 +346,7 @@ def test_an_encoder_with_padded_tokens():
         (images(), ArgumentError, "refit= is a Tensor"),
         ([], ArgumentError, "no batches"),
         (3, ArgumentError, "refit= is a int"),
-        ([3], ArgumentError, "batch of refit= is a int"),
+        ([3], ArgumentError, "batch 1 of refit= is a int"),
         (Once(images(4, seed) for seed in range(4)), ArgumentError, "and then none"),
         ([torch.full((2, 3, 12, 12), torch.nan)], ModelError, "NaN"),
         ([torch.randn(2, 5, 12, 12)], ModelError, "batch"),

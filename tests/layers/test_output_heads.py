@@ -97,3 +97,22 @@ def test_what_was_asked_for_is_applied_saved_and_loaded(tmp_path):
     ids = torch.arange(8)
     with torch.no_grad():
         assert torch.equal(loaded(ids), small(ids))
+
+
+class ByHand(nn.Module):
+    """A language model without methods that name its head."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(40, 16), nn.Embedding(16, 16)
+        self.body, self.out = nn.Linear(16, 16), nn.Linear(16, outputs, bias=False)
+
+    def forward(self, ids):
+        return self.out(self.body(self.embed(ids)))
+
+
+def test_a_head_that_no_method_names_is_known_by_its_size():
+    by_size = f"has as many outputs as an embedding has entries, as an {REASON}"
+    assert reasons(ByHand(40))["out"] == by_size and reasons(ByHand(40))["body"] is None
+    assert reasons(ByHand(39))["out"] is None
+    assert {layer.name: layer.reason for layer in alds.analyze(ByHand(40), include="*").layers}["out"] is None

@@ -310,3 +310,56 @@ def test_a_budget_that_nothing_can_meet_says_why(budget):
 def test_an_error_that_nothing_can_be_done_under_is_a_warning():
     with pytest.warns(UserWarning, match="no layer can be decomposed: the model itself: Embedding is not decomposed"):
         alds.compress(nn.Embedding(5, 4), error=0.5)
+
+
+@pytest.mark.parametrize("freed", ["weight", "bias"])
+def test_freed_memory_is_to_be_gathered(freed):
+    """As FSDP leaves it between steps."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    getattr(model[0], freed).untyped_storage().resize_(0)
+    with pytest.raises(WeightError, match=f"'0': the memory of its {freed} is freed: gathered weights are needed"):
+        alds.compress(model, params=0.6)
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(0)
+    with pytest.raises(WeightError, match="the memory of its weight is freed"):
+        alds.compress(model, params=0.6)
+
+
+def test_some_layers_left_out_are_named_by_a_budget_that_cannot_be_met():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].register_forward_hook(lambda *a: None)
+    with pytest.raises(BudgetError, match=r"cannot be met.*; left out: '1': it has hooks"):
+        alds.compress(model, params=0.1)
+
+
+def test_compiled_layers_are_decomposed_and_closures_of_compiled_models_not_warned_of(recwarn):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model.compile(backend="eager")
+    model[1].compile(backend="eager")
+    assert [row.rank is None for row in alds.compress(model, params=0.6).alds_plan.layers] == [False, False]
+    assert not [w for w in recwarn if "holds" in str(w.message)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_layers_quantised_by_torch():
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(32, 32), nn.ReLU()), {nn.Linear})
+    words = "'0': Linear is quantised by torch.ao; compress first, then quantise alds_fast.to_plain"
+    with pytest.warns(UserWarning, match=f"no layer can be decomposed: {words}"):
+        alds.compress(model, params=0.5)
+    assert "quantised by torch.ao" in reasons(nn.Sequential(model, nn.Linear(32, 32)))["0.0"]
+
+
+def test_low_rank_layers_say_what_to_do():
+    small = alds.compress(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), params=0.6)
+    with pytest.raises(BudgetError, match=r"'0' .and 1 more.: LowRankLinear is low-rank already; .*to_dense"):
+        alds.compress(small, params=0.5)
+
+
+def test_weights_that_peft_adapts_itself():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["0.weight"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), config).eval()
+    small, x = alds.compress(model, params=0.8, groups=(1,)), torch.randn(2, 32)
+    why = {row.name.rsplit("model.", 1)[-1]: row.reason for row in small.alds_plan.layers}
+    assert "target_parameters" in why["0.base_layer"] and why["1"] is None
+    assert small(x).shape == model(x).shape

@@ -80,3 +80,33 @@ def test_a_padded_encoder_of_torch_counts_its_tokens_by_default():
     padding = torch.arange(9).expand(2, 9) >= 4
     analysis = alds.analyze(encoder, data=[{"src": torch.randn(2, 9, 16), "src_key_padding_mask": padding}], held_out=0)
     assert analysis.moments["layers.0.linear1"].rows == 8
+
+
+class Pads(nn.Module):
+    def forward(self, x, padding_mask=None, mask=None, src_mask=None):
+        return x
+
+
+def test_names_with_pad_are_padding_and_one_row_is_for_all_samples():
+    batch = {"x": torch.ones(2, 3, 4), "padding_mask": torch.tensor([[False, False, True]])}
+    expected = torch.tensor([[True, True, False]] * 2)
+    assert torch.equal(masks_of(Pads(), batch, "padding_mask").first, expected)
+    batch = {"input_ids": TOKENS, "attention_mask": [[1, 1, 0]]}
+    assert torch.equal(masks_of(Takes(), batch, "attention_mask").first, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sense"),
+    [("padding_mask", TOKENS == 0, "True at padding"), ("mask", TOKENS, "1 at tokens")],
+)
+def test_what_looks_like_a_mask_and_is_not_named_is_warned_of(name, value, sense):
+    batch = {"x": torch.ones(2, 3, 4), name: value}
+    with pytest.warns(UserWarning, match=f"{name} looks like a mask of padding.*mask='{name}'.*{sense}"):
+        assert not masks_of(Pads(), batch, "attention_mask")
+    assert torch.equal(masks_of(Pads(), batch, name).first, TOKENS.bool())
+
+
+def test_masks_of_attention_are_not_warned_of(recwarn):
+    masks_of(Pads(), {"x": torch.ones(3, 3, 4), "src_mask": torch.ones(3, 3).tril()}, "attention_mask")
+    masks_of(Pads(), {"x": torch.ones(3, 3, 4), "mask": TOKENS}, None)
+    assert not recwarn.list

@@ -7,9 +7,19 @@ import pytest
 import torch
 from support.models import images, small_net
 from torch import nn
+from torch.utils.data import DataLoader
 
 from alds_fast.errors import AldsError, ArgumentError, LayerNotFoundError, ModelError
-from alds_fast.measurement import InputSpec, call_model, inference, interleaved_ms, layer_inputs, median_ratio, timer
+from alds_fast.measurement import (
+    InputSpec,
+    call_model,
+    first_batch,
+    inference,
+    interleaved_ms,
+    layer_inputs,
+    median_ratio,
+    timer,
+)
 
 
 class Twice(nn.Module):
@@ -41,7 +51,7 @@ def test_the_model_is_left_as_it_was():
     before = copy.deepcopy(model.state_dict())
     for inputs, error in ((torch.randn(4, 8), None), (torch.randn(4, 7), ModelError)):
         if error:
-            with pytest.raises(error, match="the example inputs did not run.*7") as caught:
+            with pytest.raises(error, match="example_inputs did not run.*7") as caught:
                 layer_inputs(model, inputs, ["used"])
             assert caught.value.__cause__ is not None and isinstance(caught.value, AldsError)
         else:
@@ -155,3 +165,18 @@ def test_cuda_graphs_and_the_eager_way_out():
     graphed = interleaved_ms({"a": lambda: x @ x, "b": lambda: x + x}, "cuda", rounds=3)
     eager = interleaved_ms({"a": lambda: x @ x, "b": lambda: x.sum().item()}, "cuda", rounds=3)
     assert all(len(v) == 3 and min(v) > 0 for times in (graphed, eager) for v in times.values())
+
+
+def test_the_first_batch_is_looked_at_and_comes_again():
+    net, batches = nn.Linear(4, 4), [torch.randn(2, 4) for _ in range(3)]
+    first, data = first_batch(net, iter(batches))
+    assert first is batches[0] and [x is y for x, y in zip(data, batches, strict=True)] == [True] * 3
+    assert first_batch(net, batches) == (batches[0], batches) and first_batch(net, None) == (None, None)
+    first, data = first_batch(net, iter([]))
+    assert first is None and list(data) == []
+    loader = DataLoader(batches, shuffle=True)
+    torch.manual_seed(0)
+    expected = list(loader)
+    torch.manual_seed(0)
+    first_batch(net, loader)
+    assert all(torch.equal(x, y) for x, y in zip(loader, expected, strict=True))

@@ -37,7 +37,8 @@ def test_signatures():
         "moment_memory": None,
     }
     folds = {"schemes": (0, 1, 2, 3), "groups": "divisors", "include": None, "exclude": None}
-    assert _keywords(alds.analyze) == {**folds, **seeing, "precision": "float64", "progress": None}
+    running = {"precision": "float64", "progress": None, "example_inputs": None}
+    assert _keywords(alds.analyze) == {**folds, **seeing, **running}
     planning = {"criterion": None, "p": None, "method": "alds", "align": 1, "cache": None}
     planning |= {"bias_correction": True, "importance": None}
     budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))

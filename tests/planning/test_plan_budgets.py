@@ -126,7 +126,7 @@ def test_budgets_that_exclude_each_other_are_named():
         ({"flops": 0.5}, ArgumentError, "flops= needs example_inputs="),
         ({"latency": 0.5, "params": 0.5}, ArgumentError, "latency= needs example_inputs="),
         ({"flops": 0.5, "example_inputs": 3}, ArgumentError, "example_inputs is a int: expected a tensor"),
-        ({"flops": 0.5, "example_inputs": torch.randn(2, 5)}, ModelError, "the example inputs did not run"),
+        ({"flops": 0.5, "example_inputs": torch.randn(2, 5)}, ModelError, "example_inputs did not run"),
         ({"flops": 1.5, "example_inputs": images()}, BudgetError, r"flops=1\.5 is outside \(0, 1\]"),
         ({"latency": "fast", "example_inputs": images()}, BudgetError, r"latency='fast' is outside \(0, 1\]"),
         ({"flops": 0.5, "error": 0.5, "example_inputs": images()}, BudgetError, "got error= with flops"),

@@ -1,5 +1,7 @@
 """What is looked at before a compressed model is given back."""
 
+import secrets
+
 import pytest
 import torch
 from torch import nn
@@ -35,34 +37,92 @@ def test_values_outside_the_type_are_named(small):
         result_check.check_result(small, ["0"], 0)
 
 
-class Shaped(nn.Module):
-    """Gives another output once a layer is no Linear any more."""
+class Asks(nn.Module):
+    """Does something else once a layer is no Linear any more."""
 
     def __init__(self, spoil):
         super().__init__()
-        self.layer, self.spoil = nn.Linear(24, 24), spoil
+        self.layer, self.spoil, self.last = nn.Linear(24, 24), spoil, nn.Linear(24, 24)
 
     def forward(self, x):
-        y = self.layer(x)
+        y = self.last(self.layer(x))
         return y if type(self.layer) is nn.Linear else self.spoil(y)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda y: y[:, :3], r"outputs of shapes \[\(8, 3\)\], the dense one \[\(8, 24\)\]"),
-        (lambda y: y / 0, "output 0 of the compressed model is not finite where the dense model's is"),
-        (lambda y: y.no_such_thing, "the compressed model does not run .AttributeError"),
-    ],
-)
-def test_what_does_not_run_as_the_dense_model_does_is_not_given_back(spoil, message):
-    model, x = Shaped(spoil), torch.randn(8, 24)
-    for options in ({"data": [x]}, {"example_inputs": x}):
+class AsksBetween(Asks):
+    def forward(self, x):
+        y = self.layer(x)
+        return self.last(y if isinstance(self.layer, nn.Linear) else self.spoil(y))
+
+
+class Holds(nn.Module):
+    """Calls a layer that it holds in a plain list too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(24, 24), nn.Linear(24, 24)
+        HELD[:] = [self.layer]
+
+    def forward(self, x):
+        return self.last(HELD[0](x))
+
+
+HELD = []
+
+
+def check_refusal(model, x, message):
+    for options in ({"data": [x]}, {"example_inputs": x}, {"data": [x], "refit": True}):
         with pytest.raises(ModelError, match=message):
             alds.compress(model, params=0.6, **options)
     plan = alds.analyze(model).plan(params=0.6)
     with pytest.raises(ModelError, match=message):
         plan.apply(model, example_inputs=x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [
+        (Asks, lambda y: y[:, :3], "does something else than the dense one before its output, even where"),
+        (Asks, torch.relu, "does something else than the dense one before its output, even where"),
+        (Asks, lambda y: y / 0, "does something else than the dense one before its output"),
+        (AsksBetween, torch.relu, "something else than the dense one before its call of layer 'last'"),
+        (Asks, lambda y: y.no_such_thing, "the compressed model does not run .AttributeError"),
+    ],
+)
+def test_what_asks_for_the_type_of_a_layer_is_not_given_back(kind, spoil, message):
+    check_refusal(kind(spoil), torch.randn(32, 24), message)
+
+
+def test_what_calls_dense_layers_past_the_model_is_not_given_back():
+    message = r"layer 'layer' is called in the dense model and not in its copy.*exclude=\['layer'\]"
+    check_refusal(Holds(), torch.randn(32, 24), message)
+
+
+def test_models_that_no_run_repeats_and_outputs_of_other_shapes_pass():
+    class Unlike(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + secrets.randbelow(1000)
+
+    class Selects(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y[y > 0]  # as many as there are, as boxes of a detector
+
+    for kind in (Unlike, Selects):
+        small = alds.compress(kind(*net()), params=0.6, example_inputs=torch.randn(32, 24))
+        assert all(row.rank for row in small.alds_plan.layers)
+
+
+def test_outputs_that_overflow_between_the_factors_are_not_given_back():
+    class Grows(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y / (y.norm() / self.limit - 1).clamp(min=0)  # finite only as long as y is above the limit
+
+    model, x = Grows(*net()).eval(), torch.randn(32, 24)
+    model.limit = float(nn.Sequential.forward(model, x).norm()) * 0.999
+    with pytest.raises(ModelError, match="output 0 of the compressed model is not finite where the dense model's is"):
+        alds.compress(model, params=0.3, example_inputs=x)
 
 
 def test_nan_in_the_dense_outputs_is_not_held_against_the_compressed_model():
@@ -71,9 +131,3 @@ def test_nan_in_the_dense_outputs_is_not_held_against_the_compressed_model():
             return super().forward(x).masked_fill(x > 0, torch.nan)
 
     assert alds.compress(Masked(*net()), params=0.6, example_inputs=torch.randn(8, 24)) is not None
-
-
-def test_batches_that_can_be_read_once_are_left_alone():
-    batches = iter([torch.randn(32, 24) for _ in range(2)])
-    assert result_check.first_batch(net(), batches) is None and len(list(batches)) == 2
-    assert result_check.first_batch(net(), []) is None and result_check.first_batch(net(), None) is None

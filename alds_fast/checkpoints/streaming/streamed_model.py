@@ -12,9 +12,10 @@ from torch import nn
 
 from ...allocation import auto_groups
 from ...criteria import for_threads, with_groups
+from ...errors import WeightError
 from ...files import crc32
 from ...integrations import stored_names
-from ...layers import DecomposableLayer, Layer, check_weight, chosen_layers
+from ...layers import DecomposableLayer, Layer, bad_values, check_weight, chosen_layers, label, matches
 from ...linalg import WeightShape
 from ...planning import Progress, check_is_possible
 from ..safetensors_reader import DTYPES, Shards
@@ -67,6 +68,19 @@ class Work:
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         layers = chosen_layers(self.model, self.settings.include, self.settings.exclude)
         self.layers = [self._check(layer) for layer in layers]
+        if self.world.first:
+            self._check_biases()
+
+    def _check_biases(self) -> None:
+        """WeightError for NaN or infinite values of what is copied in one dimension, as biases and scales are."""
+        for name, stored in self.shards.tensors.items():
+            place, _, kind = name.rpartition(".")
+            if len(stored.shape) != 1 or matches(place, self.settings.exclude or ()):
+                continue
+            if bad := bad_values(stored.tensor(), infinite=True):
+                raise WeightError(
+                    f"{label(place)}: {bad} of {stored.shape[0]} values of its {kind} are NaN or infinite; mend them"
+                )
 
     def _check(self, layer: Layer) -> Layer:
         """The layer, left out if its weight cannot be streamed; FileFormatError if its shape is another."""

@@ -5,7 +5,7 @@ Here belongs what is looked at before a layer is replaced. Finding layers belong
 """
 
 from .attributes import attributes, held_past_the_model, uncopied, warn_of_holders
-from .reasons import SHARDED, Ancestors, has_hooks, reasons_text, structural_reason
+from .reasons import SHARDED, Ancestors, has_hooks, is_quantised, reader_reason, reasons_text, structural_reason
 
 __all__ = [
     "SHARDED",
@@ -13,6 +13,8 @@ __all__ = [
     "attributes",
     "has_hooks",
     "held_past_the_model",
+    "is_quantised",
+    "reader_reason",
     "reasons_text",
     "structural_reason",
     "uncopied",

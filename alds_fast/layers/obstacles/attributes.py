@@ -17,6 +17,7 @@ from torch import Tensor, nn
 _PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Size)
 _ENDS = (*_PLAIN, Tensor, types.FunctionType, weakref.ref, torch.jit.ScriptModule)
 _TABLES = ("_parameters", "_buffers", "_modules")
+_COMPILED = "_compiled_call_impl"  # of module.compile(), which torch leaves out of copies
 
 
 def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -36,7 +37,8 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if type(value).__name__ == "OptimizedModule":  # which makes its functions anew
         return
     for name, part in getattr(value, "__dict__", {}).items():
-        if name not in _TABLES and not (isinstance(part, dict | set) and not part):  # most are tables without hooks
+        empty = isinstance(part, dict | set) and not part  # most are tables without hooks
+        if name not in (*_TABLES, _COMPILED) and not empty:
             yield f"{path}.{name}", part
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize, prune
 
+from ..absent_weight import AbsentWeight
 from ..registry import dense_type, is_transposed, oriented_weight, weight_shape
-from ..shared_weights import has_plain_type
+from ..shared_weights import has_plain_type, is_freed
 from .weight_reads import readers
 
 Ancestors = Sequence[tuple[nn.Module, str]]  # a module and the name of its child, from the model down to the layer
@@ -47,6 +48,11 @@ def _is_of_norms(hook: object) -> bool:
     return str(getattr(function, "__module__", "")).startswith("torch.nn.utils.")
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is one of torch.ao's layers, which have methods in the place of parameters."""
+    return type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None))
+
+
 def structural_reason(module: nn.Module, places: Iterable[Ancestors]) -> str | None:
     """Why this module, which stands at these places, cannot be replaced whatever its values are; None if it can."""
     around = (reason for place in places if (reason := _reason_around(module, place)))
@@ -61,6 +67,13 @@ def _reason_of_kind(module: nn.Module) -> str | None:
         return "it is compiled by TorchScript; compress the module that it was made from, then script the result"
     if type(module) is nn.Module or type(module).__module__ == "torch.export.unflatten":
         return "it is a bare module without a forward, as in exported programs; compress the model before torch.export"
+    if is_quantised(module):
+        return f"{type(module).__name__} is quantised by torch.ao; compress first, then quantise alds_fast.to_plain()"
+    if isinstance(getattr(module, "weight", None), AbsentWeight):
+        return (
+            f"{type(module).__name__} is low-rank already; compress the dense model to the smaller budget, or put "
+            f"layer.to_dense() in its place"
+        )
     if dense is None and not is_transposed(module):
         return f"{type(module).__name__} is not decomposed (Linear, Conv1d, Conv2d and Conv3d are)"
     if parametrize.is_parametrized(module):
@@ -85,19 +98,24 @@ def _reason_of_subclass(module: nn.Module, dense: type[nn.Module]) -> str | None
     return None
 
 
+def reader_reason(kind: str) -> str:
+    """Why a layer stays dense whose weight the code of that class uses."""
+    return f"the forward of {kind} computes with its weight instead of calling it"
+
+
 def _reason_around(module: nn.Module, place: Ancestors) -> str | None:
     """What a module that the layer lies in does with its weight."""
     if place and isinstance(place[-1][0], nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight directly"
     of_peft = [(i, m, child) for i, (m, child) in enumerate(place) if type(m).__module__.split(".")[0] == "peft"]
     if not of_peft:
-        return next(
-            (f"the forward of {kind} computes with its weight instead of calling it" for kind in readers(place)), None
-        )
+        return next(map(reader_reason, readers(place)), None)
     _, owner, child = of_peft[-1]
     names = {cls.__name__ for cls in type(owner).__mro__}
     if names & {"PeftModel", "BaseTuner", "AdaptionPromptModel"} and child in ("base_model", "model"):
         return None
+    if "ParamWrapper" in names:
+        return "peft adapts its weight itself (target_parameters=); merge_and_unload() the adapter first"
     if "BaseTunerLayer" not in names or child != "base_layer":
         return f"it belongs to an adapter of peft ({type(owner).__name__}), which is saved by itself"
     kind = type(owner).__module__.split(".")[2]
@@ -112,6 +130,8 @@ def _reason_of_size(module: nn.Module) -> str | None:
     """Whether sharded training has left a placeholder or a flat piece in the place of its weight."""
     weight, shape = module._parameters.get("weight"), weight_shape(module)
     assert shape is not None
+    if weight is not None and is_freed(weight):
+        return f"the memory of its weight is freed: {SHARDED}"
     if weight is None or (weight.dim() >= 2 and (weight.numel() == 0) == (shape.numel == 0)):
         return None
     state = "flat" if weight.numel() else "empty"

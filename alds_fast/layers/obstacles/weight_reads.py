@@ -7,6 +7,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -24,19 +25,29 @@ _HARMLESS = {
     "numel",
     "is_floating_point",
 }
-_ASKING = {"isinstance", "hasattr", "type"}
+_ASKING = {"isinstance", "hasattr", "type", "next"}  # next(layer.parameters()) is asked for its type
+_TENSORS = {"weight", "parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}
+_FORWARDS = {"forward", "_conv_forward"}
 
 Attributes = tuple[str, ...]  # attributes from a module down to a child
+Given = tuple[tuple[int | str, Attributes], ...]  # by position or name, which arguments are modules
 
 
 class _Reads(ast.NodeVisitor):
-    """Collects from one function the children whose ``weight`` is used, and the methods of the module."""
+    """Collects from one function the children whose weights are used, and what the module is asked for.
 
-    def __init__(self, function: ast.FunctionDef) -> None:
+    ``names``: what its names stand for, below the module; ``calls``: functions that are given modules.
+    """
+
+    def __init__(self, function: ast.FunctionDef | ast.Lambda, given: Given) -> None:
         self.weights: set[Attributes] = set()
         self.methods: set[str] = set()
-        self.names: dict[str, Attributes] = {function.args.args[0].arg: ()} if function.args.args else {}
-        for statement in function.body:
+        self.inherited: set[str] = set()
+        self.calls: list[tuple[str, Given]] = []
+        self.names: dict[str, Attributes] = {}
+        self._give(function, given)
+        self.inside = {node.name: node for node in ast.walk(function) if isinstance(node, ast.FunctionDef)}
+        for statement in function.body if isinstance(function, ast.FunctionDef) else [function.body]:
             self.visit(statement)
 
     def chain(self, node: ast.AST) -> Attributes | None:
@@ -45,8 +56,20 @@ class _Reads(ast.NodeVisitor):
             return self.names.get(node.id)
         if isinstance(node, ast.Attribute | ast.Subscript):
             above = self.chain(node.value)
-            return None if above is None else (*above, node.attr if isinstance(node, ast.Attribute) else ANY)
+            return None if above is None else (*above, node.attr if isinstance(node, ast.Attribute) else _entry(node))
+        if isinstance(node, ast.Call) and _name_of(node) == "getattr":
+            above, name = self.chain(node.args[0]), _constant(node.args[1])
+            return None if above is None or name is None else (*above, name)
+        method = node.func if isinstance(node, ast.Call) else None
+        if isinstance(method, ast.Attribute) and method.attr in ("values", "items"):
+            return self.chain(method.value) or None
         return None
+
+    def _give(self, function: ast.FunctionDef | ast.Lambda, given: Given) -> None:
+        arguments = [argument.arg for argument in function.args.args]
+        for key, where in given:
+            if isinstance(key, str) or key < len(arguments):
+                self.names[key if isinstance(key, str) else arguments[key]] = where
 
     def visit_Assign(self, node: ast.Assign) -> None:
         """A name for a child."""
@@ -56,56 +79,120 @@ class _Reads(ast.NodeVisitor):
             if isinstance(target, ast.Name) and where is not None:
                 self.names[target.id] = where
 
-    def visit_For(self, node: ast.For) -> None:
+    def _loop(self, node: ast.For | ast.comprehension) -> None:
         """A name for the children of a list."""
-        where = self.chain(node.iter)
-        if isinstance(node.target, ast.Name) and where is not None:
-            self.names[node.target.id] = (*where, ANY)
+        parts = [node.iter]
+        if isinstance(node.iter, ast.Call) and _name_of(node.iter) in ("enumerate", "zip", "reversed", "list"):
+            parts = node.iter.args
+        targets = node.target.elts if isinstance(node.target, ast.Tuple) else [node.target]
+        for where in filter(None, map(self.chain, parts)):
+            self.names |= {target.id: (*where, ANY) for target in targets if isinstance(target, ast.Name)}
         self.generic_visit(node)
 
+    visit_For = visit_comprehension = _loop
+
+    def visit_GeneratorExp(self, node: ast.GeneratorExp | ast.ListComp) -> None:
+        """Names first, then what is done with them."""
+        for part in (*node.generators, node.elt):
+            self.visit(part)
+
+    visit_ListComp = visit_GeneratorExp
+
     def visit_Call(self, node: ast.Call) -> None:
-        """Nothing in a question about the weight."""
-        if isinstance(node.func, ast.Name) and node.func.id in _ASKING:
+        """Nothing in a question about the weight; a function that is given children."""
+        name = _name_of(node)
+        if name in _ASKING:
             return  # what it asks is not the weight's values
+        if name == "getattr" and _constant(node.args[1]) in _TENSORS and (where := self.chain(node.args[0])):
+            self.weights.add(where)
+        arguments: dict[int | str, ast.AST] = dict(enumerate(node.args))
+        arguments |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+        given = tuple((k, where) for k, part in arguments.items() if (where := self.chain(part)) is not None)
+        called = self.inside.get(name) if name else node.func
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _FORWARDS and self.chain(node.func) is None:
+            self.weights |= {where for key, where in given if key == 0 and where}  # nn.Linear.forward(self.child, x)
+        if isinstance(called, ast.FunctionDef | ast.Lambda):
+            self._give(called, given)
+            self.visit(called)
+        elif name and given:
+            self.calls.append((name, given))
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        """A weight that is used, or a method of the module."""
+        """A weight that is used, or a method or property of the module."""
         inner = node.value
         if node.attr in _HARMLESS and isinstance(inner, ast.Attribute) and inner.attr == "weight":
             return
-        where = self.chain(node.value)
-        if where == ():
+        where = self.chain(inner)
+        if _name_of(inner) == "super":
+            self.inherited.add(node.attr)
+        elif where == ():
             self.methods.add(node.attr)
-        elif where is not None and node.attr == "weight":
+        elif where is not None and node.attr in _TENSORS:
             self.weights.add(where)
         self.generic_visit(node)
 
 
-def _source(function: Any) -> ast.FunctionDef | None:
+def _name_of(node: ast.AST) -> str:
+    """The name of the function that is called; empty for anything else."""
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+
+
+def _constant(node: ast.AST) -> str | None:
+    return str(node.value) if isinstance(node, ast.Constant) else None
+
+
+def _entry(node: ast.Subscript) -> str:
+    """The key of an entry where it is a constant that names a child, of a list counted from its begin."""
+    key = _constant(node.slice)
+    return ANY if key is None or key.startswith("-") else key
+
+
+def _source(function: Any) -> ast.FunctionDef | ast.Lambda | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):  # made at run time, or compiled: its source is not there
         return None
     return next((n for n in tree.body if isinstance(n, ast.FunctionDef)), None)
 
 
+def _functions(attribute: Any) -> Iterator[FunctionType]:
+    """The Python functions behind a method, property, or decorated function of a model; none of torch's."""
+    for name in ("__func__", "fget", "func"):  # of static methods, properties and cached properties
+        attribute = getattr(attribute, name, attribute)
+    function = inspect.unwrap(attribute) if callable(attribute) else None
+    if isinstance(function, FunctionType) and not str(function.__module__).startswith("torch."):
+        yield function
+        for cell in function.__closure__ or ():  # what a decorator without functools.wraps holds
+            with_function = getattr(cell, "cell_contents", None) if cell != type(cell)() else None
+            if isinstance(with_function, FunctionType) and with_function is not function:
+                yield from _functions(with_function)
+
+
+def _inherited(kind: type, function: FunctionType, name: str) -> Any:
+    """What ``super().name`` is in a method of the class."""
+    owners = [i for i, cls in enumerate(kind.__mro__) if function in vars(cls).values()]
+    above = kind.__mro__[owners[0] + 1 :] if owners else ()
+    return next((vars(cls)[name] for cls in above if name in vars(cls)), None)
+
+
 @functools.cache
 def _weights_read_by(kind: type) -> frozenset[Attributes]:
-    """Children, by their attributes, whose weights the forward of a class and the methods that it calls use."""
-    waiting, seen, weights = ["forward"], set(), set()
-    while waiting:
-        name = waiting.pop()
-        function = inspect.getattr_static(kind, name, None)
-        function = getattr(function, "__func__", function)
-        if name in seen or not inspect.isfunction(function) or str(function.__module__).startswith("torch."):
-            continue
-        seen.add(name)
-        source = _source(function)
-        if source is not None:
-            reads = _Reads(source)
+    """Children, by their attributes, whose weights the forward of a class, and what that calls, use."""
+    itself: Given = ((0, ()),)
+    waiting: list[tuple[Any, Given]] = [(inspect.getattr_static(kind, "forward", None), itself)]
+    seen, weights = set(), set()
+    for attribute, given in waiting:  # it grows
+        for function in _functions(attribute):
+            source = None if (function, given) in seen else _source(function)
+            seen.add((function, given))
+            if source is None:
+                continue
+            reads = _Reads(source, given)
             weights |= reads.weights
-            waiting += reads.methods
+            waiting += [(inspect.getattr_static(kind, name, None), itself) for name in reads.methods]
+            waiting += [(_inherited(kind, function, name), itself) for name in reads.inherited]
+            waiting += [(function.__globals__.get(name), given_there) for name, given_there in reads.calls]
     return frozenset(weights)
 
 
