@@ -4,7 +4,7 @@ Here belongs what chooses among errors and costs. What a user's options mean bel
 """
 
 from .baselines import BASELINES, filter_threshold
-from .candidates import Candidates, candidates
+from .candidates import Candidates, candidates, least_error_of_pivots
 from .costs import SHARES, CostTable, flops_table, params_table, relax
 from .float32_check import curves_in_doubt, with_exact_values
 from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
@@ -32,6 +32,7 @@ __all__ = [
     "filter_threshold",
     "flops_table",
     "largest_error",
+    "least_error_of_pivots",
     "params_table",
     "pareto_front",
     "prune_spectra",

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from ..linalg import Decomposition, WeightShape, params_per_rank
+from ..layers import DecomposableLayer
+from ..linalg import (
+    Decomposition,
+    Pivots,
+    WeightShape,
+    index_count,
+    max_rank,
+    params_per_rank,
+    pivots_of_fold,
+    saved_by_pivots,
+)
 from .pareto import Floats, Front, Ints, pareto_front
+
+LEAST_IN_HALF = 0.05  # error of truncation, beside which that of rounding to a half type does not count
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Ranks align, 2 align, ... of one (scheme, groups): ``costs`` ascending; ``errors`` by rank."""
+    """Ranks align, 2 align, ... of one (scheme, groups, pivots): ``costs`` ascending; ``errors`` by rank."""
 
     scheme: int
     groups: int
     align: int
     costs: Ints
     errors: Floats
+    pivots: Pivots = ""
 
     @property
     def ranks(self) -> Ints:
         """Ranks of its candidates."""
         return self.align * np.arange(1, len(self.costs) + 1, dtype=np.int64)
+
+    def decomposition(self, rank: int) -> Decomposition:
+        """What a rank of it stands for."""
+        return Decomposition(self.scheme, self.groups, rank, self.pivots)
 
 
 @dataclass(frozen=True)
@@ -67,9 +84,9 @@ class Candidates:
         numbers = np.concatenate([*(np.arange(begin, end) for _, begin, end in spans), [len(costs) - 1]])
         return Candidates(curves, int(costs[-1])), numbers.astype(np.int64)
 
-    def with_costs(self, by_curve: Mapping[tuple[int, int], Ints], dense_cost: int) -> Ints:
-        """Costs of all candidates of another kind: those of the ranks of every (scheme, groups), and of dense."""
-        return np.concatenate([*(by_curve[c.scheme, c.groups] for c in self.curves), [dense_cost]]).astype(np.int64)
+    def with_costs(self, by_curve: Callable[[Curve], Ints], dense_cost: int) -> Ints:
+        """Costs of all candidates of another kind: those of the ranks of every curve, and of dense."""
+        return np.concatenate([*map(by_curve, self.curves), [dense_cost]]).astype(np.int64)
 
     def decomposition(self, candidate: int) -> Decomposition | None:
         """What a candidate stands for, None for dense."""
@@ -77,19 +94,47 @@ class Candidates:
         if curve == len(self.curves):
             return None
         c = self.curves[curve]
-        return Decomposition(c.scheme, c.groups, c.align * (candidate - int(self.starts[curve]) + 1))
+        return c.decomposition(c.align * (candidate - int(self.starts[curve]) + 1))
 
 
-def candidates(shape: WeightShape, by_fold: Mapping[tuple[int, int], Tensor], align: int) -> Candidates:
+def candidates(
+    shape: WeightShape, by_fold: Mapping[tuple[int, int], Tensor], align: int, pivots_from: float | None = None
+) -> Candidates:
     """All choices of a layer that are smaller than dense, with ranks that are multiples of ``align``, and dense.
 
-    ``by_fold[scheme, groups]`` holds the errors of ranks 0, 1, ...
+    ``by_fold[scheme, groups]`` holds the errors of ranks 0, 1, ... Choices with pivots are those with errors of
+    ``pivots_from`` at least; None for none.
     """
     curves = []
     for (scheme, groups), values in by_fold.items():
-        per_rank = params_per_rank(shape, scheme, groups)
-        errors = values.numpy()
-        ranks = np.arange(align, min(len(errors) - 1, (shape.numel - 1) // per_rank) + 1, align, dtype=np.int64)
-        if len(ranks):
-            curves.append(Curve(scheme, groups, align, ranks * per_rank, errors[ranks]))
+        for pivots in forms_of_fold(shape, scheme, groups) if pivots_from is not None else ("",):
+            costs, errors = costs_of_ranks(shape, scheme, groups, pivots)[: len(values)], values.numpy()
+            last = int(np.searchsorted(costs, shape.numel)) - 1
+            if pivots and pivots_from:
+                last = min(last, int((np.minimum.accumulate(errors) >= pivots_from).sum()) - 1)
+            ranks = np.arange(align, last + 1, align, dtype=np.int64)
+            if len(ranks):
+                curves.append(Curve(scheme, groups, align, costs[ranks], errors[ranks], pivots))
     return Candidates(tuple(curves), shape.numel)
+
+
+def least_error_of_pivots(layer: DecomposableLayer) -> float:
+    """From which error on factors with pivots serve: rounding to half types costs them up to .8 % of the weight."""
+    weight = layer.module.weight
+    return LEAST_IN_HALF if isinstance(weight, Tensor) and weight.dtype.itemsize < 4 else 0.0
+
+
+def forms_of_fold(shape: WeightShape, scheme: int, groups: int) -> tuple[Pivots, ...]:
+    """Plain factors, and with pivots where the fold and number of slices has them."""
+    pivots = pivots_of_fold(shape, scheme, groups)
+    return ("", pivots) if pivots else ("",)
+
+
+def costs_of_ranks(shape: WeightShape, scheme: int, groups: int, pivots: Pivots) -> Ints:
+    """Parameters of ranks 0, 1, ... up to the full one; indices of pivots count as such."""
+    ranks = np.arange(max_rank(shape, scheme, groups) + 1, dtype=np.int64)
+    plain = ranks * params_per_rank(shape, scheme, groups)
+    if not pivots:
+        return plain
+    saved = np.array([saved_by_pivots(shape, scheme, groups, int(rank)) for rank in ranks], dtype=np.int64)
+    return plain - saved + index_count(shape, pivots)

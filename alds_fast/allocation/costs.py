@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import ArgumentError, BudgetError
 from ..layers import DecomposableLayer
-from ..measurement import InputSpec, dense_flops, flops_per_rank
-from .candidates import Candidates
+from ..linalg import WeightShape
+from ..measurement import InputSpec, dense_flops, flops_of_ranks
+from .candidates import Candidates, Curve
 from .pareto import Ints
 
 Calls = Mapping[str, Mapping[InputSpec, int]]
@@ -83,15 +85,11 @@ def flops_table(
     for layer, choice in zip(layers, choices, strict=True):
         shape, module, inputs = layer.shape, layer.module, calls[layer.name]
         dense = dense_flops(module, shape, inputs)
-        costs.append(
-            choice.with_costs(
-                {
-                    (c.scheme, c.groups): c.ranks * flops_per_rank(module, shape, inputs, c.scheme, c.groups)
-                    for c in choice.curves
-                },
-                dense,
-            )
-        )
+
+        def of_curve(curve: Curve, module: Any = module, shape: WeightShape = shape, inputs: Any = inputs) -> Ints:
+            return flops_of_ranks(module, shape, inputs, curve.decomposition(1), curve.ranks)
+
+        costs.append(choice.with_costs(of_curve, dense))
         fixed -= dense
     return CostTable("flops", share, tuple(costs), fixed, total, math.floor(share * total + 1e-9), "FLOPs")
 

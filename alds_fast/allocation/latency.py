@@ -58,6 +58,7 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
     assert isinstance(weight, Tensor)
     layer = low_rank_like(module, decomposition).to(weight.dtype).to_empty(device=weight.device)
     scale = (float(weight.detach().float().square().mean()) / decomposition.rank) ** 0.25
+    layer.reset_order()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for factor in (layer.encoder, layer.decoder):
@@ -87,7 +88,12 @@ def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Decomposition], k
     calls |= {str(d): spec.caller(random_low_rank(module, d), x) for d in wanted}
     times = interleaved_ms(calls, spec.device, rounds=ROUNDS)
     for d in wanted:
-        known.setdefault(d.fold, {})[d.rank] = median_ratio(times, str(d), "dense")
+        known.setdefault(_curve_key(d), {})[d.rank] = median_ratio(times, str(d), "dense")
+
+
+def _curve_key(d: Decomposition) -> tuple[int, int, str]:
+    """What its timings are filed under, beside the rank."""
+    return d.scheme, d.groups, d.pivots
 
 
 def _rank(curve: Curve, level: int) -> int:
@@ -102,9 +108,10 @@ def _survey(module: nn.Module, spec: InputSpec, curves: Iterable[Curve], known: 
     for level in range(LEVELS):
         wanted = []
         for curve in curves:
-            ratios, rank = known.get((curve.scheme, curve.groups), {}), _rank(curve, level)
+            rank = _rank(curve, level)
+            ratios = known.get(_curve_key(curve.decomposition(rank)), {})
             if rank not in ratios and not any(ratio >= 1 for r, ratio in ratios.items() if r < rank):
-                wanted.append(Decomposition(curve.scheme, curve.groups, rank))
+                wanted.append(curve.decomposition(rank))
         _time(module, spec, sorted(set(wanted)), known)
         timed = timed or bool(wanted)
     return timed
@@ -170,7 +177,7 @@ class LayerTimes:
         total = np.zeros(len(curve.costs))
         for spec, count in self._calls[layer.name].items():
             text = call_key(layer, spec)
-            known = self._timings.of(text)[curve.scheme, curve.groups]
+            known = self._timings.of(text)[_curve_key(curve.decomposition(1))]
             total += count * self._dense_ns[text] * interpolate(known, curve.ranks)
         return np.rint(total).astype(np.int64)
 
@@ -178,8 +185,7 @@ class LayerTimes:
         """The budget on latency."""
         costs = []
         for layer, choice in zip(self._layers, self._choices, strict=True):
-            by_curve = {(c.scheme, c.groups): self._curve_ns(layer, c) for c in choice.curves}
-            costs.append(choice.with_costs(by_curve, self._layer_dense_ns(layer)))
+            costs.append(choice.with_costs(partial(self._curve_ns, layer), self._layer_dense_ns(layer)))
         limit = int(share * self.total_ns)
         return CostTable("latency", share, tuple(costs), self._fixed_ns, self.total_ns, limit, "ms", NS_PER_MS)
 
@@ -190,7 +196,7 @@ class LayerTimes:
             taken = choice.decomposition(candidate)
             if taken is None:
                 continue
-            curve = next(c for c in choice.curves if (c.scheme, c.groups) == taken.fold)
+            curve = next(c for c in choice.curves if c.decomposition(taken.rank) == taken)
             ranks = {taken.rank - curve.align, taken.rank, taken.rank + curve.align} & set(curve.ranks.tolist())
             for spec in self._calls[layer.name]:
                 near = (taken._replace(rank=rank) for rank in ranks)

@@ -10,7 +10,7 @@ no larger error that is known already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,8 +27,8 @@ from ..criteria import (
     place,
 )
 from ..layers import DecomposableLayer
-from ..linalg import WeightShape, max_rank, params_per_rank
-from .candidates import candidates
+from ..linalg import WeightShape
+from .candidates import candidates, costs_of_ranks, forms_of_fold
 from .float32_check import TAIL
 
 FIRST = 4  # up to so many slices are computed at once, from shared Gram matrices
@@ -48,22 +48,28 @@ def auto_groups(channels: int) -> tuple[int, ...]:
     return tuple(k for k in candidate_groups(channels, "divisors") if k <= MOST)
 
 
-def may_win(shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, criterion: str, align: int) -> bool:
-    """Whether some rank of (scheme, groups) could have a smaller error than everything known of that cost or less."""
+def may_win(
+    shape: WeightShape, known: LayerSpectra, scheme: int, groups: int, criterion: str, align: int,
+    pivots_from: float | None = None,
+) -> bool:  # fmt: skip
+    """Whether some rank of (scheme, groups) could have a smaller error than everything known of that cost or less.
+
+    ``pivots_from`` as for :func:`alds_fast.allocation.candidates`.
+    """
     rule = CRITERIA[criterion].rule
     divisors = [k for s, k in known.values if s == scheme and groups % k == 0]
     if not CRITERIA[criterion].bound or not divisors:
         return True  # not a bound: nothing follows for finer slices
     coarse = max(divisors)
-    known_candidates = candidates(shape, {key: known.errors(*key, rule) for key in known.values}, align)
+    known_candidates = candidates(shape, {key: known.errors(*key, rule) for key in known.values}, align, pivots_from)
     order = np.argsort(known_candidates.costs, kind="stable")
     costs, best = known_candidates.costs[order], np.minimum.accumulate(known_candidates.errors[order])
-    per_rank = params_per_rank(shape, scheme, groups)
-    last = min(max_rank(shape, scheme, groups), (shape.numel - 1) // per_rank)
-    ranks = np.arange(align, last + 1, align, dtype=np.int64)
+    forms = forms_of_fold(shape, scheme, groups) if pivots_from is not None else ("",)
+    least = np.minimum.reduce([costs_of_ranks(shape, scheme, groups, pivots) for pivots in forms])
+    ranks = np.arange(align, np.searchsorted(least, shape.numel), align, dtype=np.int64)
     errors = known.errors(scheme, coarse, rule).numpy()
     bound = errors[np.minimum(ranks * (groups // coarse), len(errors) - 1)]
-    at = np.searchsorted(costs, ranks * per_rank, side="right") - 1
+    at = np.searchsorted(costs, least[ranks], side="right") - 1
     beaten = np.where(at >= 0, best[np.maximum(at, 0)], np.inf)
     return bool(((bound * (1 - SLACK)) ** 2 - (2 * TAIL if known.float32 else 0.0) < beaten**2).any())
 
@@ -74,6 +80,7 @@ def prune_spectra(
     groups: Sequence[int] | str | None,
     criterion: str,
     align: int = 1,
+    pivots_from: Mapping[str, float] | None = None,
     done: Callable[[int], None] = lambda n: None,
     float32: bool = False,
 ) -> list[LayerSpectra]:
@@ -81,7 +88,8 @@ def prune_spectra(
 
     ``groups``: "divisors" for all divisors of a layer's channels, None for :func:`auto_groups`, or a sequence. Budgets
     on parameters, and on the error, have the same solutions as with the spectra of all of them, by every criterion but
-    "reference", for which nothing is left out. All layers are worked on together; ``done``
+    "reference", for which nothing is left out. ``pivots_from``: by layer from which error on it may have pivots, see
+    :func:`alds_fast.allocation.candidates.candidates`; None for nowhere. All layers are worked on together; ``done``
     and ``float32`` as for :func:`alds_fast.criteria.layer_spectra`.
     """
     shapes = {layer.name: layer.shape for layer in layers if layer.shape}
@@ -89,12 +97,13 @@ def prune_spectra(
               for n, s in shapes.items()}  # fmt: skip
     named = sorted({k for ks in wanted.values() for k in ks})
     first = tuple(k for k in named if k <= FIRST or not CRITERIA[criterion].bound) or tuple(named)
+    least = pivots_from or {}
     room, limit = FoldRoom(), sum(s.numel for s in shapes.values())
     results = {s.layer.name: s for s in layer_spectra(layers, schemes, first, done, limit, float32)}
     for k in sorted(set(named) - set(first)):
         folds = [
             (layer, scheme) for layer in layers if k in wanted[layer.name] for scheme in results[layer.name].top
-            if may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align)
+            if may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align, least.get(layer.name))
         ]  # fmt: skip
         for batch in batches(folds, lambda w: shapes[w[0].name].numel, lambda w: place(w[0]), limit):
             solved = linalg.spectra(

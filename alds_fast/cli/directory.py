@@ -23,9 +23,10 @@ def show_layers(folder: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"layers": layers}))
         return
-    rows = [[name, shape_text(fields["shape"]), *(str(fields[k]) for k in ("scheme", "groups", "rank"))]
+    names = ("scheme", "groups", "rank", "pivots")
+    rows = [[name, shape_text(fields["shape"]), *(str(fields.get(k, "")) for k in names)]
             for name, fields in layers.items()]  # fmt: skip
-    print(table(["layer", "shape", "scheme", "groups", "rank"], rows))
+    print(table(["layer", "shape", *names], rows))
     print(
         f"{len(layers)} low-rank layers; the others, the budget and the errors would be in {PLAN}, which is not there"
     )

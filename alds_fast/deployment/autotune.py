@@ -154,5 +154,7 @@ def _double(layer: LowRankLayer) -> LowRankLayer:
     for name in ("encoder", "decoder", "bias"):
         old = getattr(layer, name)
         setattr(new, name, None if old is None else nn.Parameter(old.detach().double(), False))
+    if layer.pivots:
+        new.order = layer.order
     new.backend = "two-op"
     return new

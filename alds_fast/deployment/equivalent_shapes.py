@@ -25,7 +25,7 @@ def _merged_encoder(encoder: Tensor, outer: int, groups: int, per_group: int, ra
 
 
 def regroup(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
-    """The same function with fewer channel slices or a larger rank: zeros fill what is new.
+    """The same function with fewer channel slices or a larger rank, without pivots: zeros and ones fill what is new.
 
     Args:
         layer: a low-rank layer; it is not changed, and the result shares nothing with it.
@@ -47,8 +47,9 @@ def regroup(layer: LowRankLayer, groups: int, rank: int) -> LowRankLayer:
     if not layer.rank * per_group <= rank <= full:
         raise ArgumentError(f"rank={rank} is outside {layer.rank * per_group}..{full} for groups={groups}")
     new = low_rank_like(layer.dense_module(), Decomposition(layer.scheme, groups, rank))
-    encoder = _merged_encoder(layer.encoder.detach(), shape.conv_groups, groups, per_group, rank)
-    old = layer.decoder.detach().unflatten(1, (groups, -1))
+    plain_encoder, plain_decoder = (factor.detach() for factor in layer.plain_factors())
+    encoder = _merged_encoder(plain_encoder, shape.conv_groups, groups, per_group, rank)
+    old = plain_decoder.unflatten(1, (groups, -1))
     decoder = old.new_zeros(old.shape[0], groups, rank, *old.shape[3:])
     decoder[:, :, : old.shape[2]] = old
     new.encoder = nn.Parameter(_like(encoder, layer.encoder), layer.encoder.requires_grad)
@@ -66,14 +67,16 @@ def _like(factor: Tensor, old: Tensor) -> Tensor:
 def variants(layer: LowRankLayer, multiple: int) -> dict[str, LowRankLayer]:
     """Shapes worth timing beside the layer's own, by a text like "groups=1, rank=24".
 
-    Ranks are rounded up to ``multiple``; several slices may become 1, 2 or 4. What would be as large as the dense
-    weight is left out.
+    Ranks are rounded up to ``multiple``; several slices may become 1, 2 or 4; of a layer with pivots its own without
+    these too. What would be as large as the dense weight is left out.
     """
     shape, forms = layer.weight_shape, {}
-    for groups in sorted({g for g in MERGED_GROUPS if layer.slices % g == 0} | {layer.slices}):
-        least = layer.rank * layer.slices // groups
-        rank = -(-least // multiple) * multiple
-        if (groups, rank) == (layer.slices, layer.rank) or rank > max_rank(shape, layer.scheme, groups):
+    counts = sorted({g for g in MERGED_GROUPS if layer.slices % g == 0} | {layer.slices})
+    sizes = [(g, -(-layer.rank * layer.slices // g // multiple) * multiple) for g in counts]
+    for groups, rank in [(layer.slices, layer.rank)] * bool(layer.pivots) + sizes:
+        if rank > max_rank(shape, layer.scheme, groups):
+            continue
+        if (groups, rank) == (layer.slices, layer.rank) and not layer.pivots:
             continue
         new = regroup(layer, groups, rank)
         if new.encoder.numel() + new.decoder.numel() < shape.numel:

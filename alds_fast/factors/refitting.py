@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw, unknown_share, weighting
 from ..errors import ArgumentError, ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
-from ..linalg import factors_to_weights
 from ..measurement import (
     Masks,
     Run,
@@ -175,9 +174,7 @@ def _fit(
     )
     weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
     fitted = factors(weights, low.decomposition)
-    encoder, decoder = factors_to_weights(fitted.left, fitted.right, low.weight_shape, low.scheme, low.encoder.dtype)
-    low.encoder.copy_(encoder)
-    low.decoder.copy_(decoder)
+    low.update_factors(fitted.left, fitted.right)
     if centred:
         cut = low.dense_weight().detach().double().cpu().reshape(*weight.shape)
         moved = sums.without_noise(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))

@@ -80,7 +80,7 @@ def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
     Slices truncated each by its own moment; then, with several slices or taps, the decoder is fitted anew to the whole
     moment, unless that raises the error.
     """
-    scheme, groups, rank = decomposition
+    scheme, groups, rank, _ = decomposition
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases = slice_bases(w, scheme, groups, blocks)
     left = _complete(bases.slices, bases.left, bases.values, rank)

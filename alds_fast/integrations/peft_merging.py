@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..import_hooks import when_imported
 from ..layers import LowRankLayer, LowRankLinear, MergedPart, label
-from ..linalg import max_rank
+from ..linalg import Pivots, max_rank
 
 _UTILS = "peft.tuners.tuners_utils"
 _LORA = "peft.tuners.lora.layer"
@@ -31,22 +31,23 @@ _MERGING = {  # peft's layers that add to the weight of a base layer that compre
 
 @torch.no_grad()
 def grown_factors(layer: LowRankLinear, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder of ``layer`` plus ``up @ down``, (rank, in_features) and (out_features, rank).
+    """Encoder and decoder of ``layer`` plus ``up @ down``, (rank, in_features) and (out_features, rank); no pivots.
 
     Every slice gets that much more rank, which is exact. Where this exceeds the full rank, it is the best
     decomposition of full rank.
     """
-    scheme, slices, rank = layer.decomposition
+    scheme, slices, rank, _ = layer.decomposition
     full = max_rank(layer.weight_shape, scheme, slices)
     if rank + down.shape[0] > full:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(layer.dense_weight() + (up @ down).to(layer.encoder))
         low = LowRankLinear.from_dense(dense, rank=full, groups=slices, scheme=scheme)
         return low.encoder.detach(), low.decoder.detach()
-    parts = down.to(layer.encoder).unflatten(1, (slices, -1)).transpose(0, 1)
-    encoder = torch.cat([layer.encoder.unflatten(0, (slices, rank)), parts], 1)
-    ups = up.to(layer.decoder)[:, None].expand(-1, slices, -1)
-    decoder = torch.cat([layer.decoder.unflatten(1, (slices, rank)), ups], 2)
+    encoder, decoder = layer.plain_factors()
+    parts = down.to(encoder).unflatten(1, (slices, -1)).transpose(0, 1)
+    encoder = torch.cat([encoder.unflatten(0, (slices, rank)), parts], 1)
+    ups = up.to(decoder)[:, None].expand(-1, slices, -1)
+    decoder = torch.cat([decoder.unflatten(1, (slices, rank)), ups], 2)
     return encoder.flatten(0, 1), decoder.flatten(1)
 
 
@@ -80,7 +81,8 @@ class _OnLowRank:
         if safe_merge and not all(bool(torch.isfinite(f).all()) for f in (*factors, bias) if f is not None):
             raise ValueError(f"the adapters {names} or their base layer have NaN or infinite values")
         if self._unmerged is None:
-            self._unmerged = layer.encoder, layer.decoder, layer.bias
+            order = layer.order if layer.pivots else None
+            self._unmerged = layer.encoder, layer.decoder, layer.bias, layer.pivots, order
         _set(layer, *factors, bias)
         self.merged_adapters.extend(names)
 
@@ -102,8 +104,15 @@ class _OnLowRank:
         self.merged_adapters.clear()
 
 
-def _set(layer: LowRankLinear, encoder: Tensor, decoder: Tensor, bias: Tensor | None) -> None:
+def _set(
+    layer: LowRankLinear, encoder: Tensor, decoder: Tensor, bias: Tensor | None, pivots: Pivots = "",
+    order: Tensor | None = None,
+) -> None:  # fmt: skip
     """Put factors and bias in, in the type, on the device and with the requires_grad of those that are there."""
+    layer._buffers.pop("order", None)
+    layer.pivots = pivots
+    if order is not None:
+        layer.register_buffer("order", order)
     for name, new in (("encoder", encoder), ("decoder", decoder), ("bias", bias)):
         old = getattr(layer, name)
         like = layer.decoder if old is None else old

@@ -10,13 +10,15 @@ from torch.nn.utils import parametrize
 from ..checks import check_model
 from ..errors import ModelError
 from ..layers import LOW_RANK, LowRankLayer, MergedLinears, has_hooks, label, replace_layers, tied_names
+from .plain_modules import plain_module
 
 
 def to_plain(model: nn.Module) -> nn.Module:
     """A copy of a compressed model in which every low-rank layer is made of torch's own modules.
 
     A low-rank layer becomes an ``nn.Sequential`` of ``encoder`` and ``decoder``, each an ``nn.Linear`` or
-    ``nn.Conv1d``, 2d or 3d. The encoder of a linear layer with slices is one small ``nn.Linear`` for each slice. So
+    ``nn.Conv1d``, 2d or 3d. The encoder of a linear layer with slices is one small ``nn.Linear`` for each slice; pivots
+    are passed on around one of the two. So
     torch.fx, torch.jit.script, quantisation, adapters and exporters see what they know. Outputs are equal up to
     rounding. Parameters keep their type, device and ``requires_grad``; tied ones stay tied. Attributes of the dense
     layer, such as ``in_features``, stay readable.
@@ -45,8 +47,8 @@ def to_plain(model: nn.Module) -> nn.Module:
     _check_layers(model)
     result = replace_layers(model, {})
     if isinstance(result, LowRankLayer):
-        return result.plain_module()
-    plain = {id(m): m.plain_module() for m in result.modules() if isinstance(m, LowRankLayer)}
+        return plain_module(result)
+    plain = {id(m): plain_module(m) for m in result.modules() if isinstance(m, LowRankLayer)}
     for parent in list(result.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = plain.get(id(child), child)
@@ -85,7 +87,7 @@ def _why_not_plain(layer: LowRankLayer, tied: dict[int, list[str]]) -> str | Non
         return "it has a forward of its own set on the instance (as device maps of accelerate do); remove it first"
     if has_hooks(layer):
         return "it has hooks, which the plain form would drop; remove them first"
-    if layer._modules or layer._buffers or set(layer._parameters) != {"encoder", "decoder", "bias"}:
+    if layer._modules or layer._buffers.keys() - {"order"} or set(layer._parameters) != {"encoder", "decoder", "bias"}:
         return "it has parameters, buffers or modules beside encoder, decoder and bias; remove them first"
     if isinstance(layer, LOW_RANK[nn.Linear]) and layer.slices > 1 and id(layer.encoder) in tied:
         return f"it shares its encoder, of {layer.slices} slices, with {tied[id(layer.encoder)]}; give it a copy"

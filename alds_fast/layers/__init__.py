@@ -5,7 +5,7 @@ Here belongs what knows a type of layer. How errors are measured belongs in crit
 
 from .absent_weight import AbsentWeight
 from .base import LowRankLayer
-from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .conv import LowRankConv, LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .discovery import (
     DecomposableLayer,
     Layer,
@@ -33,6 +33,7 @@ __all__ = [
     "AbsentWeight",
     "DecomposableLayer",
     "Layer",
+    "LowRankConv",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..errors import ModelError, WeightError
+from ..errors import BackendError, ModelError, WeightError
 from ..linalg import (
     Decomposition,
+    Pivots,
     WeightShape,
     batched_rsvd,
+    decoder_weight,
     factors_to_weights,
+    index_count,
     matrix_shape,
+    own_memory,
     permute_weight,
+    pivot_factors,
     weights_to_dense,
+    with_identity,
 )
 from .absent_weight import AbsentWeight
 
@@ -32,12 +37,17 @@ class LowRankLayer(nn.Module):
         weight: stands for the dense weight, which is not there: shape, type and device, see AbsentWeight.
         weight_shape: the dense weight that they replace.
         scheme, slices, rank: the fold, the number of channel slices and the rank of each.
+        pivots: "output" or "input" for factors without an identity (:mod:`alds_fast.linalg.pivots`), "" for plain ones.
+        order: with pivots a buffer of indices, int64: of output pivots for every output its place among all pivots
+            followed by all others, (out_channels,); of input pivots which channels these are, (in_channels,).
         backend: "auto", "fused", "fused-first" or "two-op", see :mod:`alds_fast.kernels.functional`; deploy sets it.
     """
 
     bias: Tensor | None
+    order: Tensor
+    pivots: Pivots = ""
     backend: str = "auto"
-    _dense_attributes: tuple[str, ...]  # those of the dense layer that are not tensors
+    dense_attributes: tuple[str, ...]  # those of the dense layer that are not tensors
 
     def __init__(
         self,
@@ -49,7 +59,10 @@ class LowRankLayer(nn.Module):
     ) -> None:
         super().__init__()
         encoder, decoder = decomposition.check(shape).factor_shapes(shape)
-        self.weight_shape, (self.scheme, self.slices, self.rank) = shape, decomposition
+        self.weight_shape, (self.scheme, self.slices, self.rank, self.pivots) = shape, decomposition
+        if self.pivots:
+            indices = index_count(shape, self.pivots)
+            self.register_buffer("order", torch.empty(indices, device=device, dtype=torch.int64))
         self.encoder = nn.Parameter(torch.empty(encoder, device=device, dtype=dtype))
         self.decoder = nn.Parameter(torch.empty(decoder, device=device, dtype=dtype))
         if bias:
@@ -59,12 +72,23 @@ class LowRankLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise like ``nn.Linear`` and ``nn.Conv2d`` do, each factor by its own fan-in."""
+        """Initialise like ``nn.Linear`` and ``nn.Conv2d`` do, each factor by its own fan-in; pivots are the first."""
+        self.reset_order()
         for factor in (self.encoder, self.decoder):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(math.prod(self.decoder.shape[1:]))
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def reset_order(self) -> None:
+        """Take the first outputs, or channels of all slices, for pivots."""
+        if self.pivots:
+            self.order.copy_(torch.arange(len(self.order), device=self.order.device))
+
+    @property
+    def groups_of_encoder(self) -> int:
+        """Slices of all groups of a convolution."""
+        return self.weight_shape.conv_groups * self.slices
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -93,13 +117,21 @@ class LowRankLayer(nn.Module):
 
     @property
     def decomposition(self) -> Decomposition:
-        """Its (scheme, groups, rank)."""
-        return Decomposition(self.scheme, self.slices, self.rank)
+        """Its (scheme, groups, rank) and pivots."""
+        return Decomposition(self.scheme, self.slices, self.rank, self.pivots)
+
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
+        """Weights of an encoder and a decoder without pivots: its own, where there are any the identity filled in."""
+        factors = self.encoder, self.decoder
+        if not self.pivots:
+            return factors
+        return with_identity(*factors, self.order, self.weight_shape, self.decomposition.fold, self.pivots)
 
     def dense_weight(self) -> Tensor:
         """The dense weight that the factors stand for, of shape ``weight_shape.weight``, in their dtype."""
-        factors = self.encoder.double(), self.decoder.double()
-        return weights_to_dense(*factors, self.weight_shape, self.scheme, self.slices).to(self.encoder.dtype)
+        encoder, decoder = self.plain_factors()
+        dense = weights_to_dense(encoder.double(), decoder.double(), self.weight_shape, self.scheme, self.slices)
+        return dense.to(self.encoder.dtype)
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` or ``nn.ConvNd`` that the layer stands for, on the meta device."""
@@ -117,6 +149,16 @@ class LowRankLayer(nn.Module):
             f"torch.jit.script cannot compile {type(self).__name__}; script alds_fast.to_plain(model) instead"
         )
 
+    def _why_pivots_are_not_fused(self) -> str | None:
+        return "kernels take plain factors; alds_fast.deploy fills the identity in" if self.pivots else None
+
+    def _check_pivoted(self, x: Tensor) -> None:
+        """What library calls alone cannot do is refused."""
+        self._two_op(x)  # refuses proxies
+        if self.backend == "fused":
+            reason = self._why_pivots_are_not_fused()
+            raise BackendError(f"backend='fused' cannot run {self}: {reason}; use 'two-op' or 'auto'")
+
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why no fused kernel can run this layer on ``x``; None if one can."""
         raise NotImplementedError
@@ -129,30 +171,36 @@ class LowRankLayer(nn.Module):
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return dense.train(self.training)
 
-    def plain_module(self) -> nn.Sequential:
-        """The same function as an encoder and a decoder of torch's types, which hold this very layer's parameters.
-
-        It has the attributes of the dense layer, and ``weight`` as the layer has it. The encoder of a linear layer with
-        slices is one ``nn.Linear`` for each slice, with a copy of its part of the parameter.
-        """
-        encoder, decoder = self._plain_halves()
-        plain: Any = nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder)).train(self.training)
-        for name in self._dense_attributes:
-            setattr(plain, name, getattr(self, name))
-        plain.weight = AbsentWeight(f"the plain form of {type(self).__name__}", self.weight_shape.weight, plain)
-        return plain
-
-    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
-        raise NotImplementedError
-
     def set_factors(self, left: Tensor, right: Tensor, like: Tensor) -> None:
         """Take the slices' factors in the type, on the device and with the requires_grad of ``like``.
 
         ``left``: (conv_groups, groups, rows, rank); ``right``: (conv_groups, groups, rank, cols / groups).
         """
-        encoder, decoder = factors_to_weights(left, right, self.weight_shape, self.scheme, like.dtype)
+        encoder, decoder, order = self._stored(left, right, like.dtype)
         self.encoder = nn.Parameter(encoder.to(like), like.requires_grad)
         self.decoder = nn.Parameter(decoder.to(like), like.requires_grad)
+        if order is not None:
+            self.order = own_memory(order.to(like.device))
+
+    @torch.no_grad()
+    def update_factors(self, left: Tensor, right: Tensor) -> None:
+        """Take other factors, as for :meth:`set_factors`, into the parameters that are there."""
+        encoder, decoder, order = self._stored(left, right, self.encoder.dtype)
+        self.encoder.copy_(encoder)
+        self.decoder.copy_(decoder)
+        if order is not None:
+            self.order.copy_(order)
+
+    def _stored(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Encoder, decoder and, with pivots, the order, of the factors' type, to be rounded to ``dtype``."""
+        if not self.pivots:
+            return *factors_to_weights(left, right, self.weight_shape, self.scheme, dtype), None
+        shapes = self.decomposition.factor_shapes(self.weight_shape)
+        left, right, order = pivot_factors(left.double(), right.double(), self.weight_shape, self.pivots)
+        encoder = own_memory(right.reshape(shapes[0]).contiguous())
+        if self.pivots == "output":
+            return encoder, own_memory(left.reshape(shapes[1]).contiguous()), order
+        return encoder, decoder_weight(left, self.weight_shape, self.scheme), order
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """As any module, but for the mark that checkpoint directories hold in the place of the dense weight."""

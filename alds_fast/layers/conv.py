@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, BackendError
 from ..kernels import lowrank_conv2d, why_not_fused_conv2d
-from ..linalg import Decomposition, WeightShape, decoder_axes
+from ..linalg import Decomposition, Pivots, WeightShape, decoder_axes
 from .base import LowRankLayer
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -28,9 +28,7 @@ def _axis_padding(
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((t // 2, t - t // 2) for t in totals)
-    if isinstance(padding, str):
-        return ((0, 0),) * len(kernel)
-    return tuple((p, p) for p in _tuple(padding, len(kernel)))
+    return tuple((p, p) for p in _tuple(0 if isinstance(padding, str) else padding, len(kernel)))
 
 
 class _HalfConv:
@@ -74,7 +72,7 @@ class LowRankConv(LowRankLayer):
     ndim: int
     _dense: Any
     transposed = False
-    _dense_attributes = (
+    dense_attributes = (
         *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
         *("transposed", "output_padding", "padding_mode"),
     )
@@ -88,6 +86,7 @@ class LowRankConv(LowRankLayer):
         *,
         scheme: int = 0,
         groups: int = 1,
+        pivots: Pivots = "",
         stride: int | tuple[int, ...] = 1,
         padding: int | tuple[int, ...] | str = 0,
         dilation: int | tuple[int, ...] = 1,
@@ -106,7 +105,7 @@ class LowRankConv(LowRankLayer):
         except (TypeError, ValueError, RuntimeError) as e:
             raise ArgumentError(f"{type(self).__name__}({in_channels}, {out_channels}, {kernel_size}): {e}") from e
         shape = WeightShape(out_channels, in_channels, _tuple(kernel_size, self.ndim), conv_groups)
-        super().__init__(shape, Decomposition(scheme, groups, rank), bias, device, dtype)
+        super().__init__(shape, Decomposition(scheme, groups, rank, pivots), bias, device, dtype)
         self.stride, self.dilation = _tuple(stride, self.ndim), _tuple(dilation, self.ndim)
         self.padding = padding if isinstance(padding, str) else _tuple(padding, self.ndim)
         self.padding_mode = padding_mode
@@ -148,7 +147,7 @@ class LowRankConv(LowRankLayer):
         return cls(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
 
     @classmethod
-    def from_dense(cls, conv: Any, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankConv:
+    def from_dense(cls, conv: Any, *, rank: int, groups: int = 1, scheme: int = 0, pivots: Pivots = "") -> LowRankConv:
         """The layer of that rank whose weight is nearest to that of ``conv`` (Frobenius), of its type and device.
 
         ``conv`` is the nn.Conv1d, 2d or 3d of as many dimensions, of any stride, padding, dilation, padding mode and
@@ -157,15 +156,29 @@ class LowRankConv(LowRankLayer):
         """
         if not isinstance(conv, cls._dense):
             raise ArgumentError(f"from_dense takes an nn.{cls._dense.__name__}, got {type(conv).__name__}")
-        new = cls.shaped_like(conv, Decomposition(scheme, groups, rank))
+        new = cls.shaped_like(conv, Decomposition(scheme, groups, rank, pivots))
         new._take_factors_of(conv)
         return new
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.pivots:
+            return self._pivoted(input)
         if self.backend == "fused":
             reason = self.why_not_fused(input)
             raise BackendError(f"backend='fused' cannot run {self}: {reason}; use 'two-op' or 'auto'")
         return self._decode(self._encode(input, self.encoder, None), self.decoder, self.bias)
+
+    def _pivoted(self, x: Tensor) -> Tensor:
+        self._check_pivoted(x)
+        channels = -1 - self.ndim
+        if self.pivots == "output":
+            hidden = self._encode(x, self.encoder, None)
+            rest = self._decode(hidden, self.decoder, None)
+            y = torch.cat([hidden, rest], channels).index_select(channels, self.order)
+            return y if self.bias is None else y + self.bias.reshape(-1, *(1,) * self.ndim)
+        sizes = [self.groups_of_encoder * self.rank]
+        pivots, rest = x.index_select(channels, self.order).tensor_split(sizes, channels)
+        return self._decode(pivots + self._encode(rest, self.encoder, None), self.decoder, self.bias)
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """That there is no kernel."""
@@ -179,9 +192,9 @@ class LowRankConv(LowRankLayer):
         options = self._conv_options() | {"groups": self.groups, "bias": self.bias is not None, "device": "meta"}
         return self._dense(self.in_channels, self.out_channels, self.kernel_size, **options)
 
-    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
-        encoder = self._encode.module(self, self.encoder, None)
-        return encoder, self._decode.module(self, self.decoder, self.bias)
+    def half_modules(self, bias: Tensor | None) -> tuple[nn.Module, nn.Module]:
+        """Encoder and decoder as torch's convolutions that hold these very parameters, the decoder with that bias."""
+        return self._encode.module(self, self.encoder, None), self._decode.module(self, self.decoder, bias)
 
     def extra_repr(self) -> str:
         defaults = ((1,) * self.ndim, (0,) * self.ndim, (1,) * self.ndim, "zeros")
@@ -203,12 +216,9 @@ class LowRankConv2d(LowRankConv):
     """Convolution whose channel slices have rank ``rank``: a grouped encoder, then a decoder.
 
     Takes the arguments of ``nn.Conv2d`` with ``groups`` called ``conv_groups``, and scheme, groups (channel slices),
-    rank. x is (N, C, H, W) or (C, H, W). Stride, padding and dilation of an axis go to whichever half has that axis
-    of the kernel, so the result equals the dense layer's for the recomposed weight (:meth:`to_dense`). Raises
-    ArgumentError for groups that do not divide in_channels / conv_groups or a rank outside 1..full.
-
-    Attributes of ``nn.Conv2d`` are here with their meaning, ``.groups`` too: the groups of the convolution. The number
-    of channel slices is ``.slices``.
+    rank and pivots (:mod:`alds_fast.linalg.pivots`). x is (N, C, H, W) or (C, H, W). Stride, padding and dilation of an
+    axis go to whichever half has that axis of the kernel. Raises ArgumentError for groups that do not divide
+    in_channels / conv_groups or a rank outside 1..full. ``.slices`` counts channel slices, ``.groups`` is torch's.
 
     >>> LowRankConv2d(64, 128, 3, rank=8, groups=4, padding=1)
     LowRankConv2d(64, 128, kernel_size=(3, 3), padding=(1, 1), scheme=0, groups=4, rank=8)
@@ -218,7 +228,7 @@ class LowRankConv2d(LowRankConv):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
-        if self._two_op(x):
+        if self.pivots or self._two_op(x):
             return super().forward(x)
         pad = self._encode.pad or self._decode.pad
         late = self._decode.pad and (self._encode.pad or "fused" not in self.backend)
@@ -236,7 +246,7 @@ class LowRankConv2d(LowRankConv):
     def _structural_reason(self) -> str | None:
         if self.groups > 1:
             return "the convolution is grouped itself (conv_groups > 1)"
-        return None
+        return self._why_pivots_are_not_fused()
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the 2-d kernel cannot run this layer on ``x``; None if it can."""

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from ..checks import check_model
 from ..errors import ArgumentError, BudgetError, LayerNotFoundError, WeightError
 from ..linalg import WeightShape
+from .base import LowRankLayer
 from .obstacles import SHARDED, Ancestors, held_past_the_model, is_quantised, reasons_text, structural_reason
 from .registry import is_transposed, weight_shape
 from .shared_weights import tied_names
@@ -61,8 +62,12 @@ def decomposable(layers: Iterable[Layer]) -> list[DecomposableLayer]:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters of the model, shared ones once, those not initialised yet not at all."""
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter))
+    """Number of parameters of the model, shared ones once, those not initialised yet not at all.
+
+    Indices of pivots count as parameters (:mod:`alds_fast.linalg.pivots`).
+    """
+    indices = sum(m.order.numel() for m in model.modules() if isinstance(m, LowRankLayer) and m.pivots)
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)) + indices
 
 
 def label(name: str) -> str:

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..kernels import lowrank_linear, lowrank_linear_ref, why_not_fused_linear
-from ..linalg import Decomposition, WeightShape
+from ..linalg import Decomposition, Pivots, WeightShape
 from .base import LowRankLayer
-
-
-def _linear(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Linear:
-    """The ``nn.Linear`` that holds these very parameters."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = weight
-    if bias is not None:
-        linear.bias = bias  # type: ignore[assignment]
-    return linear
-
-
-class SlicedLinear(nn.Module):
-    """An ``nn.Linear`` for each of the equal slices of the last dimension, their outputs one after the other.
-
-    x (..., sum of in_features) to (..., sum of out_features). The encoder of a low-rank linear layer with slices, in a
-    form that traces and scripts and whose parameters every tool finds.
-    """
-
-    def __init__(self, slices: Sequence[nn.Linear]) -> None:
-        super().__init__()
-        self.slices = nn.ModuleList(slices)
-
-    def forward(self, input: Tensor) -> Tensor:
-        parts = input.chunk(len(self.slices), -1)
-        outputs = []
-        for i, linear in enumerate(self.slices):
-            outputs.append(linear(parts[i]))
-        return torch.cat(outputs, -1)
 
 
 class LowRankLinear(LowRankLayer):
@@ -48,6 +21,9 @@ class LowRankLinear(LowRankLayer):
     (out_features, groups * rank). Raises ArgumentError for groups that do not divide in_features or a rank outside
     1..min(out_features, in_features / groups).
 
+    With ``pivots`` the factors are stored without an identity (:mod:`alds_fast.linalg.pivots`): "output", of one slice,
+    with a decoder (out_features - rank, rank), or "input" with an encoder (groups * rank, in_features / groups - rank).
+
     Attributes of ``nn.Linear`` are here with their meaning. ``slices`` is the number of input slices, which the
     constructor takes as ``groups``; as ``nn.Linear`` has no groups, ``.groups`` is another name of it.
 
@@ -55,7 +31,7 @@ class LowRankLinear(LowRankLayer):
     LowRankLinear(in_features=64, out_features=32, scheme=0, groups=2, rank=4)
     """
 
-    _dense_attributes = ("in_features", "out_features")
+    dense_attributes = ("in_features", "out_features")
 
     def __init__(
         self,
@@ -65,11 +41,12 @@ class LowRankLinear(LowRankLayer):
         *,
         scheme: int = 0,
         groups: int = 1,
+        pivots: Pivots = "",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        decomposition = Decomposition(scheme, groups, rank)
+        decomposition = Decomposition(scheme, groups, rank, pivots)
         super().__init__(WeightShape(out_features, in_features), decomposition, bias, device, dtype)
 
     @property
@@ -88,7 +65,9 @@ class LowRankLinear(LowRankLayer):
         return self.slices
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, *, rank: int, groups: int = 1, scheme: int = 0) -> LowRankLinear:
+    def from_dense(
+        cls, linear: nn.Linear, *, rank: int, groups: int = 1, scheme: int = 0, pivots: Pivots = ""
+    ) -> LowRankLinear:
         """The layer of that rank whose weight is nearest to that of ``linear`` (Frobenius), of its type and device.
 
         Raises ArgumentError for anything but an nn.Linear and as the constructor; WeightError for NaN or infinity.
@@ -99,29 +78,39 @@ class LowRankLinear(LowRankLayer):
         if not isinstance(linear, nn.Linear):
             raise ArgumentError(f"from_dense takes an nn.Linear, got {type(linear).__name__}")
         sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
-        new = cls(*sizes, rank, scheme=scheme, groups=groups, bias=bias, device="meta")
+        options: dict[str, Any] = {"scheme": scheme, "groups": groups, "pivots": pivots}
+        new = cls(*sizes, rank, **options, bias=bias, device="meta")
         new._take_factors_of(linear)
         return new
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.pivots:
+            return self._pivoted(input)
         if self._two_op(input):
             return lowrank_linear_ref(input, self.encoder, self.decoder, self.bias, None, self.slices)
         return lowrank_linear(input, self.encoder, self.decoder, self.bias, groups=self.slices, backend=self.backend)
 
+    def _pivoted(self, x: Tensor) -> Tensor:
+        self._check_pivoted(x)
+        if self.pivots == "output":
+            hidden = F.linear(x, self.encoder)
+            y = torch.cat([hidden, F.linear(hidden, self.decoder)], -1).index_select(-1, self.order)
+            return y if self.bias is None else y + self.bias
+        sorted_x = x.index_select(-1, self.order)
+        inner = self.slices * self.rank
+        chosen, rest = sorted_x[..., :inner], sorted_x[..., inner:].unflatten(-1, (self.slices, -1))
+        blocks = self.encoder.unflatten(0, (self.slices, -1))
+        told = torch.bmm(rest.reshape(-1, *rest.shape[-2:]).transpose(0, 1), blocks.mT)
+        told = told.transpose(0, 1).reshape(chosen.shape)
+        return F.linear(chosen + told, self.decoder, self.bias)
+
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the fused kernel cannot run this layer on ``x``; None if it can."""
-        return why_not_fused_linear(x, self.encoder)
+        return self._why_pivots_are_not_fused() or why_not_fused_linear(x, self.encoder)
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` that the layer stands for, on the meta device."""
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-
-    def _plain_halves(self) -> tuple[nn.Module, nn.Module]:
-        decoder = _linear(self.decoder, self.bias)
-        if self.slices == 1:
-            return _linear(self.encoder), decoder
-        blocks, trained = self.encoder.detach().chunk(self.slices), self.encoder.requires_grad
-        return SlicedLinear([_linear(nn.Parameter(block.clone(), trained)) for block in blocks]), decoder
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._structure()}"

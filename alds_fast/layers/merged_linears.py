@@ -18,7 +18,8 @@ class MergedLinears(nn.Module):
     """Several low-rank linear layers with ``groups=1`` that read the same x: a list of their outputs.
 
     ``encoder`` (sum of ranks, in_features) holds their encoders one after the other; ``decoders`` are (f_i, rank_i).
-    The factors are copied. Raises ArgumentError for layers that do not read the same features or have slices.
+    The factors are copied, identities of pivots filled in. Raises ArgumentError for layers that do not read the same
+    features or have slices.
 
     >>> merged = MergedLinears([LowRankLinear(16, 8, 2), LowRankLinear(16, 4, 3)])
     >>> [y.shape[1] for y in merged(torch.ones(5, 16))]
@@ -31,9 +32,13 @@ class MergedLinears(nn.Module):
             raise ArgumentError("the layers to merge do not read the same number of features")
         if any(layer.slices != 1 for layer in layers):
             raise ArgumentError(f"layers with channel slices cannot be merged: groups={[la.slices for la in layers]}")
-        encoders = torch.cat([layer.encoder.detach() for layer in layers])
-        self.encoder = nn.Parameter(encoders, any(layer.encoder.requires_grad for layer in layers))
-        self.decoders = nn.ParameterList(copy.deepcopy(layer.decoder) for layer in layers)
+        plain = [layer.plain_factors() for layer in layers]
+        trained = any(layer.encoder.requires_grad for layer in layers)
+        self.encoder = nn.Parameter(torch.cat([encoder.detach() for encoder, _ in plain]), trained)
+        self.decoders = nn.ParameterList(
+            nn.Parameter(decoder.detach().clone(), layer.decoder.requires_grad)
+            for layer, (_, decoder) in zip(layers, plain, strict=True)
+        )
         for i, layer in enumerate(layers):
             self.register_parameter(f"bias{i}", copy.deepcopy(layer.bias))  # type: ignore[arg-type]
         self.backend = backend

@@ -9,6 +9,7 @@ from .folding import (
     SCHEMES,
     WeightShape,
     decoder_axes,
+    decoder_weight,
     distinct_schemes,
     divisors,
     factors_to_weights,
@@ -20,6 +21,7 @@ from .folding import (
     weights_to_dense,
 )
 from .own_memory import own_memory
+from .pivots import Pivots, index_count, pivot_factors, pivots_of_fold, saved_by_pivots, with_identity
 from .rsvd_op import batched_rsvd
 from .spectra_op import spectra
 from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors
@@ -29,19 +31,26 @@ __all__ = [
     "SCHEMES",
     "Decomposition",
     "Factors",
+    "Pivots",
     "WeightShape",
     "batched_rsvd",
     "decoder_axes",
+    "decoder_weight",
     "distinct_schemes",
     "divisors",
     "factors_to_weights",
+    "index_count",
     "matrix_shape",
     "max_rank",
     "optimal_errors",
     "own_memory",
     "params_per_rank",
     "permute_weight",
+    "pivot_factors",
+    "pivots_of_fold",
+    "saved_by_pivots",
     "spectra",
     "unfold",
     "weights_to_dense",
+    "with_identity",
 ]

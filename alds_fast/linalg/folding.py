@@ -195,13 +195,18 @@ def factors_to_weights(
     """
     if dtype == torch.float16:
         left, right = _without_overflow(left, right)
+    encoder_shape, _ = factor_shapes(shape, scheme, left.shape[1], left.shape[3])
+    return own_memory(right.reshape(encoder_shape).contiguous()), decoder_weight(left, shape, scheme)
+
+
+def decoder_weight(left: Tensor, shape: WeightShape, scheme: int) -> Tensor:
+    """The decoder's weight from the slices' left factors (conv_groups, groups, rows, rank), in memory of its own."""
     g0, groups, _, rank = left.shape
-    encoder_shape, decoder_shape = factor_shapes(shape, scheme, groups, rank)
     kernel = [shape.kernel[a] for a in decoder_axes(scheme, shape.kernel)]
     split = left.reshape(g0, groups, shape.filters_per_group, *kernel, rank)
     axes = range(3, 3 + len(kernel))
-    decoder = split.permute(0, 2, 1, 3 + len(kernel), *axes).reshape(decoder_shape)
-    return own_memory(right.reshape(encoder_shape).contiguous()), own_memory(decoder.contiguous())
+    decoder = split.permute(0, 2, 1, 3 + len(kernel), *axes).reshape(factor_shapes(shape, scheme, groups, rank)[1])
+    return own_memory(decoder.contiguous())
 
 
 def weights_to_dense(encoder: Tensor, decoder: Tensor, shape: WeightShape, scheme: int, groups: int) -> Tensor:

@@ -4,7 +4,7 @@ Here belongs what observes models. What is decided by the observations belongs i
 """
 
 from .data_batches import check_batches, check_data, first_batch, naming_batch, numbered_batches
-from .flops import count_inputs, dense_flops, flops_per_rank
+from .flops import count_inputs, dense_flops, flops_of_ranks
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
 from .private_runs import Run, check_runs, copy_batch, keeping_state, private_runs
@@ -44,7 +44,7 @@ __all__ = [
     "fingerprint",
     "first_batch",
     "first_input",
-    "flops_per_rank",
+    "flops_of_ranks",
     "inference",
     "interleaved_ms",
     "keeping_state",

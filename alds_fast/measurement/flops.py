@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from ..linalg import WeightShape, decoder_axes
+from ..linalg import Decomposition, WeightShape, decoder_axes
 from .inputs import InputSpec, layer_inputs
 
 
@@ -68,19 +69,24 @@ def dense_flops(module: nn.Module, shape: WeightShape, calls: Mapping[InputSpec,
     return sum(count * 2 * shape.numel * _sites(module, shape, spec, None)[1] for spec, count in calls.items())
 
 
-def flops_per_rank(
-    module: nn.Module, shape: WeightShape, calls: Mapping[InputSpec, int], scheme: int, groups: int
-) -> int:
-    """Operations that one more rank costs over all calls; encoder and decoder are both linear in the rank.
+def flops_of_ranks(
+    module: nn.Module, shape: WeightShape, calls: Mapping[InputSpec, int], form: Decomposition, ranks: np.ndarray
+) -> np.ndarray:
+    """Operations over all calls of decompositions of these ranks, of the fold, slices and pivots of ``form``.
 
-    2 (c k_enc) per position after the encoder and 2 (groups f k_dec) per position of the output, for every one of
-    the ``conv_groups`` independent layers of f filters and c channels.
+    For a rank r, 2 (c k_enc) r per position after the encoder and 2 (groups f k_dec) r per position of the output, for
+    every one of the ``conv_groups`` independent layers of f filters and c channels. Output pivots take r filters off
+    the decoder, input pivots r channels of every slice off the encoder.
     """
-    decoder = math.prod(shape.kernel[a] for a in decoder_axes(scheme, shape.kernel))
-    per_encoder_site = shape.in_channels * (math.prod(shape.kernel) // decoder)
-    per_decoder_site = groups * shape.out_channels * decoder
-    total = 0
+    decoder = math.prod(shape.kernel[a] for a in decoder_axes(form.scheme, shape.kernel))
+    per_encoder_site = shape.in_channels * (math.prod(shape.kernel) // decoder) * ranks
+    per_decoder_site = form.groups * shape.out_channels * decoder * ranks
+    if form.pivots == "output":
+        per_decoder_site = per_decoder_site - shape.conv_groups * ranks * ranks
+    if form.pivots == "input":
+        per_encoder_site = per_encoder_site - shape.conv_groups * form.groups * ranks * ranks
+    total = np.zeros_like(ranks)
     for spec, count in calls.items():
-        between, after = _sites(module, shape, spec, scheme)
+        between, after = _sites(module, shape, spec, form.scheme)
         total += count * 2 * (per_encoder_site * between + per_decoder_site * after)
     return total

@@ -17,9 +17,11 @@ import torch
 from ..files import write_text
 
 FORMAT = "alds_fast.timings"
-VERSION = 1  # to be raised when the low-rank layers run differently: what was measured before is then not read
+VERSION = 2  # to be raised when the low-rank layers run differently: what was measured before is then not read
 
-Ratios = dict[tuple[int, int], dict[int, float]]  # (scheme, groups) to rank to latency over that of the dense layer
+Ratios = dict[
+    tuple[int, int, str], dict[int, float]
+]  # (scheme, groups, pivots) to rank to latency over that of the dense layer
 
 
 def device_name(device: torch.device) -> str:
@@ -106,9 +108,11 @@ class Timings:
 
 def _ratios(rows: Any) -> Ratios:
     ratios: Ratios = {}
-    for scheme, groups, rank, ratio in rows:
+    for scheme, groups, pivots, rank, ratio in rows:
         whole = all(type(n) is int and n >= 0 for n in (scheme, groups, rank))
         if not whole or not isinstance(ratio, float) or not 0 < ratio < math.inf:
             raise ValueError(f"{[scheme, groups, rank, ratio]} is not scheme, groups, rank and a ratio above 0")
-        ratios.setdefault((scheme, groups), {})[rank] = ratio
+        if pivots not in ("", "output", "input"):
+            raise ValueError(f"pivots are {pivots!r}")
+        ratios.setdefault((scheme, groups, pivots), {})[rank] = ratio
     return ratios

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..allocation import BASELINES, Candidates, candidates, dense_reason, with_exact_values
+from ..allocation import (
+    BASELINES,
+    Candidates,
+    candidates,
+    dense_reason,
+    least_error_of_pivots,
+    with_exact_values,
+)
 from ..criteria import (
     DEFAULT_CRITERION,
     Basis,
@@ -31,9 +37,7 @@ from .budget_loop import PlanProblem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
 from .options import check_importance, check_plan_options
 from .plan import Plan
-from .plan_rows import LayerPlan, plan_row
-
-APART = 1.5  # times the stated errors, above which those on samples kept aside are warned of
+from .plan_rows import LayerPlan, plan_row, warn_if_apart
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Analysis:
         bias_correction: bool = True,
         importance: Mapping[str, float] | None = None,
         cache: str | os.PathLike[str] | bool | None = None,
+        pivots: bool = True,
     ) -> Plan:
         """Choose (scheme, groups, rank), or dense, for every layer.
 
@@ -107,6 +112,8 @@ class Analysis:
             align: ranks are multiples of it.
             bias_correction: with data, a layer's bias takes up the mean of its error, where it has one of its own.
             importance: by layer name, factors >= 0 of the errors; 1 for those not named.
+            pivots: try factors without an identity too, smaller at the same rank (:mod:`alds_fast.linalg.pivots`); in
+                half types for errors of 5 % and more, as they round more coarsely. Baselines have plain factors.
             cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
                 ``~/.cache/alds_fast``, False for none.
 
@@ -128,7 +135,7 @@ class Analysis:
         """
         shares = {"params": params, "flops": flops, "latency": latency}
         options: dict[str, Any] = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
-        options |= {"bias_correction": bias_correction, "importance": importance}
+        options |= {"bias_correction": bias_correction, "importance": importance, "pivots": pivots}
         check_plan_options(shares, error, example_inputs, **options)
         layers = decomposable(self.layers)
         basis = self._basis(resolved_criterion(criterion, self.moments, method), bias_correction)
@@ -141,7 +148,7 @@ class Analysis:
         if not check_is_possible(budgets, basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
         while True:
-            choices = self._choices(layers, basis, align, weights)
+            choices = self._choices(layers, basis, align, weights, pivots and method not in BASELINES)
             spectra = [self.spectra[layer.name] for layer in layers]
             if method in BASELINES and BASELINES[method].needs_data:
                 spectra = [with_outputs(s, basis) for s in spectra]
@@ -160,7 +167,7 @@ class Analysis:
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
         rows = tuple(self._row(layer, chosen.get(layer.name), align, basis) for layer in self.layers)
-        _warn_if_apart(rows)
+        warn_if_apart(rows)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
         return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
@@ -206,7 +213,7 @@ class Analysis:
         self._errors.clear()
 
     def _choices(
-        self, layers: Sequence[DecomposableLayer], basis: Basis, align: int, weights: Mapping[str, float]
+        self, layers: Sequence[DecomposableLayer], basis: Basis, align: int, weights: Mapping[str, float], pivots: bool
     ) -> list[Candidates]:
         """Every choice of the layers; their errors are kept for the next plan."""
         key = basis.criterion, basis.bias_correction
@@ -214,7 +221,9 @@ class Analysis:
             self._errors[key] = [layer_errors(self.spectra[layer.name], basis, self.max_groups) for layer in layers]
         choices = []
         for layer, errors in zip(layers, self._errors[key], strict=True):
-            choices.append(candidates(layer.shape, {k: weights[layer.name] * e for k, e in errors.items()}, align))
+            by_fold = {key: weights[layer.name] * e for key, e in errors.items()}
+            least = weights[layer.name] * least_error_of_pivots(layer) if pivots else None
+            choices.append(candidates(layer.shape, by_fold, align, least))
         return choices
 
     def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
@@ -235,17 +244,3 @@ class Analysis:
         inside = sum(s.layer.shape.numel for s in self.spectra.values())
         total = f"{self.params:,} parameters, {inside:,} of them in {len(self.spectra)} layers that can be factorised"
         return table(headers, rows, left=(0, 1, 5)) + "\n" + total
-
-
-def _warn_if_apart(rows: Sequence[LayerPlan]) -> None:
-    """Say so where the errors of calibration are not those of samples that were kept aside."""
-    pairs = [(row.error, row.held_out) for row in rows if row.held_out is not None]
-    if not pairs:
-        return
-    stated, held_out = (math.hypot(*errors) for errors in zip(*pairs, strict=True))
-    if held_out > APART * stated:
-        warnings.warn(
-            f"on samples kept aside the layers' errors are {held_out:.3g}, stated {stated:.3g} (root of the sum of "
-            f"squares): data= is not enough, or too much alike; pass more samples that differ",
-            stacklevel=3,
-        )

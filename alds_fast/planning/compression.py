@@ -43,7 +43,7 @@ def compress(
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
     moment_order, held_out, moment_memory, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p,
-    method, align, bias_correction, importance, cache).
+    method, align, bias_correction, importance, cache, pivots).
     ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
     The result is run on ``example_inputs``, or else the first batch of ``data``, before it is given back.

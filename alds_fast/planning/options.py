@@ -105,6 +105,7 @@ def check_plan_options(
     bias_correction: object = True,
     importance: object = None,
     cache: object = None,
+    pivots: object = True,
 ) -> None:
     """BudgetError or ArgumentError unless these are valid arguments of :meth:`alds_fast.Analysis.plan`.
 
@@ -124,6 +125,8 @@ def check_plan_options(
         raise ArgumentError(f"criterion={criterion!r} is not one of {', '.join(CRITERIA)}")
     if not isinstance(bias_correction, bool):
         raise ArgumentError(f"bias_correction={bias_correction!r} is not True or False")
+    if not isinstance(pivots, bool):
+        raise ArgumentError(f"pivots={pivots!r} is not True or False")
     if importance is not None and not isinstance(importance, Mapping):
         raise ArgumentError(f"importance is a {type(importance).__name__}: expected numbers >= 0 by layer name")
     if not isinstance(method, str) or method not in METHODS:

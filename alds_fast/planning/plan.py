@@ -20,7 +20,17 @@ from ..integrations import keep_when_saved
 from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
 from ..measurement import check_batches, first_batch
 from ..text import number, table
-from .plan_rows import Latency, LayerPlan, read_field, read_latency, read_number, read_row, row_cells
+from .plan_rows import (
+    Latency,
+    LayerPlan,
+    choice_fields,
+    is_edited,
+    read_field,
+    read_latency,
+    read_number,
+    read_row,
+    row_cells,
+)
 from .result_check import check_result, check_run, check_way, naming_readers
 
 FORMAT = "alds_fast.plan"
@@ -203,14 +213,9 @@ class Plan:
         }
         head |= {"method": self.method, "p": number(self.p), "align": self.align, "gap": number(self.gap)}
         rows = [
-            {
-                **vars(row),
-                "error": number(row.error),
-                "held_out": number(row.held_out),
-                "error_is_of": [row.scheme, row.groups, row.rank],
-            }
-            for row in self.layers
-        ]
+            {**vars(row), "error": number(row.error), "held_out": number(row.held_out)}
+            | {"error_is_of": choice_fields(vars(row))} for row in self.layers
+        ]  # fmt: skip
         head |= {
             "bias_correction": self.bias_correction,
             "params_before": self.params_before,
@@ -242,7 +247,7 @@ class Plan:
             before, align = (read_field(data, "plan", n, int) for n in ("params_before", "align"))
             p, gap = (read_number(data, "plan", n) for n in ("p", "gap"))
             gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
-            latency = None if _is_edited(data["layers"]) else read_latency(data.get("latency"))
+            latency = None if is_edited(data["layers"]) else read_latency(data.get("latency"))
             correction = data.get("bias_correction", False)
             if not isinstance(correction, bool):
                 raise PlanError(f"plan: bias_correction={correction!r} is not true or false")
@@ -253,7 +258,3 @@ class Plan:
             raise PlanError(f"not a plan: the field {e} is missing") from e
         except (TypeError, ValueError, AttributeError, RecursionError) as e:
             raise PlanError(f"not a plan: {e}") from e
-
-
-def _is_edited(rows: list[dict[str, Any]]) -> bool:
-    return any([row["scheme"], row["groups"], row["rank"]] != row["error_is_of"] for row in rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +14,10 @@ from ..criteria import CRITERIA
 from ..errors import ArgumentError, PlanError
 from ..factors import Choice
 from ..layers import DecomposableLayer, Layer
-from ..linalg import Decomposition, WeightShape
+from ..linalg import Decomposition, Pivots, WeightShape
 from ..text import shape_text
+
+APART = 1.5  # times the stated errors, above which those on samples kept aside are warned of
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class LayerPlan:
     is the relative error of the plan's criterion (0 for a dense layer, NaN for a row edited by hand). Parameters are
     the layer's own, bias included. ``held_out`` is the error on samples that were kept aside, None without any;
     ``criterion`` what the layer was judged by, None for that of the plan, and ``remark`` says why, or what else is
-    special about it, None for nothing.
+    special about it, None for nothing. ``pivots``: "output" or "input" for factors without an identity, "" for plain
+    ones (:mod:`alds_fast.linalg.pivots`).
     """
 
     name: str
@@ -41,6 +46,7 @@ class LayerPlan:
     held_out: float | None = None
     criterion: str | None = None
     remark: str | None = None
+    pivots: Pivots = ""
 
     @property
     def choice(self) -> Choice | None:
@@ -48,10 +54,10 @@ class LayerPlan:
         if self.scheme is None or self.groups is None or self.rank is None:
             return None
         shape = WeightShape(self.shape[0], self.shape[1] * self.conv_groups, self.shape[2:], self.conv_groups)
-        return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank))
+        return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank, self.pivots))
 
 
-_LATER = {"held_out", "criterion", "remark"}  # fields that older plans do not have
+_LATER = {"held_out", "criterion", "remark", "pivots"}  # fields that older plans do not have
 _FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} - _LATER | {"error_is_of"}
 
 
@@ -131,6 +137,8 @@ def read_row(fields: dict[str, Any]) -> LayerPlan:
     for name in ("reason", "remark"):
         if fields.get(name) is not None:
             read_field(fields, where, name, str)
+    if fields.get("pivots", "") not in ("", "output", "input"):
+        raise PlanError(f"{where}: pivots={fields['pivots']!r} is neither 'output' nor 'input', nor ''")
     counts = {n: read_field(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
     held_out = None if fields.get("held_out") is None else read_number(fields, where, "held_out")
     if fields.get("criterion") not in (None, *CRITERIA):
@@ -145,7 +153,7 @@ def read_row(fields: dict[str, Any]) -> LayerPlan:
     row = LayerPlan(**{**known, "shape": tuple(shape)})
     if row.rank is not None:
         _check_choice(row, where)
-    if triple == fields["error_is_of"]:
+    if choice_fields(fields) == fields["error_is_of"]:
         return row
     choice = row.choice
     after = row.params_before - (choice.shape.numel - choice.decomposition.params(choice.shape) if choice else 0)
@@ -189,9 +197,34 @@ def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int)
 def row_cells(row: LayerPlan, held_out: bool) -> list[str]:
     """The texts of a row in the table of a plan, with a column for errors on samples kept aside if ``held_out``."""
     chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
+    chosen[-1] += f" {row.pivots[:-3]}" if row.pivots else ""
     errors = ["?" if math.isnan(row.error) else f"{row.error:.4f}"]
     if held_out:
         errors.append("-" if row.held_out is None else f"{row.held_out:.4f}")
     name = row.name or "(model)"
     counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
     return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]
+
+
+def warn_if_apart(rows: Sequence[LayerPlan]) -> None:
+    """Say so where the errors of calibration are not those of samples that were kept aside."""
+    pairs = [(row.error, row.held_out) for row in rows if row.held_out is not None]
+    if not pairs:
+        return
+    stated, held_out = (math.hypot(*errors) for errors in zip(*pairs, strict=True))
+    if held_out > APART * stated:
+        warnings.warn(
+            f"on samples kept aside the layers' errors are {held_out:.3g}, stated {stated:.3g} (root of the sum of "
+            f"squares): data= is not enough, or too much alike; pass more samples that differ",
+            stacklevel=3,
+        )
+
+
+def is_edited(rows: list[dict[str, Any]]) -> bool:
+    """Whether a row of a plan in JSON was edited by hand."""
+    return any(choice_fields(row) != row["error_is_of"] for row in rows)
+
+
+def choice_fields(row: Mapping[str, Any]) -> list[Any]:
+    """Scheme, groups and rank; pivots where there are any, which older plans do not know."""
+    return [row["scheme"], row["groups"], row["rank"], *([row["pivots"]] if row.get("pivots") else [])]

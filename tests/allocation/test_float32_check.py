@@ -121,14 +121,17 @@ def twins(difference):
     return net
 
 
-def test_layers_in_doubt_are_computed_in_float64():
+@pytest.mark.parametrize(
+    ("pivots", "ranks", "params"), [(False, [10, 11], 21 * 64), (True, [12, 13], 12 * 52 + 13 * 51 + 2 * 32)]
+)
+def test_layers_in_doubt_are_computed_in_float64(pivots, ranks, params):
     close, far = (alds.analyze(twins(d), groups=(1,), precision="float32") for d in (1e-6, 0.1))
     for analysis, in_doubt in ((close, True), (far, False)):
-        budget = (2 * 10 + 1) * 64 / 2048  # ranks 10 and 11
-        plan = analysis.plan(params=budget, p=math.inf)
-        assert sorted(row.rank for row in plan.layers) == [10, 11]
+        options = {"params": params / 2048, "p": math.inf, "pivots": pivots}
+        plan = analysis.plan(**options)
+        assert sorted(row.rank for row in plan.layers) == ranks
         assert {bool(s.float32) for s in analysis.spectra.values()} == {not in_doubt}
-        assert choices(plan) == choices(alds.analyze(analysis.model, groups=(1,)).plan(params=budget, p=math.inf))
+        assert choices(plan) == choices(alds.analyze(analysis.model, groups=(1,)).plan(**options))
 
 
 def test_small_errors_are_computed_in_float64():

@@ -47,7 +47,7 @@ def test_alds_heuristic_says_when_nothing_fits():
 def test_candidates_know_their_choice():
     curves = Curve(0, 1, 8, np.array([16, 32]), np.array([0.5, 0.2])), Curve(3, 2, 8, np.array([20]), np.array([0.3]))
     layer = Candidates(curves, 64)
-    assert [layer.decomposition(i) for i in range(4)] == [(0, 1, 8), (0, 1, 16), (3, 2, 8), None]
+    assert [layer.decomposition(i) for i in range(4)] == [(0, 1, 8, ""), (0, 1, 16, ""), (3, 2, 8, ""), None]
     assert layer.front().index.tolist() == [0, 2, 1, 3]
 
 
@@ -65,7 +65,7 @@ def test_alds_heuristic_by_hand():
         Candidates((Curve(0, 1, 1, costs, better), Curve(0, 2, 1, costs, worse)), 100),
     ]
     picks = alds_heuristic(layers, 80)
-    assert [layer.decomposition(i) for layer, i in zip(layers, picks, strict=True)] == [(0, 2, 2), (0, 1, 2)]
+    assert [layer.decomposition(i) for layer, i in zip(layers, picks, strict=True)] == [(0, 2, 2, ""), (0, 1, 2, "")]
 
 
 @pytest.mark.slow

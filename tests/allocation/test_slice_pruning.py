@@ -33,14 +33,16 @@ def model(power):
 
 
 @pytest.mark.parametrize("power", [slow(0.0), 0.5, slow(1.0)])
+@pytest.mark.parametrize("pivots", [False, True])
 @pytest.mark.parametrize("criterion", [*BOUNDS, "reference"])
-def test_plans_are_those_of_all_slices(power, criterion):
+def test_plans_are_those_of_all_slices(power, criterion, pivots):
     net = model(power)
     layers = find_layers(net)
     groups = tuple(range(1, 17))
     whole = {s.layer.name: s for s in layer_spectra(layers, (0, 1, 2, 3), groups)}
+    least = {layer.name: 0.0 for layer in layers} if pivots else None
     for align in (1, 4):
-        few = {s.layer.name: s for s in prune_spectra(layers, (0, 1, 2, 3), None, criterion, align)}
+        few = {s.layer.name: s for s in prune_spectra(layers, (0, 1, 2, 3), None, criterion, align, least)}
         assert all(set(few[n].values) <= set(whole[n].values) for n in whole)
         for n in whole:
             # (Gram matrices of coarse slices are sums of those of finer ones, so rounding depends on what is computed.)
@@ -49,7 +51,7 @@ def test_plans_are_those_of_all_slices(power, criterion):
         analyses = [alds.Analysis(tuple(layers), by_name, count_params(net), net) for by_name in (whole, few)]
         for budget in ({"params": 0.7}, {"params": 0.3}, {"error": 0.2}):
             for p in (None,) if "error" in budget else (2.0, 4.0, np.inf):
-                a, b = (x.plan(**budget, criterion=criterion, p=p, align=align) for x in analyses)
+                a, b = (x.plan(**budget, criterion=criterion, p=p, align=align, pivots=pivots) for x in analyses)
                 assert [row.choice for row in a.layers] == [row.choice for row in b.layers]
                 assert [row.error for row in a.layers] == pytest.approx([row.error for row in b.layers], rel=1e-9)
                 assert a.gap == pytest.approx(b.gap, abs=1e-9)

@@ -18,6 +18,7 @@ MODEL = """
 import os
 import time
 import torch
+from support.models import count
 from torch import nn
 
 class Net(nn.Sequential):
@@ -32,7 +33,7 @@ def one():
 
 def quality(model):
     assert isinstance(model, Net)
-    return sum(p.numel() for p in model.parameters()) / 1280
+    return count(model) / 1280
 
 def waits(model):
     share = quality(model)
@@ -111,8 +112,8 @@ def test_options_of_the_analysis_and_retraining(folder, capsys):
     args += "--after", "evaluated.py:retrained", "--groups", "1", "--schemes", "0", "--exclude", "2", "--json"
     assert main(["eval", *args]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    # layer 2 stays: rank r of the other costs 64 r of its 1024
-    assert row["quality_after"] == row["quality"] == (256 + 64 * 4) / 1280 and row["budget"] == "flops"
+    # layer 2 stays: rank r of the other costs r (64 - r) and 32 indices, of which 8 + 32 are within .4 - 256 / 1280
+    assert row["quality_after"] == row["quality"] == (256 + 4 * (64 - 4) + 32) / 1280 and row["budget"] == "flops"
 
 
 @pytest.mark.parametrize(

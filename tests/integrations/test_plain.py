@@ -38,6 +38,41 @@ def mixed(slices):
     return alds.compress(Mixed().eval(), params=0.4, groups=(slices,))
 
 
+def shuffled(layer):
+    """With pivots anywhere."""
+    layer.order.copy_(torch.randperm(len(layer.order)))
+    if layer.pivots == "input":  # every slice's channels stay its own
+        slices = layer.groups_of_encoder
+        cols = len(layer.order) // slices
+        orders = torch.stack([torch.randperm(cols) + i * cols for i in range(slices)])
+        layer.order.copy_(torch.cat([orders[:, : layer.rank].flatten(), orders[:, layer.rank :].flatten()]))
+    return layer
+
+
+def layers_with_pivots():
+    yield shuffled(alds.LowRankLinear(12, 8, 3, pivots="output")), (5, 12)
+    yield shuffled(alds.LowRankLinear(12, 8, 3, pivots="output", bias=False)), (2, 5, 12)
+    yield shuffled(alds.LowRankLinear(12, 8, 2, groups=3, pivots="input")), (5, 12)
+    options = {"padding": 1, "stride": 2, "conv_groups": 2}
+    yield shuffled(alds.LowRankConv2d(4, 6, 3, 2, pivots="output", **options)), (2, 4, 9, 8)
+    yield shuffled(alds.LowRankConv2d(8, 6, 3, 1, groups=2, scheme=3, pivots="input", **options)), (2, 8, 9, 8)
+    yield shuffled(alds.LowRankConv1d(4, 6, 3, 2, pivots="output", padding="same")), (4, 9)
+    yield shuffled(alds.LowRankConv3d(4, 6, 3, 2, scheme=3, pivots="input", padding=1)), (1, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [*layers_with_pivots()], ids=lambda v: repr(v)[:90])
+def test_a_layer_with_pivots_computes_what_it_did(layer, shape):
+    x, plain = torch.randn(shape), alds.to_plain(layer)
+    torch.testing.assert_close(plain(x), layer(x))
+    assert parameters(plain) == parameters(layer)
+    for form in (torch.fx.symbolic_trace(plain), torch.jit.script(plain), torch.export.export(plain, (x,)).module()):
+        torch.testing.assert_close(form(x), layer(x))
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
 def layers_of_every_kind():
     for slices in (1, 3):
         yield alds.LowRankLinear(12, 6, 2, groups=slices), (5, 12)
@@ -76,7 +111,7 @@ def test_a_model_computes_what_it_did(slices):
     assert not any(isinstance(m, LowRankLayer) for m in plain.modules())
     torch.testing.assert_close(plain(X), small(X))
     assert slices > 1 or torch.equal(plain(X), small(X))
-    assert torch.equal(before(X), small(X)) and count(plain) == count(small)
+    assert torch.equal(before(X), small(X)) and parameters(plain) == parameters(small)
     for p in plain.parameters():  # nothing is shared with the model that was given
         p.data.zero_()
     assert torch.equal(before(X), small(X))
@@ -91,8 +126,9 @@ def test_parameters_stay_as_they_are(slices):
     plain = alds.to_plain(small)
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
     frozen = [name for name, p in plain.named_parameters() if not p.requires_grad]
-    first = [f"head.0.encoder.slices.{i}.weight" for i in range(4)] if slices == 4 else ["head.0.encoder.weight"]
-    assert frozen == ["body.0.encoder.weight", *first, "head.0.decoder.weight"]
+    several = [f"head.0.encoder.rest.slices.{i}.weight" for i in range(4)] + ["head.0.decoder.weight"]
+    one = ["head.0.encoder.weight", "head.0.decoder.rest.weight"]
+    assert frozen == ["body.0.encoder.weight", *(several if slices == 4 else one)]
     assert all(m.training for m in plain.head.modules()) and not any(m.training for m in plain.body.modules())
     plain(X.bfloat16()).float().square().mean().backward()
     assert all((p.grad is not None) == p.requires_grad for p in plain.parameters())
@@ -155,11 +191,13 @@ def test_features_are_taken_out_by_a_trace():
     """As torchvision's create_feature_extractor does: the graph up to a node."""
     plain = alds.to_plain(mixed(1))
     graph = torch.fx.symbolic_trace(plain).graph
-    node = next(n for n in graph.nodes if n.target == "body.0.decoder")
+    node = next(n for n in graph.nodes if n.target == "body.0.decoder.rest")
     for last in [n for n in graph.nodes if n.op == "output"]:
         last.args = (node,)
     graph.eliminate_dead_code()
-    torch.testing.assert_close(torch.fx.GraphModule(plain, graph)(X), plain.body[0](X))
+    torch.testing.assert_close(
+        torch.fx.GraphModule(plain, graph)(X), plain.body[0].decoder.rest(plain.body[0].encoder(X))
+    )
 
 
 def near(y, wanted):
@@ -239,7 +277,7 @@ def test_models_of_transformers(kind, tmp_path):
     plain, batch = alds.to_plain(small), checkpoints.inputs(kind)
     with torch.no_grad():
         torch.testing.assert_close(plain(**batch).logits, small(**batch).logits)
-    assert count(plain) == count(small)
+    assert parameters(plain) == parameters(small)
     with pytest.raises(ModelError, match="save the compressed model and call to_plain after loading it"):
         plain.save_pretrained(tmp_path / "plain")
     assert not hasattr(plain.config, "quantization_config") and small.config.quantization_config.layers

@@ -1,5 +1,6 @@
 """FLOPs of layers and their replacements: equal to what torch counts, to the last one."""
 
+import numpy as np
 import pytest
 import torch
 from support.models import images, small_net
@@ -7,10 +8,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import alds_fast as alds
+from alds_fast.allocation import candidates
 from alds_fast.factors import Choice, factorize
 from alds_fast.layers import find_layers
-from alds_fast.linalg import Decomposition, distinct_schemes, divisors, params_per_rank
-from alds_fast.measurement import call_model, count_inputs, dense_flops, flops_per_rank
+from alds_fast.linalg import Decomposition, distinct_schemes, divisors
+from alds_fast.measurement import call_model, count_inputs, dense_flops, flops_of_ranks
 
 
 def counted(model, inputs):
@@ -68,11 +70,12 @@ def test_flops_equal_torchs_for_every_scheme_and_groups(name):
         dense = dense_flops(layer.module, shape, calls)
         for scheme in distinct_schemes((0, 1, 2, 3), shape.kernel):
             for groups in divisors(shape.slice_channels):
-                ranks = {1, (shape.numel - 1) // params_per_rank(shape, scheme, groups)}  # none: larger than dense
-                for rank in ranks if 0 not in ranks else ():
-                    small, _ = factorize(model, [Choice(layer.name, shape, Decomposition(scheme, groups, rank))])
-                    cost = rank * flops_per_rank(layer.module, shape, calls, scheme, groups)
-                    assert counted(small, x) == total - dense + cost, (layer.name, scheme, groups, rank)
+                for curve in candidates(shape, {(scheme, groups): torch.ones(shape.numel)}, 1, 0.0).curves:
+                    form, ranks = curve.decomposition(1), curve.ranks[[0, -1]]
+                    costs = flops_of_ranks(layer.module, shape, calls, form, ranks)
+                    for rank, cost in zip(ranks.tolist(), costs.tolist(), strict=True):
+                        small, _ = factorize(model, [Choice(layer.name, shape, form._replace(rank=rank))])
+                        assert counted(small, x) == total - dense + cost, (layer.name, form, rank)
 
 
 def test_a_layer_that_is_never_called_costs_nothing():
@@ -80,7 +83,8 @@ def test_a_layer_that_is_never_called_costs_nothing():
     inputs, _ = count_inputs(model, torch.randn(3, 5, 12), ["never"])
     shape = alds.analyze(model).spectra["never"].layer.shape
     assert dense_flops(model.never, shape, inputs["never"]) == 0
-    assert flops_per_rank(model.never, shape, inputs["never"], 0, 2) == 0
+    ranks = np.array([3])
+    assert flops_of_ranks(model.never, shape, inputs["never"], Decomposition(0, 2, 1), ranks).tolist() == [0]
 
 
 def test_torchs_transformer_layers_are_counted(monkeypatch):

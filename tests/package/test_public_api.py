@@ -40,7 +40,7 @@ def test_signatures():
     running = {"precision": "float64", "progress": None, "example_inputs": None}
     assert _keywords(alds.analyze) == {**folds, **seeing, **running}
     planning = {"criterion": None, "p": None, "method": "alds", "align": 1, "cache": None}
-    planning |= {"bias_correction": True, "importance": None}
+    planning |= {"bias_correction": True, "importance": None, "pivots": True}
     budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
     assert _keywords(alds.compress) == {**budgets, "refit": False}

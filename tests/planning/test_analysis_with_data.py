@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.models import images, small_net
+from support.models import count, images, small_net
 from support.population import analyze_population
 from torch import nn
 
@@ -88,7 +88,7 @@ def test_defaults_follow_what_was_collected(net, analysis):
 def test_every_criterion_plans_and_applies(net, analysis, criterion):
     plan = analysis.plan(params=0.5, criterion=criterion)
     small = plan.apply(net)
-    assert sum(p.numel() for p in small.parameters()) == plan.params <= 0.5 * analysis.params
+    assert count(small) == plan.params <= 0.5 * analysis.params
     for name, report in small.alds_factors.items():
         row = next(row for row in plan.layers if row.name == name)
         assert report.method == "weighted" and report.data_error <= row.error * (1 + 1e-6) + 1e-9
@@ -169,7 +169,7 @@ def test_a_layer_that_what_matters_does_not_depend_on_is_judged_by_its_output():
     rows = {row.name: row for row in plan.layers}
     if rows["second"].rank is not None:
         assert rows["second"].remark == "no gradient reached it: judged by 'output'" and rows["first"].remark is None
-        errors = by_output._choices([by_output.layers[2]], by_output._basis("output", True), 1, {"second": 1.0})
+        errors = by_output._choices([by_output.layers[2]], by_output._basis("output", True), 1, {"second": 1.0}, True)
         assert rows["second"].error in errors[0].errors
     assert rows["first"].error > 0 and all(y.isfinite().all() for y in plan.apply(net)(x))
 

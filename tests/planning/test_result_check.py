@@ -4,6 +4,7 @@ import secrets
 
 import pytest
 import torch
+from support.models import count
 from torch import nn
 
 import alds_fast as alds
@@ -22,7 +23,7 @@ def small():
 
 
 def test_layers_that_were_not_replaced_are_named(small):
-    params = sum(p.numel() for p in small.parameters())
+    params = count(small)
     result_check.check_result(small, ["0", "2"], params)
     with pytest.raises(ModelError, match=f"has {params:,} parameters, its plan {params + 1:,}"):
         result_check.check_result(small, ["0", "2"], params + 1)

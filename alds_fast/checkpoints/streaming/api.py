@@ -50,9 +50,10 @@ class CompressedCheckpoint:
 def _settings(
     params: float | None, error: float | None, criterion: str, p: float | None, align: int, schemes: Sequence[int],
     groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int, precision: str,
+    pivots: bool,
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
-    check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align)
+    check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align, pivots=pivots)
     if criterion not in WEIGHT_CRITERIA:
         raise ArgumentError(
             f"criterion={criterion!r} needs data, which is not collected from checkpoint directories; choose from "
@@ -65,7 +66,7 @@ def _settings(
     return Settings(
         budget, criterion, float(resolved_norm(p, criterion, {"params": params}, "alds")), int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
-        patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, is_float32(precision),
+        patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, pivots, is_float32(precision),
     )  # fmt: skip
 
 
@@ -86,6 +87,7 @@ def compress_checkpoint(
     precision: str = "float32",
     device: str = "cpu",
     progress: Progress | None = None,
+    pivots: bool = True,
 ) -> CompressedCheckpoint:
     """Compress a checkpoint directory into another one, with no more than a few layers in memory.
 
@@ -94,7 +96,7 @@ def compress_checkpoint(
         output: a new directory. It gets the compressed shards, their index, config.json, the plan
             (``alds_plan.json``), how the factors were computed (``alds_factors.json``), and copies of all other files
             (tokenizer, ...). Load it with :func:`alds_fast.from_pretrained`.
-        params, error, criterion, p, align: as for :meth:`alds_fast.Analysis.plan`, criteria without data.
+        params, error, criterion, p, align, pivots: as for :meth:`alds_fast.Analysis.plan`, criteria without data.
         schemes, include, exclude: as for :func:`alds_fast.analyze`.
         groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16, "divisors" for all.
         max_shard_bytes: most bytes of a file, unless one tensor alone is larger.
@@ -117,7 +119,7 @@ def compress_checkpoint(
         WorkerError: another process of the job failed.
     """
     settings = _settings(
-        params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision
+        params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision, pivots
     )
     source, output = _folders(source, output)
     place, shards = own_device(device), open_shards(source)

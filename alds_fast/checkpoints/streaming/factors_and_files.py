@@ -58,6 +58,7 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
             number = numbers[choice.name]
             dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
             tensors = {name: getattr(low, name).detach().to("cpu", dtype) for name in ("encoder", "decoder")}
+            tensors |= {"order": low.order.cpu()} if low.pivots else {}
             fields = {"method": report.method, "iterations": report.iterations, "error": report.error}
             fields |= {f"crc32.{name}": crc32(tensor) for name, tensor in tensors.items()}
             if not work.journal.has("report", number):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...factors import Choice
+from ...linalg import index_count
 from ..safetensors_reader import DTYPES, INDEX, SINGLE, Shards
 from ..safetensors_writer import Entry
 
@@ -58,8 +59,10 @@ def _part(source: str, shards: Shards, choice: tuple[int, Choice] | None) -> Par
     stem, item = source.removesuffix("weight"), DTYPES[stored.dtype].itemsize
     encoder, decoder = replacement.decomposition.factor_shapes(replacement.shape)
     shapes = {"encoder": encoder, "decoder": decoder, "weight": (1,) * len(stored.shape)}
-    entries = tuple(Entry(stem + name, stored.dtype, sizes, item * math.prod(sizes)) for name, sizes in shapes.items())
-    return Part(source, entries, number)
+    entries = [Entry(stem + name, stored.dtype, sizes, item * math.prod(sizes)) for name, sizes in shapes.items()]
+    if indices := index_count(replacement.shape, replacement.decomposition.pivots):
+        entries.append(Entry(f"{stem}order", "I64", (indices,), 8 * indices))
+    return Part(source, tuple(entries), number)
 
 
 def output_files(shards: Shards, choices: Mapping[str, tuple[int, Choice]], most_bytes: int) -> list[OutputFile]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ...allocation import prune_spectra
+from ...allocation import least_error_of_pivots, prune_spectra
 from ...criteria import Key, exact_spectra
 from ...errors import FileFormatError, PlanError
 from ...files import write_whole
@@ -24,8 +24,9 @@ def find_spectra(work: Work) -> None:
     options = (settings.schemes, settings.groups, settings.criterion, settings.align)
     for batch in work.in_batches("spectra", [i for i in ready if not journal.has(kind, i)]):
         layers = [ready[i] for i in batch]
+        least = {layer.name: least_error_of_pivots(layer) for layer in layers} if settings.pivots else None
         with work.weights(layers) as sums:
-            results = prune_spectra(layers, *options, float32=settings.float32_first)
+            results = prune_spectra(layers, *options, least, float32=settings.float32_first)
         for number, spectra in zip(batch, results, strict=True):
             tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
             notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.float32)}
@@ -55,7 +56,7 @@ def find_plan(work: Work) -> Plan:
         parts = tuple(work.layers), spectra, count_params(work.model), work.model
         analysis = Analysis(*parts, recompute_in_float64=lambda wanted: _recompute_by_all(work, wanted))
         s = work.settings
-        plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align)  # type: ignore[arg-type]
+        plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align, pivots=s.pivots)  # type: ignore[arg-type]
         write_whole(path, [plan.to_json().encode()])
     work.world.together()
     while not path.exists():

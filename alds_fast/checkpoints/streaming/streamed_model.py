@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...allocation import auto_groups
 from ...criteria import for_threads, with_groups
@@ -37,6 +37,7 @@ class Settings:
     include: tuple[str, ...] | None
     exclude: tuple[str, ...] | None
     max_shard_bytes: int
+    pivots: bool
     float32: bool  # spectra, where that can be checked
 
     @property
@@ -92,6 +93,9 @@ class Work:
         groups, stored = self.settings.groups, self.shards.tensors[source]
         if stored.dtype not in DTYPES or not DTYPES[stored.dtype].is_floating_point:
             return layer.left_out(f"its weight is stored as {stored.dtype}")
+        weight = layer.module.weight
+        assert isinstance(weight, Tensor)
+        layer.module.weight = nn.Parameter(weight.to(DTYPES[stored.dtype]), requires_grad=False)
         return layer if groups is None else with_groups(layer, groups)
 
     @property

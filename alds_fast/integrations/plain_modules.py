@@ -1,0 +1,109 @@
+"""The plain form of a low-rank layer: an encoder and a decoder of torch's own types, which trace and script."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import AbsentWeight, LowRankConv, LowRankLayer
+
+
+class SlicedLinear(nn.Module):
+    """An ``nn.Linear`` for each of the equal slices of the last dimension, their outputs one after the other.
+
+    x (..., sum of in_features) to (..., sum of out_features). The encoder of a low-rank linear layer with slices, in a
+    form whose parameters every tool finds.
+    """
+
+    def __init__(self, slices: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.slices = nn.ModuleList(slices)
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = input.chunk(len(self.slices), -1)
+        outputs = []
+        for i, linear in enumerate(self.slices):
+            outputs.append(linear(parts[i]))
+        return torch.cat(outputs, -1)
+
+
+class OutputPivots(nn.Module):
+    """A decoder that passes what it gets on as some of its outputs; ``rest`` computes the others.
+
+    ``order``: for every output its place among these, then those; ``dim``: that of the channels, counted from the end.
+    """
+
+    order: Tensor
+    bias: Tensor | None
+
+    def __init__(self, rest: nn.Module, order: Tensor, bias: nn.Parameter | None, dim: int) -> None:
+        super().__init__()
+        self.rest, self.dim = rest, dim
+        self.register_buffer("order", order)
+        self.register_parameter("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = torch.cat([input, self.rest(input)], self.dim).index_select(self.dim, self.order)
+        bias = self.bias
+        return y if bias is None else y + bias.reshape([-1] + [1] * (-1 - self.dim))
+
+
+class InputPivots(nn.Module):
+    """An encoder that adds what it computes from some of its inputs, by ``rest``, to ``count`` others.
+
+    ``order``: which these others are, then those; ``dim``: that of the channels, counted from the end.
+    """
+
+    order: Tensor
+
+    def __init__(self, rest: nn.Module, order: Tensor, count: int, dim: int) -> None:
+        super().__init__()
+        self.rest, self.count, self.dim = rest, count, dim
+        self.register_buffer("order", order)
+
+    def forward(self, input: Tensor) -> Tensor:
+        ordered = input.index_select(self.dim, self.order)
+        left = len(self.order) - self.count
+        return ordered.narrow(self.dim, 0, self.count) + self.rest(ordered.narrow(self.dim, self.count, left))
+
+
+def _linear(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Linear:
+    """The ``nn.Linear`` that holds these very parameters."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias  # type: ignore[assignment]
+    return linear
+
+
+def _halves(layer: LowRankLayer, bias: Tensor | None) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder, without what pivots add to them."""
+    encoder, decoder = layer.encoder, layer.decoder
+    if isinstance(layer, LowRankConv):
+        return layer.half_modules(bias)
+    if layer.slices == 1:
+        return _linear(encoder), _linear(decoder, bias)
+    blocks, trained = encoder.detach().chunk(layer.slices), encoder.requires_grad
+    return SlicedLinear([_linear(nn.Parameter(block.clone(), trained)) for block in blocks]), _linear(decoder, bias)
+
+
+def plain_module(layer: LowRankLayer) -> nn.Sequential:
+    """The same function as an encoder and a decoder of torch's types, which hold this very layer's parameters.
+
+    It has the attributes of the dense layer, and ``weight`` as the layer has it. The encoder of a linear layer with
+    slices is one ``nn.Linear`` for each slice, with a copy of its part of the parameter.
+    """
+    bias: Any = layer.bias
+    dim = -1 - len(layer.weight_shape.kernel)
+    encoder, decoder = _halves(layer, None if layer.pivots == "output" else bias)
+    if layer.pivots == "output":
+        decoder = OutputPivots(decoder, layer.order, bias, dim)
+    elif layer.pivots:
+        encoder = InputPivots(encoder, layer.order, layer.groups_of_encoder * layer.rank, dim)
+    plain: Any = nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder)).train(layer.training)
+    for name in layer.dense_attributes:
+        setattr(plain, name, getattr(layer, name))
+    plain.weight = AbsentWeight(f"the plain form of {type(layer).__name__}", layer.weight_shape.weight, plain)
+    return plain
