@@ -100,13 +100,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _shard_names(folder: Path) -> dict[str, list[str]]:
     """Every file with the tensors that the index places in it; none are named for a single file."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).is_file():
-            raise MissingFileError(
-                f"{str(folder)!r} holds neither {SINGLE} nor {INDEX}; save the model there in the safetensors format "
-                f"(save_pretrained does)"
-            )
+    if (folder / SINGLE).is_file():  # which counts for transformers, whatever index an earlier save has left
         return {SINGLE: []}
+    if not (folder / INDEX).exists():
+        raise MissingFileError(
+            f"{str(folder)!r} holds neither {SINGLE} nor {INDEX}; save the model there in the safetensors format "
+            f"(save_pretrained does)"
+        )
     placed = _json(folder / INDEX).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise FileFormatError(f"{str(folder / INDEX)!r} has no weight_map of names to files")

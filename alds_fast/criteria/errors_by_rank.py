@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,11 +13,13 @@ from ..layers import DecomposableLayer, oriented_weight
 from .moments import Moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
 from .spectra import LayerSpectra
-from .weighted_errors import held_out_errors
+from .weighted_errors import errors, held_out_errors
 from .weights import Weighting, noise_share, unknown_share, weighting
 
 LEAST_NOISE = 0.02  # share below which more than it is not tried
 MOST_NOISE = 0.95  # mean share of the layers, above which data are not used unless a criterion is asked for
+NOT_NEAR = 1.25  # mean ratio of errors of calibration to those on samples kept aside, from which on the latter count
+NO_ERROR = 1e-3  # below which ratios say nothing
 MAX_DATA_GROUPS = 8  # channel slices tried with data where groups= is "divisors"
 Errors = dict[tuple[int, int], Tensor]
 
@@ -32,6 +35,7 @@ class Basis:
     moments: Mapping[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     bias_correction: bool = True
     _shares: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    _apart: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def used(self) -> bool:
@@ -79,6 +83,26 @@ class Basis:
                 shares.append(min(unknown_share(*part) for part in parts))
         return bool(shares) and sum(shares) / len(shares) > MOST_NOISE
 
+    def goes_by_samples_kept_aside(self, layers: Sequence[DecomposableLayer]) -> bool:
+        """Whether layers are to be compared by their errors there: where those of calibration are not near them.
+
+        Of calibration a part is what the data do not tell, of one layer more than of another.
+        """
+        for layer in layers:
+            if layer.name not in self._apart:
+                self._apart[layer.name] = self._distance(layer)
+        known = [distance for layer in layers if (distance := self._apart[layer.name]) is not None]
+        return bool(known) and sum(known) / len(known) > math.log(NOT_NEAR)
+
+    def _distance(self, layer: DecomposableLayer) -> float | None:
+        """Mean logarithm of the ratio of the two kinds of errors, either way, over the ranks of one slice."""
+        weights = self.weighting(layer)
+        if weights is None or weights.held is None:
+            return None
+        stated, held_out = errors(weights, 0, 1), _falling(held_out_errors(weights, 0, 1))
+        sure = (stated > NO_ERROR) & (held_out > NO_ERROR)
+        return float((stated[sure] / held_out[sure]).log().abs().mean()) if bool(sure[1:].any()) else None
+
     def _weighting(self, layer: DecomposableLayer, share: float) -> Weighting:
         centred = self.bias_correction and layer.own_bias
         sensitive = CRITERIA[self.criterion_of(layer.name)].needs_gradients
@@ -101,11 +125,11 @@ class Basis:
         return min((noise, (1.0 + noise) / 2, 1.0), key=lost)
 
 
-def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None) -> Errors:
+def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, held_out: bool = False) -> Errors:
     """Relative errors of ranks 0..r for every (scheme, groups), (r + 1,) float64.
 
     With data no more than ``max_groups`` slices, and where only the output's moment is known only the encode fold with
-    one slice.
+    one slice. With ``held_out`` those on the rows that are kept aside, where there are some.
     """
     layer, rule = spectra.layer, CRITERIA[basis.criterion_of(spectra.layer.name)].rule
     weights = basis.weighting(layer)
@@ -113,13 +137,28 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None) ->
         return {key: spectra.errors(*key, rule) for key in spectra.values}
     keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups]
     keys = [k for k in keys if weights.second is not None or k == (0, 1)]
+    if held_out and weights.held is not None and rule is errors:
+        return {key: _falling(held_out_errors(weights, *key)) for key in keys}
     return {key: rule(weights, *key) for key in keys}
 
 
-def layer_held_out_errors(layer: DecomposableLayer, basis: Basis, scheme: int, groups: int) -> Tensor | None:
-    """Relative errors of ranks 0..r on the rows that are kept aside; None without any, or by weights alone."""
+def _falling(errors: Tensor) -> Tensor:
+    """Each at least as large as those of larger ranks."""
+    return errors.flip(0).cummax(0).values.flip(0)
+
+
+def fold_errors(
+    layer: DecomposableLayer, basis: Basis, scheme: int, groups: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """Relative errors of ranks 0..r by the data: of calibration, and on the rows that are kept aside, None without any.
+
+    None for a layer that is judged by its weights.
+    """
     weights = basis.weighting(layer)
-    return None if weights is None or weights.held is None else held_out_errors(weights, scheme, groups)
+    if weights is None:
+        return None
+    stated = CRITERIA[basis.criterion_of(layer.name)].rule(weights, scheme, groups)
+    return stated, None if weights.held is None else _falling(held_out_errors(weights, scheme, groups))
 
 
 def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:

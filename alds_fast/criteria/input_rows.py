@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,7 +110,8 @@ def patches(
     drawn = _drawn(sizes.numel(), wanted, seed, x.device)
     at = drawn if isinstance(drawn, Tensor) else torch.arange(sizes.numel(), device=x.device)
     rows = windows[torch.unravel_index(at, tuple(sizes))]
-    return rows.reshape(len(rows), module.groups, -1), sizes.numel()
+    entries = math.prod(rows.shape[1:]) // module.groups
+    return rows.reshape(len(rows), module.groups, entries), sizes.numel()
 
 
 def outputs(

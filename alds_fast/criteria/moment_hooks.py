@@ -155,7 +155,9 @@ class Collector:
         if aside is not None:
             self.held[layer.name].add(outputs(layer.module, *aside, HeldRows.wanted, self.seed)[0] - shift)
 
-    def _add_gradient(self, layer: DecomposableLayer, g: Tensor) -> None:
+    def _add_gradient(self, layer: DecomposableLayer, g: Tensor | None) -> None:
+        if g is None:  # what comes after it passes none on
+            return
         sums, width = self.gradient_sums[layer.name], layer.shape.filters_per_group
         wanted = _rows_to_draw(layer, width, layer.shape.columns, sums.drawn)
         samples, rows = outputs(

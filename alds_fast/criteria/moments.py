@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,8 @@ def collect_moments(
     moments = _moments_of(collector, samples.worth)
     if layers and not moments:
         raise ArgumentError(
-            "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their weights "
-            "without calling them"
+            "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their "
+            "weights, or calls their forward(), without calling them"
         )
     return moments
 
@@ -192,10 +192,14 @@ def _check(layer: DecomposableLayer, second: Tensor, gradient: Tensor | None) ->
     for name, value in (("input", second), ("gradient", gradient)):
         squares = value if value is None or value.dim() == 2 else value.diagonal(dim1=-2, dim2=-1)
         if squares is not None and not bool(squares.isfinite().all()):
-            raise ModelError(
-                f"layer {label(layer.name)}: its {name} has NaN or infinite values on this data; mend the data, or "
-                f"leave the layer out with exclude={[layer.name]!r}"
-            )
+            _refuse(layer, name)
+
+
+def _refuse(layer: DecomposableLayer, name: str) -> NoReturn:
+    raise ModelError(
+        f"layer {label(layer.name)}: its {name} has NaN or infinite values on this data; mend the data, or "
+        f"leave the layer out with exclude={[layer.name]!r}"
+    )
 
 
 def _gradient(sums: ProductSums | DiagonalSums, energy: float, distinct: float) -> tuple[Tensor, float]:
@@ -223,10 +227,11 @@ def _moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
             shared = moments[other].second
             if shared is not None and torch.equal(shared, second):
                 second = shared
+        held = collector.held[layer.name].rows()
         _check(layer, second, gradient)
+        if held is not None and not bool(held.isfinite().all()):
+            _refuse(layer, "input")
         by_output = layer.name in collector.by_output
         inner, outer = (None, second) if by_output else (second, None)
-        moments[layer.name] = Moments(
-            rows, inner, mean, outer, gradient, noise, gradient_noise, mean_noise, collector.held[layer.name].rows()
-        )
+        moments[layer.name] = Moments(rows, inner, mean, outer, gradient, noise, gradient_noise, mean_noise, held)
     return moments

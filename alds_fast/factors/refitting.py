@@ -242,5 +242,6 @@ def refit(
             f"tell too little of what they see; pass more samples that differ",
             stacklevel=3,
         )
-    move_statistics(model, small, data)
+    if reports or not untold:  # what tells too little of the layers tells nothing of statistics
+        move_statistics(model, small, data)
     return reports

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..criteria import distinct_rows, exact_products, with_few_rows
+from ..linalg import solve_each
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the mean eigenvalue of C; infinity leaves W as it is
 
@@ -141,7 +142,7 @@ def _towards(weight: Tensor, seen: Means, ridge: float, centred: bool) -> Tensor
         return weight
     identity = torch.eye(second.shape[-1], dtype=torch.float64, device=second.device)
     ridged = second + torch.where(size > 0, ridge * size, 1.0) * identity
-    return weight + torch.linalg.solve(ridged, (cross - weight @ second).mT).mT
+    return weight + solve_each(ridged, cross - weight @ second)
 
 
 def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:

@@ -25,7 +25,7 @@ from .obstacles import has_hooks, reader_reason, warn_of_holders
 from .output_heads import chosen_layers
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
 from .replacement import annotate, check_copyable, replace_layers
-from .shared_weights import has_plain_memory, overlaps, tied_names
+from .shared_weights import has_plain_memory, is_freed, overlaps, tied_names
 from .values import bad_values, check_values, check_weight
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "find_layers",
     "has_hooks",
     "has_plain_memory",
+    "is_freed",
     "is_linear",
     "label",
     "left_out_text",

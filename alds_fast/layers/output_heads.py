@@ -10,7 +10,8 @@ from torch import nn
 from .discovery import DecomposableLayer, Layer, find_layers
 
 _REASON = "output head of a language model; name it in include= to decompose it"
-_BY_SIZE = "has as many outputs as an embedding has entries, as an " + _REASON
+PADDING = 64  # outputs beyond an embedding's entries, by which vocabularies are padded
+_BY_SIZE = "has an output for every entry of an embedding, as an " + _REASON
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -29,13 +30,20 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _head_by_size(model: nn.Module) -> nn.Module | None:
-    """The one linear layer that is as large as an embedding and has more outputs than inputs, if there is one."""
+    """The linear layer that gives a score for every entry of an embedding, if there is one.
+
+    That is the one as large as it with more outputs than inputs, or the model's last one, padded outputs allowed.
+    """
     if any(hasattr(module, "get_output_embeddings") for module in model.modules()):
         return None  # which says what it is
     tables = {(m.num_embeddings, m.embedding_dim) for m in model.modules() if isinstance(m, nn.Embedding)}
     sizes = [(m, (m.out_features, m.in_features)) for m in model.modules() if isinstance(m, nn.Linear)]
     heads = [m for m, size in sizes if size in tables and size[0] > size[1]]
-    return heads[0] if len(heads) == 1 else None
+    if len(heads) == 1 or not sizes:
+        return heads[0] if heads else None
+    last, (outputs, inputs) = sizes[-1]
+    most = max((entries for entries, width in tables if width == inputs), default=outputs + 1)
+    return last if 0 <= outputs - most < PADDING else None
 
 
 def chosen_layers(

@@ -58,7 +58,31 @@ def weight_shape(module: nn.Module) -> WeightShape | None:
 
 
 def low_rank_like(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
-    """The low-rank layer that replaces ``module``, with its factors on the meta device and its bias not copied yet."""
+    """The low-rank layer that replaces ``module``, with its factors on the meta device and its bias not copied yet.
+
+    Values that somebody has set on the module, or that a subclass declares, are on it too.
+    """
+    layer = _like(module, decomposition)
+    for name, value in own_values(module).items():
+        if not hasattr(layer, name):
+            setattr(layer, name, value)
+    return layer
+
+
+def own_values(module: nn.Module) -> dict[str, Any]:
+    """What a layer has beside what its type in torch has: set on it, or declared by a subclass; no methods."""
+    dense = dense_type(module)
+    kinds = type(module).__mro__[: type(module).__mro__.index(dense)] if dense else ()
+    declared = {name: value for cls in reversed(kinds) for name, value in vars(cls).items() if name[:1] != "_"}
+    values = {**declared, **{name: value for name, value in vars(module).items() if name[:1] != "_"}}
+    known = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx", "forward"}
+    return {
+        name: value for name, value in values.items()
+        if name not in known and not callable(value) and not isinstance(value, property | staticmethod | classmethod)
+    }  # fmt: skip
+
+
+def _like(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
     if is_linear(module):
         shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
         options: dict[str, Any] = {**decomposition.to_dict(), "bias": bias, "device": "meta"}

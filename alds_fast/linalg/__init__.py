@@ -24,7 +24,7 @@ from .own_memory import own_memory
 from .pivots import Pivots, index_count, pivot_factors, pivots_of_fold, saved_by_pivots, with_identity
 from .rsvd_op import batched_rsvd
 from .spectra_op import spectra
-from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors
+from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors, solve_each
 
 __all__ = [
     "EXACT_BY_FALLBACK",
@@ -49,6 +49,7 @@ __all__ = [
     "pivot_factors",
     "pivots_of_fold",
     "saved_by_pivots",
+    "solve_each",
     "spectra",
     "unfold",
     "weights_to_dense",

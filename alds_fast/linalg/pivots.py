@@ -10,7 +10,8 @@ input pivots
     The columns of every slice's R at r of its channels are the identity. It takes an encoder without a kernel axis.
 
 Which rows: those by LU with partial pivoting of an orthonormal basis, which are then exchanged until no coefficient of
-another row exceeds ``LARGEST`` in magnitude, so that rounding hardly grows.
+another row exceeds ``LARGEST`` in magnitude, so that rounding hardly grows. One matrix at a time is worked on: batched
+LU of torch 2.13's MKL returns nonsense with two threads.
 
 Sources: Gu, Eisenstat, "Efficient algorithms for computing a strong rank-revealing QR factorization", SIAM J. Sci.
 Comput. 17 (1996), for the exchanges; "Pivoting Factorization" (arXiv 2501.19090) for linear layers.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .folding import WeightShape, decoder_axes, matrix_shape
+from .torch_backend import solve_each
 
 Pivots = Literal["", "output", "input"]
 LARGEST = 2.0
@@ -61,7 +63,7 @@ def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, n, rank = basis.shape
     orthonormal = torch.linalg.qr(basis)[0]
-    factored, swaps = torch.linalg.lu_factor(orthonormal)
+    factored, swaps = (torch.stack(parts) for parts in zip(*map(torch.linalg.lu_factor, orthonormal), strict=True))
     order = torch.arange(n, device="cpu").repeat(batch, 1)
     for rows, swap in zip(order.numpy(), swaps.cpu().numpy(), strict=True):
         for i, other in enumerate(swap[:rank] - 1):
@@ -73,8 +75,7 @@ def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
         order[at] = _exchanged(order[at], coefficients[at].clone())
     order = order.to(basis.device)
     sorted_rows = torch.gather(orthonormal, 1, order.unsqueeze(-1).expand(-1, -1, rank))
-    exact = torch.linalg.solve(sorted_rows[:, :rank], sorted_rows[:, rank:], left=False)
-    return order, exact
+    return order, solve_each(sorted_rows[:, :rank], sorted_rows[:, rank:])
 
 
 def _exchanged(order: Tensor, coefficients: Tensor) -> Tensor:

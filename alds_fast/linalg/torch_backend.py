@@ -137,3 +137,12 @@ def batched_rsvd_ref(matrix: Tensor, groups: int, rank: int) -> Factors:
     exact = torch.full((len(slices),), EXACT_BY_CHOICE, device=matrix.device)
     left, right = u[..., :rank] * root[:, None], vh[:, :rank] * root[..., None]
     return Factors(left, right, optimal_errors(s, 0), optimal_errors(s, rank), exact)
+
+
+def solve_each(systems: Tensor, right: Tensor) -> Tensor:
+    """X with ``X @ systems == right``: (batch, n, n) and (batch, m, n) to (batch, m, n).
+
+    One system at a time: batched LU of torch 2.13's MKL returns nonsense, or nothing, with two threads.
+    """
+    pairs = zip(systems, right, strict=True)
+    return torch.stack([torch.linalg.solve(system, rows, left=False) for system, rows in pairs])

@@ -25,14 +25,15 @@ class Masks(NamedTuple):
 
     first: Tensor | None = None
     decoder: Tensor | None = None
+    apart: bool = False  # the decoder has tokens of its own
 
     def of(self, layer: str) -> tuple[Tensor, ...]:
         """Those that may hold for a layer by its name, the likeliest first."""
         parts = layer.lower().split(".")
         crossing = any(part in _CROSS for part in parts) and parts[-1] in _READS_ENCODER
         decoding = any("decoder" in part for part in parts) and not crossing
-        both = (self.decoder, self.first) if decoding else (self.first, self.decoder)
-        return tuple(mask for mask in both if mask is not None)
+        own, other = (self.decoder, self.first) if decoding else (self.first, self.decoder)
+        return tuple(mask for mask in (own, None if self.apart else other) if mask is not None)
 
     def __bool__(self) -> bool:
         return self.first is not None or self.decoder is not None
@@ -71,13 +72,17 @@ def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
     given = _by_name(model, batch)
     if mask == USUAL:
         first = _first(given, (USUAL, False), *((name, True) for name in _TORCH_FIRST))
-        masks = Masks(first, _first(given, (_DECODER, False), (_TORCH_DECODER, True)))
+        decoder = _first(given, (_DECODER, False), (_TORCH_DECODER, True))
     else:
-        masks = Masks(_mask(mask, given.get(mask), "pad" in mask))
-    if not masks:
+        first, decoder = _mask(mask, given.get(mask), "pad" in mask), None
+    if first is None and decoder is None:
         _warn_of_others(given)
-    samples = sample_count(batch)
-    return Masks(*(m.expand(samples, -1) if m is not None and len(m) == 1 else m for m in masks))
+    samples, apart = sample_count(batch), any(name.startswith("decoder_input") or name == "tgt" for name in given)
+    return Masks(_for_all(first, samples), _for_all(decoder, samples), apart)
+
+
+def _for_all(mask: Tensor | None, samples: int) -> Tensor | None:
+    return mask.expand(samples, -1) if mask is not None and len(mask) == 1 else mask
 
 
 def _first(given: Mapping[str, Any], *kinds: tuple[str, bool]) -> Tensor | None:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import AldsError, ModelError
+from ..layers import LowRankLayer, has_plain_memory, is_freed
 from .run_model import call_model, inference, without_nested_tensors
 
 Run = Callable[..., Any]  # (batch, number, name) -> the model's output
 _SEED = 0x5EED
+_LARGE = 2**20  # numbers of a parameter that are not copied, and of a tensor that are not compared
 _DEPTH = 2  # of objects in objects: beyond, a trainer that hangs on a model leads to its data
 _OWN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "training"}  # hooks, which others set
 
@@ -34,7 +36,14 @@ def _copy(value: Any) -> Any:
         return value.detach().clone()
     try:
         return copy.deepcopy(value)  # a cache, say, that the model would fill
-    except Exception:  # what cannot be copied (a lock, an open file) holds no values that a model computes with
+    except Exception:
+        pass
+    try:  # its parts, one by one: what cannot be copied (a lock, an open file) holds no values to compute with
+        shallow = copy.copy(value)
+        for name, part in vars(shallow).items():
+            vars(shallow)[name] = copy_batch(part)
+        return shallow
+    except Exception:
         return value
 
 
@@ -69,15 +78,26 @@ def _undo(value: Any) -> Callable[[], object] | None:
     return partial(np.copyto, value, value.copy()) if isinstance(value, np.ndarray) and value.flags.writeable else None
 
 
+def _is_changed(tensor: Tensor, old: Tensor) -> bool:
+    """Whether it was written past its version counter, as through ``.data`` or numpy; large ones are not looked at."""
+    if tensor.shape != old.shape or tensor.numel() > _LARGE:
+        return False
+    return not bool(((tensor == old) | ((tensor != tensor) & (old != old))).all())  # NaN is NaN
+
+
 class _State:
     """What a model's modules, and the objects in them, hold, to be put back."""
 
     def __init__(self, model: nn.Module) -> None:
         self.contents: list[tuple[Any, Any]] = []
-        self.tensors: list[tuple[Tensor, int, Tensor]] = []
+        self.tensors: list[tuple[Tensor, int, Tensor | None]] = []  # without a copy where that would be large
         self.others: list[Callable[[], object]] = []  # what puts back random generators and arrays of numpy
-        seen: set[int] = set()
-        for module in model.modules():
+        modules = list(model.modules())
+        fitted = [m for m in modules if isinstance(m, LowRankLayer)]  # which refit changes between two runs
+        self.ours = {id(t) for m in fitted for t in (*m._parameters.values(), *m._buffers.values())}
+        seen = {id(module) for module in modules}  # none as a part of another, where it would be too deep
+        for module in modules:
+            seen.discard(id(module))
             self._keep(module, 0, seen)
 
     def _keep(self, value: Any, depth: int, seen: set[int]) -> None:
@@ -88,8 +108,15 @@ class _State:
             self.others.append(undo)
             return
         if isinstance(value, Tensor):
-            if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference()):
-                self.tensors.append((value, value._version, value.detach().clone()))
+            if not (
+                id(value) in self.ours
+                or value.is_meta
+                or value.is_inference()
+                or not has_plain_memory(value)
+                or is_freed(value)
+            ):
+                large = isinstance(value, nn.Parameter) and value.numel() > _LARGE
+                self.tensors.append((value, value._version, None if large else value.detach().clone()))
             return
         content = value if isinstance(value, tuple) else _content(value)
         if content is None:
@@ -109,7 +136,12 @@ class _State:
                 (content.update if isinstance(content, set) else content.extend)(kept)
         with torch.no_grad():
             for i, (tensor, version, old) in enumerate(self.tensors):
-                if tensor._version != version:
+                if old is None and tensor._version != version:
+                    raise ModelError(
+                        f"the model changes a parameter of shape {tuple(tensor.shape)} in its forward, too large to be "
+                        f"put back after every run; keep it in a buffer, or freeze it in evaluation mode"
+                    )
+                if old is not None and (tensor._version != version or _is_changed(tensor, old)):
                     tensor.detach().copy_(old)
                     self.tensors[i] = tensor, tensor._version, old
         for undo in self.others:

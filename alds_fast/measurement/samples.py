@@ -1,15 +1,18 @@
-"""The samples of batches: which are the same, and which are kept aside."""
+"""The samples of batches: which are the same or hardly differ, and which are kept aside."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LEAST_SAMPLES = 3  # from which something is known of others
+TWO_ASIDE = 6  # samples of which two at least are kept aside
+ALIKE = 0.01  # of a sample's norm: what is no farther from another one tells nothing new
+_MOST, _DIRECTIONS = 4096, 32
 MAX_DEPTH = 6  # of containers in containers
 
 
@@ -62,6 +65,49 @@ def _marks(batch: Any) -> list[bytes]:
     return marks
 
 
+class _Sketches:
+    """Samples by what their numbers look like: those that hardly differ from one before are told.
+
+    Of every sample's floating-point numbers up to ``_MOST`` are projected to ``_DIRECTIONS`` random directions, between
+    which distances are kept to some 10 %.
+    """
+
+    def __init__(self) -> None:
+        self.sketches: dict[int, Tensor] = {}
+        self.marks: dict[int, list[bytes]] = {}
+
+    def alike(self, batch: Any, marks: Sequence[bytes]) -> list[bytes]:
+        """For each sample its mark, or that of the first that it is alike."""
+        numbers = _numbers(batch, len(marks))
+        if numbers is None:
+            return list(marks)
+        width = numbers.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(width, _DIRECTIONS, generator=generator, device="cpu") / _DIRECTIONS**0.5
+        known, names = self.sketches.get(width, torch.empty(0, _DIRECTIONS, device="cpu")), self.marks.get(width, [])
+        found = []
+        for mark, sketch in zip(marks, numbers @ directions, strict=True):
+            near = (known - sketch).norm(dim=1) < ALIKE * sketch.norm() if len(known) else torch.zeros(0, device="cpu")
+            if mark in names or not bool(near.any()):
+                found.append(mark)
+            else:
+                found.append(names[int(near.to(torch.uint8).argmax())])
+            if found[-1] == mark and mark not in names:
+                known, names = torch.cat([known, sketch[None]]), [*names, mark]
+        self.sketches[width], self.marks[width] = known, names
+        return found
+
+
+def _numbers(batch: Any, count: int) -> Tensor | None:
+    """The floating-point numbers of every sample, (samples, numbers) of float32 on the CPU; None without any."""
+    leaves = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count]
+    if not count or not leaves or not all(leaf.is_floating_point() and leaf.layout == torch.strided for leaf in leaves):
+        return None
+    rows = torch.cat([leaf.detach().reshape(count, -1).cpu().float() for leaf in leaves], 1)
+    rows = rows[:, :: -(-rows.shape[1] // _MOST)]
+    return rows if bool(rows.isfinite().all()) else None
+
+
 class Samples:
     """Of batch after batch, which samples are kept aside: a share of those that differ, one at least of two.
 
@@ -70,6 +116,7 @@ class Samples:
 
     def __init__(self, share: float) -> None:
         self.share, self.total = share, 0
+        self._sketches = _Sketches()
         self._aside: dict[bytes, bool] = {}
 
     @property
@@ -92,11 +139,12 @@ class Samples:
 
     def aside(self, batch: Any) -> Tensor:
         """Whether each sample of the batch is kept aside, (samples,) of bool on the CPU."""
-        marks = _marks(batch)
+        marks = self._sketches.alike(batch, _marks(batch))
         self.total += len(marks)
         new = [mark for mark in dict.fromkeys(marks) if mark not in self._aside]
         distinct = len(self._aside) + len(new)
-        wanted = max(int(distinct * self.share), int(distinct > 1 and self.share > 0)) - self.kept_aside
+        least = (int(distinct > 1) + int(distinct >= TWO_ASIDE)) if self.share > 0 else 0
+        wanted = max(int(distinct * self.share), least) - self.kept_aside
         first = len(new) - min(wanted, len(new) - (not self._aside))
         self._aside |= {mark: i >= first for i, mark in enumerate(new)}
         return torch.tensor([self._aside[mark] for mark in marks], device="cpu")

@@ -27,8 +27,8 @@ from ..criteria import (
     Moments,
     Recompute,
     exact_spectra,
+    fold_errors,
     layer_errors,
-    layer_held_out_errors,
     with_outputs,
 )
 from ..layers import DecomposableLayer, Layer, decomposable, left_out_text, saying_what_is_left_out
@@ -61,9 +61,9 @@ class Analysis:
     moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     max_groups: int | None = None
     recompute_in_float64: Recompute = field(default=exact_spectra, repr=False)
-    _errors: dict[tuple[str, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
+    _errors: dict[tuple[str, bool, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[tuple[str, bool], Basis] = field(default_factory=dict, repr=False, compare=False)
-    _held_out: dict[tuple, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+    _by_fold: dict[tuple, tuple[Tensor, Tensor | None] | None] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
         self,
@@ -103,8 +103,8 @@ class Analysis:
                 "output", "frobenius".
             p: how layers are traded, 1 <= p <= inf; inf minimises the largest error, then, under one budget, the second
                 largest, ...; exactly under one budget. How far from the optimum is in ``Plan.gap``. None for 2 with
-                "sensitivity", whose squares add up, 4 with other criteria, which is what measured best, and inf with
-                error=.
+                "sensitivity", whose squares add up, and where layers are compared on samples kept aside, as errors of
+                calibration are not near those; 4 with other criteria, which measured best, and inf with error=.
             method: "alds" (exact) or, for comparison, "alds-heuristic" (the paper's alternating search), "svd",
                 "svd-energy", "svd-nuclear", "l-rank", "pca", "sum" or "uniform", see
                 :mod:`alds_fast.allocation.baselines`: under one budget, of params= or flops=. Their ``Plan.gap`` is
@@ -141,14 +141,15 @@ class Analysis:
         basis = self._basis(resolved_criterion(criterion, self.moments, method), bias_correction)
         if criterion is None and method not in BASELINES:
             basis = self._basis_if_told(basis, layers)
-        p = resolved_norm(p, basis.criterion, shares, method)
+        few = error is None and method not in BASELINES and basis.used and basis.goes_by_samples_kept_aside(layers)
+        p = resolved_norm(p, basis.criterion, shares, method, few)
         weights = {layer.name: 1.0 for layer in layers}
         weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
         budgets = [name for name, share in shares.items() if share is not None]
         if not check_is_possible(budgets, basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
         while True:
-            choices = self._choices(layers, basis, align, weights, pivots and method not in BASELINES)
+            choices = self._choices(layers, basis, align, weights, pivots and method not in BASELINES, few)
             spectra = [self.spectra[layer.name] for layer in layers]
             if method in BASELINES and BASELINES[method].needs_data:
                 spectra = [with_outputs(s, basis) for s in spectra]
@@ -166,7 +167,10 @@ class Analysis:
             warnings.warn(f"no layer can be decomposed: {left_out_text(self.layers)}", stacklevel=2)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
-        rows = tuple(self._row(layer, chosen.get(layer.name), align, basis) for layer in self.layers)
+        rows = tuple(
+            self._row(layer, chosen.get(layer.name), align, basis, weights.get(layer.name, 1.0))
+            for layer in self.layers
+        )
         warn_if_apart(rows)
         budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
@@ -188,7 +192,7 @@ class Analysis:
         )
         return self._basis(DEFAULT_CRITERION, basis.bias_correction)
 
-    def _row(self, layer: Layer, pick: Any, align: int, basis: Basis) -> LayerPlan:
+    def _row(self, layer: Layer, pick: Any, align: int, basis: Basis, weight: float) -> LayerPlan:
         row = plan_row(layer, pick, align)
         choice = row.choice
         if choice is None or not isinstance(layer, DecomposableLayer):
@@ -199,10 +203,13 @@ class Analysis:
             row = replace(row, criterion=criterion)
         row = replace(row, remark=basis.remark(layer.name))
         key = basis.criterion, basis.bias_correction, layer.name, fold
-        if key not in self._held_out:
-            self._held_out[key] = layer_held_out_errors(layer, basis, *fold)
-        errors = self._held_out[key]
-        return row if errors is None else replace(row, held_out=float(errors[rank]))
+        if key not in self._by_fold:
+            self._by_fold[key] = fold_errors(layer, basis, *fold)
+        errors = self._by_fold[key]
+        if errors is None:
+            return row
+        held_out = None if errors[1] is None else float(errors[1][rank])
+        return replace(row, error=weight * float(errors[0][rank]), held_out=held_out)
 
     def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
         """These spectra in float64, in the place of those there are; without any, known errors stay."""
@@ -213,12 +220,18 @@ class Analysis:
         self._errors.clear()
 
     def _choices(
-        self, layers: Sequence[DecomposableLayer], basis: Basis, align: int, weights: Mapping[str, float], pivots: bool
-    ) -> list[Candidates]:
-        """Every choice of the layers; their errors are kept for the next plan."""
-        key = basis.criterion, basis.bias_correction
+        self, layers: Sequence[DecomposableLayer], basis: Basis, align: int, weights: Mapping[str, float], pivots: bool,
+        held_out: bool = False,
+    ) -> list[Candidates]:  # fmt: skip
+        """Every choice of the layers; their errors are kept for the next plan.
+
+        If ``held_out``, those on samples kept aside, where there are some.
+        """
+        key = basis.criterion, basis.bias_correction, held_out
         if key not in self._errors:
-            self._errors[key] = [layer_errors(self.spectra[layer.name], basis, self.max_groups) for layer in layers]
+            self._errors[key] = [
+                layer_errors(self.spectra[layer.name], basis, self.max_groups, held_out) for layer in layers
+            ]
         choices = []
         for layer, errors in zip(layers, self._errors[key], strict=True):
             by_fold = {key: weights[layer.name] * e for key, e in errors.items()}

@@ -27,13 +27,18 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
     return criterion
 
 
-def resolved_norm(p: float | None, criterion: str, shares: Mapping[str, float | None], method: str) -> float:
-    """p if given; else infinity with error= or a baseline, and the criterion's own otherwise."""
+def resolved_norm(
+    p: float | None, criterion: str, shares: Mapping[str, float | None], method: str, few: bool = False
+) -> float:
+    """p if given; else infinity with error= or a baseline, and the criterion's own otherwise.
+
+    ``few``: data are so few that layers are compared on samples kept aside, which 2 serves best.
+    """
     if p is not None:
         return p
     if method in BASELINES or all(share is None for share in shares.values()):
         return math.inf
-    return CRITERIA[criterion].p
+    return 2.0 if few else CRITERIA[criterion].p
 
 
 def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_model
@@ -100,6 +101,7 @@ class Plan:
         """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
         return not CRITERIA[self.criterion].certified or "error" in self.budgets
 
+    @torch.inference_mode(False)  # or the result could not be trained
     def apply(
         self,
         model: nn.Module,
@@ -115,10 +117,9 @@ class Plan:
             model: the one that was analysed, or one with the same layers.
             moments: those of an analysis with data (``analysis.moments``), for a plan by a criterion that uses them
                 and that was read from JSON.
-            refit: a list of batches as for analyze(data=), whatever the criterion: layer after layer, factors and bias
-                are fitted to the dense network's outputs on what reaches the layer in the compressed one, and the
-                statistics of BatchNorms move along, see :mod:`alds_fast.factors.refitting`. One pass of both networks
-                per layer.
+            refit: a list of batches as for analyze(data=): layer after layer, factors and bias are fitted to the dense
+                network's outputs on what reaches the layer in the compressed one, and the statistics of BatchNorms move
+                along, see :mod:`alds_fast.factors.refitting`. One pass of both networks per layer.
             mask: as for analyze.
             example_inputs: what the model is run with, as for flops=; by default the first batch of ``refit``. The
                 result is run on them before it is given back.
@@ -139,9 +140,8 @@ class Plan:
         check_copyable(model)
         choices = [row.choice for row in self.layers]
         chosen = [c for c in choices if c is not None]
-        small, reports = factorize(
-            model, chosen, self.spectra, exact=self.exact, weighted=self._basis(moments).weighting
-        )
+        weighting = self._basis(moments).weighting
+        small, reports = factorize(model, chosen, self.spectra, exact=self.exact, weighted=weighting)
         names = [choice.name for choice in chosen]
         inputs, called = example_inputs, "example_inputs"
         if inputs is None and refit is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import alds_fast as alds
 from alds_fast.allocation import Front, one_budget, pareto, pareto_front

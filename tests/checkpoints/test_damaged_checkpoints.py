@@ -123,3 +123,15 @@ def test_nan_in_what_is_copied_is_named_before_the_work(copied, tmp_path):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(errors.WeightError, match=rf"'{name[:-7]}': 1 of \d+ values of its weight are NaN or infinite"):
         alds.compress_checkpoint(copied, tmp_path / "out", **OPTIONS)
+
+
+def test_a_single_file_counts_whatever_index_stands_beside_it(copied, tmp_path):
+    """As for transformers: an earlier, sharded save leaves its index."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(copied)
+    folder = tmp_path / "both"
+    model.save_pretrained(folder, max_shard_size="40KB")
+    model.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists() and (folder / "model.safetensors").exists()
+    plan = alds.compress_checkpoint(folder, tmp_path / "out", **OPTIONS).plan
+    assert plan.params < plan.params_before

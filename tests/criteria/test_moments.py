@@ -251,3 +251,29 @@ def test_sensitivity_needs_an_output_with_a_gradient():
 
     with pytest.raises(ModelError, match="sensitivity= needs a floating-point output"):
         alds.analyze(Detached(), data=[torch.randn(2, 3)], sensitivity=True)
+
+
+def test_batches_of_one_image():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    images = torch.randn(16, 3, 8, 8)
+    one, all_together = (alds.analyze(net, data=data, held_out=0) for data in (list(images.split(1)), [images]))
+    assert one.moments["3"].rows == all_together.moments["3"].rows == 16
+    torch.testing.assert_close(one.moments["3"].second, all_together.moments["3"].second)
+    assert alds.compress(net, params=0.5, data=list(images.split(1)), refit=True)(images).isfinite().all()
+
+
+def test_nan_in_samples_kept_aside_is_named():
+    batches = [torch.randn(16, 24) for _ in range(8)]
+    batches[7][-1] = torch.nan
+    with pytest.raises(ModelError, match="layer '0': its input has NaN or infinite values"):
+        alds.analyze(nn.Sequential(nn.Linear(24, 24)), data=batches)
+
+
+def test_a_layer_that_passes_no_gradient_on():
+    class Stops(nn.Module):
+        def forward(self, x):
+            return x.detach()
+
+    net = nn.Sequential(nn.Linear(24, 24), Stops(), nn.Linear(24, 24))
+    moments = alds.analyze(net, data=[torch.randn(16, 24) for _ in range(2)], sensitivity=True).moments
+    assert moments["2"].gradient.any() and not moments["0"].gradient.any()

@@ -391,3 +391,12 @@ def test_moments_that_do_not_fit_the_criterion():
         plan.apply(net, moments=alds.analyze(net, data=[x]))
     with pytest.raises(PlanError, match="layer '0': criterion 'sensitivity' needs moments"):
         plan.apply(net, moments=alds.analyze(net, data=[x]).moments)
+
+
+def test_statistics_stay_where_the_batches_tell_nothing():
+    net = small_net()
+    plan = alds.analyze(net).plan(params=0.5)
+    plain = plan.apply(net)
+    with pytest.warns(UserWarning, match="refit= left"):
+        same = plan.apply(net, refit=[torch.ones(8, 3, 12, 12)])
+    assert torch.equal(same[1].running_var, plain[1].running_var)

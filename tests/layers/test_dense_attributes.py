@@ -164,3 +164,33 @@ def test_an_optimizer_refuses_it():
     layer = alds.LowRankLinear(4, 8, 2)
     with pytest.raises(TypeError, match="AbsentWeight"):
         torch.optim.SGD([{"params": [layer.weight], "weight_decay": 0.1}, {"params": [layer.bias]}], lr=0.1)
+
+
+class Scaled(nn.Linear):
+    scale = 3.0
+
+    @property
+    def twice(self):
+        return 2
+
+
+def test_values_set_on_a_layer_or_declared_by_its_class_stay():
+    net = nn.Sequential(Scaled(24, 24), nn.Linear(24, 24), nn.Conv2d(3, 24, 3))
+    net[1].note, net[2].tag = "first", (1, 2)
+    small = alds.compress(net, params=0.6)
+    assert (small[0].scale, small[1].note) == (3.0, "first") and not hasattr(small[0], "twice")
+    assert small[2].tag == (1, 2) and small[1].in_features == 24
+
+
+def test_containers_of_replaced_weights_are_warned_of():
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    net.penalised = {"first": net[0].weight}
+    with pytest.warns(UserWarning, match=r"model.penalised\['first'\] holds a weight of a dense layer"):
+        alds.compress(net, params=0.6)
+
+
+def test_compressed_in_inference_mode_and_trained():
+    with torch.inference_mode():
+        small = alds.compress(nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)), params=0.6)
+    small(torch.randn(2, 24)).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())

@@ -112,7 +112,7 @@ class ByHand(nn.Module):
 
 
 def test_a_head_that_no_method_names_is_known_by_its_size():
-    by_size = f"has as many outputs as an embedding has entries, as an {REASON}"
+    by_size = f"has an output for every entry of an embedding, as an {REASON}"
     assert reasons(ByHand(40))["out"] == by_size and reasons(ByHand(40))["body"] is None
     assert reasons(ByHand(39))["out"] is None
     assert {layer.name: layer.reason for layer in alds.analyze(ByHand(40), include="*").layers}["out"] is None

@@ -115,3 +115,16 @@ def test_zero_and_deficient_factors():
         dense.weight.data = weight
         low = alds.LowRankLinear.from_dense(dense, rank=3, pivots="output")
         torch.testing.assert_close(low.dense_weight(), weight)
+
+
+def test_several_large_slices_on_two_threads():
+    """Where batched LU of MKL fails."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        basis = torch.randn(3, 512, 257, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        order, coefficients = pivots.choose_pivots(basis)
+    finally:
+        torch.set_num_threads(threads)
+    for one, rows, told in zip(basis, order, coefficients, strict=True):
+        torch.testing.assert_close(told @ one[rows[:257]], one[rows[257:]])

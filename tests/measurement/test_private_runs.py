@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,3 +144,59 @@ def test_timing_leaves_the_example_inputs_as_they_were():
     end_to_end(model, {"body.0": Decomposition(0, 1, 4)}, x, torch.device("cpu"))
     alds.deploy(alds.compress(model, params=0.6), x, rounds=1)
     assert torch.equal(x, kept) and same(before, state(model))
+
+
+class Learns(nn.Module):
+    """Changes its parameters in its forward, one of them past its version counter."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(size, size), nn.LayerNorm(size)
+        self.code = nn.Parameter(torch.zeros(size), requires_grad=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.code.mul_(0.9).add_(x.mean(0))
+            self.norm.weight.data.mul_(0.5)
+        return self.layer(self.norm(x - self.code))
+
+
+def test_parameters_that_a_forward_changes_are_put_back():
+    model, x = Learns(24), torch.randn(8, 24)
+    small = alds.compress(model, params=0.8, data=[x, x + 1], sensitivity=True, refit=True)
+    for net in (model, small):
+        assert not net.code.any() and torch.equal(net.norm.weight, torch.ones(24))
+
+
+def test_a_large_parameter_that_a_forward_changes_is_refused():
+    class Large(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(24, 1100), Large(1100, 1100))
+    with pytest.raises(ModelError, match=r"changes a parameter of shape \(1100, 1100\) in its forward"):
+        alds.analyze(model, data=[torch.randn(4, 24)] * 2, groups=(1,))
+
+
+class Locked:
+    """A batch that cannot be copied as a whole."""
+
+    def __init__(self, x):
+        self.x, self.lock = x, threading.Lock()
+
+
+def test_batches_that_cannot_be_copied_have_tensors_of_their_own():
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(24, 24)
+
+        def forward(self, batch):
+            return self.layer(batch.x.sub_(1.0))
+
+    batches = [(Locked(torch.randn(16, 24)),) for _ in range(2)]
+    before = [batch.x.clone() for (batch,) in batches]
+    alds.compress(Takes(), params=0.8, data=batches, refit=True)
+    assert all(torch.equal(batch.x, old) for (batch,), old in zip(batches, before, strict=True))

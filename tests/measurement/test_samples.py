@@ -5,13 +5,13 @@ import torch
 from alds_fast.measurement import Samples
 
 
-def test_one_in_eight_is_kept_aside_and_one_at_least_of_two():
+def test_one_in_eight_is_kept_aside_one_at_least_of_two_and_two_of_six():
     x = torch.randn(40, 3)
-    for count, aside in ((1, 0), (2, 1), (3, 1), (15, 1), (16, 2), (40, 5)):
+    for count, aside in ((1, 0), (2, 1), (5, 1), (6, 2), (15, 2), (16, 2), (40, 5)):
         samples = Samples(1 / 8)
         assert int(samples.aside(x[:count]).sum()) == aside == samples.kept_aside
     samples = Samples(1 / 8)
-    assert [bool(samples.aside(x[i : i + 1])) for i in range(17)] == [i in (1, 15) for i in range(17)]
+    assert [bool(samples.aside(x[i : i + 1])) for i in range(17)] == [i in (1, 5) for i in range(17)]
     assert not Samples(0).aside(x).any()
 
 
@@ -56,3 +56,20 @@ def test_samples_of_objects_and_of_mappings_of_other_kinds():
         batches = [wrap({"x": torch.full((2, 3), float(i))}) for i in range(2)]
         assert [samples.aside(batch).tolist() for batch in batches] == [[False, False], [True, True]]
     assert Samples(0.5).aside([{"text": "a"}, {"text": "b"}]).tolist() == [False]
+
+
+def test_samples_that_hardly_differ_are_one():
+    samples, base = Samples(0.0), torch.randn(2, 3, 8, 8)
+    samples.aside(base)
+    samples.aside(base + 1e-4 * torch.randn(2, 3, 8, 8))
+    samples.aside(torch.cat([base, base * 1.001, torch.randn(3, 3, 8, 8)]))
+    assert (samples.distinct, samples.total) == (5, 11)
+    samples.aside({"x": torch.randn(4, 10)})  # of another size
+    assert samples.distinct == 9
+
+
+def test_tokens_and_numbers_that_are_not_finite_are_compared_bit_by_bit():
+    samples = Samples(0.0)
+    samples.aside({"ids": torch.tensor([[1, 2, 3], [1, 2, 4]])})
+    samples.aside({"x": torch.tensor([[torch.nan, 1.0], [torch.nan, 1.0001]])})
+    assert samples.distinct == 4

@@ -169,7 +169,8 @@ def test_a_layer_that_what_matters_does_not_depend_on_is_judged_by_its_output():
     rows = {row.name: row for row in plan.layers}
     if rows["second"].rank is not None:
         assert rows["second"].remark == "no gradient reached it: judged by 'output'" and rows["first"].remark is None
-        errors = by_output._choices([by_output.layers[2]], by_output._basis("output", True), 1, {"second": 1.0}, True)
+        of_output = by_output._basis("output", True)
+        errors = by_output._choices([by_output.layers[2]], of_output, 1, {"second": 1.0}, True, False)
         assert rows["second"].error in errors[0].errors
     assert rows["first"].error > 0 and all(y.isfinite().all() for y in plan.apply(net)(x))
 

@@ -91,7 +91,7 @@ def test_many_samples_are_much_better_and_their_errors_those_of_others(problem):
     small = alds.compress(net, params=0.5, data=[x], sensitivity=True)
     plan = small.alds_plan
     assert apart(net, small, fresh) < 0.5 * free
-    assert plan.held_out is not None and 0.5 * plan.error < plan.held_out < 1.5 * plan.error
+    assert plan.held_out is not None and 0.3 * plan.error < plan.held_out < 1.5 * plan.error  # the latter is cautious
     assert "held out" in str(plan) and "on samples kept aside" in str(plan)
     assert alds.Plan.from_json(plan.to_json()).held_out == plan.held_out
 

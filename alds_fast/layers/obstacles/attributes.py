@@ -114,11 +114,21 @@ def held_past_the_model(model: nn.Module) -> dict[int, str]:
 
 
 def warn_of_holders(model: nn.Module, replaced: Collection[str]) -> None:
-    """UserWarning for an optimizer of replaced layers, and for a function that holds a module with such layers."""
+    """UserWarning for an optimizer of replaced layers, a container of their weights, a function that holds a module of
+    such layers.
+    """
     layers = [model.get_submodule(name) for name in replaced]
     modules = {id(layer) for layer in layers}
     tensors = {id(p) for layer in layers for p in layer.parameters()}
     for path, value in attributes(model):
+        held = [] if isinstance(value, nn.Module) or path.endswith(_TABLES) else [*_parts(path, value)]
+        for part_path, part in held:
+            if isinstance(part, Tensor) and id(part) in tensors:
+                warnings.warn(
+                    f"{part_path} holds a weight of a dense layer, which stays in the compressed model and is not used "
+                    f"by its layers; set it anew there",
+                    stacklevel=3,
+                )
         groups = value.param_groups if isinstance(value, torch.optim.Optimizer) else []
         if any(id(p) in tensors for group in groups for p in group["params"]):
             warnings.warn(

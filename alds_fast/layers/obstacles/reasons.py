@@ -164,6 +164,9 @@ def _reason_of_weight(module: nn.Module) -> str | None:
         return f"its weight is not a parameter of it, as in a sharded model: {SHARDED}"
     if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
         return "it has parameters, buffers or modules beside weight and bias"
+    bias = module._parameters["bias"]
+    if bias is not None and (bias.is_meta != weight.is_meta or bias.shape != (shape.out_channels,)):
+        return f"its bias, {tuple(bias.shape)} on {bias.device}, is not there: {SHARDED}"
     if weight.dtype not in _TYPES:
         return f"its weight is {weight.dtype}, not real floating point"
     if weight.layout != torch.strided:
