@@ -52,7 +52,7 @@ def compress(
 
     >>> import torch
     >>> compress(torch.nn.Linear(64, 64), params=0.5, groups=(1,))
-    LowRankLinear(in_features=64, out_features=64, scheme=0, groups=1, rank=15)
+    LowRankLinear(in_features=64, out_features=64, scheme=0, groups=1, rank=17, pivots='output')
     """
     unknown = sorted(set(options) - _ANALYSIS_OPTIONS - _PLAN_OPTIONS)
     if unknown:

@@ -18,7 +18,7 @@ MODEL = """
 import os
 import time
 import torch
-from support.models import count
+from alds_fast.layers import count_params as count
 from torch import nn
 
 class Net(nn.Sequential):

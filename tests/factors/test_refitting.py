@@ -366,7 +366,7 @@ def test_compress_and_evaluate_take_it():
     plain = alds.compress(net, params=0.4, data=data)
     fitted = alds.compress(net, params=0.4, data=data, refit=True)
     assert outputs_apart(net, fitted, x) < outputs_apart(net, plain, x)
-    with pytest.raises(ArgumentError, match="refit= is a NoneType"):
+    with pytest.raises(ArgumentError, match="refit=True: data= is a NoneType"):
         alds.compress(net, params=0.4, refit=True)
     variants = {"plain": {"data": True}, "fitted": {"data": True, "refit": True}, "free": {"refit": True}}
     quality = lambda m: -outputs_apart(net, m, x)  # noqa: E731
