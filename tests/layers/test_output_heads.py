@@ -116,3 +116,10 @@ def test_a_head_that_no_method_names_is_known_by_its_size():
     assert reasons(ByHand(40))["out"] == by_size and reasons(ByHand(40))["body"] is None
     assert reasons(ByHand(39))["out"] is None
     assert {layer.name: layer.reason for layer in alds.analyze(ByHand(40), include="*").layers}["out"] is None
+
+
+@pytest.mark.parametrize(("entries", "width", "outputs"), [(65, 128, 65), (200, 64, 256), (128, 128, 128)])
+def test_heads_of_few_symbols_of_padded_vocabularies_and_square_ones(entries, width, outputs):
+    layers = nn.Embedding(entries, width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    model = nn.Sequential(*layers, nn.Linear(width, outputs))
+    assert "has an output for every entry" in reasons(model)["3"] and reasons(model)["1"] is None

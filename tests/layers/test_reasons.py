@@ -363,3 +363,10 @@ def test_weights_that_peft_adapts_itself():
     why = {row.name.rsplit("model.", 1)[-1]: row.reason for row in small.alds_plan.layers}
     assert "target_parameters" in why["0.base_layer"] and why["1"] is None
     assert small(x).shape == model(x).shape
+
+
+@pytest.mark.parametrize("bias", [torch.empty(32, device="meta"), torch.empty(0)])
+def test_a_bias_that_is_not_there(bias):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].bias = nn.Parameter(bias)
+    assert "its bias, " in reasons(model)["1"] and "gathered weights" in reasons(model)["1"]

@@ -110,3 +110,11 @@ def test_masks_of_attention_are_not_warned_of(recwarn):
     masks_of(Pads(), {"x": torch.ones(3, 3, 4), "src_mask": torch.ones(3, 3).tril()}, "attention_mask")
     masks_of(Pads(), {"x": torch.ones(3, 3, 4), "mask": TOKENS}, None)
     assert not recwarn.list
+
+
+def test_the_encoders_mask_does_not_hold_for_a_decoder_with_tokens_of_its_own():
+    batch = {"input_ids": TOKENS, "attention_mask": TOKENS, "decoder_input_ids": TOKENS}
+    masks = masks_of(Takes(), batch, "attention_mask")
+    assert masks.of("model.decoder.layers.0.fc1") == ()
+    for name in ("model.encoder.layers.0.fc1", "model.decoder.layers.0.encoder_attn.k_proj"):
+        assert torch.equal(masks.of(name)[0], TOKENS.bool())
