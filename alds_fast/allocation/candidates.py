@@ -134,7 +134,4 @@ def costs_of_ranks(shape: WeightShape, scheme: int, groups: int, pivots: Pivots)
     """Parameters of ranks 0, 1, ... up to the full one; indices of pivots count as such."""
     ranks = np.arange(max_rank(shape, scheme, groups) + 1, dtype=np.int64)
     plain = ranks * params_per_rank(shape, scheme, groups)
-    if not pivots:
-        return plain
-    saved = np.array([saved_by_pivots(shape, scheme, groups, int(rank)) for rank in ranks], dtype=np.int64)
-    return plain - saved + index_count(shape, pivots)
+    return plain - saved_by_pivots(shape, groups, ranks) + index_count(shape, pivots) if pivots else plain

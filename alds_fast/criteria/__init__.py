@@ -3,7 +3,7 @@
 Here belongs what turns a layer into errors by rank. What chooses among ranks belongs in allocation.
 """
 
-from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, fold_errors, layer_errors, with_outputs
+from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
 from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moment_hooks import rows_to_draw
@@ -51,7 +51,6 @@ __all__ = [
     "exact_products",
     "exact_spectra",
     "fitting_mask",
-    "fold_errors",
     "fold_matrix",
     "for_threads",
     "layer_errors",

@@ -35,6 +35,7 @@ class Basis:
     moments: Mapping[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     bias_correction: bool = True
     _shares: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    _errors: dict[tuple[str, int, int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
     _apart: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -96,12 +97,35 @@ class Basis:
 
     def _distance(self, layer: DecomposableLayer) -> float | None:
         """Mean logarithm of the ratio of the two kinds of errors, either way, over the ranks of one slice."""
-        weights = self.weighting(layer)
-        if weights is None or weights.held is None:
+        if not self.compares_aside(layer):
             return None
-        stated, held_out = errors(weights, 0, 1), _falling(held_out_errors(weights, 0, 1))
+        stated, held_out = self.fold_errors(layer, 0, 1), self.fold_errors(layer, 0, 1, held_out=True)
         sure = (stated > NO_ERROR) & (held_out > NO_ERROR)
         return float((stated[sure] / held_out[sure]).log().abs().mean()) if bool(sure[1:].any()) else None
+
+    def has_kept_aside(self, layer: DecomposableLayer) -> bool:
+        """Whether a layer is judged by data, and rows of samples are kept aside."""
+        judged = CRITERIA[self.criterion_of(layer.name)].needs_data
+        return judged and self.moments[layer.name].held is not None
+
+    def compares_aside(self, layer: DecomposableLayer) -> bool:
+        """Whether its errors there are of the same kind as those of its criterion, which is no bound."""
+        return self.has_kept_aside(layer) and CRITERIA[self.criterion_of(layer.name)].rule is errors
+
+    def fold_errors(self, layer: DecomposableLayer, scheme: int, groups: int, held_out: bool = False) -> Tensor:
+        """Relative errors of ranks 0..r of a layer that is judged by data, computed once.
+
+        With ``held_out`` on the rows that are kept aside, of which there must be some; never growing with the rank.
+        """
+        key = layer.name, scheme, groups, held_out
+        if key not in self._errors:
+            weights = self.weighting(layer)
+            assert weights is not None
+            if held_out:
+                self._errors[key] = held_out_errors(weights, scheme, groups).flip(0).cummax(0).values.flip(0)
+            else:
+                self._errors[key] = CRITERIA[self.criterion_of(layer.name)].rule(weights, scheme, groups)
+        return self._errors[key]
 
     def _weighting(self, layer: DecomposableLayer, share: float) -> Weighting:
         centred = self.bias_correction and layer.own_bias
@@ -137,28 +161,8 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, he
         return {key: spectra.errors(*key, rule) for key in spectra.values}
     keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups]
     keys = [k for k in keys if weights.second is not None or k == (0, 1)]
-    if held_out and weights.held is not None and rule is errors:
-        return {key: _falling(held_out_errors(weights, *key)) for key in keys}
-    return {key: rule(weights, *key) for key in keys}
-
-
-def _falling(errors: Tensor) -> Tensor:
-    """Each at least as large as those of larger ranks."""
-    return errors.flip(0).cummax(0).values.flip(0)
-
-
-def fold_errors(
-    layer: DecomposableLayer, basis: Basis, scheme: int, groups: int
-) -> tuple[Tensor, Tensor | None] | None:
-    """Relative errors of ranks 0..r by the data: of calibration, and on the rows that are kept aside, None without any.
-
-    None for a layer that is judged by its weights.
-    """
-    weights = basis.weighting(layer)
-    if weights is None:
-        return None
-    stated = CRITERIA[basis.criterion_of(layer.name)].rule(weights, scheme, groups)
-    return stated, None if weights.held is None else _falling(held_out_errors(weights, scheme, groups))
+    held_out = held_out and basis.compares_aside(layer)
+    return {key: basis.fold_errors(layer, *key, held_out=held_out) for key in keys}
 
 
 def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..linalg import Decomposition, WeightShape
 from .base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .linear import LowRankLinear
+
+_PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -60,25 +65,23 @@ def weight_shape(module: nn.Module) -> WeightShape | None:
 def low_rank_like(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
     """The low-rank layer that replaces ``module``, with its factors on the meta device and its bias not copied yet.
 
-    Values that somebody has set on the module, or that a subclass declares, are on it too.
+    Numbers, texts and containers of these that somebody has set on the module, or that a subclass declares, are on it
+    too.
     """
     layer = _like(module, decomposition)
-    for name, value in own_values(module).items():
+    for name, value in _own_values(module).items():
         if not hasattr(layer, name):
-            setattr(layer, name, value)
+            setattr(layer, name, copy.deepcopy(value))
     return layer
 
 
-def own_values(module: nn.Module) -> dict[str, Any]:
-    """What a layer has beside what its type in torch has: set on it, or declared by a subclass; no methods."""
-    dense = dense_type(module)
-    kinds = type(module).__mro__[: type(module).__mro__.index(dense)] if dense else ()
-    declared = {name: value for cls in reversed(kinds) for name, value in vars(cls).items() if name[:1] != "_"}
-    values = {**declared, **{name: value for name, value in vars(module).items() if name[:1] != "_"}}
-    known = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx", "forward"}
+def _own_values(module: nn.Module) -> dict[str, Any]:
+    """Plain values by name, among them those of its type in torch."""
+    kinds = type(module).__mro__[: type(module).__mro__.index(dense)] if (dense := dense_type(module)) else ()
+    values = {name: value for cls in reversed(kinds) for name, value in vars(cls).items()} | vars(module)
     return {
         name: value for name, value in values.items()
-        if name not in known and not callable(value) and not isinstance(value, property | staticmethod | classmethod)
+        if name[:1] != "_" and all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value))
     }  # fmt: skip
 
 

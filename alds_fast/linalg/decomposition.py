@@ -59,7 +59,7 @@ class Decomposition(NamedTuple):
 
     def params(self, shape: WeightShape) -> int:
         """Parameters of encoder and decoder; indices of pivots count as such."""
-        saved = saved_by_pivots(shape, *self.fold, self.rank) if self.pivots else 0
+        saved = saved_by_pivots(shape, self.groups, self.rank) if self.pivots else 0
         return self.rank * params_per_rank(shape, *self.fold) - saved + index_count(shape, self.pivots)
 
     def factor_shapes(self, shape: WeightShape) -> tuple[tuple[int, ...], tuple[int, ...]]:

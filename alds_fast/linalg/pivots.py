@@ -19,8 +19,9 @@ Comput. 17 (1996), for the exchanges; "Pivoting Factorization" (arXiv 2501.19090
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from .folding import WeightShape, decoder_axes, matrix_shape
 from .torch_backend import solve_each
 
 Pivots = Literal["", "output", "input"]
+Ranks = TypeVar("Ranks", int, np.ndarray)
 LARGEST = 2.0
 
 
@@ -45,8 +47,8 @@ def pivots_of_fold(shape: WeightShape, scheme: int, groups: int) -> Pivots:
     return "input" if len(axes) == len(shape.kernel) else ""
 
 
-def saved_by_pivots(shape: WeightShape, scheme: int, groups: int, rank: int) -> int:
-    """Entries of the factors that are not stored, for ranks below the full one; the table of indices not counted."""
+def saved_by_pivots(shape: WeightShape, groups: int, rank: Ranks) -> Ranks:
+    """Entries of the factors that are not stored, of a rank or an array of ranks; the table of indices not counted."""
     return shape.conv_groups * groups * rank * rank
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..linalg import Decomposition, WeightShape, decoder_axes
+from ..linalg import Decomposition, WeightShape, decoder_axes, saved_by_pivots
 from .inputs import InputSpec, layer_inputs
 
 
@@ -81,10 +81,11 @@ def flops_of_ranks(
     decoder = math.prod(shape.kernel[a] for a in decoder_axes(form.scheme, shape.kernel))
     per_encoder_site = shape.in_channels * (math.prod(shape.kernel) // decoder) * ranks
     per_decoder_site = form.groups * shape.out_channels * decoder * ranks
+    saved = saved_by_pivots(shape, form.groups, ranks)
     if form.pivots == "output":
-        per_decoder_site = per_decoder_site - shape.conv_groups * ranks * ranks
+        per_decoder_site = per_decoder_site - saved
     if form.pivots == "input":
-        per_encoder_site = per_encoder_site - shape.conv_groups * form.groups * ranks * ranks
+        per_encoder_site = per_encoder_site - saved
     total = np.zeros_like(ranks)
     for spec, count in calls.items():
         between, after = _sites(module, shape, spec, form.scheme)

@@ -80,7 +80,7 @@ def _undo(value: Any) -> Callable[[], object] | None:
 
 def _is_changed(tensor: Tensor, old: Tensor) -> bool:
     """Whether it was written past its version counter, as through ``.data`` or numpy; large ones are not looked at."""
-    if tensor.shape != old.shape or tensor.numel() > _LARGE:
+    if tensor.shape != old.shape or tensor.numel() > _LARGE or torch.equal(tensor, old):
         return False
     return not bool(((tensor == old) | ((tensor != tensor) & (old != old))).all())  # NaN is NaN
 
@@ -139,7 +139,7 @@ class _State:
                 if old is None and tensor._version != version:
                     raise ModelError(
                         f"the model changes a parameter of shape {tuple(tensor.shape)} in its forward, too large to be "
-                        f"put back after every run; keep it in a buffer, or freeze it in evaluation mode"
+                        f"put back, so that it is changed now; keep it in a buffer, or freeze it in evaluation mode"
                     )
                 if old is not None and (tensor._version != version or _is_changed(tensor, old)):
                     tensor.detach().copy_(old)

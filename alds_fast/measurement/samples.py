@@ -84,17 +84,21 @@ class _Sketches:
         width = numbers.shape[1]
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(width, _DIRECTIONS, generator=generator, device="cpu") / _DIRECTIONS**0.5
-        known, names = self.sketches.get(width, torch.empty(0, _DIRECTIONS, device="cpu")), self.marks.get(width, [])
-        found = []
-        for mark, sketch in zip(marks, numbers @ directions, strict=True):
-            near = (known - sketch).norm(dim=1) < ALIKE * sketch.norm() if len(known) else torch.zeros(0, device="cpu")
-            if mark in names or not bool(near.any()):
-                found.append(mark)
-            else:
-                found.append(names[int(near.to(torch.uint8).argmax())])
-            if found[-1] == mark and mark not in names:
-                known, names = torch.cat([known, sketch[None]]), [*names, mark]
-        self.sketches[width], self.marks[width] = known, names
+        new = numbers @ directions
+        names = self.marks.setdefault(width, [])
+        known = torch.cat([self.sketches.get(width, new[:0]), new])
+        apart = torch.cdist(new, known, compute_mode="donot_use_mm_for_euclid_dist")
+        near = apart < ALIKE * new.norm(dim=1, keepdim=True)
+        near[:, len(names) :] = near[:, len(names) :].tril(-1)  # of this batch those before
+        labels = [*names, *marks]
+        for row in range(len(marks)):
+            alike = near[row].nonzero()
+            if len(alike):
+                labels[len(names) + row] = labels[int(alike[0])]
+        fresh = [row for row, mark in enumerate(marks) if mark not in names and not bool(near[row].any())]
+        found = labels[len(names) :]
+        self.sketches[width] = torch.cat([known[: len(names)], new[fresh]])
+        names += [marks[row] for row in fresh]
         return found
 
 

@@ -27,7 +27,6 @@ from ..criteria import (
     Moments,
     Recompute,
     exact_spectra,
-    fold_errors,
     layer_errors,
     with_outputs,
 )
@@ -63,7 +62,6 @@ class Analysis:
     recompute_in_float64: Recompute = field(default=exact_spectra, repr=False)
     _errors: dict[tuple[str, bool, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[tuple[str, bool], Basis] = field(default_factory=dict, repr=False, compare=False)
-    _by_fold: dict[tuple, tuple[Tensor, Tensor | None] | None] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
         self,
@@ -202,14 +200,10 @@ class Analysis:
         if criterion != basis.criterion:
             row = replace(row, criterion=criterion)
         row = replace(row, remark=basis.remark(layer.name))
-        key = basis.criterion, basis.bias_correction, layer.name, fold
-        if key not in self._by_fold:
-            self._by_fold[key] = fold_errors(layer, basis, *fold)
-        errors = self._by_fold[key]
-        if errors is None:
+        if not basis.has_kept_aside(layer):
             return row
-        held_out = None if errors[1] is None else float(errors[1][rank])
-        return replace(row, error=weight * float(errors[0][rank]), held_out=held_out)
+        stated, held_out = (float(basis.fold_errors(layer, *fold, held_out=aside)[rank]) for aside in (False, True))
+        return replace(row, error=weight * stated, held_out=held_out)
 
     def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
         """These spectra in float64, in the place of those there are; without any, known errors stay."""
