@@ -23,7 +23,7 @@ from .spectra import (
     with_groups,
 )
 from .weighted_errors import EIGEN_NOISE, fold_matrix, slice_bases, tap_blocks
-from .weights import Weighting, on_filters, unknown_share, weighting
+from .weights import Weighting, carried, on_filters, unknown_share, weighting
 
 __all__ = [
     "CRITERIA",
@@ -45,6 +45,7 @@ __all__ = [
     "batches",
     "by_side",
     "candidate_groups",
+    "carried",
     "collect_moments",
     "computed_in_float32",
     "distinct_rows",

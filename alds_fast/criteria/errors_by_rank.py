@@ -14,7 +14,7 @@ from .moments import Moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
 from .spectra import LayerSpectra
 from .weighted_errors import errors, held_out_errors
-from .weights import Weighting, noise_share, unknown_share, weighting
+from .weights import Weighting, noise_share, triangle, unknown_share, weighting
 
 LEAST_NOISE = 0.02  # share below which more than it is not tried
 MOST_NOISE = 0.95  # mean share of the layers, above which data are not used unless a criterion is asked for
@@ -36,6 +36,7 @@ class Basis:
     bias_correction: bool = True
     _shares: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     _errors: dict[tuple[str, int, int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _triangle: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # the last one
     _apart: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -66,9 +67,7 @@ class Basis:
         """How this layer's errors are weighted; None where it is judged without data."""
         if not CRITERIA[self.criterion_of(layer.name)].needs_data:
             return None
-        if layer.name not in self._shares:
-            self._shares[layer.name] = self._share(layer)
-        return self._weighting(layer, self._shares[layer.name])
+        return self._weighting(layer, self._share(layer))
 
     def untold(self, layers: Sequence[DecomposableLayer]) -> bool:
         """Whether the data tell next to nothing: what they show of the layers' inputs and gradients is noise."""
@@ -119,34 +118,39 @@ class Basis:
         """
         key = layer.name, scheme, groups, held_out
         if key not in self._errors:
-            weights = self.weighting(layer)
-            assert weights is not None
+            weights = self._weighting(layer, self._share(layer), for_errors=True)
             if held_out:
                 self._errors[key] = held_out_errors(weights, scheme, groups).flip(0).cummax(0).values.flip(0)
             else:
                 self._errors[key] = CRITERIA[self.criterion_of(layer.name)].rule(weights, scheme, groups)
         return self._errors[key]
 
-    def _weighting(self, layer: DecomposableLayer, share: float) -> Weighting:
+    def _weighting(self, layer: DecomposableLayer, share: float, for_errors: bool = False) -> Weighting:
         centred = self.bias_correction and layer.own_bias
         sensitive = CRITERIA[self.criterion_of(layer.name)].needs_gradients
-        weight = oriented_weight(layer.module)
-        return weighting(layer.shape, weight, self.moments[layer.name], centred, sensitive, share)
+        weight, moments, few = oriented_weight(layer.module), self.moments[layer.name], None
+        if for_errors:
+            if layer.name not in self._triangle:
+                self._triangle.clear()
+                self._triangle[layer.name] = triangle(layer.shape, weight, moments, sensitive)
+            few = self._triangle[layer.name]
+        return weighting(layer.shape, weight, moments, centred, sensitive, share, few)
 
     def _share(self, layer: DecomposableLayer) -> float:
         """How much of a layer's covariance goes to the identity: its share of noise or, if that does better, more.
 
         What does best on the rows that are kept aside, over all ranks, with one slice.
         """
-        noise = noise_share(layer.shape, oriented_weight(layer.module), self.moments[layer.name])
-        if self.moments[layer.name].held is None or noise < LEAST_NOISE:
-            return noise
 
         def lost(share: float) -> float:
-            errors = held_out_errors(self._weighting(layer, share), 0, 1)
+            errors = held_out_errors(self._weighting(layer, share, for_errors=True), 0, 1)
             return float(errors.clamp_min(1e-12).log().mean())
 
-        return min((noise, (1.0 + noise) / 2, 1.0), key=lost)
+        if layer.name not in self._shares:
+            noise = noise_share(layer.shape, oriented_weight(layer.module), self.moments[layer.name])
+            enough = self.moments[layer.name].held is None or noise < LEAST_NOISE
+            self._shares[layer.name] = noise if enough else min((noise, (1.0 + noise) / 2, 1.0), key=lost)
+        return self._shares[layer.name]
 
 
 def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, held_out: bool = False) -> Errors:
@@ -156,11 +160,10 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, he
     one slice. With ``held_out`` those on the rows that are kept aside, where there are some.
     """
     layer, rule = spectra.layer, CRITERIA[basis.criterion_of(spectra.layer.name)].rule
-    weights = basis.weighting(layer)
-    if weights is None:
+    if not CRITERIA[basis.criterion_of(layer.name)].needs_data:
         return {key: spectra.errors(*key, rule) for key in spectra.values}
     keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups]
-    keys = [k for k in keys if weights.second is not None or k == (0, 1)]
+    keys = [k for k in keys if basis.moments[layer.name].second is not None or k == (0, 1)]
     held_out = held_out and basis.compares_aside(layer)
     return {key: basis.fold_errors(layer, *key, held_out=held_out) for key in keys}
 

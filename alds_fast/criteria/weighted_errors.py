@@ -74,11 +74,14 @@ def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -
         values, left = torch.linalg.eigh(slices @ moments @ slices.mT)
         return Bases(slices, left.flip(-1), values.flip(-1).clamp_min(0))
     energy, vectors = torch.linalg.eigh(moments)
-    seen = slices @ (vectors * energy.clamp_min(0).sqrt().unsqueeze(-2))  # (rows, cols): S = its product with itself
+    half = vectors * energy.clamp_min(0).sqrt().unsqueeze(-2)  # (cols, cols): S = half half^T
+    seen = slices @ half
     values, right = torch.linalg.eigh(seen.mT @ seen)
-    values, left = values.flip(-1).clamp_min(0), seen @ right.flip(-1)
+    del seen  # as large as the weight
+    values = values.flip(-1).clamp_min(0)
     sure = values > EIGEN_NOISE * values[..., :1]
-    left = torch.where(sure.unsqueeze(-2), left / values.sqrt().unsqueeze(-2).clamp_min(1e-300), 0.0)
+    scale = torch.where(sure, values.clamp_min(1e-300).rsqrt(), 0.0)
+    left = slices @ (half @ right.flip(-1) * scale.unsqueeze(-2))
     return Bases(slices, left, torch.where(sure, values, 0.0))
 
 
@@ -143,7 +146,7 @@ def held_out_errors(w: Weighting, scheme: int, groups: int) -> Tensor:
         rows = rows - w.mean_input.unsqueeze(-2) if w.centred else rows
         pairs = _pairs(bases, tap_blocks(w, scheme, rows.mT @ rows)).flip(0, 1).cumsum(0).cumsum(1)
         squares = pairs.diagonal().flip(0).clamp_min(0)
-    scale = float(energy) if w.root is None else w.held.shape[1] * w.scale
+    scale = float(energy) if w.relative else w.held.shape[1] * w.scale
     return _relative(squares, scale)
 
 

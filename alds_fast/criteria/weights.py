@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..linalg import WeightShape
 from .moments import Moments
+
+BLOCK = 8192  # filters that are taken up at a time: a language model's head has 100,000
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,10 @@ class Weighting:
     These are (g0, f, f), or their diagonals (g0, f).
 
     C is the second moment of data, mixed with what is known without: :func:`weighting`. ``output`` is W C W^T where
-    C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C is known, and ``centred``
-    says that a bias takes up the error's mean, which C then does not hold. ``scale`` divides squared errors. ``held``
-    are rows x (y, where C is None) that C does not hold, (g0, rows, n) or None.
+    C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C is known, and ``centred`` says that a
+    bias takes up the error's mean, which C then does not hold. ``scale`` divides squared errors, which makes them
+    ``relative`` to the layer's own output, or else to the network's. ``held`` are rows x (y, where C is None) that C
+    does not hold, (g0, rows, n) or None.
     """
 
     shape: WeightShape
@@ -34,6 +38,7 @@ class Weighting:
     root: Tensor | None
     inverse: Tensor | None
     scale: float
+    relative: bool
     held: Tensor | None = None
 
 
@@ -84,6 +89,11 @@ def _roots(gradient: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return (vectors * values.unsqueeze(-2)) @ vectors.mT, (vectors / values.unsqueeze(-2)) @ vectors.mT
 
 
+def _gradient_roots(moments: Moments) -> tuple[Tensor, Tensor]:
+    assert moments.gradient is not None
+    return _roots(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise))
+
+
 def _outer(mean: Tensor) -> Tensor:
     return mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
@@ -97,8 +107,8 @@ def _covariance(moments: Moments) -> Tensor:
 
 def noise_share(shape: WeightShape, weight: Tensor, moments: Moments) -> float:
     """:func:`shrinkage_of` what is known of a layer's input (of its output where only that is)."""
-    w = weight.detach().double().cpu().reshape(shape.conv_groups, -1, shape.numel // shape.out_channels)
-    return shrinkage_of(_covariance(moments), moments.noise, w @ w.mT if moments.second is None else None)
+    w = _matrix(shape, weight).double().cpu() if moments.second is None else None
+    return shrinkage_of(_covariance(moments), moments.noise, None if w is None else w @ w.mT)
 
 
 def unknown_share(covariance: Tensor, noise: float) -> float:
@@ -107,16 +117,54 @@ def unknown_share(covariance: Tensor, noise: float) -> float:
     return min(1.0, noise / norm2) if norm2 > 0 else float(noise > 0)
 
 
+def _in_blocks(root: Tensor | None, x: Tensor) -> Iterator[Tensor]:
+    """:func:`on_filters` in float64, 8,192 filters at a time; all at once under a whole ``root``."""
+    size = x.shape[1] if root is not None and root.dim() == 3 else BLOCK
+    for start in range(0, x.shape[1], size):
+        at = slice(start, start + size)
+        yield on_filters(None if root is None else root[:, at], x[:, at].double().cpu())
+
+
+def carried(root: Tensor | None, matrix: Tensor, second: Tensor) -> float:
+    """tr(H M C M^T H) of M (g0, f, n), C (g0, n, n)."""
+    return sum(float((part @ second * part).sum()) for part in _in_blocks(root, matrix))
+
+
+def _matrix(shape: WeightShape, weight: Tensor) -> Tensor:
+    """(g0, f, n), where it lies."""
+    return weight.detach().reshape(shape.conv_groups, -1, shape.numel // shape.out_channels)
+
+
+def triangle(shape: WeightShape, weight: Tensor, moments: Moments, sensitive: bool) -> Tensor | None:
+    """R of H W = Q R (g0, n, n): all that errors depend on, of a layer with more filters than columns; else None."""
+    if shape.filters_per_group <= shape.columns or moments.second is None:
+        return None
+    root = _gradient_roots(moments)[0] if sensitive else None
+    known: Tensor | None = None
+    for rows in _in_blocks(root, _matrix(shape, weight)):
+        known = torch.linalg.qr(rows if known is None else torch.cat([known, rows], 1), mode="r").R
+    return known
+
+
 def weighting(
-    shape: WeightShape, weight: Tensor, moments: Moments, centred: bool, sensitive: bool, share: float | None = None
+    shape: WeightShape,
+    weight: Tensor,
+    moments: Moments,
+    centred: bool,
+    sensitive: bool,
+    share: float | None = None,
+    few: Tensor | None = None,
 ) -> Weighting:
     """What weights the errors of a layer: relative to its own output, or, ``sensitive``, to the network's.
 
     What is noise in mean and covariance goes to a multiple of the identity, under which errors are those of the weight
     alone: no rank is to be chosen by what a few samples do not show. ``centred``: a bias will take up the mean of the
-    error. ``share`` of the covariance goes to the identity, by default what is noise.
+    error. ``share`` of the covariance goes to the identity, by default what is noise. With ``few``, the layer's
+    :func:`triangle`, in coordinates of the outputs that leave n filters and no H: for errors, not for factors.
     """
-    w = weight.detach().double().cpu().reshape(shape.conv_groups, -1, shape.numel // shape.out_channels)
+    w = _matrix(shape, weight).double().cpu() if few is None else few
+    if few is not None:
+        shape = replace(shape, out_channels=few.shape[0] * few.shape[1])
     alike = None if moments.second is not None else w @ w.mT
     norm2 = float(moments.mean.square().sum())
     sure = max(0.0, 1.0 - moments.mean_noise / norm2) if norm2 > 0 else 1.0
@@ -128,14 +176,13 @@ def weighting(
     if alike is None:
         mean_input: Tensor | None = sure * moments.mean
         mean = (w @ (sure * moments.mean).unsqueeze(-1)).squeeze(-1)
-        output, energy = None, float(((w @ (mixed + product)) * w).sum())
+        output, energy = None, carried(None, w, mixed + product)
     else:
         mean_input, mean, output = None, sure * moments.mean, second
         energy = float((mixed + product).diagonal(dim1=-2, dim2=-1).sum())
     inner = None if alike is not None else second
     held = None if moments.held is None else moments.held.double().transpose(0, 1)
     if not sensitive:
-        return Weighting(shape, w, inner, output, mean, mean_input, centred, None, None, energy, held)
-    assert moments.gradient is not None
-    root, inverse = _roots(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise))
-    return Weighting(shape, w, inner, output, mean, mean_input, centred, root, inverse, 1.0, held)
+        return Weighting(shape, w, inner, output, mean, mean_input, centred, None, None, energy, True, held)
+    root, inverse = _gradient_roots(moments) if few is None else (None, None)
+    return Weighting(shape, w, inner, output, mean, mean_input, centred, root, inverse, 1.0, False, held)

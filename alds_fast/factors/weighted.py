@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..criteria import EIGEN_NOISE, Weighting, fold_matrix, on_filters, slice_bases, tap_blocks
+from ..criteria import EIGEN_NOISE, Weighting, carried, fold_matrix, on_filters, slice_bases, tap_blocks
 from ..linalg import Decomposition, matrix_shape, unfold
 
 REFIT_NOISE = 1e-6  # features with less than this share of the largest one's energy are not fitted
@@ -83,23 +83,25 @@ def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
     scheme, groups, rank, _ = decomposition
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases = slice_bases(w, scheme, groups, blocks)
-    left = _complete(bases.slices, bases.left, bases.values, rank)
-    right = left.mT @ bases.slices
-    left = _without(w.inverse, left)
+    basis, values = _complete(bases.slices, bases.left, bases.values, rank), bases.values
+    right = basis.mT @ bases.slices
+    del bases  # as large as the weight, twice
+    left = _without(w.inverse, basis)
     lost, shift = _lost(w, scheme, left, right), torch.zeros_like(w.mean)
-    seen = _energy(w, lost, bases.values, rank)
+    seen = _energy(w, lost, values, rank)
     if blocks is not None and (groups > 1 or blocks.shape[1] > 1):
         refitted = _refit_decoder(w, scheme, left, right)
         less = _lost(w, scheme, refitted, right)
-        if (fitted := _energy(w, less, bases.values, rank)) < seen:
+        if (fitted := _energy(w, less, values, rank)) < seen:
             left, lost, seen = refitted, less, fitted
     left, right = _balance(left, right)
     if w.centred and blocks is not None:
         assert w.mean_input is not None
         shift = (lost @ w.mean_input.unsqueeze(-1)).squeeze(-1)
     elif w.centred:  # W_hat mean = H^-1 U U^T H W mean
-        basis, mean = bases.left[:, 0, :, :rank], w.mean.unsqueeze(-1)
-        shift = (mean - on_filters(w.inverse, basis @ (basis.mT @ on_filters(w.root, mean)))).squeeze(-1)
+        mean = w.mean.unsqueeze(-1)
+        kept = basis[:, 0] @ (basis[:, 0].mT @ on_filters(w.root, mean))
+        shift = (mean - on_filters(w.inverse, kept)).squeeze(-1)
     error = math.sqrt(max(0.0, seen / w.scale)) if w.scale > 0 else 0.0
     norm = float(w.weight.norm())
     return WeightedFactors(left, right, shift.flatten(), error, float(lost.norm()) / norm if norm > 0 else 0.0)
@@ -109,12 +111,11 @@ def _lost(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
     """W - W_hat, (g0, filters, n)."""
     g0, rows, cols = matrix_shape(w.shape, scheme)
     product = (left @ right).transpose(1, 2).reshape(g0, rows, cols)
-    return w.weight - unfold(product, w.shape, scheme).reshape(w.weight.shape)
+    return unfold(product, w.shape, scheme).reshape(w.weight.shape).neg_().add_(w.weight)
 
 
 def _energy(w: Weighting, lost: Tensor, values: Tensor, rank: int) -> float:
     """E ||H (W - W_hat) x||^2."""
     if w.second is None:
         return float(values[..., rank:].sum())
-    lost = on_filters(w.root, lost)
-    return float((lost @ w.second * lost).sum())
+    return carried(w.root, lost, w.second)

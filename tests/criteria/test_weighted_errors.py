@@ -1,5 +1,7 @@
 """Errors and factors weighted by data: against brute force, direct minimisation in float64, and the certificate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.marks import slow
@@ -7,7 +9,8 @@ from support.population import without_noise
 from torch import nn
 
 from alds_fast.criteria import collect_moments, fold_matrix, slice_bases, tap_blocks, weighting
-from alds_fast.criteria.weighted_errors import certificate, errors
+from alds_fast.criteria.weighted_errors import certificate, errors, held_out_errors
+from alds_fast.criteria.weights import triangle
 from alds_fast.factors.weighted import factors
 from alds_fast.layers import find_layers
 from alds_fast.linalg import Decomposition, distinct_schemes, divisors, max_rank, unfold
@@ -62,6 +65,43 @@ def test_errors_are_those_of_the_truncated_weight(name, centred, sensitive):
         assert len(stated) == max_rank(layer.shape, scheme, groups) + 1 and stated[-1] == 0
         for rank in range(len(stated) - 1):
             assert abs(float(stated[rank]) - true_error(w, scheme, groups, rank)) < 1e-7 * float(1 + stated[0])
+
+
+TALL = {
+    "head": (lambda: nn.Linear(7, 40, bias=False), (50, 3, 7), False),
+    "diagonal": (lambda: nn.Linear(7, 40), (50, 3, 7), True),
+    "taps": (lambda: nn.Conv2d(2, 60, 3), (5, 2, 9, 9), False),
+    "groups": (lambda: nn.Conv1d(4, 60, 5, groups=2), (5, 4, 19), False),
+}
+
+
+@pytest.mark.parametrize("name", list(TALL))
+@pytest.mark.parametrize("sensitive", [False, True])
+def test_more_filters_than_columns_are_taken_together(name, sensitive, monkeypatch):
+    monkeypatch.setattr("alds_fast.criteria.weights.BLOCK", 16)  # taken up in several parts
+    build, shape, diagonal = TALL[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(build(), nn.GELU(), nn.Flatten(), nn.LazyLinear(3)).double()
+    data = [torch.randn(shape).double() + 0.3 for _ in range(2)]
+    model(data[0])
+    layer = find_layers(model)[0]
+    weight = layer.module.weight
+    moments = collect_moments(model, data, [layer], sensitivity=True, held_out=0.2)["0"]
+    if diagonal:
+        moments = replace(moments, gradient=moments.gradient.diagonal(dim1=-2, dim2=-1))
+    whole = weighting(layer.shape, weight, moments, True, sensitive)
+    r = triangle(layer.shape, weight, moments, sensitive)
+    assert r.shape == (layer.shape.conv_groups, layer.shape.columns, layer.shape.columns)
+    few = weighting(layer.shape, weight, moments, True, sensitive, few=r)
+    assert few.root is None and few.scale == pytest.approx(whole.scale)
+    for scheme, groups in every_fold(layer):
+        for rule in (errors, held_out_errors, certificate):
+            torch.testing.assert_close(rule(few, scheme, groups), rule(whole, scheme, groups), rtol=1e-6, atol=1e-7)
+
+
+def test_triangle_only_where_there_are_more_filters_than_columns():
+    layer, moments = case("linear")
+    assert triangle(layer.shape, layer.module.weight, moments, False) is None
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
