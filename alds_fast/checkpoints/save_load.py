@@ -64,6 +64,11 @@ def _refuse_merged(model: nn.Module) -> None:
             raise ModelError(
                 f"{name!r}: merged layers cannot be saved; save the model that was given to deploy, and deploy's table"
             )
+        if getattr(module, "merged_adapters", None):  # a file does not say so: loaded, they would count twice
+            raise ModelError(
+                f"layer {label(name)}: its adapters {module.merged_adapters} are merged into the weights and still "
+                f"there; unmerge_adapter() first, or take merge_and_unload()"
+            )
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:

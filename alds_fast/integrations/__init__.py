@@ -4,7 +4,7 @@ Here belongs what has to follow another library's releases. Files of this packag
 """
 
 from .peft import teach_peft
-from .peft_merging import grown_factors
+from .peft_merging import grown_factors, warn_of_lost_merging
 from .plain import to_plain
 from .stored_layers import METHOD, fields_of_layers, layer_fields, quantization_config, read_layers
 from .torchao import warn_of_low_rank
@@ -25,5 +25,6 @@ __all__ = [
     "teach_peft",
     "to_plain",
     "transformers_name",
+    "warn_of_lost_merging",
     "warn_of_low_rank",
 ]

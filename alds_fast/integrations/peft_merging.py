@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -175,6 +176,18 @@ def check_merging(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if (reason := _why_not_merged(module)) is not None:
             raise ModelError(f"layer {label(name)} cannot be merged: {reason}")
+
+
+def warn_of_lost_merging(model: nn.Module, names: Iterable[str]) -> None:
+    """Say which adapters of layers below ``names`` cannot be merged any more, now that these are low-rank."""
+    chosen = {id(model.get_submodule(name)) for name in names}
+    reasons = {n: why for n, m in model.named_modules() if id(base_of(m)) in chosen and (why := _why_not_merged(m))}
+    if reasons:
+        name, why = next(iter(reasons.items()))
+        warnings.warn(
+            f"the adapters of {len(reasons)} layers work, but can no longer be merged: {label(name)}: {why}",
+            stacklevel=3,
+        )
 
 
 def _merging_low_rank(original: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from .samples import sample_count
 USUAL = "attention_mask"
 _DECODER = "decoder_attention_mask"
 _TORCH_FIRST, _TORCH_DECODER = ("src_key_padding_mask", "key_padding_mask"), "tgt_key_padding_mask"  # True is padding
+DEPTH = 4  # of containers in one another
+NEVER_SEEN = -1e4  # a score that this is added to
 _CROSS = ("encoder_attn", "encdecattention", "crossattention", "cross_attn", "encoder_decoder_attention")
 _READS_ENCODER = ("k", "v", "key", "value", "k_proj", "v_proj", "kv", "kv_proj")
 
@@ -39,18 +42,28 @@ class Masks(NamedTuple):
         return self.first is not None or self.decoder is not None
 
 
-def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _entries(value: Any) -> dict[str, Any]:
+    """What a mapping, a named tuple or a dataclass holds, by name; what tuples and lists hold, by place."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return dict(vars(value)) if hasattr(value, "__dict__") else {}
+    if isinstance(value, Mapping):
+        return {str(key): part for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return dict(zip(getattr(value, "_fields", map(str, range(len(value)))), value, strict=False))
+    return {}
+
+
+def _flatten(values: Mapping[str, Any], depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         yield name, value
-        if isinstance(value, Mapping):
-            yield from _flatten({str(key): part for key, part in value.items()})
+        if depth:
+            yield from _flatten(_entries(value), depth - 1)
 
 
 def _by_name(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """What the model is given by name: keywords, positional arguments by its signature, entries of dicts among them."""
+    """What the model is given by name: keywords, positional arguments by its signature, and what these hold by name."""
     args = (batch,) if isinstance(batch, Tensor) else batch if isinstance(batch, tuple | list) else ()
-    given: dict[str, Any] = {str(i): value for i, value in enumerate(args)}
-    given |= {str(key): value for key, value in batch.items()} if isinstance(batch, Mapping) else {}
+    given = {str(i): value for i, value in enumerate(args)} | _entries(batch)
     try:
         names = list(inspect.signature(model.forward).parameters)
         given |= dict(zip(names, args, strict=False))
@@ -64,8 +77,9 @@ def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
 
     "attention_mask" stands for all the usual names: "decoder_attention_mask" and, inverted as torch has them,
     "src_key_padding_mask", "key_padding_mask" and "tgt_key_padding_mask" too. Any other name is that of a mask that is
-    1 at tokens or, with "pad" in it, at padding. A mask of one row is that of all samples. Raises ArgumentError for one
-    that is no mask; warns of tensors that look like one and are not named.
+    1 at tokens or, with "pad" in it, at padding. A mask of one row is that of all samples. Of one that says which token
+    sees which, (samples, ..., tokens, tokens), what no token sees is padding. Raises ArgumentError for one that is no
+    mask; warns of tensors that look like one and are not named.
     """
     if mask is None:
         return Masks()
@@ -110,11 +124,25 @@ def _warn_of_others(given: Mapping[str, Any]) -> None:
             )
 
 
+def _seen(value: Tensor) -> Tensor | None:
+    """Which tokens any other one sees, by a mask (samples, ..., tokens, tokens) of 0 and 1, or added to scores."""
+    zero = value == 0
+    if value.is_floating_point() and bool((zero | (value <= NEVER_SEEN)).all()):
+        seen = zero
+    elif bool((zero | (value == 1)).all()):
+        seen = ~zero
+    else:
+        return None
+    return seen.flatten(1, -2).any(1)
+
+
 def _mask(name: str, value: Any, padding: bool) -> Tensor | None:
     """True at tokens, of a mask that is 1 there, or that is True (or -inf, added to scores) at ``padding``."""
     value = torch.as_tensor(value, device="cpu") if isinstance(value, list) else value
     if not isinstance(value, Tensor):
         return None
+    if value.dim() in (3, 4) and not padding and (seen := _seen(value)) is not None:
+        return seen
     if value.dim() != 2 or not bool(_of_a_mask(value, padding).all()):
         ones = "True at padding and False at tokens" if padding else "1 or True at tokens and 0 or False at padding"
         raise ArgumentError(

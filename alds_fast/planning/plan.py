@@ -17,7 +17,7 @@ from ..criteria import CRITERIA, Basis, Moments
 from ..errors import AldsError, PlanError
 from ..factors import FactorReport, factorize
 from ..factors import refit as refit_layers
-from ..integrations import keep_when_saved
+from ..integrations import keep_when_saved, warn_of_lost_merging
 from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
 from ..measurement import check_batches, first_batch
 from ..text import number, table
@@ -130,7 +130,7 @@ class Plan:
         its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
         LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
         cannot be copied or the result is not what it must be. Warns of optimizers and functions that hang on the model
-        and hold dense layers.
+        and hold dense layers, and of adapters that can no longer be merged.
         """
         check_model(model)
         if count_params(model) != self.params_before:
@@ -138,8 +138,7 @@ class Plan:
         if refit is not None:
             check_batches(refit)
         check_copyable(model)
-        choices = [row.choice for row in self.layers]
-        chosen = [c for c in choices if c is not None]
+        chosen = [row.choice for row in self.layers if row.choice is not None]
         weighting = self._basis(moments).weighting
         small, reports = factorize(model, chosen, self.spectra, exact=self.exact, weighted=weighting)
         names = [choice.name for choice in chosen]
@@ -154,6 +153,7 @@ class Plan:
             check_run(small, inputs, before)
         check_result(small, names, self.params)
         warn_of_holders(model, names)
+        warn_of_lost_merging(small, names)
         keep_when_saved(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
         return small

@@ -192,7 +192,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_merged_is_refused_before_anything_is_changed(kind):
-    small = compressed(REFUSED[kind](), include=["*base_layer"])
+    with pytest.warns(UserWarning, match=rf"adapters of 2 layers work, but .* '[\w.]*0': peft.tuners.{kind}.*unload"):
+        small = compressed(REFUSED[kind](), include=["*base_layer"])
     before, y = state(small), small(X)
     where = rf"layer '0' cannot be merged: peft.tuners.{kind}.*merge first, then compress"
     for call in (small.merge_and_unload, small.merge_adapter):
@@ -230,6 +231,15 @@ def test_layers_that_deploy_has_merged_are_refused():
         small.merge_and_unload()
     with pytest.raises(ModelError, match="an adapter cannot be merged: .*the model that was given to deploy"):
         adapter.merge()
+
+
+def test_merged_adapters_are_not_saved_beside_what_holds_them(tmp_path):
+    small = compressed()
+    small.merge_adapter()
+    with pytest.raises(ModelError, match=r"its adapters \['default'\] are merged .*unmerge_adapter\(\)"):
+        alds.save(small, tmp_path / "x.safetensors")
+    small.unmerge_adapter()
+    alds.save(small, tmp_path / "x.safetensors")
 
 
 def test_dense_models_are_merged_as_before():

@@ -1,5 +1,8 @@
 """Which tokens are padding: by keyword, by position, in dicts, by torch's convention, of encoder and decoder."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -55,7 +58,10 @@ def test_layers_of_a_decoder_go_by_its_own_mask():
 
 
 def test_what_is_no_mask_is_refused():
-    for name, value in (("attention_mask", torch.zeros(2, 1, 3, 3)), ("src_key_padding_mask", torch.tensor([[0, 2]]))):
+    for name, value in (
+        ("attention_mask", torch.full((2, 1, 3, 3), 2)),
+        ("src_key_padding_mask", torch.tensor([[0, 2]])),
+    ):
         with pytest.raises(ArgumentError, match=rf"{name}: expected \(samples, tokens\)"):
             masks_of(Takes(), {name: value}, "attention_mask")
 
@@ -118,3 +124,36 @@ def test_the_encoders_mask_does_not_hold_for_a_decoder_with_tokens_of_its_own():
     assert masks.of("model.decoder.layers.0.fc1") == ()
     for name in ("model.encoder.layers.0.fc1", "model.decoder.layers.0.encoder_attn.k_proj"):
         assert torch.equal(masks.of(name)[0], TOKENS.bool())
+
+
+class Pair(NamedTuple):
+    ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+@dataclass
+class Inputs:
+    ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, Inputs, lambda x, m: {"attention_mask": m}])
+def test_masks_in_what_arguments_hold(kind):
+    ids, mask = torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    for batch in ((kind(ids, mask),), {"x": (ids, [kind(ids, mask)])}):
+        assert torch.equal(masks_of(Takes(), batch, "attention_mask").first, mask.bool())
+
+
+@pytest.mark.parametrize("form", ["bool", "int", "inf", "least", "heads"])
+def test_masks_of_which_token_sees_which_say_what_is_padding(form):
+    keep = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    seen = (keep[:, None] & torch.ones(4, 4).tril().bool())[:, None]
+    low = -torch.inf if form == "inf" else torch.finfo(torch.float32).min
+    value = {"bool": seen, "int": seen.long(), "heads": seen.expand(2, 3, 4, 4)}.get(form)
+    value = torch.zeros(2, 1, 4, 4).masked_fill(~seen, low) if value is None else value
+    batch = {"x": torch.zeros(2, 4), "attention_mask": value}
+    assert torch.equal(masks_of(Takes(), batch, "attention_mask").first, keep)
+    with pytest.raises(ArgumentError, match="attention_mask"):
+        masks_of(Takes(), batch | {"attention_mask": torch.full((2, 1, 4, 4), -0.5)}, "attention_mask")
+    nothing_hidden = masks_of(Takes(), batch | {"attention_mask": torch.zeros(2, 1, 4, 4)}, "attention_mask")
+    assert bool(nothing_hidden.first.all())
