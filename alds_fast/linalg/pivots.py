@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from .folding import WeightShape, decoder_axes, matrix_shape
-from .torch_backend import solve_each
 
 Pivots = Literal["", "output", "input"]
 Ranks = TypeVar("Ranks", int, np.ndarray)
 LARGEST = 2.0
+ORTHOGONAL = 1e-6  # largest cosine between two columns that need not be made orthogonal first
 
 
 def pivots_of_fold(shape: WeightShape, scheme: int, groups: int) -> Pivots:
@@ -60,12 +60,15 @@ def index_count(shape: WeightShape, pivots: Pivots) -> int:
 def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that tell the others: the order of the rows, the r pivots first, and the others' coefficients.
 
+    Pivots and others stand each in the order of the rows, so that what is stored in place lies near together.
+
     ``basis``: (batch, n, r) of full rank, r < n. Returns the order (batch, n) of int64 and the coefficients
     (batch, n - r, r): ``basis[order[r:]] == coefficients @ basis[order[:r]]``, none above ``LARGEST`` in magnitude.
     """
     batch, n, rank = basis.shape
-    orthonormal = torch.linalg.qr(basis)[0]
-    factored, swaps = (torch.stack(parts) for parts in zip(*map(torch.linalg.lu_factor, orthonormal), strict=True))
+    factored, swaps = (
+        torch.stack(parts) for parts in zip(*map(torch.linalg.lu_factor, _orthonormal(basis)), strict=True)
+    )
     order = torch.arange(n, device="cpu").repeat(batch, 1)
     for rows, swap in zip(order.numpy(), swaps.cpu().numpy(), strict=True):
         for i, other in enumerate(swap[:rank] - 1):
@@ -74,20 +77,29 @@ def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
     unit = lower[:, :rank] + torch.eye(rank, dtype=basis.dtype, device=basis.device)
     coefficients = torch.linalg.solve_triangular(unit, lower[:, rank:], upper=False, left=False, unitriangular=True)
     for at in (coefficients.abs().amax((1, 2)) > LARGEST).nonzero().flatten().tolist():
-        order[at] = _exchanged(order[at], coefficients[at].clone())
+        _exchange(order[at], coefficients[at])
     order = order.to(basis.device)
-    sorted_rows = torch.gather(orthonormal, 1, order.unsqueeze(-1).expand(-1, -1, rank))
-    return order, solve_each(sorted_rows[:, :rank], sorted_rows[:, rank:])
+    (chosen, columns), (rest, rows) = order[:, :rank].sort(1), order[:, rank:].sort(1)
+    coefficients = torch.gather(coefficients, 1, rows.unsqueeze(-1).expand(-1, -1, rank))
+    coefficients = torch.gather(coefficients, 2, columns.unsqueeze(1).expand(-1, n - rank, -1))
+    return torch.cat([chosen, rest], 1), coefficients
 
 
-def _exchanged(order: Tensor, coefficients: Tensor) -> Tensor:
-    """The order after exchanges of a pivot and another row, each of which makes the pivots' volume grow."""
+def _orthonormal(basis: Tensor) -> Tensor:
+    """An orthonormal basis of the same columns: these themselves, of length 1, where they are orthogonal."""
+    scaled = basis / basis.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    eye = torch.eye(basis.shape[2], dtype=basis.dtype, device=basis.device)
+    return scaled if bool(((scaled.mT @ scaled - eye).abs() < ORTHOGONAL).all()) else torch.linalg.qr(scaled)[0]
+
+
+def _exchange(order: Tensor, coefficients: Tensor) -> None:
+    """Exchange a pivot and another row, in both arguments, as long as one makes the pivots' volume grow by enough."""
     rank = coefficients.shape[1]
     while True:
         row, column = divmod(int(coefficients.abs().argmax()), rank)
         value = coefficients[row, column].clone()
         if abs(value) <= LARGEST:
-            return order
+            return
         others, here = coefficients[row].clone(), coefficients[:, column].clone()
         others[column] -= 1
         coefficients -= torch.outer(here / value, others)

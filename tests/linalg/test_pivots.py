@@ -91,11 +91,14 @@ def test_exchanges_bound_every_coefficient():
     basis[:n] *= 1e-3
     order, coefficients = pivots.choose_pivots(torch.stack([basis, basis.flip(0)]))
     assert float(coefficients.abs().max()) <= pivots.LARGEST
+    assert all(bool((part.diff() > 0).all()) for part in order.tensor_split([n], 1))
     for one, rows, told in zip((basis, basis.flip(0)), order, coefficients, strict=True):
         torch.testing.assert_close(told @ one[rows[:n]], one[rows[n:]])
     wild = torch.linalg.solve(basis[:n], basis[n:], left=False)  # the first rows as pivots
     assert float(wild.abs().max()) > 100
-    settled = pivots._exchanged(torch.arange(64), wild)
+    settled, told = torch.arange(64), wild.clone()
+    pivots._exchange(settled, told)
+    torch.testing.assert_close(told @ basis[settled[:n]], basis[settled[n:]])
     assert float(torch.linalg.solve(basis[settled[:n]], basis[settled[n:]], left=False).abs().max()) <= 2.0 + 1e-9
 
 
