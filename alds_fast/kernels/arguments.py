@@ -49,8 +49,8 @@ def check_alike(x: Tensor, **tensors: Tensor | None) -> None:
             raise ArgumentError(f"{name} is {t.dtype}, x is {x.dtype}; convert one of them")
 
 
-def check_factors(encoder: Tensor, decoder: Tensor, bias: Tensor | None, groups: int) -> None:
-    """encoder (groups * rank, ...), decoder (f, groups * rank, ...) and bias (f,) fit each other."""
+def check_factors(encoder: Tensor, decoder: Tensor, bias: Tensor | None, groups: int, outputs: int = 0) -> None:
+    """encoder (groups * rank, ...), decoder (f, groups * rank, ...) and bias (f,), or (outputs,), fit each other."""
     q, f = encoder.shape[0], decoder.shape[0]
     if not encoder.shape[1] or not f:
         raise ArgumentError(f"encoder {sizes(encoder)} and decoder {sizes(decoder)} must not be empty")
@@ -58,8 +58,8 @@ def check_factors(encoder: Tensor, decoder: Tensor, bias: Tensor | None, groups:
         raise ArgumentError(f"groups={groups!r} does not divide the {q} rows of encoder {sizes(encoder)}")
     if decoder.shape[1] != q:
         raise ArgumentError(f"decoder {sizes(decoder)} takes {decoder.shape[1]} hidden values, the encoder gives {q}")
-    if bias is not None and tuple(bias.shape) != (f,):
-        raise ArgumentError(f"bias has shape {sizes(bias)}, decoder {sizes(decoder)} needs ({f},)")
+    if bias is not None and tuple(bias.shape) != (outputs or f,):
+        raise ArgumentError(f"bias has shape {sizes(bias)}, decoder {sizes(decoder)} needs ({outputs or f},)")
 
 
 def check_input(

@@ -23,6 +23,7 @@ from .limits import MAX_HIDDEN
 from .op_conv2d import lowrank_conv2d_op
 from .op_linear import lowrank_linear_op
 from .op_merged_linears import lowrank_linears_op
+from .pivot_table import check_order
 from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
 
 
@@ -35,6 +36,7 @@ def lowrank_linear(
     groups: int = 1,
     activation: str | None = None,
     residual: Tensor | None = None,
+    order: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """activation(decoder @ blockdiag(encoder) @ x + bias + residual).
@@ -47,6 +49,9 @@ def lowrank_linear(
         groups: number of channel slices.
         activation: None, "relu", "silu" or "gelu" (with erf).
         residual: (..., f), added before the activation, or None.
+        order: of a layer whose hidden values are ``rank`` of its outputs, which a decoder (f - rank, rank) of one slice
+            then leaves out: for every output its place among these followed by the decoder's rows, (f,) int64, a
+            permutation (which is not checked).
         backend: "fused" (CUDA; groups * rank <= 256, or any up to 16 rows), "two-op" or "auto", see
             :mod:`alds_fast.kernels.functional`. The fused kernel multiplies float32 exactly like torch's default
             ("ieee"); ``torch.set_float32_matmul_precision("high")`` turns tf32 on.
@@ -68,17 +73,21 @@ def lowrank_linear(
     check_dims(2, encoder=encoder, decoder=decoder)
     check_rows(x)
     check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
-    check_factors(encoder, decoder, bias, groups)
-    check_input(x, -1, encoder, groups, residual, (*x.shape[:-1], decoder.shape[0]))
+    outputs = decoder.shape[0]
+    if order is not None:
+        outputs += encoder.shape[0]
+        check_order(order, x, outputs, groups)
+    check_factors(encoder, decoder, bias, groups, outputs)
+    check_input(x, -1, encoder, groups, residual, (*x.shape[:-1], outputs))
     reason = None if backend == "two-op" else why_not_fused_linear(x, encoder)
 
     def fused() -> Tensor:
-        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation)
+        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation, order)
 
     def two_op() -> Tensor:
-        return lowrank_linear_ref(x, encoder, decoder, bias, residual, groups, activation)
+        return lowrank_linear_ref(x, encoder, decoder, bias, residual, groups, activation, order)
 
-    return run(("lowrank_linear", groups, activation), backend, reason, tensors, fused, two_op)
+    return run(("lowrank_linear", groups, activation, order is None), backend, reason, tensors, fused, two_op)
 
 
 def lowrank_conv2d(

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .op_shared import decoder_output, flop_formula, on_device_of, rows_of, save_inputs, triton_module
-from .reference import activation_grad, encode_linear
+from .pivot_table import outputs_number, outputs_of
+from .reference import activation_grad, decode_linear, encode_linear
 
 
 @torch.library.custom_op("alds_fast::lowrank_linear", mutates_args=(), device_types=("cuda", "cpu"))
@@ -27,14 +27,16 @@ def lowrank_linear_op(
     residual: Tensor | None,
     groups: int,
     activation: str | None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_linear`, checked there."""
-    y = x.new_empty((*x.shape[:-1], decoder.shape[0]))
+    y = x.new_empty((*x.shape[:-1], outputs_number(decoder, order)))
     if y.numel():
         extra, bias = (None if t is None else t.contiguous() for t in (residual, bias))
         with on_device_of(x):
+            outputs = None if order is None else outputs_of(order)
             triton_module("linear").run_linear(
-                rows_of(x), encoder, decoder, bias, extra, groups, activation, y.view(-1, decoder.shape[0])
+                rows_of(x), encoder, decoder, bias, extra, groups, activation, outputs, y.view(-1, y.shape[-1])
             )
     return y
 
@@ -48,26 +50,30 @@ def _(
     residual: Tensor | None,
     groups: int,
     activation: str | None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], decoder.shape[0]))
+    return x.new_empty((*x.shape[:-1], outputs_number(decoder, order)))
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     x, encoder, decoder, bias, residual = ctx.saved_tensors
-    groups, activation = ctx.options
+    groups, activation, order = ctx.options
     hidden = encode_linear(x, encoder, groups)
     if activation is not None:
-        grad = activation_grad(grad, decoder_output(F.linear(hidden, decoder), bias, residual), activation)
-    rows = grad.reshape(-1, grad.shape[-1])
-    grad_hidden = (grad @ decoder).unflatten(-1, (groups, -1))
+        grad = activation_grad(grad, decoder_output(decode_linear(hidden, decoder, order), bias, residual), activation)
+    rows = told = grad.reshape(-1, grad.shape[-1])
+    if order is not None:  # of the hidden values, and then of the decoder's rows
+        pivots, told = rows.index_select(1, order.argsort()).tensor_split([encoder.shape[0]], 1)
+    grad_hidden = told @ decoder if order is None else pivots + told @ decoder
+    grad_hidden = grad_hidden.view(*grad.shape[:-1], groups, -1)
     slices = encoder.unflatten(0, (groups, -1))
     grad_x = torch.einsum("...gr,grc->...gc", grad_hidden, slices).flatten(-2)
     split = x.reshape(-1, groups, slices.shape[2])
     grad_encoder = torch.einsum("mgr,mgc->grc", grad_hidden.reshape(-1, *grad_hidden.shape[-2:]), split).flatten(0, 1)
-    grad_decoder = rows.mT @ hidden.reshape(-1, hidden.shape[-1])
+    grad_decoder = told.mT @ hidden.reshape(-1, hidden.shape[-1])
     return (
         grad_x, grad_encoder, grad_decoder, None if bias is None else rows.sum(0),
-        None if residual is None else grad, None, None,
+        None if residual is None else grad, None, None, None,
     )  # fmt: skip
 
 

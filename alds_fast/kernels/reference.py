@@ -57,6 +57,14 @@ def encode_linear(x: Tensor, encoder: Tensor, groups: int) -> Tensor:
     return torch.einsum("...gc,grc->...gr", x.unflatten(-1, (groups, -1)), blocks).flatten(-2)
 
 
+def decode_linear(hidden: Tensor, decoder: Tensor, order: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """decoder @ hidden + bias; with ``order`` the outputs it names among the hidden values followed by the product."""
+    if order is None:
+        return F.linear(hidden, decoder, bias)
+    y = torch.cat([hidden, F.linear(hidden, decoder)], -1).index_select(-1, order)
+    return y if bias is None else y + bias
+
+
 def lowrank_linear_ref(
     x: Tensor,
     encoder: Tensor,
@@ -65,9 +73,10 @@ def lowrank_linear_ref(
     residual: Tensor | None = None,
     groups: int = 1,
     activation: str | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """activation(decoder @ blockdiag(encoder) @ x + bias + residual) as library calls."""
-    return epilogue(F.linear(encode_linear(x, encoder, groups), decoder, bias), residual, activation)
+    return epilogue(decode_linear(encode_linear(x, encoder, groups), decoder, order, bias), residual, activation)
 
 
 def halves(

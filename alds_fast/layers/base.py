@@ -150,7 +150,9 @@ class LowRankLayer(nn.Module):
         )
 
     def _why_pivots_are_not_fused(self) -> str | None:
-        return "kernels take plain factors; alds_fast.deploy fills the identity in" if self.pivots else None
+        if not self.pivots:
+            return None
+        return "kernels take plain factors, or output pivots of a Linear; deploy fills the identity in"
 
     def _check_pivoted(self, x: Tensor) -> None:
         """What library calls alone cannot do is refused."""

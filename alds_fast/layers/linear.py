@@ -84,18 +84,16 @@ class LowRankLinear(LowRankLayer):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.pivots:
-            return self._pivoted(input)
+        if self.pivots == "input":
+            return self._with_input_pivots(input)
+        order = self.order if self.pivots else None
+        factors = self.encoder, self.decoder, self.bias
         if self._two_op(input):
-            return lowrank_linear_ref(input, self.encoder, self.decoder, self.bias, None, self.slices)
-        return lowrank_linear(input, self.encoder, self.decoder, self.bias, groups=self.slices, backend=self.backend)
+            return lowrank_linear_ref(input, *factors, None, self.slices, None, order)
+        return lowrank_linear(input, *factors, groups=self.slices, order=order, backend=self.backend)
 
-    def _pivoted(self, x: Tensor) -> Tensor:
+    def _with_input_pivots(self, x: Tensor) -> Tensor:
         self._check_pivoted(x)
-        if self.pivots == "output":
-            hidden = F.linear(x, self.encoder)
-            y = torch.cat([hidden, F.linear(hidden, self.decoder)], -1).index_select(-1, self.order)
-            return y if self.bias is None else y + self.bias
         sorted_x = x.index_select(-1, self.order)
         inner = self.slices * self.rank
         chosen, rest = sorted_x[..., :inner], sorted_x[..., inner:].unflatten(-1, (self.slices, -1))
@@ -106,7 +104,8 @@ class LowRankLinear(LowRankLayer):
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the fused kernel cannot run this layer on ``x``; None if it can."""
-        return self._why_pivots_are_not_fused() or why_not_fused_linear(x, self.encoder)
+        reason = self._why_pivots_are_not_fused() if self.pivots == "input" else None
+        return reason or why_not_fused_linear(x, self.encoder)
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` that the layer stands for, on the meta device."""

@@ -19,7 +19,7 @@ import torch
 from benchmarks.common.results import ROOT
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA C++ programming guide, table of features
-SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS")
+SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS", "PIVOTS")
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -36,8 +36,11 @@ def configurations():
             if not heavy and t == linear.tile_tiling(hidden, dtype, wide, True):
                 continue
             tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
-            for one in (True, False) if heavy else (True,):  # several slices count as heavy
-                yield "linear", kind, {**tiles, "ONE_SLICE": one, **epilogue(heavy)}, t, wide
+            tiles |= epilogue(heavy)
+            yield "linear", kind, {**tiles, "ONE_SLICE": True, "PIVOTS": False}, t, wide
+            if heavy:  # as several slices and pivots are
+                yield "linear", kind, {**tiles, "ONE_SLICE": False, "PIVOTS": False}, t, wide
+                yield "linear", kind, {**tiles, "ONE_SLICE": True, "PIVOTS": True}, t, wide
         yield from _few_rows(kind, dtype, wide)
         yield from _convolutions(kind, dtype, wide)
 
@@ -49,7 +52,7 @@ def epilogue(heavy):
 
 def _few_rows(kind, dtype, wide):
     """Encoders and decoders of few rows, all PARTS, with and without the early launch (sm_90)."""
-    from alds_fast.kernels.fused import few_rows
+    from alds_fast.kernels.fused import few_rows, vectors
 
     odd = 0 if wide else 3
     for parts in (1, 2, 4, 8):
@@ -57,14 +60,15 @@ def _few_rows(kind, dtype, wide):
         tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols}
         yield "encode_rows", kind, tiles, t, wide
     for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
-        t = few_rows.vector_tiling(reduction - odd, m)
+        t = vectors.vector_tiling(reduction - odd, m)
         tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction}
         yield "encode_vectors", kind, tiles, t, wide
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
-    for layers, vectors, rank in itertools.product((1, 3), (0, 1, 2), (64, 3072)):
-        t = few_rows.vector_tiling(rank - odd, vectors, 4) if vectors else few_rows.decode_tiling(dtype, wide)
+    kinds = (1, False), (1, True), (3, False)
+    for (layers, pivots), m, rank in itertools.product(kinds, (0, 1, 2), (64, 3072)):
+        t = vectors.vector_tiling(rank - odd, m, 4) if m else few_rows.decode_tiling(dtype, wide)
         ranks = {f"RANK{i}": rank - odd for i in range(3)}
-        tiles = {"LAYERS": layers, "VECTORS": vectors, "BM": t.rows, "BK": t.reduction, "BF": t.cols}
+        tiles = {"LAYERS": layers, "VECTORS": m, "BM": t.rows, "BK": t.reduction, "BF": t.cols, "PIVOTS": pivots}
         yield "decode_rows", kind, {**tiles, **ranks, **flags, "HAS_RESIDUAL": layers == 1}, t, wide
 
 
@@ -99,14 +103,14 @@ def _convolutions(kind, dtype, wide):
 
 
 def _kernel(name):
-    from alds_fast.kernels.fused import conv2d, few_rows, linear
+    from alds_fast.kernels.fused import conv2d, few_rows, linear, vectors
 
     return {
         "conv2d_taps": conv2d._conv2d_taps_kernel,
         "conv2d_rows": conv2d._conv2d_rows_kernel,
         "linear": linear._lowrank_linear_kernel,
         "encode_rows": few_rows._encode_rows_kernel,
-        "encode_vectors": few_rows._encode_vectors_kernel,
+        "encode_vectors": vectors.encode_vectors_kernel,
         "decode_rows": few_rows._decode_rows_kernel,
     }[name]
 
@@ -124,7 +128,7 @@ def compile_one(job):
     widest |= {"EARLY": arch >= 90, "WAIT": arch >= 90}
     constants = {**{k: v for k, v in widest.items() if k in kernel.arg_names}, **constants}
     types = dict.fromkeys(("x", "encoder", "decoder", "bias", "residual", "y", "hidden"), dtype.replace("tf32", "fp32"))
-    types |= {"parts": "fp32", "tickets": "i32"}
+    types |= {"parts": "fp32", "tickets": "i32", "outputs": "i32"}
     signature, attrs = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:

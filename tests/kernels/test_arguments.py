@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernel_cases import by_one, conv_case, linear_case, random
+from support.kernel_cases import DEVICE, by_one, conv_case, linear_case, random
 
 from alds_fast.errors import ArgumentError
 from alds_fast.kernels import (
@@ -38,6 +38,27 @@ def test_bad_input_of_linear(case, options, message):
     for backend in ("fused", "two-op"):
         with pytest.raises(ArgumentError) as raised:
             lowrank_linear(**case, **({"groups": 2, "backend": backend} | options))
+        assert message in str(raised.value)
+
+
+ORDER = torch.arange(11, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"groups": 2}, "order= goes with one slice, groups=2"),
+        ({"order": ORDER[1:]}, "order is torch.int64 of shape (10,): expected torch.int64 of (11,)"),
+        ({"order": ORDER.int()}, "order is torch.int32 of shape (11,)"),
+        ({"order": ORDER.to("meta")}, "order is on meta, x on"),
+        ({"bias": random(8)}, "bias has shape (8,), decoder (8, 3) needs (11,)"),
+    ],
+)
+def test_bad_tables_of_pivots(options, message):
+    case = linear_case(4, 16, 1, 3, 8, bias=False, residual=False) | {"order": ORDER} | options
+    for backend in ("fused", "two-op"):
+        with pytest.raises(ArgumentError) as raised:
+            lowrank_linear(**case, backend=backend)
         assert message in str(raised.value)
 
 

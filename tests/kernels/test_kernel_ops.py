@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from support.kernel_cases import DEVICE, by_one, conv_case, linear_case, ran, random
+from support.kernel_cases import DEVICE, by_one, conv_case, linear_case, pivoted_case, ran, random
 from support.marks import slow
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, BackendError
-from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears
+from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears, pivot_table
 from alds_fast.kernels.op_conv2d import lowrank_conv2d_op
 from alds_fast.kernels.op_linear import lowrank_linear_op
 from alds_fast.kernels.op_merged_linears import lowrank_linears_op
@@ -49,6 +49,28 @@ def test_gradients_of_linear(rows, activation, extras):
     check_gradients(lowrank_linear, case, {"groups": 2, "activation": activation})
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("extras", [True, False])
+def test_gradients_with_output_pivots(rows, extras):
+    case, order = pivoted_case(rows, 16, 5, 12, bias=extras, residual=extras)
+    check_gradients(lowrank_linear, case, {"order": order, "activation": "gelu" if extras else None})
+
+
+def test_a_table_of_pivots_that_changes_is_seen():
+    case, order = pivoted_case(4, 16, 5, 12)
+    lowrank_linear(**case, order=order, backend="fused")
+    order.copy_(order.flip(0))
+    after = [lowrank_linear(**case, order=order, backend=backend) for backend in ("fused", "two-op")]
+    torch.testing.assert_close(*after)
+    with torch.inference_mode():
+        table = order.clone()
+        after.append(lowrank_linear(**case, order=table, backend="fused"))
+    torch.testing.assert_close(after[2], after[1])
+    known = len(pivot_table._known)
+    del order
+    assert len(pivot_table._known) == known - 1
+
+
 @pytest.mark.parametrize("activation", [slow(None), slow("relu"), slow("silu"), "gelu"])
 @pytest.mark.parametrize("kind", list(CONV))
 def test_gradients_of_conv2d(kind, activation):
@@ -75,6 +97,9 @@ def test_gradients_of_linears():
 def test_opcheck():
     case = {k: v.requires_grad_() for k, v in linear_case(5, 16, 2, 3, 8).items()}
     torch.library.opcheck(lowrank_linear_op, (*case.values(), 2, "gelu"))
+    case, order = pivoted_case(5, 16, 5, 12)
+    pivoted = [t.requires_grad_() for t in case.values()]
+    torch.library.opcheck(lowrank_linear_op, (*pivoted, 1, "gelu", order))
     tensors, _ = CONV["encode"]
     args = [t.detach().clone().requires_grad_() for t in tensors.values()]
     torch.library.opcheck(lowrank_conv2d_op, (*args, None, 2, [2, 2], [1, 1], [1, 1], "relu"))
@@ -180,7 +205,9 @@ def flops(call):
 
 def test_flops_are_those_of_the_two_calls():
     case = linear_case(6, 16, 2, 3, 8)
+    pivoted, order = pivoted_case(6, 16, 5, 12)
     calls = [lambda b: lowrank_linear(**case, groups=2, backend=b)]
+    calls += [lambda b: lowrank_linear(**pivoted, order=order, backend=b)]
     calls += [lambda b, c=c, o=o: lowrank_conv2d(**c, **o, backend=b) for c, o in CONV.values()]
     calls += [lambda b: lowrank_linears(random(2, 16), random(7, 16), [random(8, 4), random(5, 3)], backend=b)]
     for call in calls:

@@ -7,13 +7,26 @@ sequence where that is larger.
 
 import pytest
 import torch
-from support.kernel_cases import CONV, DEVICE, EACH_CONV, EACH_LINEAR, LINEAR, by_one, conv_case, linear_case, random
+from support.kernel_cases import (
+    CONV,
+    DEVICE,
+    EACH_CONV,
+    EACH_LINEAR,
+    LINEAR,
+    PIVOTED,
+    by_one,
+    conv_case,
+    linear_case,
+    pivoted_case,
+    random,
+)
 from support.marks import slow
 
 from alds_fast.kernels import (
     lowrank_conv2d,
     lowrank_linear,
     lowrank_linears,
+    pivot_table,
 )
 from alds_fast.kernels.fused import conv2d, few_rows, linear, tickets
 
@@ -64,6 +77,21 @@ def test_epilogue_of_linear(rows, bias, activation):
     for residual in (True, False):
         case = linear_case(rows, 32, 2, 5, 24, torch.float16, bias, residual)
         compare(lowrank_linear, case, {"groups": 2, "activation": activation})
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", PIVOTED)
+def test_output_pivots_are_stored_in_place(shape, dtype):
+    for bias, activation in ((True, None), (False, "relu"), (True, "gelu")):
+        case, order = pivoted_case(*shape, dtype, bias=bias, residual=activation == "gelu")
+        compare(lowrank_linear, case, {"order": order, "activation": activation})
+
+
+def test_output_pivots_are_those_of_the_layer_with_the_identity():
+    case, order = pivoted_case(20, 48, 9, 40, bias=True, residual=False)
+    whole = torch.cat([torch.eye(9, device=DEVICE), case["decoder"]])[order]
+    y = lowrank_linear(**case, order=order, backend="fused")
+    torch.testing.assert_close(y, lowrank_linear(**{**case, "decoder": whole}, backend="two-op"))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -196,18 +224,26 @@ def test_every_output_and_scratch_value_is_written(poisoned):
     assert torch.empty(3).isnan().all()
     for shape in LINEAR:
         assert torch.isfinite(lowrank_linear(**linear_case(*shape), groups=shape[2], backend="fused")).all()
+    for shape in PIVOTED:
+        case, order = pivoted_case(*shape)
+        assert torch.isfinite(lowrank_linear(**case, order=order, backend="fused")).all()
     for shape, options in CONV:
         assert torch.isfinite(lowrank_conv2d(**conv_case(*shape), groups=shape[3], **options, backend="fused")).all()
 
 
+@pytest.mark.parametrize("pivots", ["none", "any", "out of range"])
 @pytest.mark.parametrize("shape", EACH_LINEAR)
-def test_linear_writes_nothing_else(shape):
-    m, _, groups, _, f = shape
-    case = linear_case(*shape)
+def test_linear_writes_nothing_else(shape, pivots):
+    m, c, groups, rank, f = shape
+    case, outputs = linear_case(*shape), None
+    if pivots != "none":
+        case, order = pivoted_case(m, c, rank, f + rank)
+        groups, f, outputs = 1, f + rank, pivot_table.outputs_of(order if pivots == "any" else torch.zeros_like(order))
     buffer = torch.full((m * f + 2048,), float("nan"), device=DEVICE)
     y = buffer[1024 : 1024 + m * f].view(m, f)
-    linear.run_linear(*(case[k] for k in ("x", "encoder", "decoder", "bias", "residual")), groups, None, y)
-    assert buffer[:1024].isnan().all() and buffer[1024 + m * f :].isnan().all() and torch.isfinite(y).all()
+    linear.run_linear(*(case[k] for k in ("x", "encoder", "decoder", "bias", "residual")), groups, None, outputs, y)
+    assert buffer[:1024].isnan().all() and buffer[1024 + m * f :].isnan().all()
+    assert torch.isfinite(y).all() or pivots == "out of range"
 
 
 @pytest.mark.parametrize("shape, options", EACH_CONV)

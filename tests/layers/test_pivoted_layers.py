@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from support.kernel_cases import ran
 from support.models import count
 from torch import nn
 
@@ -110,10 +111,25 @@ def test_deploy_may_fill_the_identity_in(form):
     row = next(row for row in table.rows if row.name == name)
     assert {"two-op", own} <= set(row.times_ms) and "kernels take plain factors" in row.note
     assert f"pivots='{layer.pivots}'" in row.structure
-    with pytest.raises(BackendError, match="kernels take plain factors; alds_fast.deploy fills the identity in"):
+    with pytest.raises(BackendError, match="kernels take plain factors, .*; deploy fills the identity in"):
         fused = copy.deepcopy(layer)
         fused.backend = "fused"
         fused(X)
+
+
+def test_output_pivots_of_linear_layers_run_fused():
+    small = pivoted("output", params=0.4)
+    linear = next(m for m in low_rank(small) if isinstance(m, alds.LowRankLinear) and m.pivots == "output")
+    for rows in (2, 20):
+        x = torch.randn(rows, linear.in_features)
+        expected = linear(x)
+        fused = copy.deepcopy(linear)
+        fused.backend = "fused"
+        assert fused.why_not_fused(x) is None
+        assert ran(lambda m=fused, x=x: m(x)).count("alds_fast.lowrank_linear.default") == 1
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+    _, table = alds.deploy(nn.Sequential(linear), x, rounds=1, report=True)
+    assert "fused" in table.rows[0].times_ms and table.rows[0].errors["fused"] < 1e-5
 
 
 def test_layers_that_read_one_input_are_merged():

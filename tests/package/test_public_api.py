@@ -55,7 +55,7 @@ def test_signatures():
     evaluating |= {"methods": ("alds",), "criteria": (None,), "ps": (None,)}
     assert _keywords(alds.evaluate) == evaluating
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
-    assert _keywords(kernels.lowrank_linear) == common
+    assert _keywords(kernels.lowrank_linear) == {**common, "order": None}
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
     assert _keywords(alds.Plan.apply) == {
         "moments": None,

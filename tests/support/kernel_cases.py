@@ -23,6 +23,18 @@ def linear_case(m, c, groups, rank, f, dtype=torch.float32, bias=True, residual=
     }
 
 
+def pivoted_case(m, c, rank, f, dtype=torch.float32, bias=True, residual=True):
+    """Of f outputs the hidden values are rank, in a random order."""
+    rest = linear_case(m, c, 1, rank, f - rank, dtype, bias=False, residual=False)
+    order = torch.randperm(f, generator=torch.Generator().manual_seed(f + rank)).to(DEVICE)
+    full = linear_case(m, c, 1, rank, f, dtype, bias, residual)
+    return {**rest, "bias": full["bias"], "residual": full["residual"]}, order
+
+
+PIVOTED = [  # rows, channels, rank, filters
+    (1, 64, 16, 64), (2, 300, 33, 70), (5, 96, 24, 96), (16, 40, 30, 31), (17, 64, 16, 64), (65, 70, 33, 129),
+    (40, 48, 130, 200), (20, 24, 1, 2),
+]  # fmt: skip
 LINEAR = [  # rows, channels, groups, rank, filters
     (1, 64, 1, 16, 64), (1, 1, 1, 1, 1), (16, 200, 1, 100, 33), (7, 24, 8, 3, 5), (3, 300, 2, 70, 40),
     (2, 1024, 1, 16, 16), (5, 96, 4, 24, 96), (17, 64, 1, 16, 64), (40, 30, 3, 5, 33), (65, 70, 1, 33, 129),

@@ -18,56 +18,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..limits import MAX_MERGED, precision
-from .common import Tiling, activate, addresses, finish, multiple_of_16, power_of_two
+from .common import Tiling, addresses, finish, multiple_of_16
 from .tickets import take_tickets
-
-MAX_VECTORS = 2  # rows that are multiplied without matrix units
-MAX_PIECES = 16  # of 1024 weights, that a program of vector products has in flight for one output
-
-
-@triton.jit
-def _vector_tile(
-    x, weight, bias, residual, y, n, keep, stride_x, stride_y, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """y[m, n] = activation(weight[n] . x[m] + bias[n] + residual[m, n]) for M <= 2 rows; weights come before x."""
-    k = tl.arange(0, BK)
-    row = weight + n.to(tl.int64)[:, None] * K
-    z0 = tl.zeros(n.shape, dtype=tl.float32)
-    z1 = z0
-    for j in tl.static_range((K + BK - 1) // BK):
-        c = j * BK + k
-        mask = keep[:, None]
-        if (j + 1) * BK > K:
-            mask = mask & (c[None, :] < K)
-        w = tl.load(row + c[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if WAIT and j == 0:
-            gdc_wait()
-        z0 += tl.sum(w * tl.load(x + c, mask=c < K, other=0.0).to(tl.float32)[None, :], axis=1)
-        if M == 2:
-            z1 += tl.sum(w * tl.load(x + stride_x + c, mask=c < K, other=0.0).to(tl.float32)[None, :], axis=1)
-    exact: tl.constexpr = y.dtype.element_ty == tl.float32
-    for m in tl.static_range(M):
-        z = z0 if m == 0 else z1
-        if HAS_BIAS:
-            z += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            z += tl.load(residual + m * stride_y + n, mask=keep, other=0.0).to(tl.float32)
-        tl.store(y + m * stride_y + n, activate(z, ACTIVATION, exact).to(y.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def _encode_vectors_kernel(
-    x, encoder, hidden, RANK, Q, stride_x,
-    C_GROUP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """hidden (M, Q): pid 0 is a tile of ranks, pid 1 the slice; EARLY lets the decoder's launch begin."""
-    if EARLY:
-        gdc_launch_dependents()
-    group = tl.program_id(1)
-    r = tl.program_id(0) * BN + tl.arange(0, BN)
-    _vector_tile(x + group * C_GROUP, encoder, x, x, hidden, group * RANK + r, r < RANK, stride_x, Q,
-                 C_GROUP, M, BK, False, False, "", False)  # fmt: skip
+from .vectors import encode_vectors_kernel, uses_vectors, vector_tile, vector_tiling
 
 
 @triton.jit
@@ -116,15 +69,20 @@ def _encode_rows_kernel(
 
 @triton.jit
 def _decode_tile(
-    hidden, decoder, bias, residual, y, tile, M, Q, F, RANKS: tl.constexpr,
+    hidden, decoder, bias, residual, outputs, y, tile, M, Q, ROWS, RANKS: tl.constexpr, PIVOTS: tl.constexpr,
     VECTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output columns tile * BF of one layer with RANKS hidden values; VECTORS rows without matrix units, or 0."""
+    """Decoder rows tile * BF of one layer with RANKS hidden values; VECTORS rows without matrix units, or 0."""
     f = tile * BF + tl.arange(0, BF)
+    column = f
+    F = ROWS
+    if PIVOTS:
+        F = ROWS + RANKS
+        column = tl.load(outputs + RANKS + f, mask=f < ROWS, other=F)
     if VECTORS > 0:
-        _vector_tile(hidden, decoder, bias, residual, y, f, f < F, Q, F,
-                     RANKS, VECTORS, BK, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, WAIT)  # fmt: skip
+        vector_tile(hidden, decoder, bias, residual, y, f, column, f < ROWS, Q, F,
+                    RANKS, VECTORS, BK, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, WAIT)  # fmt: skip
     else:
         rows = tl.arange(0, BM)
         k = tl.arange(0, BK)
@@ -134,44 +92,61 @@ def _decode_tile(
         for k0 in range(0, RANKS, BK):
             q = k0 + k
             place = f[:, None].to(tl.int64) * RANKS + q[None, :]
-            dt = tl.load(decoder + place, mask=(f[:, None] < F) & (q[None, :] < RANKS), other=0.0)
+            dt = tl.load(decoder + place, mask=(f[:, None] < ROWS) & (q[None, :] < RANKS), other=0.0)
             keep = (rows[None, :] < M) & (q[:, None] < RANKS)
             ht = tl.load(hidden + rows[None, :] * Q + q[:, None], mask=keep, other=0.0)
             acc = tl.dot(dt, ht, acc, input_precision=PRECISION)
-        mask = (rows[:, None] < M) & (f[None, :] < F)
-        finish(tl.trans(acc), y, bias, residual, rows.to(tl.int64), f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+        mask = (rows[:, None] < M) & (f[None, :] < ROWS)
+        out = rows.to(tl.int64)
+        finish(tl.trans(acc), y, bias, residual, out, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+
+
+@triton.jit
+def _place_pivots(
+    hidden, bias, residual, outputs, y, tile, M, Q, F, BM: tl.constexpr, BF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Hidden values tile * BF, which are outputs, in their columns of y."""
+    q = tile * BF + tl.arange(0, BF)
+    rows = tl.arange(0, BM).to(tl.int64)
+    column = tl.load(outputs + q, mask=q < Q, other=F)
+    mask = (rows[:, None] < M) & (q[None, :] < Q)
+    if WAIT:
+        gdc_wait()
+    h = tl.load(hidden + rows[:, None] * Q + q[None, :], mask=mask, other=0.0).to(tl.float32)
+    finish(h, y, bias, residual, rows, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
 
 
 @triton.jit
 def _decode_rows_kernel(
-    hidden, decoder0, decoder1, decoder2, bias0, bias1, bias2, residual, y0, y1, y2, M, Q, F0, F1, F2,
-    RANK0: tl.constexpr, RANK1: tl.constexpr, RANK2: tl.constexpr,
+    hidden, decoder0, decoder1, decoder2, bias0, bias1, bias2, residual, outputs, y0, y1, y2, M, Q, F0, F1, F2,
+    RANK0: tl.constexpr, RANK1: tl.constexpr, RANK2: tl.constexpr, PIVOTS: tl.constexpr,
     LAYERS: tl.constexpr, VECTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
     HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The decoders of up to three layers, their tiles numbered one after the other."""
+    """The decoders of up to three layers, their tiles numbered one after the other, after those with PIVOTS."""
     tile = tl.program_id(0)
+    if PIVOTS:  # of one layer
+        pivot_tiles: tl.constexpr = (RANK0 + BF - 1) // BF
+        if tile < pivot_tiles:
+            _place_pivots(hidden, bias0, residual, outputs, y0, tile, M, Q, F0 + RANK0,
+                          BM, BF, HAS_BIAS0, HAS_RESIDUAL, ACTIVATION, WAIT)  # fmt: skip
+        tile -= pivot_tiles
     tiles0 = tl.cdiv(F0, BF)
     tiles1 = tl.cdiv(F1, BF)
-    if tile < tiles0:
-        _decode_tile(hidden, decoder0, bias0, residual, y0, tile, M, Q, F0, RANK0,
+    if (tile >= 0) & (tile < tiles0):
+        _decode_tile(hidden, decoder0, bias0, residual, outputs, y0, tile, M, Q, F0, RANK0, PIVOTS,
                      VECTORS, BM, BK, BF, HAS_BIAS0, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
     if LAYERS > 1:  # a constant of the kernel, unlike the next condition
         if (tile >= tiles0) & (tile < tiles0 + tiles1):
-            _decode_tile(hidden + RANK0, decoder1, bias1, residual, y1, tile - tiles0, M, Q, F1, RANK1,
+            _decode_tile(hidden + RANK0, decoder1, bias1, residual, outputs, y1, tile - tiles0, M, Q, F1, RANK1, False,
                          VECTORS, BM, BK, BF, HAS_BIAS1, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
     if LAYERS > 2:
         if tile >= tiles0 + tiles1:
-            _decode_tile(hidden + (RANK0 + RANK1), decoder2, bias2, residual, y2, tile - tiles0 - tiles1, M, Q, F2,
-                         RANK2, VECTORS, BM, BK, BF, HAS_BIAS2, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
-
-
-def vector_tiling(reduction: int, rows: int, least: int = 1) -> Tiling:
-    """Tiles of vector products: some 4096 weights a program and row, ``least`` outputs or more (after an H200)."""
-    padded = power_of_two(reduction)
-    warps = 8 if rows == 1 and padded == reduction else 4
-    return Tiling(rows, min(padded, 1024), max(least, min(16, 4096 * rows // padded)), warps, 1)
+            tile -= tiles0 + tiles1
+            _decode_tile(hidden + (RANK0 + RANK1), decoder2, bias2, residual, outputs, y2, tile, M, Q, F2, RANK2, False,
+                         VECTORS, BM, BK, BF, HAS_BIAS2, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
 
 
 def encode_tiling(dtype: torch.dtype) -> Tiling:
@@ -194,11 +169,6 @@ def split(channels: int, tiles: int, reduction: int) -> tuple[int, int]:
     return triton.cdiv(channels, per_part), per_part
 
 
-def uses_vectors(rows: int, *reductions: int) -> bool:
-    """Whether so few rows of reductions so long are multiplied without matrix units."""
-    return rows <= MAX_VECTORS and max(reductions) <= 1024 * MAX_PIECES
-
-
 def early_launch(x: Tensor) -> bool:
     """Whether the decoder may begin before the encoder has ended: compute capability 9.0 and above."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
@@ -210,7 +180,7 @@ def _encode(x: Tensor, encoder: Tensor, groups: int, hidden: Tensor, vectors: bo
     rank = q // groups
     if vectors:
         t = vector_tiling(c_group, m)
-        _encode_vectors_kernel[triton.cdiv(rank, t.cols), groups](
+        encode_vectors_kernel[triton.cdiv(rank, t.cols), groups](
             x, encoder, hidden, rank, q, x.stride(0), C_GROUP=c_group, M=m, BN=t.cols, BK=t.reduction, EARLY=early,
             num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
@@ -229,8 +199,12 @@ def _encode(x: Tensor, encoder: Tensor, groups: int, hidden: Tensor, vectors: bo
 
 
 def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
-          residual: Tensor | None, groups: int, activation: str | None, ys: Sequence[Tensor]) -> None:  # fmt: skip
-    """Fill ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``."""
+          residual: Tensor | None, groups: int, activation: str | None, outputs: Tensor | None,
+          ys: Sequence[Tensor]) -> None:  # fmt: skip
+    """Fill ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``.
+
+    ``outputs`` of one layer with pivots: which columns of y its hidden values and then its decoder's rows are.
+    """
     m, q, count = x.shape[0], encoder.shape[0], len(decoders)
     ranks = [d.shape[1] for d in decoders]
     vectors, early = uses_vectors(m, encoder.shape[1], *ranks), early_launch(x)
@@ -242,11 +216,12 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
     d, o = ([s[i] for i in last] for s in (decoders, ys))
     b = [biases[i] for i in last]
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
-    _decode_rows_kernel[sum(triton.cdiv(w.shape[0], t.cols) for w in decoders),](
-        hidden, *d, *b, residual, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),
-        LAYERS=count, VECTORS=m if vectors else 0, BM=t.rows, BK=t.reduction, BF=t.cols, HAS_BIAS0=b[0] is not None,
-        HAS_BIAS1=b[1] is not None, HAS_BIAS2=b[2] is not None, HAS_RESIDUAL=residual is not None,
-        ACTIVATION=activation or "", WAIT=early, PRECISION=precision(),
+    pivot_tiles = 0 if outputs is None else triton.cdiv(q, t.cols)
+    _decode_rows_kernel[pivot_tiles + sum(triton.cdiv(w.shape[0], t.cols) for w in decoders),](
+        hidden, *d, *b, residual, outputs, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),
+        PIVOTS=outputs is not None, LAYERS=count, VECTORS=m if vectors else 0, BM=t.rows, BK=t.reduction, BF=t.cols,
+        HAS_BIAS0=b[0] is not None, HAS_BIAS1=b[1] is not None, HAS_BIAS2=b[2] is not None,
+        HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "", WAIT=early, PRECISION=precision(),
         num_warps=t.num_warps, num_stages=t.num_stages, **options,
     )  # fmt: skip
 
@@ -257,4 +232,4 @@ def run_merged(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: S
 
     ``encoder`` (sum of ranks, c) holds their encoders one after the other.
     """
-    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, ys)
+    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, None, ys)

@@ -1,7 +1,8 @@
 """Fused low-rank linear layers in Triton: y = activation(decoder @ blockdiag(encoder) @ x + bias + residual).
 
 One launch: a program computes the hidden values of its rows once, keeps them on chip and multiplies them with the
-whole decoder, so that groups * rank numbers a row are neither written to memory nor read back. Up to 16 rows go to
+whole decoder, so that groups * rank numbers a row are neither written to memory nor read back. With output pivots the
+hidden values are outputs, which are stored in their place, and the decoder has the other rows only. Up to 16 rows go to
 :mod:`alds_fast.kernels.fused.few_rows` instead.
 
 Accumulates in float32, rounds the hidden values to the type of x, as two library calls do, and uses float32 products
@@ -22,14 +23,15 @@ from .few_rows import run_rows
 
 @triton.jit
 def _lowrank_linear_kernel(
-    x, encoder, decoder, bias, residual, y,
-    M, C, C_GROUP, RANK, Q, F, stride_x, cols_per_program,
+    x, encoder, decoder, bias, residual, outputs, y,
+    M, C, C_GROUP, RANK, Q, ROWS, stride_x, cols_per_program,
     BM: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, BF: tl.constexpr,
-    ONE_SLICE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONE_SLICE: tl.constexpr, PIVOTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows pid 0 * BM, output columns pid 1 * cols_per_program; BQ >= Q hidden values stay on chip.
+    """Rows pid 0 * BM, rows of the decoder pid 1 * cols_per_program; BQ >= Q hidden values stay on chip.
 
+    With PIVOTS outputs (Q + ROWS,) says which column of y a hidden value, and then a row of the decoder, is.
     The block-diagonal encoder is read as a full one: of the BQ x BK tile only what lies in a block is loaded.
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -49,12 +51,22 @@ def _lowrank_linear_kernel(
         hidden = tl.dot(xt, et, hidden, input_precision=PRECISION)
     h = hidden.to(x.dtype.element_ty)
     start = tl.program_id(1) * cols_per_program
-    for f0 in range(start, tl.minimum(start + cols_per_program, F), BF):
+    F = ROWS
+    if PIVOTS:
+        F = ROWS + Q
+        if start == 0:
+            column = tl.load(outputs + q, mask=q < Q, other=F)
+            mask = (rows[:, None] < M) & (column[None, :] < F)
+            finish(h.to(tl.float32), y, bias, residual, rows, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+    for f0 in range(start, tl.minimum(start + cols_per_program, ROWS), BF):
         f = f0 + tl.arange(0, BF)
-        dt = tl.load(decoder + f[None, :] * Q + q[:, None], mask=(f[None, :] < F) & (q[:, None] < Q), other=0.0)
+        dt = tl.load(decoder + f[None, :] * Q + q[:, None], mask=(f[None, :] < ROWS) & (q[:, None] < Q), other=0.0)
         acc = tl.dot(h, dt, input_precision=PRECISION)
-        mask = (rows[:, None] < M) & (f[None, :] < F)
-        finish(acc, y, bias, residual, rows, f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+        column = f
+        if PIVOTS:
+            column = tl.load(outputs + Q + f, mask=f < ROWS, other=F)
+        mask = (rows[:, None] < M) & (column[None, :] < F)
+        finish(acc, y, bias, residual, rows, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
 
 
 def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool, heavy: bool) -> Tiling:
@@ -69,31 +81,34 @@ def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool, heavy: bool) -> Til
 
 
 def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
-          activation: str | None, y: Tensor) -> None:  # fmt: skip
+          activation: str | None, outputs: Tensor | None, y: Tensor) -> None:  # fmt: skip
     m, c = x.shape
     f, q = decoder.shape
     padded = power_of_two(q)
     wide = multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
-    t = tile_tiling(padded, x.dtype, wide, groups > 1 or residual is not None or activation in ("silu", "gelu"))
+    heavy = groups > 1 or outputs is not None or residual is not None or activation in ("silu", "gelu")
+    t = tile_tiling(padded, x.dtype, wide, heavy)
     row_tiles, col_tiles = triton.cdiv(m, t.rows), triton.cdiv(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
     per_program = triton.cdiv(col_tiles, splits) * t.cols
     _lowrank_linear_kernel[row_tiles, triton.cdiv(f, per_program)](
-        x, encoder, decoder, bias, residual, y, m, c, c // groups, q // groups, q, f, x.stride(0), per_program,
-        BM=t.rows, BK=t.reduction, BQ=padded, BF=t.cols, ONE_SLICE=groups == 1, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "", PRECISION=precision(),
-        num_warps=t.num_warps, num_stages=t.num_stages,
+        x, encoder, decoder, bias, residual, outputs, y, m, c, c // groups, q // groups, q, f, x.stride(0), per_program,
+        BM=t.rows, BK=t.reduction, BQ=padded, BF=t.cols, ONE_SLICE=groups == 1, PIVOTS=outputs is not None,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "",
+        PRECISION=precision(), num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
 
 def run_linear(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
-               activation: str | None, y: Tensor) -> None:  # fmt: skip
+               activation: str | None, outputs: Tensor | None, y: Tensor) -> None:  # fmt: skip
     """Fill y (m, f) from x (m, c), all of one type and device; both factors are made contiguous first.
 
-    y and residual are contiguous; x has unit stride along its channels; the arguments are trusted.
+    ``outputs`` (f,) int32 says which of y's columns the hidden values, and then the rows of a decoder (f - rank, rank),
+    are; None without pivots. y and residual are contiguous; x has unit stride along its channels; the arguments are
+    trusted.
     """
     encoder, decoder = encoder.contiguous(), decoder.contiguous()
     if x.shape[0] <= MAX_ROWS:
-        run_rows(x, encoder, [decoder], [bias], residual, groups, activation, [y])
+        run_rows(x, encoder, [decoder], [bias], residual, groups, activation, outputs, [y])
     else:
-        _tile(x, encoder, decoder, bias, residual, groups, activation, y)
+        _tile(x, encoder, decoder, bias, residual, groups, activation, outputs, y)
