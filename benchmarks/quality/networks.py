@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import architectures, data
+from .language import LanguageTask, needs, roots_of_probabilities, smollm2
 from .tasks import DigitTask, PitchTask, SentenceTask, as_svhn, as_usps, crepe, pooled, standard
 from .training import Recipe, adam, sgd, trained
 
@@ -163,6 +164,16 @@ def minilm() -> Network:
     )  # fmt: skip
 
 
+def language() -> Network:
+    """The language model; the linear layers of its blocks, 79 % of the parameters, may be compressed."""
+    task = LanguageTask()
+    return Network(
+        "smollm2", "SmolLM2-135M-Instruct, dense perplexity over its own on the Brown corpus", smollm2, task.quality,
+        task.calibration, torch.zeros(1, 32, dtype=torch.long), (needs,), include="model.layers.*",
+        sensitivity=roots_of_probabilities,
+    )  # fmt: skip
+
+
 _SGD = partial(sgd, lr=0.1)
 
 NETWORKS: dict[str, Network] = {
@@ -191,5 +202,6 @@ NETWORKS: dict[str, Network] = {
         crepe_network("tiny", "CREPE tiny, synthesised tones", PitchTask(800)),
         crepe_network("full", "CREPE full, synthesised tones", PitchTask(300)),
         minilm(),
+        language(),
     )
 }

@@ -15,6 +15,7 @@ import alds_fast as alds
 from .networks import Network
 
 REFITTED = "sensitivity p=2", "output p=4", "output p=2", "frobenius p=4", "svd-energy", "l-rank", "pca"
+WITHOUT_PIVOTS = "frobenius p=4", "output p=4", "output p=2", "sensitivity p=2"
 
 
 class FilterThreshold:
@@ -53,6 +54,8 @@ def variants(include: str | None, example_inputs: Any, sensitivity: Any = True) 
     options["output p=inf no bias correction"] = {**seeing, "criterion": "output", "p": math.inf,
                                                 "bias_correction": False}  # fmt: skip
     options["pca"] = {**seeing, "method": "pca"}
+    for name in WITHOUT_PIVOTS:
+        options[f"{name} no pivots"] = {**options[name], "pivots": False}
     for name in REFITTED:
         options[f"{name} refit"] = {**options[name], "refit": True}
     return options
