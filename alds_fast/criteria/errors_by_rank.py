@@ -63,11 +63,14 @@ class Basis:
         gradient = self.moments[name].gradient if CRITERIA[criterion].needs_gradients else None
         return "its gradients are known as a diagonal" if gradient is not None and gradient.dim() == 2 else None
 
-    def weighting(self, layer: DecomposableLayer) -> Weighting | None:
-        """How this layer's errors are weighted; None where it is judged without data."""
+    def weighting(self, layer: DecomposableLayer, for_errors: bool = False) -> Weighting | None:
+        """How this layer's errors are weighted; None where it is judged without data.
+
+        ``for_errors``: no factors are to be made from it, see :func:`alds_fast.criteria.weights.triangle`.
+        """
         if not CRITERIA[self.criterion_of(layer.name)].needs_data:
             return None
-        return self._weighting(layer, self._share(layer))
+        return self._weighting(layer, self._share(layer), for_errors)
 
     def untold(self, layers: Sequence[DecomposableLayer]) -> bool:
         """Whether the data tell next to nothing: what they show of the layers' inputs and gradients is noise."""
@@ -170,10 +173,12 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, he
 
 def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:
     """The spectra with the eigenvalues of the output's covariance."""
-    weights = basis.weighting(spectra.layer)
-    if weights is None:
+    layer = spectra.layer
+    w = basis.weighting(layer, for_errors=True)
+    if w is None:
         return replace(spectra, output=torch.zeros(1, dtype=torch.float64, device="cpu"))
-    w = weights
     output = w.weight @ w.second @ w.weight.mT if w.second is not None else w.output
     assert output is not None
-    return replace(spectra, output=torch.linalg.eigvalsh(output).sum(0).flip(0).clamp_min(0))
+    values = torch.linalg.eigvalsh(output).sum(0).flip(0).clamp_min(0)
+    missing = layer.shape.filters_per_group - len(values)  # of more filters than columns the others are 0
+    return replace(spectra, output=torch.cat([values, values.new_zeros(missing)]))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import is_linear
+from ..layers import DecomposableLayer, is_linear, label
+from ..measurement import Masks
 
 Wanted = Callable[[int], int]
 
@@ -28,15 +30,28 @@ def with_batch_dimension(module: nn.Module, x: Tensor) -> Tensor:
     return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
 
 
-def fitting_mask(module: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
-    """The first of a batch's masks (samples, tokens) that fits the leading dimensions of a Linear's input or output.
+def fitting_mask(layer: DecomposableLayer, x: Tensor, masks: Masks) -> Tensor | None:
+    """That of a batch's masks (samples, tokens) that fits the leading dimensions of a Linear's input or output.
 
-    Those are (samples, tokens), (tokens, samples) or both in one; of as many tokens as samples the first.
+    Those are (samples, tokens), (tokens, samples) or both in one; of as many tokens as samples the first, unless the
+    masks say otherwise. None, with a warning, where several that differ fit.
     """
-    if not is_linear(module):
+    if not is_linear(layer.module):
         return None
-    forms = (form for keep in masks for form in (keep, keep.flatten(), keep.mT))
-    return next((form for form in forms if x.shape[:-1] == form.shape), None)
+    for alike in masks.of(layer.name):
+        turned = ((keep.mT, keep) if masks.tokens_first else (keep, keep.mT) for keep in alike)
+        fits = [next((form for form in (a, a.flatten(), b) if x.shape[:-1] == form.shape), None) for a, b in turned]
+        found = [form for form in fits if form is not None]
+        if any(not torch.equal(found[0], other) for other in found[1:]):
+            warnings.warn(
+                f"several masks of one batch fit layer {label(layer.name)}, so that all its tokens count, padding too; "
+                f"say so by mask=None, or pass the inputs of one call a batch",
+                stacklevel=2,
+            )
+            return None
+        if found:
+            return found[0]
+    return None
 
 
 def _by_row(leading: torch.Size, aside: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import DecomposableLayer, is_linear
+from ..errors import ModelError
+from ..layers import DecomposableLayer, is_linear, label
 from ..linalg import WeightShape
 from ..measurement import Masks, first_input
 from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
@@ -72,6 +73,7 @@ class Collector:
     def __init__(self, layers: Sequence[DecomposableLayer], forms: Mapping[str, Form], gradients: bool) -> None:
         self.layers, self.gradients = layers, gradients
         self.masks = Masks()
+        self.tokens = self.masked = False  # whether a Linear layer has been called, and a mask fitted
         self.aside: Tensor | None = None
         self.held: dict[str, HeldRows] = {layer.name: HeldRows() for layer in layers}
         self.sums: dict[str, ProductSums] = {layer.name: ProductSums() for layer in layers}
@@ -109,6 +111,11 @@ class Collector:
         return hook
 
     def _add_input(self, layer: DecomposableLayer, x: Tensor) -> None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise ModelError(
+                f"layer {label(layer.name)} runs within torch.func.vmap or grad, where its inputs cannot be collected; "
+                f"leave out data=, or the layer with exclude={[layer.name]!r}"
+            )
         key = (*_geometry(layer), None if x.is_inference() else x._version)
         seen, known, products, rows = self.last
         sums, linear = self.sums[layer.name], is_linear(layer.module)
@@ -116,7 +123,8 @@ class Collector:
         if same and (sums.second is None or sums.shift is products[0].shift):
             self.leaders[layer.name].add(self.last_name)
         else:
-            keep = fitting_mask(layer.module, x, self.masks.of(layer.name))
+            keep = fitting_mask(layer, x, self.masks)
+            self.tokens, self.masked = self.tokens or linear, self.masked or keep is not None
             used, aside = by_side(layer.module, x.detach(), keep, self.aside)
             if aside is not None:
                 self.held[layer.name].add(patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
@@ -146,7 +154,9 @@ class Collector:
         return hook
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
-        used, aside = by_side(layer.module, y, fitting_mask(layer.module, y, self.masks.of(layer.name)), self.aside)
+        keep = fitting_mask(layer, y, self.masks)
+        self.tokens, self.masked = self.tokens or is_linear(layer.module), self.masked or keep is not None
+        used, aside = by_side(layer.module, y, keep, self.aside)
         samples, rows = outputs(layer.module, *used)
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
@@ -160,9 +170,7 @@ class Collector:
             return
         sums, width = self.gradient_sums[layer.name], layer.shape.filters_per_group
         wanted = _rows_to_draw(layer, width, layer.shape.columns, sums.drawn)
-        samples, rows = outputs(
-            layer.module, g.detach(), fitting_mask(layer.module, g, self.masks.of(layer.name)), wanted, self.seed
-        )
+        samples, rows = outputs(layer.module, g.detach(), fitting_mask(layer, g, self.masks), wanted, self.seed)
         self.seed += 1
         if isinstance(sums, DiagonalSums):
             sums.add(samples, rows)

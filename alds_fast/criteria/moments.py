@@ -75,9 +75,19 @@ def _first_floating(output: Any) -> Tensor | None:
     return next((t for v in values if (t := _first_floating(v)) is not None), None)
 
 
+def _asked(sensitivity: Callable[[Any, Any], Tensor], output: Any, batch: Any) -> Tensor:
+    try:
+        return sensitivity(output, copy_batch(batch))
+    except Exception as e:
+        raise ModelError(
+            f"sensitivity= raised {type(e).__name__}: {e}; it is called with (output, batch), the model's output and "
+            f"the batch that it came of"
+        ) from e
+
+
 def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torch.Generator) -> float:
     """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
-    z = sensitivity(output, copy_batch(batch)) if callable(sensitivity) else _first_floating(output)
+    z = _asked(sensitivity, output, batch) if callable(sensitivity) else _first_floating(output)
     if isinstance(z, Tensor) and z.is_inference():
         raise ModelError(
             "the model's forward runs in torch.inference_mode(), which has no gradients: leave out sensitivity=, or "
@@ -144,6 +154,11 @@ def collect_moments(
         raise ArgumentError(
             "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
         )
+    if sensitivity and (name := next((n for n, p in model.named_parameters() if p.is_inference()), None)):
+        raise ArgumentError(
+            f"sensitivity= needs gradients, and parameter {name!r} was made in torch.inference_mode(), which allows "
+            f"none: make or load the model outside of that, or leave out sensitivity="
+        )
     count, masks = 0, 0
     with collector.hooks(), private_runs(model) as run, _frozen(model):
         for count, batch in enumerate(data, 1):
@@ -160,6 +175,12 @@ def collect_moments(
         raise ArgumentError("data= has no batches; an iterator can be used once only")
     if not masks and mask not in (None, USUAL):
         raise ArgumentError(f"mask={mask!r} is an argument of no batch of data=")
+    if masks and collector.tokens and not collector.masked:
+        warnings.warn(
+            "the masks of data= fit the input of no layer: all tokens count, padding too; leave padding out of the "
+            "batches, or say so by mask=None",
+            stacklevel=3,
+        )
     moments = _moments_of(collector, samples.worth)
     if layers and not moments:
         raise ArgumentError(

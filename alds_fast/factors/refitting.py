@@ -111,7 +111,7 @@ class _Batch:
 
     def __init__(self, layer: DecomposableLayer, sums: CrossSums, masks: Masks, halves: Tensor, seed: int) -> None:
         self.layer, self.sums, self.halves, self.seed = layer, sums, halves, seed
-        self.masks = masks.of(layer.name)
+        self.masks = masks
         self.outputs: list[list[tuple[Tensor, Wanted]]] = []
         self.drawn = sums.drawn
 
@@ -119,7 +119,7 @@ class _Batch:
         """After a call of the dense layer."""
         bias: Any = module.bias
         self.outputs.append([])
-        for part in by_side(module, y, fitting_mask(module, y, self.masks), self.halves):
+        for part in by_side(module, y, fitting_mask(self.layer, y, self.masks), self.halves):
             if part is not None:
                 wanted = rows_to_draw(self.layer, self.drawn)
                 samples, _ = outputs(module, *part, wanted, self.seed)
@@ -132,9 +132,8 @@ class _Batch:
         x, dense = first_input(args, kwargs), self.layer.module
         if not self.outputs:
             return
-        sides = [
-            part for part in by_side(dense, x, fitting_mask(dense, x, self.masks), self.halves) if part is not None
-        ]
+        keep = fitting_mask(self.layer, x, self.masks)
+        sides = [part for part in by_side(dense, x, keep, self.halves) if part is not None]
         for half, ((y, wanted), part) in enumerate(zip(self.outputs.pop(0), sides, strict=True)):
             samples, rows = patches(dense, *part, wanted, self.seed)
             self.sums.paired &= len(y) == len(samples)

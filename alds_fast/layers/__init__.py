@@ -21,12 +21,12 @@ from .discovery import (
 )
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
-from .obstacles import has_hooks, reader_reason, warn_of_holders
+from .obstacles import has_hooks, reader_reason, warn_of_holders, warn_of_questions
 from .output_heads import chosen_layers
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
 from .replacement import annotate, check_copyable, replace_layers
 from .shared_weights import has_plain_memory, is_freed, overlaps, tied_names
-from .values import bad_values, check_values, check_weight
+from .values import bad_values, check_values, check_weight, check_whole
 
 __all__ = [
     "LOW_RANK",
@@ -47,6 +47,7 @@ __all__ = [
     "check_values",
     "check_weight",
     "check_weights_are_there",
+    "check_whole",
     "chosen_layers",
     "count_params",
     "decomposable",
@@ -67,5 +68,6 @@ __all__ = [
     "saying_what_is_left_out",
     "tied_names",
     "warn_of_holders",
+    "warn_of_questions",
     "weight_shape",
 ]

@@ -17,7 +17,7 @@ from ..checks import check_model
 from ..errors import ArgumentError, BudgetError, LayerNotFoundError, WeightError
 from ..linalg import WeightShape
 from .base import LowRankLayer
-from .obstacles import SHARDED, Ancestors, held_past_the_model, is_quantised, reasons_text, structural_reason
+from .obstacles import SHARDED, Ancestors, held_past_the_model, is_quantised, readers, reasons_text, structural_reason
 from .registry import is_transposed, weight_shape
 from .shared_weights import tied_names
 
@@ -28,7 +28,7 @@ class Layer:
 
     ``shape`` is None unless it is a Linear (transformers' Conv1D too) or Conv1d/2d/3d; ``reason`` says in words why it
     is left out, None for a :class:`DecomposableLayer`; ``params`` counts its own parameters (weight and bias);
-    ``own_bias`` is true for a bias that it shares with no other module.
+    ``own_bias`` is true for a bias that it shares with no other module, and that no code around it reads.
     """
 
     name: str
@@ -172,6 +172,7 @@ def find_layers(
         sizes = _sizes(module, weight)
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
         own_bias = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
+        own_bias = own_bias and not any(next(readers(place, "biases"), None) for place in places[id(module)])
         why = reason(name, module, weight)
         fields: Any = (name, type(module).__name__, sizes, shape, params, why, module, own_bias)
         layers.append(Layer(*fields) if why else DecomposableLayer(*fields))

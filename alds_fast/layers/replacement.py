@@ -15,6 +15,7 @@ from .discovery import decomposable, find_layers, label
 from .obstacles import attributes, uncopied
 from .registry import low_rank_like
 from .shared_weights import copy_shared_memory, has_plain_type
+from .values import check_whole
 
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 
@@ -68,9 +69,11 @@ def _why_not_inside(model: nn.Module, name: str) -> str:
 def check_copyable(model: nn.Module) -> None:
     """ModelError, naming attribute or class, unless the model can be deep-copied with other layers in it.
 
-    No weight is copied for the answer. A model without a layer that can be decomposed is not looked at.
+    No weight is copied for the answer. A model without a layer that can be decomposed is not looked at, but for how it
+    is sharded.
     """
     layers = decomposable(find_layers(model))
+    check_whole(model)
     if not layers:
         return
     memo: dict[int, Any] = {id(t): _shallow(t) for t in _tensors(model)}

@@ -15,6 +15,18 @@ from .shared_weights import has_plain_memory, is_freed
 _COUNTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise WeightError for a model that FSDP has wrapped or sharded: no run or copy of it is one of a whole model."""
+    for name, module in model.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+            raise WeightError(
+                f"{label(name)} is sharded by FSDP; load a full state dict into the model as it is without FSDP "
+                f"(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), or within "
+                f"FSDP.summon_full_params compress the module that FSDP wraps, model.module"
+            )
+
+
 def check_weight(layer: DecomposableLayer) -> None:
     """Raise WeightError unless the layer's weight has finite values."""
     weight = layer.module.weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
@@ -24,22 +24,26 @@ _READS_ENCODER = ("k", "v", "key", "value", "k_proj", "v_proj", "kv", "kv_proj")
 
 
 class Masks(NamedTuple):
-    """(samples, tokens), True at tokens, of what an encoder (or the only network) and of what a decoder is given."""
+    """(samples, tokens), True at tokens, of what an encoder (or the only network) and of what a decoder is given.
 
-    first: Tensor | None = None
-    decoder: Tensor | None = None
+    There are several where a batch holds several of one name, as one for each of two texts.
+    """
+
+    first: tuple[Tensor, ...] = ()
+    decoder: tuple[Tensor, ...] = ()
     apart: bool = False  # the decoder has tokens of its own
+    tokens_first: bool = False  # layers get (tokens, samples)
 
-    def of(self, layer: str) -> tuple[Tensor, ...]:
+    def of(self, layer: str) -> tuple[tuple[Tensor, ...], ...]:
         """Those that may hold for a layer by its name, the likeliest first."""
         parts = layer.lower().split(".")
         crossing = any(part in _CROSS for part in parts) and parts[-1] in _READS_ENCODER
         decoding = any("decoder" in part for part in parts) and not crossing
         own, other = (self.decoder, self.first) if decoding else (self.first, self.decoder)
-        return tuple(mask for mask in (own, None if self.apart else other) if mask is not None)
+        return own, () if self.apart else other
 
     def __bool__(self) -> bool:
-        return self.first is not None or self.decoder is not None
+        return bool(self.first or self.decoder)
 
 
 def _entries(value: Any) -> dict[str, Any]:
@@ -60,16 +64,18 @@ def _flatten(values: Mapping[str, Any], depth: int = DEPTH) -> Iterator[tuple[st
             yield from _flatten(_entries(value), depth - 1)
 
 
-def _by_name(model: nn.Module, batch: Any) -> dict[str, Any]:
+Arguments = list[tuple[str, Any]]
+
+
+def _by_name(model: nn.Module, batch: Any) -> Arguments:
     """What the model is given by name: keywords, positional arguments by its signature, and what these hold by name."""
     args = (batch,) if isinstance(batch, Tensor) else batch if isinstance(batch, tuple | list) else ()
-    given = {str(i): value for i, value in enumerate(args)} | _entries(batch)
     try:
         names = list(inspect.signature(model.forward).parameters)
-        given |= dict(zip(names, args, strict=False))
     except (TypeError, ValueError):  # a forward without a signature
-        pass
-    return dict(reversed(list(_flatten(given))))  # the outermost of one name counts
+        names = []
+    places = [*names[: len(args)], *(str(i) for i in range(len(names), len(args)))]
+    return list(_flatten(dict(zip(places, args, strict=True)) if args else _entries(batch)))
 
 
 def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
@@ -84,24 +90,33 @@ def masks_of(model: nn.Module, batch: Any, mask: str | None) -> Masks:
     if mask is None:
         return Masks()
     given = _by_name(model, batch)
+    tokens_first = False
     if mask == USUAL:
-        first = _first(given, (USUAL, False), *((name, True) for name in _TORCH_FIRST))
-        decoder = _first(given, (_DECODER, False), (_TORCH_DECODER, True))
+        first, decoder = _named(given, (USUAL, False)), _named(given, (_DECODER, False))
+        if not first and not decoder:
+            first = _named(given, *((name, True) for name in _TORCH_FIRST))
+            decoder = _named(given, (_TORCH_DECODER, True))
+            tokens_first = any(getattr(m, "batch_first", True) is False for m in model.modules())
     else:
-        first, decoder = _mask(mask, given.get(mask), "pad" in mask), None
-    if first is None and decoder is None:
+        first, decoder = _named(given, (mask, "pad" in mask)), []
+    if not first and not decoder:
         _warn_of_others(given)
-    samples, apart = sample_count(batch), any(name.startswith("decoder_input") or name == "tgt" for name in given)
-    return Masks(_for_all(first, samples), _for_all(decoder, samples), apart)
+    samples = sample_count(batch)
+    apart = any(name.startswith("decoder_input") or name == "tgt" for name, _ in given)
+    return Masks(_for_all(first, samples), _for_all(decoder, samples), apart, tokens_first)
 
 
-def _for_all(mask: Tensor | None, samples: int) -> Tensor | None:
-    return mask.expand(samples, -1) if mask is not None and len(mask) == 1 else mask
+def _for_all(masks: Iterable[Tensor], samples: int) -> tuple[Tensor, ...]:
+    return tuple(mask.expand(samples, -1) if len(mask) == 1 else mask for mask in masks)
 
 
-def _first(given: Mapping[str, Any], *kinds: tuple[str, bool]) -> Tensor | None:
-    masks = (_mask(name, given.get(name), padding) for name, padding in kinds)
-    return next((mask for mask in masks if mask is not None), None)
+def _named(given: Arguments, *kinds: tuple[str, bool]) -> list[Tensor]:
+    """All masks of the first of the names that there is one of."""
+    for wanted, padding in kinds:
+        masks = [_mask(name, value, padding) for name, value in given if name == wanted]
+        if any(mask is not None for mask in masks):
+            return [mask for mask in masks if mask is not None]
+    return []
 
 
 def _of_a_mask(value: Tensor, padding: bool) -> Tensor:
@@ -110,9 +125,9 @@ def _of_a_mask(value: Tensor, padding: bool) -> Tensor:
     return (value == 0) | ((value == -torch.inf) if added else (value == 1))
 
 
-def _warn_of_others(given: Mapping[str, Any]) -> None:
+def _warn_of_others(given: Arguments) -> None:
     """Say so where a tensor (samples, tokens) looks like a mask of padding."""
-    for name, value in given.items():
+    for name, value in given:
         if "mask" not in name or not isinstance(value, Tensor) or value.dim() != 2:
             continue
         square = value.shape[0] == value.shape[1] and "pad" not in name  # which token sees which

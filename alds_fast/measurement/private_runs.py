@@ -94,6 +94,7 @@ class _State:
         self.others: list[Callable[[], object]] = []  # what puts back random generators and arrays of numpy
         modules = list(model.modules())
         fitted = [m for m in modules if isinstance(m, LowRankLayer)]  # which refit changes between two runs
+        self.written = {id(m.weight) for m in modules if getattr(m, "max_norm", None) is not None}  # by embeddings
         self.ours = {id(t) for m in fitted for t in (*m._parameters.values(), *m._buffers.values())}
         seen = {id(module) for module in modules}  # none as a part of another, where it would be too deep
         for module in modules:
@@ -115,7 +116,7 @@ class _State:
                 or not has_plain_memory(value)
                 or is_freed(value)
             ):
-                large = isinstance(value, nn.Parameter) and value.numel() > _LARGE
+                large = isinstance(value, nn.Parameter) and value.numel() > _LARGE and id(value) not in self.written
                 self.tensors.append((value, value._version, None if large else value.detach().clone()))
             return
         content = value if isinstance(value, tuple) else _content(value)

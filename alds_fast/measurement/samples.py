@@ -11,7 +11,8 @@ from torch import Tensor
 
 LEAST_SAMPLES = 3  # from which something is known of others
 TWO_ASIDE = 6  # samples of which two at least are kept aside
-ALIKE = 0.01  # of a sample's norm: what is no farther from another one tells nothing new
+ALIKE = 0.1  # of a sample's norm: what is no farther from another one tells next to nothing new
+NEAR = 0.1  # the same, of how far most samples are from one another
 _MOST, _DIRECTIONS = 4096, 32
 MAX_DEPTH = 6  # of containers in containers
 
@@ -83,12 +84,13 @@ class _Sketches:
             return list(marks)
         width = numbers.shape[1]
         generator = torch.Generator().manual_seed(0)
-        directions = torch.randn(width, _DIRECTIONS, generator=generator, device="cpu") / _DIRECTIONS**0.5
+        directions = torch.randn(width, _DIRECTIONS, generator=generator, dtype=torch.float32, device="cpu")
+        directions /= _DIRECTIONS**0.5
         new = numbers @ directions
         names = self.marks.setdefault(width, [])
         known = torch.cat([self.sketches.get(width, new[:0]), new])
         apart = torch.cdist(new, known, compute_mode="donot_use_mm_for_euclid_dist")
-        near = apart < ALIKE * new.norm(dim=1, keepdim=True)
+        near = apart < (ALIKE * new.norm(dim=1, keepdim=True)).clamp_min(NEAR * _typical(known))
         near[:, len(names) :] = near[:, len(names) :].tril(-1)  # of this batch those before
         labels = [*names, *marks]
         for row in range(len(marks)):
@@ -100,6 +102,12 @@ class _Sketches:
         self.sketches[width] = torch.cat([known[: len(names)], new[fresh]])
         names += [marks[row] for row in fresh]
         return found
+
+
+def _typical(sketches: Tensor) -> float:
+    """The upper quartile of the distances of (up to 256 of) the samples, so that several clusters are no matter."""
+    some = sketches[:: -(-len(sketches) // 256)]
+    return float(torch.pdist(some).quantile(0.75)) if len(some) > 2 else 0.0
 
 
 def _numbers(batch: Any, count: int) -> Tensor | None:

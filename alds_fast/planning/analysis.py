@@ -122,8 +122,8 @@ class Analysis:
 
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
-                errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too little to be used;
-                no layer can be decomposed.
+                errors on samples kept aside and those stated differ by more than a factor of 1.5; ``data=`` told too
+                little to be used; no layer can be decomposed.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError
-from ..layers import check_copyable
+from ..layers import check_copyable, chosen_layers, decomposable
 from ..measurement import check_batches, check_data, first_batch
 from .analysis import Analysis
-from .defaults import resolved_precision
-from .options import check_plan_options
+from .defaults import check_needs, resolved_precision
+from .options import check_importance, check_plan_options
 from .run_analysis import analyze
 
 _NAMED = ("params", "flops", "latency", "error", "example_inputs")
@@ -67,6 +67,12 @@ def compress(
         check_batches(options.get("data"), "refit=True: data=")
     shares = {"params": params, "flops": flops, "latency": latency}
     check_plan_options(shares, error, example_inputs, **planning)  # before the work
+    seen = options.get("data") is not None
+    asked = planning.get("criterion"), planning.get("method", "alds")
+    check_needs(*asked, seen, seen and bool(options.get("sensitivity")))
+    if planning.get("importance"):
+        chosen = chosen_layers(model, options.get("include"), options.get("exclude"))
+        check_importance(planning["importance"], {layer.name for layer in decomposable(chosen)})
     check_copyable(model)
     analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
     if options.get("data") is None:

@@ -10,20 +10,28 @@ from ..criteria import CRITERIA, DEFAULT_CRITERION, Moments
 from ..errors import ArgumentError
 
 
+def check_needs(criterion: str | None, method: str, data: bool, gradients: bool) -> None:
+    """ArgumentError where criterion or method need data, or gradients, that are not there."""
+    baseline = BASELINES.get(method)
+    if baseline is not None and baseline.needs_data and not data:
+        raise ArgumentError(f"method={method!r} needs data: analyze(model, data=batches)")
+    if criterion is None:
+        return
+    if CRITERIA[criterion].needs_gradients and not gradients:
+        raise ArgumentError(f"criterion={criterion!r} needs gradients: analyze(model, data=batches, sensitivity=True)")
+    if CRITERIA[criterion].needs_data and not data:
+        raise ArgumentError(f"criterion={criterion!r} needs data: analyze(model, data=batches)")
+
+
 def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], method: str = "alds") -> str:
     """The criterion asked for, or the best that moments and method allow; ArgumentError where it needs others."""
     gradients = any(m.gradient is not None for m in moments.values())
+    check_needs(criterion, method, bool(moments), gradients)
     baseline = BASELINES.get(method)
-    if baseline is not None and baseline.needs_data and not moments:
-        raise ArgumentError(f"method={method!r} needs data: analyze(model, data=batches)")
     if criterion is None and baseline is not None and baseline.criterion is not None:
         return baseline.criterion
     if criterion is None:
         return "sensitivity" if gradients else "output" if moments else DEFAULT_CRITERION
-    if CRITERIA[criterion].needs_gradients and not gradients:
-        raise ArgumentError(f"criterion={criterion!r} needs gradients: analyze(model, data=batches, sensitivity=True)")
-    if CRITERIA[criterion].needs_data and not moments:
-        raise ArgumentError(f"criterion={criterion!r} needs data: analyze(model, data=batches)")
     return criterion
 
 

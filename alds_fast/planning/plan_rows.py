@@ -212,7 +212,7 @@ def warn_if_apart(rows: Sequence[LayerPlan]) -> None:
     if not pairs:
         return
     stated, held_out = (math.hypot(*errors) for errors in zip(*pairs, strict=True))
-    if held_out > APART * stated:
+    if held_out > APART * stated or stated > APART * held_out:
         warnings.warn(
             f"on samples kept aside the layers' errors are {held_out:.3g}, stated {stated:.3g} (root of the sum of "
             f"squares): data= is not enough, or too much alike; pass more samples that differ",

@@ -10,14 +10,17 @@ from typing import Any
 from torch import nn
 
 from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, layer_spectra, total_work, with_groups
+from ..errors import ArgumentError
 from ..layers import (
     Layer,
     check_values,
     check_weights_are_there,
+    check_whole,
     chosen_layers,
     count_params,
     decomposable,
     reader_reason,
+    warn_of_questions,
 )
 from ..linalg import SCHEMES
 from ..measurement import check_data, first_batch, weight_readers
@@ -97,13 +100,19 @@ def analyze(
     True
     """
     schemes, groups, float32 = check_schemes(schemes), check_groups(groups), is_float32(precision)
+    held_out, moment_memory = check_held_out(held_out), check_moment_memory(moment_memory)
     if data is not None:
         check_data(data)
+    if not isinstance(sensitivity, bool) and not callable(sensitivity):
+        raise ArgumentError(f"sensitivity={sensitivity!r} is neither True or False nor a function of (output, batch)")
     layers = chosen_layers(model, include, exclude)
+    check_whole(model)
     check_weights_are_there(layers)
     check_values(model, layers, exclude)
     batches = operator.length_hint(data) if data is not None else 0  # a DataLoader may have __len__ and no length
     first, data = first_batch(model, data)
+    if data is None and example_inputs is None:
+        warn_of_questions(model)
     named = (first, "batch 1 of data=") if example_inputs is None else (example_inputs, "example_inputs")
     layers = [with_groups(layer, groups) for layer in _without_used(model, layers, *named)]
     ready = decomposable(layers)
@@ -120,8 +129,7 @@ def analyze(
     if data is None:
         return analysis
     moments = collect_moments(
-        model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order,
-        held_out=check_held_out(held_out), memory=check_moment_memory(moment_memory),
-        done=lambda count: told("moments", count, batches),
-    )  # fmt: skip
+        model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order, held_out=held_out,
+        memory=moment_memory, done=lambda count: told("moments", count, batches),
+    ) if ready else {}  # fmt: skip
     return dataclasses.replace(analysis, moments=moments, max_groups=MAX_DATA_GROUPS if groups == "divisors" else None)

@@ -294,10 +294,10 @@ def test_what_the_source_says(kind):
 @pytest.mark.parametrize("kind", [*BY_SOURCE, Returned, PassedOn, InAPlainList])
 def test_what_a_run_says(kind, monkeypatch):
     monkeypatch.setattr(weight_reads, "_source", lambda function: None)
-    weight_reads._weights_read_by.cache_clear()
+    weight_reads._read_by.cache_clear()
     model, x = kind().eval(), torch.randn(3, 24)
     small = alds.compress(model, params=0.8, groups=(1,), example_inputs=x)
-    weight_reads._weights_read_by.cache_clear()
+    weight_reads._read_by.cache_clear()
     assert [row.name.split(".")[-1] for row in small.alds_plan.layers if row.rank] == ["b"]
     assert small(x).shape == (3, 24)
 

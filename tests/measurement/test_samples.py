@@ -6,7 +6,7 @@ from alds_fast.measurement import Samples
 
 
 def test_one_in_eight_is_kept_aside_one_at_least_of_two_and_two_of_six():
-    x = torch.randn(40, 3)
+    x = torch.randn(40, 24)
     for count, aside in ((1, 0), (2, 1), (5, 1), (6, 2), (15, 2), (16, 2), (40, 5)):
         samples = Samples(1 / 8)
         assert int(samples.aside(x[:count]).sum()) == aside == samples.kept_aside
@@ -16,7 +16,7 @@ def test_one_in_eight_is_kept_aside_one_at_least_of_two_and_two_of_six():
 
 
 def test_a_sample_that_comes_again_is_where_it_was():
-    x = torch.randn(6, 3)
+    x = torch.randn(6, 24)
     samples = Samples(1 / 2)
     first = samples.aside(x)
     assert first.tolist() == [False] * 3 + [True] * 3
@@ -26,7 +26,7 @@ def test_a_sample_that_comes_again_is_where_it_was():
 
 
 def test_what_rows_are_worth():
-    x = torch.randn(8, 3)
+    x = torch.randn(8, 24)
     for batches, worth in (([x], 1.0), ([x[:1]] * 8, 0.0), ([x[:3]], 0.0), ([x[:4]] * 2, 0.5)):
         samples = Samples(1 / 8)
         for batch in batches:
@@ -73,3 +73,29 @@ def test_tokens_and_numbers_that_are_not_finite_are_compared_bit_by_bit():
     samples.aside({"ids": torch.tensor([[1, 2, 3], [1, 2, 4]])})
     samples.aside({"x": torch.tensor([[torch.nan, 1.0], [torch.nan, 1.0001]])})
     assert samples.distinct == 4
+
+
+def test_frames_of_a_few_scenes_are_as_many_samples_as_there_are_scenes():
+    generator = torch.Generator().manual_seed(0)
+    scenes = torch.randn(4, 64, generator=generator).repeat_interleave(8, 0)
+    frames = scenes + 0.05 * torch.randn(32, 64, generator=generator)
+    samples = Samples(1 / 8)
+    for batch in frames.split(16):
+        samples.aside(batch)
+    assert samples.distinct == 4 and samples.total == 32
+    apart = Samples(1 / 8)
+    apart.aside(scenes + torch.randn(32, 64, generator=generator))
+    assert apart.distinct == 32
+    one = Samples(1 / 8)
+    one.aside(frames[:8])  # within a tenth of their norm
+    assert one.distinct == 1
+
+
+def test_another_default_type_is_no_matter():
+    x = torch.randn(12, 24, dtype=torch.float32)
+    try:
+        for kind in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(kind)
+            assert int(Samples(1 / 8).aside(x).sum()) == 2
+    finally:
+        torch.set_default_dtype(torch.float32)

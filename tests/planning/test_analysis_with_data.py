@@ -282,7 +282,7 @@ def test_padding_does_not_count_in_any_layout(layout):
     ("batch", "options", "message"),
     [
         ({"attention_mask": torch.tensor([[0.0, -1e9]])}, {}, r"expected \(samples, tokens\) of 1 or True"),
-        ({"attention_mask": torch.ones(1, 1, 2, 2)}, {}, r"got shape \(1, 1, 2, 2\)"),
+        ({"attention_mask": torch.full((1, 1, 2, 2), 2)}, {}, r"got shape \(1, 1, 2, 2\)"),
         ({"attention_mask": torch.ones(1, 2)}, {"mask": "padding"}, "mask='padding' is an argument of no batch"),
         ({"attention_mask": torch.zeros(1, 2)}, {}, "reaches none of the layers"),
     ],

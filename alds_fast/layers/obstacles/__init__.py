@@ -6,6 +6,7 @@ Here belongs what is looked at before a layer is replaced. Finding layers belong
 
 from .attributes import attributes, held_past_the_model, uncopied, warn_of_holders
 from .reasons import SHARDED, Ancestors, has_hooks, is_quantised, reader_reason, reasons_text, structural_reason
+from .weight_reads import readers, warn_of_questions
 
 __all__ = [
     "SHARDED",
@@ -15,8 +16,10 @@ __all__ = [
     "held_past_the_model",
     "is_quantised",
     "reader_reason",
+    "readers",
     "reasons_text",
     "structural_reason",
     "uncopied",
     "warn_of_holders",
+    "warn_of_questions",
 ]

@@ -1,4 +1,4 @@
-"""Which forwards compute with the weight of a child that they hold, instead of calling it, by their source."""
+"""Which forwards compute with the weight or bias of a child, instead of calling it, or ask for types: by the source."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import ast
 import functools
 import inspect
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,6 +28,7 @@ _HARMLESS = {
 }
 _ASKING = {"isinstance", "hasattr", "type", "next"}  # next(layer.parameters()) is asked for its type
 _TENSORS = {"weight", "parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}
+_TYPES = {"Linear", "Conv1d", "Conv2d", "Conv3d"}
 _FORWARDS = {"forward", "_conv_forward"}
 
 Attributes = tuple[str, ...]  # attributes from a module down to a child
@@ -36,11 +38,14 @@ Given = tuple[tuple[int | str, Attributes], ...]  # by position or name, which a
 class _Reads(ast.NodeVisitor):
     """Collects from one function the children whose weights are used, and what the module is asked for.
 
-    ``names``: what its names stand for, below the module; ``calls``: functions that are given modules.
+    ``names``: what its names stand for, below the module; ``calls``: functions that are given modules. ``asks`` says
+    whether it asks if something is one of torch's layers.
     """
 
     def __init__(self, function: ast.FunctionDef | ast.Lambda, given: Given) -> None:
         self.weights: set[Attributes] = set()
+        self.biases: set[Attributes] = set()
+        self.asks = False
         self.methods: set[str] = set()
         self.inherited: set[str] = set()
         self.calls: list[tuple[str, Given]] = []
@@ -102,6 +107,8 @@ class _Reads(ast.NodeVisitor):
         """Nothing in a question about the weight; a function that is given children."""
         name = _name_of(node)
         if name in _ASKING:
+            kinds = {n.attr if isinstance(n, ast.Attribute) else getattr(n, "id", "") for n in ast.walk(node)}
+            self.asks |= name == "isinstance" and bool(kinds & _TYPES)
             return  # what it asks is not the weight's values
         if name == "getattr" and _constant(node.args[1]) in _TENSORS and (where := self.chain(node.args[0])):
             self.weights.add(where)
@@ -130,6 +137,8 @@ class _Reads(ast.NodeVisitor):
             self.methods.add(node.attr)
         elif where is not None and node.attr in _TENSORS:
             self.weights.add(where)
+        elif where is not None and node.attr == "bias":
+            self.biases.add(where)
         self.generic_visit(node)
 
 
@@ -176,12 +185,20 @@ def _inherited(kind: type, function: FunctionType, name: str) -> Any:
     return next((vars(cls)[name] for cls in above if name in vars(cls)), None)
 
 
+class _Read(NamedTuple):
+    """Of a class, the children by their attributes whose weights and biases are used, and whether it asks for types."""
+
+    weights: frozenset[Attributes]
+    biases: frozenset[Attributes]
+    asks: bool
+
+
 @functools.cache
-def _weights_read_by(kind: type) -> frozenset[Attributes]:
-    """Children, by their attributes, whose weights the forward of a class, and what that calls, use."""
+def _read_by(kind: type) -> _Read:
+    """What the forward of a class, and what that calls, use and ask."""
     itself: Given = ((0, ()),)
     waiting: list[tuple[Any, Given]] = [(inspect.getattr_static(kind, "forward", None), itself)]
-    seen, weights = set(), set()
+    seen, weights, biases, asks = set(), set(), set(), False
     for attribute, given in waiting:  # it grows
         for function in _functions(attribute):
             source = None if (function, given) in seen else _source(function)
@@ -190,21 +207,41 @@ def _weights_read_by(kind: type) -> frozenset[Attributes]:
                 continue
             reads = _Reads(source, given)
             weights |= reads.weights
+            biases |= reads.biases
+            asks |= reads.asks
             waiting += [(inspect.getattr_static(kind, name, None), itself) for name in reads.methods]
             waiting += [(_inherited(kind, function, name), itself) for name in reads.inherited]
             waiting += [(function.__globals__.get(name), given_there) for name, given_there in reads.calls]
-    return frozenset(weights)
+    return _Read(frozenset(weights), frozenset(biases), asks)
 
 
 def _fits(chain: Attributes, path: Sequence[str]) -> bool:
     return len(chain) == len(path) and all(a in (ANY, b) for a, b in zip(chain, path, strict=True))
 
 
-def readers(ancestors: Sequence[tuple[nn.Module, str]]) -> Iterator[str]:
-    """The classes of those of a layer's ancestors, from the model down, whose forwards use its weight themselves."""
+def _of_torch(kind: Any) -> bool:
+    return str(kind.__module__).startswith("torch.")
+
+
+def readers(ancestors: Sequence[tuple[nn.Module, str]], of: str = "weights") -> Iterator[str]:
+    """The classes of those of a layer's ancestors, from the model down, whose forwards use its weight themselves.
+
+    Or its bias, for ``of`` "biases".
+    """
     path = [name for _, names in ancestors for name in names.split(".")]
     for depth, (module, _) in enumerate(ancestors):
         kind: Any = type(module)
-        of_torch = str(kind.__module__).startswith("torch.")
-        if not of_torch and any(_fits(chain, path[depth:]) for chain in _weights_read_by(kind)):
+        if not _of_torch(kind) and any(_fits(chain, path[depth:]) for chain in getattr(_read_by(kind), of)):
             yield kind.__name__
+
+
+def warn_of_questions(model: nn.Module) -> None:
+    """UserWarning for forwards that ask whether something is a Linear or convolution: they may go another way then."""
+    kinds = {type(m): None for m in model.modules() if not _of_torch(type(m)) and type(m).__module__[:5] != "peft."}
+    asking = [kind.__name__ for kind in kinds if _read_by(kind).asks]  # type: ignore[arg-type]
+    if asking:
+        warnings.warn(
+            f"the forward of {asking[0]} asks whether something is one of torch's layers, which low-rank layers are "
+            f"not; with example_inputs= or data= the result is compared with the dense model, without neither is",
+            stacklevel=4,
+        )
