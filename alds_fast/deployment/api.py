@@ -29,6 +29,7 @@ from ..measurement import (
     shared_inputs,
 )
 from .autotune import SEPARATE, TIE, Specs, autotune_layer, autotune_merged, calls_key, is_plain, module_for
+from .channel_orders import with_channels_in_order
 from .table import DeployRow, DeployTable
 
 FORCED = ("dense", "two-op", "fused")  # what backend= may ask for
@@ -36,9 +37,13 @@ Case = tuple[Specs, bool]  # what a layer is called with, and whether another mo
 MERGED = "merged"  # kind of a row that stands for several layers
 
 
+def _low_rank(model: nn.Module) -> dict[str, LowRankLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
+
+
 def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
     """The first fields of a row."""
-    structure = str(layer.decomposition)
+    structure = str(layer.decomposition) + ", in order" * layer.in_order
     return name, type(layer).__name__, layer.weight_shape.weight, structure
 
 
@@ -177,10 +182,12 @@ def deploy(
     library calls, and the fused kernel where it can run; the latter two also with the same function in other shapes
     (fewer slices with a block-diagonal encoder, ranks padded with zeros to a multiple of 8 on the CPU, 16 on a GPU).
     Low-rank linear layers without slices that read the same tensor (q/k/v, gate/up) are also tried with one encoder
-    call for two or three of them. The fastest is kept; one that is less than 2 % faster than a simpler one is not. At
-    last the whole deployed model is timed against the dense one and the one given, and the fastest is returned. Layers
-    with hooks, a forward of their own or shared factors keep their form. ``model`` is not changed (its buffers and
-    torch's random state are put back after the runs that it takes); three more copies of it are in memory meanwhile.
+    call for two or three of them. Layers with output pivots leave these in the order in which they are made where the
+    next layers can take that (:mod:`alds_fast.deployment.channel_orders`). The fastest is kept; one that is less than
+    2 % faster than a simpler one is not. At last the whole deployed model is timed against the dense one and the one
+    given, and the fastest is returned. Layers with hooks, a forward of their own or shared factors keep their form.
+    ``model`` is not changed (its buffers and torch's random state are put back after the runs that it takes); four more
+    copies of it are in memory meanwhile.
 
     Args:
         model: a model with low-rank layers, on the device and in the type that it will run with.
@@ -210,7 +217,9 @@ def deploy(
     if not is_count(rounds):
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
     known = _read_table(table, device_of(model))
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
+    given = model
+    model = with_channels_in_order(given, example_inputs) if backend is None else given
+    layers = _low_rank(model)
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
     if backend is not None:
@@ -226,10 +235,15 @@ def deploy(
         "two-op": [replace(row, won="two-op") for row in unmerged],
         "deployed": rows,
     }
-    times = _whole_model_ms({name: _build(model, layers, side) for name, side in sides.items()}, example_inputs, rounds)
+
+    def build(side: str) -> nn.Module:
+        base = model if side == "deployed" else given
+        return _build(base, _low_rank(base), sides[side])
+
+    times = _whole_model_ms({side: build(side) for side in sides}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
     kept = _best(times) if backend is None and changed else "deployed"
     deployed = DeployTable(tuple(rows), environment(device_of(model)), {n: median(ms) for n, ms in times.items()}, kept)
-    result = _build(model, layers, sides[kept])  # a fresh copy: those that were timed may have counted their calls
+    result = build(kept)  # a fresh copy: those that were timed may have counted their calls
     annotate(result, deployed=deployed)
     return (result, deployed) if report else result

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .pivot_table import outputs_of
 
+FEW_ROWS = 64  # below which operations cost more than what they move
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 Pair = tuple[int, int]
 
@@ -62,7 +64,50 @@ def decode_linear(hidden: Tensor, decoder: Tensor, order: Tensor | None, bias: T
     if order is None:
         return F.linear(hidden, decoder, bias)
     y = torch.cat([hidden, F.linear(hidden, decoder)], -1).index_select(-1, order)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _linear_in_one_buffer(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None) -> Tensor:
+    """Pivots and then all other outputs, without gradients: both products are written to where they belong."""
+    rank = encoder.shape[0]
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(rows.shape[0], rank + decoder.shape[0])
+    hidden, rest = y.tensor_split([rank], 1)
+    torch.mm(rows, encoder.mT, out=hidden)
+    if bias is None:
+        torch.mm(hidden, decoder.mT, out=rest)
+    else:
+        torch.addmm(bias[rank:], hidden, decoder.mT, out=rest)
+        hidden += bias[:rank]
+    return y.view(*x.shape[:-1], -1)
+
+
+def _is_plain_call(x: Tensor) -> bool:
+    """Whether nobody looks at the single operations: no gradients, compiler, autocast or subclass of tensors."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() or traced or type(x) is not Tensor:
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not wrapped and not torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float16
+
+
+def lowrank_pivoted_ref(
+    x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, order: Tensor, in_order: bool
+) -> Tensor:
+    """A linear layer with output pivots as library calls.
+
+    ``in_order`` says that ``order`` is 0, 1, 2, ..., so that nothing is to be put in another order.
+    """
+    if not _is_plain_call(x) or x.numel() < FEW_ROWS * x.shape[-1]:
+        hidden = F.linear(x, encoder)
+        if not in_order:
+            return decode_linear(hidden, decoder, order, bias)
+        y = torch.cat([hidden, F.linear(hidden, decoder)], -1)
+        return y if bias is None else y + bias.to(y.dtype)
+    if in_order:
+        return _linear_in_one_buffer(x, encoder, decoder, bias)
+    sorted_bias = None if bias is None else bias.index_select(0, outputs_of(order))
+    return _linear_in_one_buffer(x, encoder, decoder, sorted_bias).index_select(-1, order)
 
 
 def lowrank_linear_ref(
@@ -74,9 +119,12 @@ def lowrank_linear_ref(
     groups: int = 1,
     activation: str | None = None,
     order: Tensor | None = None,
+    in_order: bool = False,
 ) -> Tensor:
     """activation(decoder @ blockdiag(encoder) @ x + bias + residual) as library calls."""
-    return epilogue(decode_linear(encode_linear(x, encoder, groups), decoder, order, bias), residual, activation)
+    if order is not None:
+        return epilogue(lowrank_pivoted_ref(x, encoder, decoder, bias, order, in_order), residual, activation)
+    return epilogue(F.linear(encode_linear(x, encoder, groups), decoder, bias), residual, activation)
 
 
 def halves(

@@ -41,12 +41,15 @@ class LowRankLayer(nn.Module):
         order: with pivots a buffer of indices, int64: of output pivots for every output its place among all pivots
             followed by all others, (out_channels,); of input pivots which channels these are, (in_channels,).
         backend: "auto", "fused", "fused-first" or "two-op", see :mod:`alds_fast.kernels.functional`; deploy sets it.
+        in_order: whether output pivots and the others are the outputs one after the other, so that nothing is put in
+            another order; deploy sets it.
     """
 
     bias: Tensor | None
     order: Tensor
     pivots: Pivots = ""
     backend: str = "auto"
+    in_order: bool = False
     dense_attributes: tuple[str, ...]  # those of the dense layer that are not tensors
 
     def __init__(
@@ -182,7 +185,7 @@ class LowRankLayer(nn.Module):
         self.encoder = nn.Parameter(encoder.to(like), like.requires_grad)
         self.decoder = nn.Parameter(decoder.to(like), like.requires_grad)
         if order is not None:
-            self.order = own_memory(order.to(like.device))
+            self.order, self.in_order = own_memory(order.to(like.device)), False
 
     @torch.no_grad()
     def update_factors(self, left: Tensor, right: Tensor) -> None:
@@ -192,6 +195,7 @@ class LowRankLayer(nn.Module):
         self.decoder.copy_(decoder)
         if order is not None:
             self.order.copy_(order)
+            self.in_order = False
 
     def _stored(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encoder, decoder and, with pivots, the order, of the factors' type, to be rounded to ``dtype``."""
@@ -208,6 +212,7 @@ class LowRankLayer(nn.Module):
         """As any module, but for the mark that checkpoint directories hold in the place of the dense weight."""
         if (mark := state_dict.get(f"{prefix}weight")) is not None and mark.numel() == 1:
             del state_dict[f"{prefix}weight"]
+        self.in_order = self.in_order and f"{prefix}order" not in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _take_factors_of(self, module: nn.Module) -> None:
@@ -226,5 +231,5 @@ class LowRankLayer(nn.Module):
         self.train(module.training)
 
     def _structure(self) -> str:
-        text = str(self.decomposition) + ("" if self.bias is not None else ", bias=False")
+        text = f"{self.decomposition}{', in_order=True' * self.in_order}{', bias=False' * (self.bias is None)}"
         return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"

@@ -174,8 +174,9 @@ class LowRankConv(LowRankLayer):
         if self.pivots == "output":
             hidden = self._encode(x, self.encoder, None)
             rest = self._decode(hidden, self.decoder, None)
-            y = torch.cat([hidden, rest], channels).index_select(channels, self.order)
-            return y if self.bias is None else y + self.bias.reshape(-1, *(1,) * self.ndim)
+            y = torch.cat([hidden, rest], channels)
+            y = y if self.in_order else y.index_select(channels, self.order)
+            return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *(1,) * self.ndim)
         sizes = [self.groups_of_encoder * self.rank]
         pivots, rest = x.index_select(channels, self.order).tensor_split(sizes, channels)
         return self._decode(pivots + self._encode(rest, self.encoder, None), self.decoder, self.bias)

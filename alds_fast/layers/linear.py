@@ -89,7 +89,7 @@ class LowRankLinear(LowRankLayer):
         order = self.order if self.pivots else None
         factors = self.encoder, self.decoder, self.bias
         if self._two_op(input):
-            return lowrank_linear_ref(input, *factors, None, self.slices, None, order)
+            return lowrank_linear_ref(input, *factors, None, self.slices, None, order, self.in_order)
         return lowrank_linear(input, *factors, groups=self.slices, order=order, backend=self.backend)
 
     def _with_input_pivots(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .run_model import (
 from .samples import Samples
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
-from .watched_run import LayerCall, Watch, fingerprint, watching, weight_readers
+from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
 
 __all__ = [
     "USUAL",
@@ -30,6 +30,7 @@ __all__ = [
     "Samples",
     "Timings",
     "Watch",
+    "as_written",
     "attribute_set",
     "call_model",
     "check_batches",

@@ -80,7 +80,7 @@ def fingerprint(name: str, args: Any) -> LayerCall:
 
 
 @contextmanager
-def _as_written() -> Iterator[None]:
+def as_written() -> Iterator[None]:
     """Compiled models run as they were written; torch's encoders call their layers instead of a kernel of their own.
 
     That kernel's outputs at padding are others.
@@ -121,7 +121,7 @@ def watching(
     try:
         for name, layer in layers.items():
             vars(layer)["forward"] = watched(name, layer)
-        with _as_written(), _Uses(layers, inside, watch.readers) if uses else nullcontext():
+        with as_written(), _Uses(layers, inside, watch.readers) if uses else nullcontext():
             yield watch
     finally:
         for name, layer in layers.items():
