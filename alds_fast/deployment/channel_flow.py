@@ -21,7 +21,7 @@ from ..layers import LowRankLayer
 from ..measurement import as_written, check_runs, first_input, private_runs
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LowRankLayer)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _EACH = {  # functions of every number by itself, or of numbers of one channel
     "relu", "relu_", "relu6", "gelu", "silu", "sigmoid", "tanh", "elu", "leaky_relu", "leaky_relu_", "hardtanh",
     "hardswish", "hardsigmoid", "mish", "softplus", "selu", "celu", "logsigmoid", "square", "exp", "abs", "neg", "sqrt",
@@ -196,7 +196,7 @@ def _watched(modules: Mapping[str, nn.Module], flow: _Flow) -> Iterator[None]:
 
 def _pass(name: str, module: nn.Module, x: Any, y: Any, tags: list[tuple[Tensor, int, int]], flow: _Flow) -> None:
     """Note one call of a layer or norm."""
-    if isinstance(module, NORMS):
+    if isinstance(module, BATCH_NORMS):
         for _, group, dim in tags:
             flow.groups[flow.root(group)].norms.add(name)
             if dim == 1:
@@ -221,7 +221,7 @@ def channel_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
     A layer that is in two groups, or that also takes tensors that are not known, frees neither.
     """
     modules = dict(model.named_modules())
-    watched = {name: m for name, m in modules.items() if isinstance(m, (*LAYERS, *NORMS))}
+    watched = {name: m for name, m in modules.items() if isinstance(m, (*LAYERS, *BATCH_NORMS))}
     flow = _Flow()
     try:
         with _watched(watched, flow), as_written(), private_runs(model) as run, flow:

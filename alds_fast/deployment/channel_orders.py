@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from ..layers import LOW_RANK, LowRankLayer, has_hooks, label, replace_layers, tied_names
 from ..measurement import check_runs
-from .channel_flow import NORMS, Group, channel_groups
+from .channel_flow import BATCH_NORMS, Group, channel_groups
 
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _is_plain(module: nn.Module, tied: Mapping[int, Any]) -> bool:
     """Whether its tensors are its own, and nothing hangs on it that could see its channels."""
-    known = type(module) in (*_DENSE, *NORMS, *LOW_RANK.values()) and "forward" not in vars(module)
+    known = type(module) in (*_DENSE, *BATCH_NORMS, *LOW_RANK.values()) and "forward" not in vars(module)
     tensors = [t for table in (module._parameters, module._buffers) for t in table.values() if t is not None]
     return known and not has_hooks(module) and not any(id(t) in tied for t in tensors)
 
