@@ -95,14 +95,13 @@ def _run_compress(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     model = ModelTarget(args.target, args.weights)()
     with progress_bars() as progress:
-        analysis = _analyze(args, model, progress, data=batches, sensitivity=args.sensitivity)
-        budget = {name: getattr(args, name) for name in BUDGETS}
         example = None if args.input is None else torch.randn(args.input, device="cpu")
-        plan = analysis.plan(
-            **budget, example_inputs=example, criterion=args.criterion, p=args.p, method=args.method, align=args.align
-        )
+        seeing = {"data": batches, "sensitivity": args.sensitivity, "example_inputs": example}
+        analysis = _analyze(args, model, progress, **seeing)
+        options = {name: getattr(args, name) for name in (*BUDGETS, "criterion", "p", "method", "align", "pivots")}
+        plan = analysis.plan(**options, example_inputs=example)
         progress("factors", 0, 0)
-        small = plan.apply(model, refit=batches if args.refit else None)
+        small = plan.apply(model, refit=batches if args.refit else None, example_inputs=example)
     save(small, args.output)
     if args.plot:
         plot_plan(analysis, plan, args.plot)
@@ -167,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--flops", type=float, help="share of the FLOPs to keep, in (0, 1]; needs --input")
     compress.add_argument("--latency", type=float, help="share of the measured latency, in (0, 1]; needs --input")
     compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
-    compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input: 1,3,224,224")
+    compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input, 1,3,224,224")
     compress.add_argument(
         "-o", "--output", required=True, metavar="PATH", help="file, or for a directory new directory, to write"
     )
@@ -179,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--method", choices=METHODS, default="alds")
     compress.add_argument("--precision", choices=("float32", "float64"), help="of the spectra (default: what will do)")
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
+    compress.add_argument("--no-pivots", dest="pivots", action="store_false", help="plain factors only")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
     compress.add_argument("--device", default="cpu", help="for a checkpoint directory: cpu or cuda")
     compress.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of a checkpoint directory")

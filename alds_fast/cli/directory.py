@@ -43,7 +43,8 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         )
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
-    options = {name: getattr(args, name) for name in ("params", "error", "p", "align", "schemes", "include", "exclude")}
+    same = ("params", "error", "p", "align", "schemes", "include", "exclude", "pivots")
+    options = {name: getattr(args, name) for name in same}
     options |= {
         "criterion": args.criterion or DEFAULT_CRITERION,
         "groups": args.groups or "auto",

@@ -82,6 +82,15 @@ def test_compress_json_and_show(model, capsys, tmp_path):
     assert _run(capsys, "show", "plan.json")[:2] == (0, str(plan) + "\n")
 
 
+def test_plain_factors_and_an_input_to_run_on(model, capsys):
+    options = "--params", "0.99", "--exclude", "3", "--input", "2,3,12,12", "-o", "s.safetensors", "--json"
+    plans = [json.loads(_run(capsys, "compress", model, *options, *more)[1])["plan"] for more in ((), ("--no-pivots",))]
+    used = [{row["pivots"] for row in plan["layers"]} for plan in plans]
+    assert used[0] - {"", None} and not used[1] - {"", None}
+    code, _, err = _run(capsys, "compress", model, "--params", "0.4", "--input", "2,5,12,12", "-o", "s.safetensors")
+    assert code == 1 and "example_inputs did not run through the model" in err
+
+
 def test_module_by_dotted_name_and_weights(model, capsys, tmp_path):
     torch.manual_seed(5)
     weights = {"0.weight": torch.randn(24, 3, 3, 3), "0.bias": torch.zeros(24)}

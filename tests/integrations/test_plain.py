@@ -249,6 +249,20 @@ def test_onnx_computes_the_same(slices, tmp_path):
     torch.testing.assert_close(torch.from_numpy(y), plain(X))
 
 
+def test_onnx_of_low_rank_layers_themselves(tmp_path):
+    """With output and with input pivots."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "small.onnx"
+    pivoted = alds.LowRankConv2d(8, 32, 1, 5, pivots="output")
+    model = nn.Sequential(pivoted, nn.ReLU(), alds.LowRankConv2d(32, 12, 3, 4, scheme=3, groups=2, pivots="input"))
+    model, x = nn.Sequential(*model, nn.Flatten(2), alds.LowRankLinear(16, 24, 5, pivots="output")).eval(), X
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_the_plain_form_is_compressed():
     plain = alds.to_plain(mixed(1))
     smaller = alds.compress(plain, params=0.9)
