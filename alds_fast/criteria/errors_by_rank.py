@@ -13,7 +13,7 @@ from ..layers import DecomposableLayer, oriented_weight
 from .moments import Moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
 from .spectra import LayerSpectra
-from .weighted_errors import errors, held_out_errors
+from .weighted_errors import Bases, errors, held_out_errors, slice_bases, tap_blocks
 from .weights import Weighting, noise_share, triangle, unknown_share, weighting
 
 LEAST_NOISE = 0.02  # share below which more than it is not tried
@@ -37,6 +37,7 @@ class Basis:
     _shares: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     _errors: dict[tuple[str, int, int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
     _triangle: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # the last one
+    _bases: dict[tuple[str, int, int], Bases] = field(default_factory=dict, repr=False, compare=False)  # the last ones
     _apart: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -122,11 +123,24 @@ class Basis:
         key = layer.name, scheme, groups, held_out
         if key not in self._errors:
             weights = self._weighting(layer, self._share(layer), for_errors=True)
+            rule = CRITERIA[self.criterion_of(layer.name)].rule
             if held_out:
-                self._errors[key] = held_out_errors(weights, scheme, groups).flip(0).cummax(0).values.flip(0)
+                worse = held_out_errors(weights, scheme, groups, self._known_bases(weights, *key[:3]))
+                self._errors[key] = worse.flip(0).cummax(0).values.flip(0)
+            elif rule is errors:
+                self._errors[key] = errors(weights, scheme, groups, self._known_bases(weights, *key[:3]))
             else:
-                self._errors[key] = CRITERIA[self.criterion_of(layer.name)].rule(weights, scheme, groups)
+                self._errors[key] = rule(weights, scheme, groups)
         return self._errors[key]
+
+    def _known_bases(self, weights: Weighting, name: str, scheme: int, groups: int) -> Bases:
+        """Those of the slices, which errors of both kinds are computed from."""
+        key = name, scheme, groups
+        if key not in self._bases:
+            self._bases.clear()
+            blocks = None if weights.second is None else tap_blocks(weights, scheme)
+            self._bases[key] = slice_bases(weights, scheme, groups, blocks)
+        return self._bases[key]
 
     def _weighting(self, layer: DecomposableLayer, share: float, for_errors: bool = False) -> Weighting:
         centred = self.bias_correction and layer.own_bias

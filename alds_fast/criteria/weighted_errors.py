@@ -1,12 +1,12 @@
 """Truncation of channel slices weighted by what the layer sees: errors of every rank, and the factors of one.
 
-W (f x n) is the weight folded to encode, C = E[x x^T] the second moment of its input, H the square root of a weight of
-its outputs (the identity, or that of the gradients' second moment). The error that counts is
+W (f x n) is the weight folded to encode, C = E[x x^T] the second moment of its input, H^T H a weight of its
+outputs (the identity, or the gradients' second moment). The error that counts is
 
-    E ||H (W - W_hat) x||^2 = tr(H E C E^T H),   E = W - W_hat.
+    E ||H (W - W_hat) x||^2 = tr(H E C E^T H^T),   E = W - W_hat.
 
 For slice g of fold s, whose columns see the moment S_g = sum over the decoder's taps of C's blocks, the columns of U_g
-are the eigenvectors of H W_g S_g W_g^T H by falling eigenvalue t_{g,l}, and W_hat_g = H^-1 U_g U_g^T H W_g with the
+are the eigenvectors of H W_g S_g W_g^T H^T by falling eigenvalue t_{g,l}, and W_hat_g = H^-1 U_g U_g^T H W_g with the
 first ``rank`` of them: no Cholesky factor and no inverse of an input's moment. The error of every rank comes from the
 true C, taps and slices that are correlated with one another included; it equals sum_{l>j} t_l where there is one slice
 and the decoder has no taps. PCA of the output (Zhang, Zou, He, Sun, TPAMI 2016) is the case H = 1 with one slice.
@@ -114,13 +114,14 @@ def _relative(squares: Tensor, scale: float) -> Tensor:
     return torch.cat([relative.sqrt(), squares.new_zeros(1)])
 
 
-def errors(w: Weighting, scheme: int, groups: int) -> Tensor:
+def errors(w: Weighting, scheme: int, groups: int, bases: Bases | None = None) -> Tensor:
     """Relative error of every rank 0..r, (r + 1,) float64; that of the full rank is 0.
 
     For r from :func:`alds_fast.linalg.max_rank`. Without the input's second moment only scheme 0 with one slice.
+    ``bases`` are those of the slices, if they are known.
     """
     blocks = None if w.second is None else tap_blocks(w, scheme)
-    bases = slice_bases(w, scheme, groups, blocks)
+    bases = slice_bases(w, scheme, groups, blocks) if bases is None else bases
     if groups == 1 and (blocks is None or blocks.shape[1] == 1):
         tails = _tails(bases.values)
     else:
@@ -130,11 +131,11 @@ def errors(w: Weighting, scheme: int, groups: int) -> Tensor:
     return _relative(tails, w.scale)
 
 
-def held_out_errors(w: Weighting, scheme: int, groups: int) -> Tensor:
+def held_out_errors(w: Weighting, scheme: int, groups: int, bases: Bases | None = None) -> Tensor:
     """As :func:`errors`, on the rows that are kept aside, of which there must be some."""
     assert w.held is not None
     blocks = None if w.second is None else tap_blocks(w, scheme)
-    bases, rows = slice_bases(w, scheme, groups, blocks), w.held
+    bases, rows = slice_bases(w, scheme, groups, blocks) if bases is None else bases, w.held
     if blocks is None:
         energy = rows.square().sum()
         rows = rows - w.mean.unsqueeze(-2) if w.centred else rows

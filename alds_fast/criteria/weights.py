@@ -76,17 +76,21 @@ def on_filters(matrix: Tensor | None, x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)  # a layer is weighted several times in a row
 def _roots(gradient: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Square root of a shrunk moment and its inverse, small eigenvalues raised to 1e-6 of the largest.
+    """H and H^-1 for a shrunk moment H^T H: its Cholesky factor, transposed.
 
-    (A filter that the output does not depend on in the data still has to be approximated somehow.)
+    1e-6 of its size is added to its diagonal. (A filter that the output does not depend on in the data still has to be
+    approximated somehow.)
     """
     gradient = shrink(gradient, share)
-    values, vectors = (gradient, None) if gradient.dim() == 2 else torch.linalg.eigh(gradient)
-    top = values.amax(-1, keepdim=True).clamp_min(0)
-    values = torch.where(top > 0, values.clamp_min(1e-6 * top), torch.ones_like(values)).sqrt()
-    if vectors is None:
+    if gradient.dim() == 2:
+        top = gradient.amax(-1, keepdim=True).clamp_min(0)
+        values = torch.where(top > 0, gradient.clamp_min(1e-6 * top), torch.ones_like(gradient)).sqrt()
         return values, 1.0 / values
-    return (vectors * values.unsqueeze(-2)) @ vectors.mT, (vectors / values.unsqueeze(-2)) @ vectors.mT
+    identity = torch.eye(gradient.shape[-1], dtype=gradient.dtype, device=gradient.device)
+    size = torch.linalg.matrix_norm(gradient)[:, None, None]
+    lifted = gradient + torch.where(size > 0, 1e-6 * size, 1.0) * identity
+    root = torch.stack([torch.linalg.cholesky(matrix, upper=True) for matrix in lifted])
+    return root, torch.stack([torch.linalg.solve_triangular(matrix, identity, upper=True) for matrix in root])
 
 
 def _gradient_roots(moments: Moments) -> tuple[Tensor, Tensor]:
