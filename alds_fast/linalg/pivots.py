@@ -30,7 +30,7 @@ from .folding import WeightShape, decoder_axes, matrix_shape
 Pivots = Literal["", "output", "input"]
 Ranks = TypeVar("Ranks", int, np.ndarray)
 LARGEST = 2.0
-ORTHOGONAL = 1e-6  # largest cosine between two columns that need not be made orthogonal first
+DOUBTFUL = 8.0  # from which coefficients say that the basis is to be made orthonormal first
 
 
 def pivots_of_fold(shape: WeightShape, scheme: int, groups: int) -> Pivots:
@@ -65,31 +65,39 @@ def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
     ``basis``: (batch, n, r) of full rank, r < n. Returns the order (batch, n) of int64 and the coefficients
     (batch, n - r, r): ``basis[order[r:]] == coefficients @ basis[order[:r]]``, none above ``LARGEST`` in magnitude.
     """
-    batch, n, rank = basis.shape
-    factored, swaps = (
-        torch.stack(parts) for parts in zip(*map(torch.linalg.lu_factor, _orthonormal(basis)), strict=True)
-    )
-    order = torch.arange(n, device="cpu").repeat(batch, 1)
-    for rows, swap in zip(order.numpy(), swaps.cpu().numpy(), strict=True):
-        for i, other in enumerate(swap[:rank] - 1):
-            rows[[i, other]] = rows[[other, i]]
-    lower = factored[:, :, :rank].tril(-1)
-    unit = lower[:, :rank] + torch.eye(rank, dtype=basis.dtype, device=basis.device)
-    coefficients = torch.linalg.solve_triangular(unit, lower[:, rank:], upper=False, left=False, unitriangular=True)
-    for at in (coefficients.abs().amax((1, 2)) > LARGEST).nonzero().flatten().tolist():
-        _exchange(order[at], coefficients[at])
+    orders, coefficients = zip(*map(_pivots_of, basis), strict=True)
+    return torch.stack(orders), torch.stack(coefficients)
+
+
+def _pivots_of(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one matrix (n, r): order (n,) and coefficients (n - r, r)."""
+    rank = basis.shape[1]
+    scaled = basis / basis.norm(dim=0).clamp_min(1e-300)
+    order, coefficients = _by_lu(scaled)
+    if not _largest(coefficients) <= DOUBTFUL:  # columns that are far from orthogonal mislead it
+        order, coefficients = _by_lu(torch.linalg.qr(scaled)[0])
+    if _largest(coefficients) > LARGEST:
+        _exchange(order, coefficients)
     order = order.to(basis.device)
-    (chosen, columns), (rest, rows) = order[:, :rank].sort(1), order[:, rank:].sort(1)
-    coefficients = torch.gather(coefficients, 1, rows.unsqueeze(-1).expand(-1, -1, rank))
-    coefficients = torch.gather(coefficients, 2, columns.unsqueeze(1).expand(-1, n - rank, -1))
-    return torch.cat([chosen, rest], 1), coefficients
+    (chosen, columns), (rest, rows) = order[:rank].sort(), order[rank:].sort()
+    return torch.cat([chosen, rest]), coefficients.index_select(0, rows).index_select(1, columns)
 
 
-def _orthonormal(basis: Tensor) -> Tensor:
-    """An orthonormal basis of the same columns: these themselves, of length 1, where they are orthogonal."""
-    scaled = basis / basis.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    eye = torch.eye(basis.shape[2], dtype=basis.dtype, device=basis.device)
-    return scaled if bool(((scaled.mT @ scaled - eye).abs() < ORTHOGONAL).all()) else torch.linalg.qr(scaled)[0]
+def _largest(coefficients: Tensor) -> float:
+    """In magnitude; NaN if one is."""
+    return max(map(abs, map(float, coefficients.aminmax()))) if coefficients.numel() else 0.0
+
+
+def _by_lu(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """By LU with partial pivoting: the order of the rows, on the CPU, and the others' coefficients."""
+    rank = basis.shape[1]
+    factored, swaps = torch.linalg.lu_factor(basis)
+    order = torch.arange(len(basis), device="cpu")
+    rows = order.numpy()
+    for i, other in enumerate(swaps[:rank].cpu().numpy() - 1):
+        rows[[i, other]] = rows[[other, i]]
+    unit, lower = factored.tensor_split([rank])
+    return order, torch.linalg.solve_triangular(unit, lower, upper=False, left=False, unitriangular=True)
 
 
 def _exchange(order: Tensor, coefficients: Tensor) -> None:
