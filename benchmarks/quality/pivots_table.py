@@ -38,8 +38,8 @@ def main() -> None:
     least, most = min(differences), max(differences)
     text = (
         f"With pivots / without, seed 0, without retraining: better in {gained} of {len(differences)} cells, worse in "
-        f"{lost}, at most by {-least[0]:.4f} ({least[1]}); the largest gain is {most[0]:.4f} ({most[1]}). Shares are of "
-        f"all parameters. Of MiniLM only the encoder's linear layers are compressed."
+        f"{lost}, at most by {-least[0]:.4f} ({least[1]}); the largest gain is {most[0]:.4f} ({most[1]}). Shares are "
+        f"of all parameters. Of MiniLM only the encoder's linear layers are compressed."
     )
     head = f"{described(environment(args.commit), timed=False)}; `python -m benchmarks.quality.run --seeds 0`."
     made = page("# Pivots, with and without", head, text, table(["network", "share", "dense", *WITHOUT_PIVOTS], lines))
