@@ -4,9 +4,11 @@ Here belongs what depends on a machine. What the model computes is the same befo
 """
 
 from .api import deploy
+from .channel_orders import with_channels_in_order
 from .table import DeployTable
 
 __all__ = [
     "DeployTable",
     "deploy",
+    "with_channels_in_order",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import alds_fast as alds
-from alds_fast.deployment.channel_orders import with_channels_in_order
+from alds_fast.deployment import with_channels_in_order
 from alds_fast.measurement import inference, interleaved_ms, median_ratio
 from benchmarks.common.results import described, environment, page, table, write
 
