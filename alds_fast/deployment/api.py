@@ -175,6 +175,7 @@ def deploy(
     table: DeployTable | str | os.PathLike[str] | None = None,
     rounds: int = 7,
     report: bool = False,
+    reorder: bool = False,
 ) -> Any:
     """A copy of a compressed model in which every low-rank layer runs in the way that was measured to be fastest.
 
@@ -182,12 +183,11 @@ def deploy(
     library calls, and the fused kernel where it can run; the latter two also with the same function in other shapes
     (fewer slices with a block-diagonal encoder, ranks padded with zeros to a multiple of 8 on the CPU, 16 on a GPU).
     Low-rank linear layers without slices that read the same tensor (q/k/v, gate/up) are also tried with one encoder
-    call for two or three of them. Layers with output pivots leave these in the order in which they are made where the
-    next layers can take that (:mod:`alds_fast.deployment.channel_orders`). The fastest is kept; one that is less than
-    2 % faster than a simpler one is not. At last the whole deployed model is timed against the dense one and the one
-    given, and the fastest is returned. Layers with hooks, a forward of their own or shared factors keep their form.
-    ``model`` is not changed (its buffers and torch's random state are put back after the runs that it takes); four more
-    copies of it are in memory meanwhile.
+    call for two or three of them. The fastest is kept; one that is less than 2 % faster than a simpler one is not. At
+    last the whole deployed model is timed against the dense one and the one given, and the fastest is returned. Layers
+    with hooks, a forward of their own or shared factors keep their form. ``model`` is not changed (its buffers and
+    torch's random state are put back after the runs that it takes); three more copies of it are in memory meanwhile,
+    with ``reorder`` four.
 
     Args:
         model: a model with low-rank layers, on the device and in the type that it will run with.
@@ -197,6 +197,9 @@ def deploy(
             torch version and thread count is not measured again.
         rounds: turns that every side takes.
         report: also return the :class:`DeployTable`.
+        reorder: layers with output pivots leave these in the order in which they are made, and weights of the layers
+            after them are put in that order, see :mod:`alds_fast.deployment.channel_orders`. For models that are run as
+            in the example, and of which nobody reads values between layers. A warning says where that cannot be.
 
     Returns:
         The deployed module, or (module, table). The table is also the module's ``alds_deployed``.
@@ -214,11 +217,13 @@ def deploy(
     check_model(model)
     if backend is not None and backend not in FORCED:
         raise ArgumentError(f"backend={backend!r} is not None or one of {', '.join(FORCED)}")
+    if not isinstance(reorder, bool) or (reorder and backend is not None):
+        raise ArgumentError(f"reorder={reorder!r} is True or False, and goes with backend=None, not {backend!r}")
     if not is_count(rounds):
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
     known = _read_table(table, device_of(model))
     given = model
-    model = with_channels_in_order(given, example_inputs) if backend is None else given
+    model = with_channels_in_order(given, example_inputs) if reorder else given
     layers = _low_rank(model)
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}

@@ -8,7 +8,7 @@ is free if nothing but layers sees its channels; everything that is not known to
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..layers import LowRankLayer
-from ..measurement import as_written, check_runs, first_input, private_runs
+from ..layers import LowRankLayer, attributes, has_hooks, label
+from ..measurement import as_written, check_runs, first_input, leaves_of, private_runs
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LowRankLayer)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -31,7 +31,7 @@ _EACH = {  # functions of every number by itself, or of numbers of one channel
 }  # fmt: skip
 _POOLS = {
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "boolean_dispatch", "_max_pool2d", "_max_pool1d", "_max_pool3d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d",
 }  # fmt: skip
 _SHAPES = {"flatten", "view", "reshape", "squeeze", "mean"}
 _QUESTIONS = {
@@ -59,6 +59,7 @@ class _Flow(TorchFunctionMode):
         self.groups: list[Group] = []
         self.joined: list[int] = []  # by group the one that it is now a part of
         self.of_layer: dict[str, int] = {}
+        self.called: set[str] = set()
         self.unknown: set[str] = set()  # layers that take tensors of no group
         self.inside = 0
 
@@ -138,7 +139,9 @@ def _dim_after(name: str, args: Any, kwargs: Any, tags: list[tuple[Tensor, int, 
         alike = all((t.dim(), at, t.shape[at]) == (result.dim(), dim, result.shape[dim]) for t, _, at in tags)
         return dim if alike and all(t.numel() == 1 for t in others) else None
     if name in _POOLS:
-        return dim if result.dim() == x.dim() and dim < x.dim() - 1 and result.shape[dim] == x.shape[dim] else None
+        behind = x.dim() - 1 - dim  # as many dimensions as the pool has, or it takes channels for one of them
+        alike = result.dim() == x.dim() and result.shape[dim] == x.shape[dim]
+        return dim if alike and behind == int(name[-2]) else None
     if name in _SHAPES:
         return _dim_of_shape(name, args, kwargs, x, dim, result)
     return None
@@ -170,6 +173,7 @@ def _watched(modules: Mapping[str, nn.Module], flow: _Flow) -> Iterator[None]:
         forward = module.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            flow.called.add(name)
             x = first_input(args, kwargs)
             tags = flow.tags([x])
             flow.bind([args[1:], {k: v for k, v in kwargs.items() if v is not x}])
@@ -215,20 +219,36 @@ def _pass(name: str, module: nn.Module, x: Any, y: Any, tags: list[tuple[Tensor,
     flow.tag(y, flow.new(name), _dim_of_layer(module, y))
 
 
+def _why_not_followed(model: nn.Module, called: Set[int]) -> str | None:
+    """What keeps channels from being followed in the whole model; None for nothing."""
+    own = {id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
+    for name, module in model.named_modules():
+        if has_hooks(module):
+            return f"{label(name)} has hooks, which may read them"
+        if isinstance(module, (*LAYERS, *BATCH_NORMS)) and id(module) not in called | own:
+            return f"{label(name)} is not called with the example inputs, so that what it takes is not known"
+    return None
+
+
 def channel_groups(model: nn.Module, example_inputs: Any) -> list[Group]:
     """The groups of a run of the model that are free; the model is left as it was.
 
-    A layer that is in two groups, or that also takes tensors that are not known, frees neither.
+    A layer that is in two groups, or that also takes tensors that are not known, frees neither. None are free, with a
+    warning, in a model with hooks or with layers that the run does not call.
     """
     modules = dict(model.named_modules())
     watched = {name: m for name, m in modules.items() if isinstance(m, (*LAYERS, *BATCH_NORMS))}
     flow = _Flow()
     try:
         with _watched(watched, flow), as_written(), private_runs(model) as run, flow:
-            flow.bind(run(example_inputs, 0, "example_inputs"))
+            flow.bind(list(leaves_of(run(example_inputs, 0, "example_inputs"))))
+            flow.bind([value for _, value in attributes(model) if isinstance(value, Tensor)])  # what it keeps
     except Exception as e:
         check_runs(model, example_inputs, "example_inputs")
         warnings.warn(f"the model's channels could not be followed ({type(e).__name__}: {e})", stacklevel=4)
+        return []
+    if (reason := _why_not_followed(model, {id(watched[name]) for name in flow.called})) is not None:
+        warnings.warn(f"channels stay in the order of the outputs: {reason}", stacklevel=4)
         return []
     groups = [group for i, group in enumerate(flow.groups) if flow.root(i) == i]
     for group in groups:

@@ -48,7 +48,7 @@ def _device_reason(kind: str, index: int | None) -> str | None:
 _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_transformed(x: Tensor) -> bool:
+def is_transformed(x: Tensor) -> bool:
     """Whether forward-mode differentiation or a functorch transform is at work, which the operators do not know."""
     if torch.compiler.is_compiling():
         return False
@@ -62,7 +62,7 @@ def type_reason(x: Tensor) -> str | None:
         return f"it takes float16, bfloat16 and float32, x is {x.dtype}"
     if reason is None and x.device.type == "cpu" and x.dtype not in INTERPRETER_TYPES:
         return "triton's interpreter multiplies bfloat16 wrongly"
-    if reason is None and _is_transformed(x):
+    if reason is None and is_transformed(x):
         return "it knows no forward-mode differentiation and no functorch transforms"
     return reason
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .backend import is_transformed
 from .pivot_table import outputs_of
 
 FEW_ROWS = 64  # below which operations cost more than what they move
@@ -85,11 +86,10 @@ def _linear_in_one_buffer(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Ten
 def _is_plain_call(x: Tensor) -> bool:
     """Whether nobody looks at the single operations: no gradients, compiler, autocast or subclass of tensors."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if torch.is_grad_enabled() or traced or type(x) is not Tensor:
+    if torch.is_grad_enabled() or traced or type(x) is not Tensor or is_transformed(x):
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     written_whole = x.is_cuda or x.dtype in (torch.float32, torch.float64)  # half types read what was there on CPUs
-    return written_whole and not wrapped and not torch.is_autocast_enabled(x.device.type)
+    return written_whole and not torch.is_autocast_enabled(x.device.type)
 
 
 def lowrank_pivoted_ref(

@@ -21,7 +21,7 @@ from .discovery import (
 )
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
-from .obstacles import has_hooks, reader_reason, warn_of_holders, warn_of_questions
+from .obstacles import attributes, has_hooks, reader_reason, warn_of_holders, warn_of_questions
 from .output_heads import chosen_layers
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
 from .replacement import annotate, check_copyable, replace_layers
@@ -42,6 +42,7 @@ __all__ = [
     "MergedLinears",
     "MergedPart",
     "annotate",
+    "attributes",
     "bad_values",
     "check_copyable",
     "check_values",

@@ -98,7 +98,7 @@ class LowRankLinear(LowRankLayer):
         inner = self.slices * self.rank
         chosen, rest = sorted_x[..., :inner], sorted_x[..., inner:].unflatten(-1, (self.slices, -1))
         blocks = self.encoder.unflatten(0, (self.slices, -1))
-        told = torch.bmm(rest.reshape(-1, *rest.shape[-2:]).transpose(0, 1), blocks.mT)
+        told = torch.bmm(rest.reshape(-1, *rest.shape[-2:]).transpose(0, 1), blocks.transpose(1, 2))
         told = told.transpose(0, 1).reshape(chosen.shape)
         return F.linear(chosen + told, self.decoder, self.bias)
 

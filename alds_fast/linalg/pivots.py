@@ -91,7 +91,7 @@ def _largest(coefficients: Tensor) -> float:
 def _by_lu(basis: Tensor) -> tuple[Tensor, Tensor]:
     """By LU with partial pivoting: the order of the rows, on the CPU, and the others' coefficients."""
     rank = basis.shape[1]
-    factored, swaps = torch.linalg.lu_factor(basis)
+    factored, swaps, _ = torch.linalg.lu_factor_ex(basis)  # where it is singular, coefficients are no numbers
     order = torch.arange(len(basis), device="cpu")
     rows = order.numpy()
     for i, other in enumerate(swaps[:rank].cpu().numpy() - 1):

@@ -15,7 +15,7 @@ from .run_model import (
     first_input,
     inference,
 )
-from .samples import Samples
+from .samples import Samples, leaves_of
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
 from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
@@ -50,6 +50,7 @@ __all__ = [
     "interleaved_ms",
     "keeping_state",
     "layer_inputs",
+    "leaves_of",
     "masks_of",
     "median_ratio",
     "naming_batch",

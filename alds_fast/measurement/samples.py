@@ -17,18 +17,18 @@ _MOST, _DIRECTIONS = 4096, 32
 MAX_DEPTH = 6  # of containers in containers
 
 
-def _leaves(value: Any, depth: int = 0) -> Iterator[Any]:
+def leaves_of(value: Any, depth: int = 0) -> Iterator[Any]:
     """The tensors and plain values in a batch, in whatever mappings, sequences and objects they are."""
     if isinstance(value, Tensor | str | bytes) or depth > MAX_DEPTH:
         yield value
     elif isinstance(value, Mapping):
         for key in value:
-            yield from _leaves(value[key], depth + 1)
+            yield from leaves_of(value[key], depth + 1)
     elif isinstance(value, Iterable):
         for part in value:
-            yield from _leaves(part, depth + 1)
+            yield from leaves_of(part, depth + 1)
     elif hasattr(value, "__dict__"):
-        yield from _leaves(vars(value), depth + 1)
+        yield from leaves_of(vars(value), depth + 1)
     else:
         yield value
 
@@ -39,7 +39,7 @@ def sample_count(batch: Any) -> int:
     >>> sample_count({"ids": torch.zeros(4, 9), "positions": torch.zeros(9)}), sample_count((torch.ones(()),))
     (4, 1)
     """
-    tensors = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    tensors = [leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     first = next((t for t in tensors if t.dim() > 1), tensors[0] if tensors else None)
     return 1 if first is None else first.shape[0]
 
@@ -55,7 +55,7 @@ def _bytes(value: Any) -> bytes:
 
 def _marks(batch: Any) -> list[bytes]:
     """A digest of every sample."""
-    count, leaves = sample_count(batch), list(_leaves(batch))
+    count, leaves = sample_count(batch), list(leaves_of(batch))
     marks = []
     for i in range(count):
         digest = hashlib.blake2b(digest_size=8)
@@ -112,7 +112,7 @@ def _typical(sketches: Tensor) -> float:
 
 def _numbers(batch: Any, count: int) -> Tensor | None:
     """The floating-point numbers of every sample, (samples, numbers) of float32 on the CPU; None without any."""
-    leaves = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count]
+    leaves = [leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count]
     if not count or not leaves or not all(leaf.is_floating_point() and leaf.layout == torch.strided for leaf in leaves):
         return None
     rows = torch.cat([leaf.detach().reshape(count, -1).cpu().float() for leaf in leaves], 1)

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 
 import alds_fast as alds
 from alds_fast.deployment.channel_flow import channel_groups
-from alds_fast.deployment.channel_orders import with_channels_in_order
+from alds_fast.deployment.channel_orders import _alike, with_channels_in_order
+from alds_fast.errors import ArgumentError
 from alds_fast.layers import LowRankLayer
 
 ONE = {"groups": (1,), "schemes": (0,)}
@@ -154,18 +156,101 @@ def test_channels_that_something_sees_stay(kind):
     assert with_channels_in_order(small, x) is small
 
 
-def test_slices_hooks_and_shared_weights_stay():
+def test_slices_and_shared_weights_stay():
     small, x = compressed(NETS["mlp"][0]), torch.randn(7, 32)
     sliced = copy.deepcopy(small)
     sliced[2] = alds.LowRankLinear.from_dense(nn.Linear(64, 64), rank=5, groups=2)
     assert in_order(with_channels_in_order(sliced, x)) == []
-    hooked = copy.deepcopy(small)
-    hooked[2].register_forward_pre_hook(lambda module, args: None)
-    assert in_order(with_channels_in_order(hooked, x)) == []
     shared = copy.deepcopy(small)
     shared.append(nn.Linear(32, 32))
     shared[5].bias = shared[4].bias
     assert in_order(with_channels_in_order(shared, x)) == ["0"]
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.other = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def forward(self, x, other=False):
+        return (self.other if other else self.b)(torch.relu(self.a(x)))
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class InADataclass(Pair):
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        return Result(self.b(y), y)
+
+
+class Keeps(Pair):
+    def forward(self, x):
+        self.last = torch.relu(self.a(x))
+        return self.b(self.last)
+
+
+def test_layers_that_the_example_does_not_call_are_said():
+    small = compressed(Heads, include=["a"], params=0.9)
+    with pytest.warns(UserWarning, match="channels stay in the order of the outputs: 'other' is not called"):
+        assert with_channels_in_order(small, torch.randn(3, 32)) is small
+
+
+def test_hooks_anywhere_are_said():
+    small, x = compressed(NETS["mlp"][0]), torch.randn(7, 32)
+    for module in (small, small[1]):
+        handle = module.register_forward_hook(lambda module, args, y: None)
+        with pytest.warns(UserWarning, match="has hooks, which may read them"):
+            assert with_channels_in_order(small, x) is small
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", [lambda: InADataclass(None), lambda: Keeps(None)])
+def test_values_in_objects_and_on_modules_stay(kind):
+    small = compressed(kind, include=["a"], params=0.9)
+    assert with_channels_in_order(small, torch.randn(3, 32)) is small
+
+
+def test_whole_numbers_are_compared_and_nothing_is_not_alike():
+    x, y = torch.tensor([1, 2]), torch.tensor([1, 3])
+    assert _alike([x], [x.clone()]) and not _alike([x], [y]) and not _alike([], [])
+    assert not _alike([torch.ones(3)], [torch.full((3,), 1.001)]) and _alike(
+        [torch.ones(3)], [torch.full((3,), 1.000001)]
+    )
+    assert not _alike([torch.ones(3, dtype=torch.bfloat16)], [torch.full((3,), 1.1, dtype=torch.bfloat16)])
+
+
+def test_pools_that_take_channels_for_a_dimension_bind_them():
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 8, 1)
+
+        def forward(self, x):
+            return self.b(F.max_pool3d(self.a(x), 3, 1, 1))  # read as one sample with 4 "channels"
+
+    small = compressed(Pools, include=["a"], params=0.9)
+    assert with_channels_in_order(small, torch.randn(4, 8, 6, 6)) is small
+
+
+def test_reorder_is_checked():
+    small = compressed(NETS["mlp"][0])
+    for options in ({"reorder": 1}, {"reorder": True, "backend": "two-op"}):
+        with pytest.raises(ArgumentError, match="reorder=.* is True or False, and goes with backend=None"):
+            alds.deploy(small, torch.randn(7, 32), **options)
+
+
+def test_forward_mode_differentiation_without_gradients():
+    from torch.autograd import forward_ad
+
+    layer, x = alds.LowRankLinear(24, 40, 5, pivots="output"), torch.randn(70, 24)
+    with torch.no_grad(), forward_ad.dual_level():
+        y = layer(forward_ad.make_dual(x, x))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, layer(x) - layer.bias)
 
 
 def test_what_cannot_be_seen_is_found_by_the_outputs():
@@ -191,7 +276,9 @@ def test_other_outputs_are_said(monkeypatch):
 
 def test_deploy_says_what_is_in_order_and_saved_models_load(tmp_path):
     small, x = compressed(NETS["mlp"][0]), torch.randn(128, 32)
-    fast, table = alds.deploy(small, x, rounds=1, report=True)
+    _, table = alds.deploy(small, x, rounds=1, report=True)
+    assert not any("in order" in row.structure for row in table.rows)
+    fast, table = alds.deploy(small, x, rounds=1, report=True, reorder=True)
     assert [row.structure.endswith(", in order") for row in table.rows] == [True, True, False]
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
     new = with_channels_in_order(small, x)

@@ -102,6 +102,14 @@ def test_exchanges_bound_every_coefficient():
     assert float(torch.linalg.solve(basis[settled[:n]], basis[settled[n:]], left=False).abs().max()) <= 2.0 + 1e-9
 
 
+def test_a_basis_with_a_zero_column_has_finite_coefficients():
+    basis = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis[:, 2] = 0
+    order, coefficients = pivots.choose_pivots(basis[None])
+    assert float(coefficients.abs().max()) <= pivots.LARGEST
+    torch.testing.assert_close(coefficients[0] @ basis[order[0, :4]], basis[order[0, 4:]])
+
+
 def test_what_has_no_pivots_is_refused():
     shape = WeightShape(8, 8, (3, 3))
     for chosen in ((1, 1, 2, "output"), (0, 2, 2, "output"), (0, 1, 2, "input"), (0, 1, 8, "output")):
