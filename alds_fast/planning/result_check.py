@@ -124,8 +124,9 @@ def _first_apart(expected: Sequence[LayerCall], way: Sequence[LayerCall]) -> int
 def _text_of_apart(at: LayerCall, way: Sequence[LayerCall]) -> str:
     if at.name and at.name not in {call.name for call in way}:
         return (
-            f"layer {label(at.name)} is called in the dense model and not in its copy: something past the model's "
-            f"modules (a list, a global variable) holds the dense one; leave it out with exclude={[at.name]!r}"
+            f"layer {label(at.name)} is called in the dense model and not in its copy: its code asks for the type of a "
+            f"layer (isinstance), or something past the model's modules (a list, a global variable) holds the dense "
+            f"one; leave it out with exclude={[at.name]!r}"
         )
     place = f"its call of layer {label(at.name)}" if at.name else "its output"
     return (

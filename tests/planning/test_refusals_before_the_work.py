@@ -118,7 +118,7 @@ def test_a_forward_that_asks_for_types_is_said_without_inputs(recwarn):
     with pytest.warns(UserWarning, match="the forward of Asks asks whether something is one of torch's layers"):
         alds.compress(Asks(), params=0.6)
     recwarn.clear()
-    with pytest.raises(ModelError, match="holds the dense one|asks for the type"):
+    with pytest.raises(ModelError, match="asks for the type of a layer"):
         alds.compress(Asks(), params=0.6, example_inputs=DATA[0])
     alds.compress(net(), params=0.6)
     assert not [w for w in recwarn if "asks whether" in str(w.message)]
