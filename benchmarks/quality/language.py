@@ -63,14 +63,22 @@ def smollm2(seed: int) -> nn.Module:
     return model
 
 
+def without_tags(text: str) -> str:
+    """A document of the corpus as it is written.
+
+    >>> without_tags("The/at jury/nn said/vbd ``/`` no/at ''/'' ,/, twice/rb ./.")
+    'The jury said "no", twice.'
+    """
+    words = " ".join(re.sub(r"(\S+)/[^\s/]+", r"\1", text).split())
+    return re.sub(r" ([.,;:?!)]|'')", r"\1", words).replace("`` ", '"').replace("''", '"')
+
+
 @lru_cache(maxsize=1)
 def brown() -> tuple[str, str]:
     """The corpus without its tags: documents for calibration and for evaluation, alternate ones of every kind."""
     halves: tuple[list[str], list[str]] = [], []
     for number, file in enumerate(sorted((data.npm(BROWN) / "package").glob("c[a-r][0-9][0-9]"))):
-        words = re.sub(r"(\S+)/[^\s/]+", r"\1", file.read_text())
-        words = re.sub(r" ([.,;:?!)']|'')", r"\1", " ".join(words.split())).replace("`` ", '"').replace("''", '"')
-        halves[number % 2].append(words)
+        halves[number % 2].append(without_tags(file.read_text()))
     return "\n\n".join(halves[0]), "\n\n".join(halves[1])
 
 
