@@ -35,6 +35,7 @@ from ..planning import (
     plot_plan,
     resolved_precision,
 )
+from ..version import __version__
 from .directory import compress_directory, show_layers
 from .eval import add_eval, check_data_flags
 from .progress import progress_bars
@@ -144,6 +145,7 @@ def _groups(text: str) -> str | tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("alds-fast", description="Low-rank compression of PyTorch models.")
+    parser.add_argument("--version", action="version", version=f"alds_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("target", help=TARGET_HELP)

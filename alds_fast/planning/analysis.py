@@ -240,6 +240,9 @@ class Analysis:
             if row.scheme is not None and row.groups is not None
         }
 
+    def __repr__(self) -> str:
+        return f"<Analysis of {len(self.layers)} layers, {len(self.spectra)} can be factorised; print() lists them>"
+
     def __str__(self) -> str:
         headers = ["layer", "kind", "shape", "params", "folds x groups", "reason left out"]
         rows = []

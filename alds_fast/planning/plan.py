@@ -188,6 +188,10 @@ class Plan:
             )
         return basis
 
+    def __repr__(self) -> str:
+        sizes = f"{self.params_before:,} -> {self.params:,} parameters"
+        return f"<Plan for {self.budget}: {sizes}, largest {self.criterion} error {self.error:.4g}; print() has layers>"
+
     def __str__(self) -> str:
         headers = ["layer", "kind", "shape", "scheme", "groups", "rank", "error", "params", "after", "reason"]
         held_out = self.held_out
@@ -205,13 +209,9 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; exact round trip with :meth:`from_json`."""
-        head: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "budget": self.budget,
-            "criterion": self.criterion,
-        }
-        head |= {"method": self.method, "p": number(self.p), "align": self.align, "gap": number(self.gap)}
+        head: dict[str, Any] = {"format": FORMAT, "version": VERSION, "budget": self.budget}
+        head |= {"criterion": self.criterion, "method": self.method, "p": number(self.p)}
+        head |= {"align": self.align, "gap": number(self.gap)}
         rows = [
             {**vars(row), "error": number(row.error), "held_out": number(row.held_out)}
             | {"error_is_of": choice_fields(vars(row))} for row in self.layers

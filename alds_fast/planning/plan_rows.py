@@ -194,13 +194,18 @@ def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int)
     return LayerPlan(**row)
 
 
+def _error_text(error: float) -> str:
+    """With two digits at least: sensitivities may be small."""
+    return "0" if error == 0 else f"{error:.4f}" if error >= 1e-3 else f"{error:.1e}"
+
+
 def row_cells(row: LayerPlan, held_out: bool) -> list[str]:
     """The texts of a row in the table of a plan, with a column for errors on samples kept aside if ``held_out``."""
     chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
     chosen[-1] += f" {row.pivots[:-3]}" if row.pivots else ""
-    errors = ["?" if math.isnan(row.error) else f"{row.error:.4f}"]
+    errors = ["?" if math.isnan(row.error) else _error_text(row.error)]
     if held_out:
-        errors.append("-" if row.held_out is None else f"{row.held_out:.4f}")
+        errors.append("-" if row.held_out is None else _error_text(row.held_out))
     name = row.name or "(model)"
     counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
     return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]

@@ -209,3 +209,9 @@ def test_show_of_a_directory_without_a_plan(capsys, tmp_path):
     transformers.ResNetModel(transformers.ResNetConfig(**config)).save_pretrained(tmp_path / "dense")
     code, _, refusal = _run(capsys, "show", str(tmp_path / "dense"))
     assert code == 1 and "was not compressed by alds_fast" in refusal
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out == f"alds_fast {alds.__version__}\n"

@@ -9,6 +9,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.errors import LayerNotFoundError, PlanError
+from alds_fast.planning.plan_rows import row_cells
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +147,15 @@ def test_a_budget_that_no_plan_has_is_refused(plan, budget):
     text = plan.to_json().replace("params=0.5", budget)
     with pytest.raises(PlanError, match="is not like 'params=0.5, flops=0.3'"):
         alds.Plan.from_json(text)
+
+
+def test_plans_and_analyses_are_short_in_words_and_small_errors_have_digits():
+    analysis = alds.analyze(nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)))
+    plan = analysis.plan(params=0.6)
+    assert repr(analysis) == "<Analysis of 2 layers, 2 can be factorised; print() lists them>"
+    assert repr(plan).startswith("<Plan for params=0.6: 1,200 -> ") and len(repr(plan)) < 120
+    assert f"{plan.error:.4g}; print() has layers>" in repr(plan)
+    texts = [
+        row_cells(dataclasses.replace(plan.layers[0], error=error), False)[6] for error in (0.0, 0.25, 2e-3, 1.23e-4)
+    ]
+    assert texts == ["0", "0.2500", "0.0020", "1.2e-04"]
