@@ -103,9 +103,10 @@ def test_they_are_fitted_to_data_with_fixed_pivots_or_new_ones(small):
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_deploy_may_fill_the_identity_in(form):
-    small = pivoted(form, params=0.4)
-    fast, table = alds.deploy(small, X, rounds=1, report=True)
-    torch.testing.assert_close(fast(X), small(X), rtol=1e-4, atol=1e-5)
+    small, x = pivoted(form, params=0.4), X[:1, :, :4, :4]  # the interpreter takes long
+    small = small[:4]
+    fast, table = alds.deploy(small, x, rounds=1, report=True)
+    torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
     name, layer = next((n, m) for n, m in small.named_modules() if isinstance(m, LowRankLayer) and m.pivots)
     own = f"two-op, groups={layer.slices}, rank={layer.rank}"
     row = next(row for row in table.rows if row.name == name)
@@ -114,7 +115,7 @@ def test_deploy_may_fill_the_identity_in(form):
     with pytest.raises(BackendError, match="kernels take plain factors, .*; deploy fills the identity in"):
         fused = copy.deepcopy(layer)
         fused.backend = "fused"
-        fused(X)
+        fused(x)
 
 
 def test_output_pivots_of_linear_layers_run_fused():
