@@ -176,9 +176,9 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, he
     With data no more than ``max_groups`` slices, and where only the output's moment is known only the encode fold with
     one slice. With ``held_out`` those on the rows that are kept aside, where there are some.
     """
-    layer, rule = spectra.layer, CRITERIA[basis.criterion_of(spectra.layer.name)].rule
-    if not CRITERIA[basis.criterion_of(layer.name)].needs_data:
-        return {key: spectra.errors(*key, rule) for key in spectra.values}
+    layer, criterion = spectra.layer, CRITERIA[basis.criterion_of(spectra.layer.name)]
+    if not criterion.needs_data:
+        return {key: spectra.errors(*key, criterion.rule) for key in spectra.values}
     keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups]
     keys = [k for k in keys if basis.moments[layer.name].second is not None or k == (0, 1)]
     held_out = held_out and basis.compares_aside(layer)

@@ -3,7 +3,7 @@
 Such a layer puts its outputs in order at the end of every call. Where only layers and functions of single channels see
 them, the next layers can take them in the order in which they are made: rows and columns of weights are put in another
 order once, and the model computes the same. Of several layers whose channels meet (gate and up projections, residual
-branches) the one with the most outputs sets the order.
+branches) the one of the largest rank sets the order.
 
 What the example does not show is not seen: another branch of the code, an option that returns what is in between, a
 method or user that reads the layers' values. So it is done only where it is asked for.
@@ -36,7 +36,7 @@ def _is_plain(module: nn.Module, tied: Mapping[int, Any]) -> bool:
 def _makes_any_order(module: nn.Module) -> bool:
     """Whether its outputs can stand in any order."""
     if isinstance(module, LowRankLayer):
-        return module.weight_shape.conv_groups == 1 and module.pivots in ("", "output", "input")
+        return module.weight_shape.conv_groups == 1
     return getattr(module, "groups", 1) == 1
 
 
@@ -137,8 +137,8 @@ def _alike(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
 def with_channels_in_order(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A copy of the model whose layers with output pivots make them in order, wherever what follows can take that.
 
-    Its outputs on the example are compared with the model's; with a warning, the model itself is returned where they
-    are others, or where nothing is to be gained.
+    The model itself where nothing is to be gained, or, with a warning, where its outputs on the example, which are
+    compared, are others.
     """
     pivoted = [n for n, m in model.named_modules() if isinstance(m, LowRankLayer) and m.pivots == "output"]
     if not pivoted:

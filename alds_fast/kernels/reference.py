@@ -60,11 +60,17 @@ def encode_linear(x: Tensor, encoder: Tensor, groups: int) -> Tensor:
     return torch.einsum("...gc,grc->...gr", x.unflatten(-1, (groups, -1)), blocks).flatten(-2)
 
 
-def decode_linear(hidden: Tensor, decoder: Tensor, order: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """decoder @ hidden + bias; with ``order`` the outputs it names among the hidden values followed by the product."""
+def decode_linear(
+    hidden: Tensor, decoder: Tensor, order: Tensor | None, bias: Tensor | None = None, in_order: bool = False
+) -> Tensor:
+    """decoder @ hidden + bias; with ``order`` the outputs it names among the hidden values followed by the product.
+
+    ``in_order`` says that it names these one after the other.
+    """
     if order is None:
         return F.linear(hidden, decoder, bias)
-    y = torch.cat([hidden, F.linear(hidden, decoder)], -1).index_select(-1, order)
+    y = torch.cat([hidden, F.linear(hidden, decoder)], -1)
+    y = y if in_order else y.index_select(-1, order)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -100,11 +106,7 @@ def lowrank_pivoted_ref(
     ``in_order`` says that ``order`` is 0, 1, 2, ..., so that nothing is to be put in another order.
     """
     if not _is_plain_call(x) or x.numel() < FEW_ROWS * x.shape[-1]:
-        hidden = F.linear(x, encoder)
-        if not in_order:
-            return decode_linear(hidden, decoder, order, bias)
-        y = torch.cat([hidden, F.linear(hidden, decoder)], -1)
-        return y if bias is None else y + bias.to(y.dtype)
+        return decode_linear(F.linear(x, encoder), decoder, order, bias, in_order)
     if in_order:
         return _linear_in_one_buffer(x, encoder, decoder, bias)
     sorted_bias = None if bias is None else bias.index_select(0, outputs_of(order))

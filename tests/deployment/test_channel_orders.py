@@ -253,7 +253,7 @@ def test_forward_mode_differentiation_without_gradients():
         torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, layer(x) - layer.bias)
 
 
-def test_what_cannot_be_seen_is_found_by_the_outputs():
+def test_values_that_are_written_through_numpy_stay():
     def through_numpy(y):
         values = torch.from_numpy(y.detach().numpy())  # another tensor of the same memory
         values *= torch.linspace(0, 1, 64)
@@ -261,8 +261,7 @@ def test_what_cannot_be_seen_is_found_by_the_outputs():
 
     small = compressed(lambda: Pair(through_numpy), include=["a"], params=0.9)
     x = torch.randn(3, 32)
-    new = with_channels_in_order(small, x)
-    torch.testing.assert_close(new(x.clone()), small(x.clone()))
+    assert with_channels_in_order(small, x) is small
 
 
 def test_other_outputs_are_said(monkeypatch):

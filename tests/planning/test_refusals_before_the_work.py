@@ -1,11 +1,14 @@
 """What is refused before the work with its cause, and runs that leave the user's model as it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, LayerNotFoundError, ModelError, WeightError
+from alds_fast.planning.plan_rows import warn_if_apart
 
 
 def net(*sizes):
@@ -145,10 +148,6 @@ def test_pca_of_many_outputs_is_as_small_as_their_inputs():
 
 
 def test_errors_stated_far_above_those_kept_aside_are_said_too():
-    from types import SimpleNamespace
-
-    from alds_fast.planning.plan_rows import warn_if_apart
-
     for stated, held_out in ((0.1, 0.3), (0.3, 0.1)):
         with pytest.warns(UserWarning, match="on samples kept aside the layers' errors are"):
             warn_if_apart([SimpleNamespace(error=stated, held_out=held_out)])
