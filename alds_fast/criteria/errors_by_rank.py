@@ -40,6 +40,10 @@ class Basis:
     _bases: dict[tuple[str, int, int], Bases] = field(default_factory=dict, repr=False, compare=False)  # the last ones
     _apart: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is kept for the last layer is not pickled with a plan."""
+        return {**vars(self), "_triangle": {}, "_bases": {}}
+
     @property
     def used(self) -> bool:
         """Whether the criterion uses data."""
