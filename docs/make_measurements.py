@@ -266,7 +266,7 @@ def sections() -> dict[str, list[str]]:
         "Large checkpoints": [source("large"), *large()],
         "Deployed against dense": [
             source("deploy_cpu"),
-            "float32, channels-last, random weights, the sides taking turns. Plain is the same plan as factors without pivots.",
+            "float32, channels-last, random weights, the sides taking turns. Plain: the same plan without pivots.",
             deployed(),
         ],
         "A budget on latency": [

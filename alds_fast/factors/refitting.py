@@ -9,6 +9,9 @@ so that truncating W' under C (:mod:`alds_fast.criteria.weighted_errors`) makes 
 the asymmetric reconstruction of Zhang, Zou, He, Sun (TPAMI 2016), here for all folds and slices. The ridge a pulls
 towards W where the data say little; :mod:`alds_fast.factors.ridge` chooses it by cross-validation.
 
+Where the model is a chain of blocks (:mod:`alds_fast.blocks`), both networks go on from the end of the block before a
+layer's: the time is linear in depth. Of other models every layer takes a pass from the start on.
+
 At last the running statistics of BatchNorms move too (:mod:`alds_fast.factors.batchnorm`).
 """
 
@@ -16,18 +19,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw, unknown_share, weighting
-from ..errors import ArgumentError, ModelError
+from ..errors import ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
 from ..measurement import (
     Masks,
-    Run,
     Samples,
     first_input,
     masks_of,
@@ -37,70 +39,12 @@ from ..measurement import (
 )
 from .batchnorm import move_statistics
 from .choice import FactorReport
+from .passes import Network, Stage, chain_of, find_stages, in_halves, naming_batches, run_until
 from .ridge import CrossSums, best_weight
 from .weighted import factors
 
 ORDER = 8192  # columns of a layer, at most
 MOST_UNKNOWN = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
-
-
-class _Reached(BaseException):
-    """Ends a forward pass; no Exception, which a model may catch."""
-
-
-class _Network(NamedTuple):
-    """A network, and how it is run."""
-
-    model: nn.Module
-    run: Run
-
-
-def _pass(
-    net: _Network, batch: Any, number: int, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str
-) -> None:
-    """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
-    remaining = calls
-
-    def counting(hook: Callable[..., None]) -> Callable[..., None]:
-        def count(*args: Any) -> None:
-            nonlocal remaining
-            hook(*args)
-            remaining -= 1
-            if remaining == 0:
-                raise _Reached
-
-        return count
-
-    with ExitStack() as stack:
-        for name, hook in hooks.items():
-            register = getattr(net.model.get_submodule(name), f"register_{kind}")
-            stack.callback(register(counting(hook), with_kwargs=True).remove)
-        with suppress(_Reached):
-            net.run(batch, number, "a batch of refit=")
-
-
-def _stages(net: _Network, batch: Any, names: Sequence[str]) -> list[dict[str, int]]:
-    """Layers in the order of their first calls, with the number of their calls; those that read one tensor together."""
-    order: list[tuple[str, Tensor, int]] = []  # with the version: an input changed in place is another one
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_input(args, kwargs)
-            order.append((name, x, 0 if x.is_inference() else x._version))
-
-        return note
-
-    _pass(net, batch, 1, {name: hook(name) for name in names}, 0, "forward_pre_hook")
-    calls = dict.fromkeys((name for name, *_ in order), 0)
-    stages: list[dict[str, int]] = []
-    before: tuple[Tensor | None, int] = None, 0
-    for name, x, version in order:
-        if not calls[name] and x is before[0] and version == before[1]:
-            stages[-1][name] = 0
-        elif not calls[name]:
-            stages.append({name: 0})
-        calls[name], before = calls[name] + 1, (x, version)
-    return [{name: calls[name] for name in stage} for stage in stages]
 
 
 Gradient = tuple[Tensor | None, float]  # second moment and its noise
@@ -142,17 +86,19 @@ class _Batch:
 
 
 def _collect_sums(
-    stage: Mapping[str, int], layers: Mapping[str, DecomposableLayer], model: _Network, small: _Network,
+    stage: Stage, layers: Mapping[str, DecomposableLayer], model: Network, small: Network,
     data: Iterable[Any], mask: str | None, halves: Samples, worth: float,
 ) -> dict[str, CrossSums]:  # fmt: skip
     """Sums of a stage's layers over all batches."""
-    sums, calls = {name: CrossSums(worth) for name in stage}, sum(stage.values())
+    sums, calls = {name: CrossSums(worth) for name in stage.calls}, sum(stage.calls.values())
+    for net in (model, small):
+        net.walk.advance(stage.position, naming_batches(data), "a batch of refit=")
     for number, batch in numbered_batches(data):
         masks = masks_of(model.model, batch, mask)
-        hooks = {n: _Batch(layers[n], sums[n], masks, halves.aside(batch), number) for n in stage}
+        hooks = {n: _Batch(layers[n], sums[n], masks, halves.aside(batch), number) for n in stage.calls}
         with naming_batch(number, "refit="):
-            _pass(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
-            _pass(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
+            run_until(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
+            run_until(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
     return sums
 
 
@@ -184,19 +130,6 @@ def _fit(
     return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
 
 
-def _in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
-    """The first batch, and which samples are which half; ArgumentError for no batches."""
-    halves, first = Samples(1 / 2), None
-    for batch in data:
-        halves.aside(batch)
-        first = batch if first is None else first
-    if first is None:
-        raise ArgumentError(
-            "refit= has no batches, or had some once, and then none: each layer takes a pass; give a list of them"
-        )
-    return first, halves
-
-
 def refit(
     small: nn.Module,
     model: nn.Module,
@@ -209,10 +142,11 @@ def refit(
 ) -> dict[str, FactorReport]:
     """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
 
-    Every layer takes a pass of both networks over all batches, up to that layer; layers that read one tensor share it.
-    Left as they are, as their reports say: layers with more than 8192 columns, those that the first batch does not
-    reach, those that get other rows in the compressed network than in the dense one (experts, say), and, with a
-    warning, those of which the batches show more noise than anything else.
+    Every layer takes a pass of both networks over all batches, from the end of the block before up to that layer, or
+    from the start on where there are no blocks; layers that read one tensor share it. Left as they are, as their
+    reports say: layers with more than 8192 columns, those that the first batch does not reach, those that get other
+    rows in the compressed network than in the dense one (experts, say), and, with a warning, those of which the batches
+    show more noise than anything else.
     ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some. Raises
     ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
@@ -221,11 +155,13 @@ def refit(
     reports: dict[str, FactorReport] = {}
     untold: list[str] = []
     with ExitStack() as stack:
-        dense_net, small_net = (_Network(net, stack.enter_context(private_runs(net))) for net in (model, small))
-        first, halves = _in_halves(data)
+        run_dense, run_small = (stack.enter_context(private_runs(net)) for net in (model, small))
+        first, halves = in_halves(data)
         worth = halves.worth
         with naming_batch(1, "refit="):
-            stages = _stages(dense_net, first, list(known))
+            chain = chain_of(model, run_dense, first, data)
+            dense_net, small_net = Network(model, run_dense, chain), Network(small, run_small, chain)
+            stages = find_stages(dense_net, first, list(known), chain.blocks)
         for stage in stages:
             for name, sums in _collect_sums(stage, known, dense_net, small_net, data, mask, halves, worth).items():
                 if sums.rows and not sums.finite():

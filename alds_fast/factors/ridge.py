@@ -140,9 +140,15 @@ def _towards(weight: Tensor, seen: Means, ridge: float, centred: bool) -> Tensor
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     if math.isinf(ridge) or not bool(size.any()):
         return weight
-    identity = torch.eye(second.shape[-1], dtype=torch.float64, device=second.device)
-    ridged = second + torch.where(size > 0, ridge * size, 1.0) * identity
-    return weight + solve_each(ridged, cross - weight @ second)
+    ridged = second.clone()
+    ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, ridge * size, 1.0).squeeze(-1))
+    return weight + _solve(ridged, cross - weight @ second)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """X (g0, f, n) with X matrix = right, for symmetric matrices (g0, n, n) that are positive but for rounding."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return solve_each(matrix, right) if bool(failed.any()) else torch.cholesky_solve(right.mT, factor).mT
 
 
 def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:

@@ -15,7 +15,7 @@ from .run_model import (
     first_input,
     inference,
 )
-from .samples import Samples, leaves_of
+from .samples import Samples, digest_of, leaves_of
 from .timer import interleaved_ms, median_ratio
 from .timing_cache import Ratios, Timings, device_name, environment
 from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
@@ -41,6 +41,7 @@ __all__ = [
     "dense_flops",
     "device_name",
     "device_of",
+    "digest_of",
     "environment",
     "fingerprint",
     "first_batch",

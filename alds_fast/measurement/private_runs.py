@@ -7,6 +7,7 @@ the random numbers. At the end the model and the random numbers are as they were
 from __future__ import annotations
 
 import copy
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,8 +28,9 @@ from .run_model import call_model, inference, without_nested_tensors
 Run = Callable[..., Any]  # (batch, number, name) -> the model's output
 _SEED = 0x5EED
 _LARGE = 2**20  # numbers of a parameter that are not copied, and of a tensor that are not compared
+_LOOKED = 3  # times that parameters are compared
 _DEPTH = 2  # of objects in objects: beyond, a trainer that hangs on a model leads to its data
-_OWN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "training"}  # hooks, which others set
+_OWN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "training"} | {"forward"}  # which others set
 
 
 def _copy(value: Any) -> Any:
@@ -92,6 +94,7 @@ class _State:
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, Tensor | None]] = []  # without a copy where that would be large
         self.others: list[Callable[[], object]] = []  # what puts back random generators and arrays of numpy
+        self.restored, self.changing = 0, set[int]()
         modules = list(model.modules())
         fitted = [m for m in modules if isinstance(m, LowRankLayer)]  # which refit changes between two runs
         self.written = {id(m.weight) for m in modules if getattr(m, "max_norm", None) is not None}  # by embeddings
@@ -127,6 +130,10 @@ class _State:
         for part in _values(content):
             self._keep(part, depth + 1, seen)
 
+    def _looked_at(self, i: int) -> bool:
+        """Whether a tensor's values are compared: parameters that no run has written to, only at first."""
+        return self.restored <= _LOOKED or i in self.changing or not isinstance(self.tensors[i][0], nn.Parameter)
+
     def restore(self) -> None:
         """Put everything back."""
         for content, kept in self.contents:
@@ -135,6 +142,8 @@ class _State:
             elif len(content) != len(kept) or any(a is not b for a, b in zip(content, kept, strict=True)):
                 content.clear()
                 (content.update if isinstance(content, set) else content.extend)(kept)
+        self.restored += 1
+
         with torch.no_grad():
             for i, (tensor, version, old) in enumerate(self.tensors):
                 if old is None and tensor._version != version:
@@ -142,7 +151,10 @@ class _State:
                         f"the model changes a parameter of shape {tuple(tensor.shape)} in its forward, too large to be "
                         f"put back, so that it is changed now; keep it in a buffer, or freeze it in evaluation mode"
                     )
-                if old is not None and (tensor._version != version or _is_changed(tensor, old)):
+                if old is not None and (
+                    tensor._version != version or (self._looked_at(i) and _is_changed(tensor, old))
+                ):
+                    self.changing.add(i)
                     tensor.detach().copy_(old)
                     self.tensors[i] = tensor, tensor._version, old
         for undo in self.others:
@@ -151,6 +163,8 @@ class _State:
 
 def _refill(content: dict[Any, Any], kept: dict[Any, Any]) -> None:
     """The entries as they were, in their order; hooks and the like, which others set, as they are."""
+    if content.keys() == kept.keys() and all(map(operator.is_, content.values(), kept.values())):
+        return
     mine, others = ({k: v for k, v in content.items() if (k in _OWN) == own} for own in (False, True))
     before = {k: v for k, v in kept.items() if k not in _OWN}
     if list(mine) != list(before) or any(mine[key] is not before[key] for key in before):

@@ -119,7 +119,7 @@ class Plan:
                 and that was read from JSON.
             refit: a list of batches as for analyze(data=): layer after layer, factors and bias are fitted to the dense
                 network's outputs on what reaches the layer in the compressed one, and the statistics of BatchNorms move
-                along, see :mod:`alds_fast.factors.refitting`. One pass of both networks per layer.
+                along, see :mod:`alds_fast.factors.refitting`. One pass of both networks per layer, or of its block.
             mask: as for analyze.
             example_inputs: what the model is run with, as for flops=; by default the first batch of ``refit``. The
                 result is run on them before it is given back.

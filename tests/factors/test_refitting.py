@@ -10,8 +10,9 @@ from support.population import analyze_population
 from torch import nn
 
 import alds_fast as alds
+from alds_fast.blocks import BlockChain
 from alds_fast.errors import ArgumentError, ModelError, PlanError
-from alds_fast.factors import refitting, ridge
+from alds_fast.factors import passes, ridge
 from alds_fast.factors.batchnorm import move_statistics
 from alds_fast.measurement import private_runs
 
@@ -23,7 +24,7 @@ def outputs_apart(model, small, x):
 
 def stages_of(model, x, names):
     with private_runs(model) as run:
-        return refitting._stages(refitting._Network(model, run), x, names)
+        return [stage.calls for stage in passes.find_stages(passes.Network(model, run, BlockChain()), x, names, ())]
 
 
 def linear_chain(*widths):

@@ -1,0 +1,16 @@
+"""A network as a chain of blocks: which modules these are, and runs that begin at the end of any of them.
+
+Here belongs what goes through a model block by block. What is done with a block belongs where it is used.
+"""
+
+from .chain import BlockChain, find_chain
+from .discovery import find_blocks
+from .walk import Reached, Walk
+
+__all__ = [
+    "BlockChain",
+    "Reached",
+    "Walk",
+    "find_blocks",
+    "find_chain",
+]

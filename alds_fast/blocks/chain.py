@@ -1,0 +1,119 @@
+"""Whether a model's blocks are a chain: a run that begins at the end of any of them gives what a whole run gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..measurement import Run
+from .discovery import find_blocks
+from .walk import Forward, Walk, forwards
+
+LEAST = 3  # blocks, below which nothing is gained
+SAME_OUTPUT = 1e-4  # of the norm: what rounding may change
+_MOST = 4096  # numbers of a tensor that are compared
+_PLAIN = Tensor, type(None), bool, int, float, str
+Sketch = list[tuple[torch.Size, Tensor]]
+
+
+class BlockChain(NamedTuple):
+    """Blocks in the order in which they are run; none, and the reason, where a model has no chain.
+
+    ``ends``: the last blocks of lists before others, whose outputs all later blocks may read (encoders of decoders).
+    """
+
+    blocks: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def _sketch(value: Any) -> Sketch:
+    """Shapes of the tensors in an output, and some of their numbers."""
+    tensors = [t.detach() for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return [(t.shape, t.reshape(-1)[:: -(-t.numel() // _MOST) or 1].to("cpu", torch.float64)) for t in tensors]
+
+
+def _same(a: Sketch, b: Sketch) -> bool:
+    def near(x: Tensor, y: Tensor) -> bool:
+        x, y = x.nan_to_num(), y.nan_to_num()
+        return float((x - y).norm()) <= SAME_OUTPUT * float(x.norm())
+
+    return len(a) == len(b) and all(m == n and near(x, y) for (m, x), (n, y) in zip(a, b, strict=True))
+
+
+class _Record:
+    """Which blocks a run calls, in what order, and what they return."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, bool]] = []  # with whether it is the end of the call
+        self.outputs: dict[str, Sketch] = {}
+        self.odd: str | None = None  # a block that returns something else than tensors and plain values
+
+    def noting(self, block: str) -> Callable[[Forward], Forward]:
+        def make(own: Forward) -> Forward:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                self.events.append((block, False))
+                output = own(*args, **kwargs)
+                self.events.append((block, True))
+                self.outputs[block] = _sketch(output)
+                self.odd = self.odd or next((block for p in tree_leaves(output) if not isinstance(p, _PLAIN)), None)
+                return output
+
+            return forward
+
+        return make
+
+    def order(self) -> tuple[str, ...]:
+        """Blocks that are called once, in order; none if one is called inside of another."""
+        begun = [block for block, end in self.events if not end]
+        once = [block for block in begun if begun.count(block) == 1]
+        events = [event for event in self.events if event[0] in once]
+        return tuple(once) if events == [(block, end) for block in once for end in (False, True)] else ()
+
+
+def _ends(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The last blocks of every ModuleList but that of the last one."""
+    lists = [block.rpartition(".")[0] for block in blocks]
+    return tuple(
+        block for block, of, after in zip(blocks, lists, lists[1:], strict=False)
+        if of != after and isinstance(model.get_submodule(of), nn.ModuleList)
+    )  # fmt: skip
+
+
+def find_chain(model: nn.Module, run: Run, batch: Any, name: str) -> BlockChain:
+    """The model's chain of blocks, tried on a batch: every block must return what it returns in a whole run.
+
+    Args:
+        model: the model.
+        run: how it is run, see :func:`alds_fast.measurement.private_runs`.
+        batch: what it is run with, three times: as a whole, block by block, and what is before the blocks for each.
+        name: what errors call the batch.
+    """
+    likely = find_blocks(model)
+    if len(likely) < LEAST:
+        return BlockChain(reason=f"the model has {len(likely)} modules that look like blocks, and {LEAST} are needed")
+    record = _Record()
+    with forwards(model, {block: record.noting(block) for block in likely}):
+        output = _sketch(run(batch, 1, name))
+    blocks = record.order()
+    if len(blocks) < LEAST:
+        return BlockChain(reason=f"of {len(likely)} blocks {len(blocks)} are called once and one after another")
+    if record.odd is not None:
+        return BlockChain(reason=f"block {record.odd} returns more than tensors")
+    ends = _ends(model, blocks)
+    walk = Walk(model, run, blocks, ends)
+    for position, block in enumerate(blocks, 1):
+        try:
+            walk.advance(position, [(1, batch)], name)
+            same = _same(record.outputs[block], _sketch(walk.output(1)))
+        except Exception as e:  # whatever the model says to zeros
+            return BlockChain(reason=f"block {block} does not run on what the block before it returned: {e}")
+        if not same:
+            return BlockChain(reason=f"block {block} depends on more than what the block before it returned")
+    if not _same(output, _sketch(walk.run(batch, 1, name))):
+        return BlockChain(reason="the model's output depends on more than what its last block returned")
+    return BlockChain(blocks, ends)

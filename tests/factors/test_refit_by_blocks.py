@@ -1,0 +1,62 @@
+"""refit= from the end of the block before: the same factors as from the start of the network."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import alds_fast as alds
+from alds_fast.blocks import BlockChain
+from alds_fast.factors import passes
+
+
+def encoder(depth=4):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(16, 4)
+    )
+
+
+def refitted(model, data, monkeypatch=None):
+    if monkeypatch is not None:
+        monkeypatch.setattr(passes, "find_chain", lambda *args: BlockChain(reason="switched off"))
+    return alds.analyze(model, data=data).plan(params=0.6).apply(model, refit=data)
+
+
+def test_factors_are_the_same_and_each_block_is_run_a_few_times(monkeypatch, caplog):
+    model, data = encoder().eval(), [torch.randn(16, 6, 8) for _ in range(3)]
+    calls = []
+    for i, block in enumerate(model[1].layers):
+        block.norm1.register_forward_hook(lambda *_, i=i: calls.append(i))
+    with caplog.at_level(logging.INFO, logger="alds_fast"):
+        small = refitted(model, data)
+    assert "from 4 blocks" in caplog.text
+    by_blocks, calls[:] = [calls.count(i) for i in range(4)], []
+    other = refitted(model, data, monkeypatch)
+    for (name, a), b in zip(small.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
+    assert max(by_blocks) - min(by_blocks) <= 3  # not more for the last one than for the first
+    assert calls.count(0) > 2 * by_blocks[0]
+    assert all(report.method == "refitted" for report in small.alds_factors.values())
+
+
+class Reordered:
+    """Batches that come in another order every time."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches[self.passes % 2 :] + self.batches[: self.passes % 2])
+
+
+@pytest.mark.parametrize("kind, reason", [(Reordered, "other batches"), (tuple, "")])
+def test_batches_that_change_are_run_from_the_start(kind, reason, caplog):
+    model, batches = encoder(3).eval(), [torch.randn(16, 6, 8) for _ in range(3)]
+    with caplog.at_level(logging.INFO, logger="alds_fast"):
+        small = refitted(model, kind(batches))
+    assert f"from {0 if reason else 3} blocks" in caplog.text and reason in caplog.text
+    assert all(report.method == "refitted" for report in small.alds_factors.values())
