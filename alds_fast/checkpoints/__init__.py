@@ -5,7 +5,7 @@ Here belongs what reads and writes models. What other libraries prescribe belong
 
 from .file_format import read_header
 from .pretrained import compressed_layers, from_pretrained
-from .safetensors_reader import INDEX
+from .safetensors_reader import INDEX, open_shards
 from .safetensors_writer import Entry, write_shard
 from .save_load import assign, load, rebuild, save, structure, unique_tensors
 from .streaming import PLAN, CompressedCheckpoint, compress_checkpoint
@@ -20,6 +20,7 @@ __all__ = [
     "compressed_layers",
     "from_pretrained",
     "load",
+    "open_shards",
     "read_header",
     "rebuild",
     "save",

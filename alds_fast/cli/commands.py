@@ -89,6 +89,8 @@ def _run_compress(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     if (args.flops is not None or args.latency is not None) and args.input is None:
         raise ArgumentError("--flops and --latency need --input, the shape of an input, for example 1,3,224,224")
+    if args.also:
+        raise ArgumentError("--also goes with a checkpoint directory and a text as --data")
     check_data_flags(args)
     batches = Target(args.data).function() if args.data else None
     if args.refit:
@@ -172,7 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "-o", "--output", required=True, metavar="PATH", help="file, or for a directory new directory, to write"
     )
-    compress.add_argument("--data", metavar="TARGET", help="function that returns batches of the model's inputs")
+    compress.add_argument(
+        "--data", metavar="TARGET", help="function that returns batches of the model's inputs; "
+        "for a checkpoint directory also a text, a .jsonl of texts, or a .safetensors of input_ids",
+    )  # fmt: skip
+    compress.add_argument("--tokens", type=int, default=32768, help="of a text, to calibrate on (%(default)s)")
+    compress.add_argument("--sequence", type=int, default=512, help="tokens of a window of a text (%(default)s)")
+    compress.add_argument("--also", metavar="TEXT", help="another text, on which the perplexity is told too")
     compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
     compress.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
     compress.add_argument("--criterion", choices=CRITERIA, default=None)

@@ -6,15 +6,31 @@ import argparse
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ..allocation import BASELINES
-from ..checkpoints import PLAN, compress_checkpoint, compressed_layers
-from ..criteria import DEFAULT_CRITERION
+from ..checkpoints import PLAN, compress_checkpoint, compressed_layers, from_pretrained, open_shards
 from ..errors import ArgumentError
+from ..integrations import transformers_name
+from ..measurement import KL
 from ..text import shape_text, table
+from .eval import check_data_flags
 from .progress import progress_bars
+from .texts import calibration, perplexity, read_windows
 
-_MODEL_ONLY = ("weights", "flops", "latency", "input", "data", "sensitivity", "refit", "plot")
+_MODEL_ONLY = ("weights", "flops", "latency", "input", "plot")
+_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # models whose outputs are logits of tokens
+
+
+NO_DATA = (
+    "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
+    "--sensitivity"
+)
+MOST_WINDOWS = 64  # of a text that is only looked at
 
 
 def show_layers(folder: str, as_json: bool) -> None:
@@ -43,10 +59,19 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         )
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
-    same = ("params", "error", "p", "align", "schemes", "include", "exclude", "pivots")
-    options = {name: getattr(args, name) for name in same}
+    check_data_flags(args)
+    kind = _architecture(args.target)
+    batches, aside = calibration(args.data, args.target, args.sequence, args.tokens) if args.data else (None, None)
+    texts = [] if aside is None or not kind.endswith(_LANGUAGE[:2]) else [(f"{args.data}, kept aside", aside)]
+    if args.also and not texts:
+        raise ArgumentError("--also goes with a text as --data, and a model that foretells the next token")
+    if args.also:
+        texts.append((args.also, read_windows(args.also, args.target, args.sequence)[:MOST_WINDOWS]))
+    same = ("params", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit")
+    options: dict[str, Any] = {name: getattr(args, name) for name in same}
     options |= {
-        "criterion": args.criterion or DEFAULT_CRITERION,
+        "data": batches,
+        "sensitivity": args.sensitivity and (KL if kind.endswith(_LANGUAGE) else True),
         "groups": args.groups or "auto",
         "device": args.device,
     }
@@ -58,10 +83,33 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     if not first:
         return
     methods = dict(Counter(report.method for report in done.factors.values()))
+    rows = _perplexities(args.target, done.folder, texts)
     if args.json:
         summary = {"output": str(done.folder), "factors": methods, "params": done.plan.params}
+        summary |= {"perplexity": {name: list(values) for name, *values in rows}} if rows else {}
         print(json.dumps({**summary, "plan": json.loads(done.plan.to_json())}))
         return
     print(done.plan)
     print(f"factors: {', '.join(f'{n} {m}' for m, n in sorted(methods.items())) or 'none'}")
     print(f"wrote {done.folder}: load it with alds_fast.from_pretrained")
+    if rows:
+        print(table(["text", "perplexity, dense", "compressed"], [[n, f"{a:.4g}", f"{b:.4g}"] for n, a, b in rows]))
+    if batches is None and kind.endswith(_LANGUAGE):
+        print(NO_DATA)
+
+
+def _architecture(folder: str) -> str:
+    """The first class that config.json names; "" for none."""
+    names = open_shards(folder).config.get("architectures") or [""]
+    return str(names[0])
+
+
+def _perplexities(source: str, compressed: Path, texts: Sequence[tuple[str, Tensor]]) -> list[tuple[str, float, float]]:
+    """Of the texts, by the dense model and by the compressed one."""
+    if not texts:
+        return []
+    before = [
+        perplexity(transformers_name("AutoModelForCausalLM").from_pretrained(source, dtype="auto"), w) for _, w in texts
+    ]
+    small = from_pretrained(compressed, dtype="auto")
+    return [(name, old, perplexity(small, w)) for (name, w), old in zip(texts, before, strict=True)]

@@ -8,7 +8,7 @@ from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moment_hooks import rows_to_draw
 from .moment_sums import distinct_rows, exact_products, with_few_rows
-from .moments import Moments, Sensitivity, collect_moments
+from .moments import Moments, collect_moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WEIGHT_CRITERIA
 from .spectra import (
     Groups,
@@ -39,7 +39,6 @@ __all__ = [
     "LayerSpectra",
     "Moments",
     "Recompute",
-    "Sensitivity",
     "Wanted",
     "Weighting",
     "batches",

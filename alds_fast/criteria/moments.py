@@ -16,17 +16,16 @@ from ..layers import DecomposableLayer, label
 from ..measurement import (
     USUAL,
     Samples,
+    Sensitivity,
     attribute_set,
+    backward_from,
     check_data,
-    copy_batch,
     masks_of,
     naming_batch,
     private_runs,
 )
 from .moment_hooks import Collector, Form, moment_forms
 from .moment_sums import DiagonalSums, ProductSums
-
-Sensitivity = bool | Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,45 +66,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _first_floating(output: Any) -> Tensor | None:
-    """The first floating-point tensor of a model's output, whatever containers it is in."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return next((t for v in values if (t := _first_floating(v)) is not None), None)
-
-
-def _asked(sensitivity: Callable[[Any, Any], Tensor], output: Any, batch: Any) -> Tensor:
-    try:
-        return sensitivity(output, copy_batch(batch))
-    except Exception as e:
-        raise ModelError(
-            f"sensitivity= raised {type(e).__name__}: {e}; it is called with (output, batch), the model's output and "
-            f"the batch that it came of"
-        ) from e
-
-
-def _backward(output: Any, batch: Any, sensitivity: Sensitivity, generator: torch.Generator) -> float:
-    """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
-    z = _asked(sensitivity, output, batch) if callable(sensitivity) else _first_floating(output)
-    if isinstance(z, Tensor) and z.is_inference():
-        raise ModelError(
-            "the model's forward runs in torch.inference_mode(), which has no gradients: leave out sensitivity=, or "
-            "take that out of the forward (torch.no_grad() around calls of the model does the same for users)"
-        )
-    if not isinstance(z, Tensor) or not z.requires_grad:
-        raise ModelError(
-            "sensitivity= needs a floating-point output that depends on the layers with gradients allowed; pass "
-            "sensitivity=lambda output, batch: the tensor that matters"
-        )
-    if z.dim() == 0:
-        z.backward()
-        return 1.0
-    signs = torch.randint(0, 2, z.shape, generator=generator, device="cpu").to(z) * 2 - 1
-    (z * signs).sum().backward()
-    return float(z.detach().double().square().sum())
-
-
 def collect_moments(
     model: nn.Module,
     data: Iterable[Any],
@@ -127,8 +87,9 @@ def collect_moments(
 
     Args:
         data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
-        sensitivity: also collect gradients: True for those of the model's first output, or a function of (output,
-            batch) that returns the tensor whose squared error matters, or a loss (0-dimensional).
+        sensitivity: also collect gradients: True for those of the model's first output, "kl" where that is logits, for
+            the Kullback-Leibler divergence, or a function of (output, batch) that returns the tensor whose squared
+            error matters, or a loss (0-dimensional).
         mask: name of an argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is not counted
             in Linear layers; the other way round for torch's "..._key_padding_mask". The default stands for all usual
             names, see :func:`alds_fast.measurement.masks_of`.
@@ -168,7 +129,7 @@ def collect_moments(
                 output = run(batch, count, f"batch {count} of data=")
                 if sensitivity:
                     collector.back = True
-                    collector.energy += _backward(output, batch, sensitivity, generator)
+                    collector.energy += backward_from(output, batch, sensitivity, generator)
                     collector.back = False
             done(count)
     if not count:

@@ -7,6 +7,7 @@ from .data_batches import check_batches, check_data, first_batch, naming_batch, 
 from .flops import count_inputs, dense_flops, flops_of_ranks
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
+from .output_gradients import KL, Sensitivity, backward_from, check_sensitivity
 from .private_runs import Run, check_runs, copy_batch, keeping_state, private_runs
 from .run_model import (
     attribute_set,
@@ -21,6 +22,7 @@ from .timing_cache import Ratios, Timings, device_name, environment
 from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
 
 __all__ = [
+    "KL",
     "USUAL",
     "InputSpec",
     "LayerCall",
@@ -28,14 +30,17 @@ __all__ = [
     "Ratios",
     "Run",
     "Samples",
+    "Sensitivity",
     "Timings",
     "Watch",
     "as_written",
     "attribute_set",
+    "backward_from",
     "call_model",
     "check_batches",
     "check_data",
     "check_runs",
+    "check_sensitivity",
     "copy_batch",
     "count_inputs",
     "dense_flops",

@@ -9,8 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from ..criteria import MAX_DATA_GROUPS, Groups, Sensitivity, collect_moments, layer_spectra, total_work, with_groups
-from ..errors import ArgumentError
+from ..criteria import (
+    MAX_DATA_GROUPS,
+    Groups,
+    collect_moments,
+    layer_spectra,
+    total_work,
+    with_groups,
+)
 from ..layers import (
     Layer,
     check_values,
@@ -23,7 +29,7 @@ from ..layers import (
     warn_of_questions,
 )
 from ..linalg import SCHEMES
-from ..measurement import check_data, first_batch, weight_readers
+from ..measurement import Sensitivity, check_data, check_sensitivity, first_batch, weight_readers
 from .analysis import Analysis
 from .options import check_groups, check_held_out, check_moment_memory, check_schemes, is_float32
 
@@ -70,8 +76,9 @@ def analyze(
         include, exclude: shell-style patterns of layer names, one or several.
         data: batches of the model's inputs, each a tensor, a tuple of positional or a mapping of keyword arguments;
             the moments of the layers' inputs are collected on them, see :func:`alds_fast.criteria.collect_moments`.
-        sensitivity: with data, also collect gradients: True for those of the model's first output, or a function of
-            (output, batch) that returns the tensor whose squared error matters, or a loss.
+        sensitivity: with data, also collect gradients: True for those of the model's first output, "kl" where that is
+            logits (language models), or a function of (output, batch) that returns the tensor whose squared error
+            matters, or a loss.
         mask: name of the argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count; the
             default stands for all usual names, see :func:`alds_fast.measurement.masks_of`.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,
@@ -103,8 +110,7 @@ def analyze(
     held_out, moment_memory = check_held_out(held_out), check_moment_memory(moment_memory)
     if data is not None:
         check_data(data)
-    if not isinstance(sensitivity, bool) and not callable(sensitivity):
-        raise ArgumentError(f"sensitivity={sensitivity!r} is neither True or False nor a function of (output, batch)")
+    check_sensitivity(sensitivity)
     layers = chosen_layers(model, include, exclude)
     check_whole(model)
     check_weights_are_there(layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from ...errors import ArgumentError, FileFormatError
 from ...factors import FactorReport
 from ...layers import patterns
 from ...linalg import SCHEMES
+from ...measurement import Sensitivity, check_data, check_sensitivity, digest_of
 from ...planning import (
     Plan,
     Progress,
@@ -36,6 +38,7 @@ from .output_files import companions
 from .processes import join_processes, own_device
 from .source_checksums import check_unchanged
 from .streamed_model import Settings, Work
+from .with_data import WithData
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,39 @@ class CompressedCheckpoint:
 
 
 def _settings(
-    params: float | None, error: float | None, criterion: str, p: float | None, align: int, schemes: Sequence[int],
-    groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int, precision: str,
-    pivots: bool,
+    params: float | None, error: float | None, criterion: str | None, p: float | None, align: int,
+    schemes: Sequence[int], groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int,
+    precision: str, pivots: bool, data: Any, sensitivity: Sensitivity, refit: bool,
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
     check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align, pivots=pivots)
-    if criterion not in WEIGHT_CRITERIA:
-        raise ArgumentError(
-            f"criterion={criterion!r} needs data, which is not collected from checkpoint directories; choose from "
-            f"{', '.join(WEIGHT_CRITERIA)}, or load the model and use analyze(data=)"
-        )
+    check_sensitivity(sensitivity)
+    if data is None and (criterion not in (None, *WEIGHT_CRITERIA) or sensitivity or refit):
+        what = "sensitivity=" if sensitivity else "refit=" if refit else f"criterion={criterion!r}"
+        raise ArgumentError(f"{what} needs data=, batches of the model's inputs; criteria without data are "
+                            f"{', '.join(WEIGHT_CRITERIA)}")  # fmt: skip
+    if data is None:
+        criterion = DEFAULT_CRITERION if criterion is None else criterion
     named = None if isinstance(groups, str) and groups == "auto" else check_groups(groups)
     if not is_count(max_shard_bytes):
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
     budget = {name: float(v) for name, v in (("params", params), ("error", error)) if v is not None}
+    norm = p if criterion is None else float(resolved_norm(p, criterion, {"params": params}, "alds"))
     return Settings(
-        budget, criterion, float(resolved_norm(p, criterion, {"params": params}, "alds")), int(align),
+        budget, criterion, norm, int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
         patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, pivots, is_float32(precision),
+        *(None, None, None) if data is None else (_digest(data), _name(sensitivity), bool(refit)),
     )  # fmt: skip
+
+
+def _digest(batches: Sequence[Any]) -> str:
+    """What tells these batches from others."""
+    return hashlib.blake2b(b"".join(map(digest_of, batches)), digest_size=16).hexdigest()
+
+
+def _name(sensitivity: Sensitivity) -> str:
+    return f"{sensitivity.__module__}.{sensitivity.__qualname__}" if callable(sensitivity) else str(sensitivity)
 
 
 def compress_checkpoint(
@@ -76,7 +92,7 @@ def compress_checkpoint(
     *,
     params: float | None = None,
     error: float | None = None,
-    criterion: str = DEFAULT_CRITERION,
+    criterion: str | None = None,
     p: float | None = None,
     align: int = 1,
     schemes: Sequence[int] = SCHEMES,
@@ -88,26 +104,36 @@ def compress_checkpoint(
     device: str = "cpu",
     progress: Progress | None = None,
     pivots: bool = True,
+    data: Iterable[Any] | None = None,
+    sensitivity: Sensitivity = False,
+    refit: bool = False,
 ) -> CompressedCheckpoint:
-    """Compress a checkpoint directory into another one, with no more than a few layers in memory.
+    """Compress a checkpoint directory into another one; without ``data`` with no more than a few layers in memory.
 
     Args:
         source: a directory with config.json, whose architecture transformers knows, and safetensors files; only read.
         output: a new directory. It gets the compressed shards, their index, config.json, the plan
             (``alds_plan.json``), how the factors were computed (``alds_factors.json``), and copies of all other files
             (tokenizer, ...). Load it with :func:`alds_fast.from_pretrained`.
-        params, error, criterion, p, align, pivots: as for :meth:`alds_fast.Analysis.plan`, criteria without data.
+        params, error, criterion, p, align, pivots: as for :meth:`alds_fast.Analysis.plan`. Biases stay as they are.
         schemes, include, exclude: as for :func:`alds_fast.analyze`.
-        groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16, "divisors" for all.
+        groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16, with data for one,
+            "divisors" for all.
         max_shard_bytes: most bytes of a file, unless one tensor alone is larger.
         precision: "float64", or "float32" for spectra in float32 where the plan can be checked to be the same, see
             :meth:`alds_fast.Analysis.plan`: under params= by the criterion "frobenius".
         device: where it is computed, "cpu" or "cuda" (the GPU of LOCAL_RANK).
         progress: told (what, done, total) as the work goes on, in each process.
+        data: batches of the model's inputs, dicts of ``input_ids`` for one, as for :func:`alds_fast.analyze`. The dense
+            model is run, its weights mapped out of the files; the moments of all layers, and their factors, are in
+            memory. Language models are useless without: compressed by their weights alone they foretell nothing.
+        sensitivity: with data, also collect gradients, as for :func:`alds_fast.analyze`; "kl" for language models.
+        refit: with data, fit the factors to it layer after layer, see :meth:`alds_fast.Plan.apply`.
 
     A job that was interrupted, at any moment and in any way, goes on when it is started again with the same arguments;
-    the result is the same to the byte, also for any number of threads and of processes. Started by torchrun, all
-    processes work on it together; they must see the same directories.
+    the result is the same to the byte, also for any number of threads and of processes. (With data for the same number
+    of threads; moments are collected anew.) Started by torchrun, all processes work on it together; they must see the
+    same directories. With data there is one process.
 
     Raises:
         BudgetError, ArgumentError: an argument is out of range; the output directory holds something else, or another
@@ -118,13 +144,19 @@ def compress_checkpoint(
         DependencyError, ModelError: transformers is not installed, or does not know the architecture.
         WorkerError: another process of the job failed.
     """
+    if data is not None:
+        check_data(data)
+        data = list(data)
+        if not data:
+            raise ArgumentError("data= has no batches; an iterator can be used once only")
     settings = _settings(
-        params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision, pivots
-    )
+        params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision, pivots,
+        data, sensitivity, refit,
+    )  # fmt: skip
     source, output = _folders(source, output)
     place, shards = own_device(device), open_shards(source)
     journal = Journal(output, _job(shards, settings))
-    _run(shards, settings, place, journal, progress or tell_nobody)
+    _run(shards, settings, place, journal, progress or tell_nobody, data, sensitivity)
     return _result(output)
 
 
@@ -146,10 +178,13 @@ def _job(shards: Shards, settings: Settings) -> dict[str, Any]:
               for name, path in companions(shards.folder, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
     job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
     fields: dict[str, Any] = json.loads(json.dumps({**job, **asdict(settings)}))
-    return fields
+    return {k: v for k, v in fields.items() if v is not None or k not in ("data", "sensitivity", "refit")}
 
 
-def _run(shards: Shards, settings: Settings, place: torch.device, journal: Journal, progress: Progress) -> None:
+def _run(
+    shards: Shards, settings: Settings, place: torch.device, journal: Journal, progress: Progress,
+    batches: Sequence[Any] | None, sensitivity: Sensitivity,
+) -> None:  # fmt: skip
     """Do what is not finished yet, together with the job's other processes."""
     with join_processes() as world, ExitStack() as stack:
         finished = journal.check()
@@ -159,7 +194,8 @@ def _run(shards: Shards, settings: Settings, place: torch.device, journal: Journ
             journal.begin()
         world.together()
         if work is not None:
-            compress_streamed(work)
+            seen = None if batches is None else WithData(work, batches, sensitivity, bool(settings.refit))
+            compress_streamed(work, seen)
         elif world.first:
             check_unchanged(shards, journal)
             journal.clean()

@@ -19,17 +19,24 @@ from .source_checksums import check_crc32, read_record, record_checksums
 from .spectra_and_plan import find_plan, find_spectra
 from .stored_spectra import check_sums, exact_values, in_doubt, kind_of, spectra_of
 from .streamed_model import Work
+from .with_data import WithData
 
 FACTORS = "alds_factors.json"
 
 
-def find_factors(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
+def find_factors(
+    work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice], seen: WithData | None
+) -> None:
     """The factors of all layers that are factorised and not in a finished file, in the journal."""
     journal = work.journal
     missing = files_to_write(journal, files)
     wanted = [part.layer for file in missing for part in file.parts if part.layer is not None]
     todo = [i for i in wanted if not (journal.has("factors", i) and journal.has("report", i))]
     _check_room(work, missing, todo)
+    if seen is not None:
+        if todo:
+            seen.find_factors(plan, {i: choices[i] for i in todo})
+        return
     for batch in work.in_batches("factors", todo):
         _factorise(work, plan, {i: choices[i] for i in batch})
 
@@ -80,7 +87,8 @@ def write_files(work: Work, files: Sequence[OutputFile]) -> None:
 
 def _write_file(work: Work, file: OutputFile) -> None:
     journal, parts = work.journal, {entry.name: part for part in file.parts for entry in part.entries}
-    numbers = {work.sources[layer.name]: i for i, layer in work.ready.items()}
+    analysed = work.ready if work.settings.data is None else {}
+    numbers = {work.sources[layer.name]: i for i, layer in analysed.items()}
     passing = read_record(journal)
 
     def content(entry: Entry) -> Iterator[bytes]:
@@ -139,27 +147,29 @@ def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Map
             with whole_or_nothing(journal.output / name):
                 (journal.output / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(journal.output / name, pieces)
-    sums = {work.sources[layer.name]: spectra_of(work, i)[1] for i, layer in work.ready.items()}
+    analysed = work.ready if work.settings.data is None else {}
+    sums = {work.sources[layer.name]: spectra_of(work, i)[1] for i, layer in analysed.items()}
     journal.finish({**read_record(journal), **sums})
 
 
-def compress_streamed(work: Work) -> None:
-    """All of it; what is there already is not done again."""
+def compress_streamed(work: Work, seen: WithData | None = None) -> None:
+    """All of it, by what layers see where that is given; what is there already is not done again."""
     numbers = {layer.name: i for i, layer in work.ready.items()}
     if work.world.first:
-        weights = {work.sources[name] for name in numbers}
+        weights = {work.sources[name] for name in numbers} if seen is None else set()
         analysed = [i for i in work.ready if work.journal.has(kind_of(work.settings.float32_first), i)]
         known = {work.sources[work.ready[i].name]: spectra_of(work, i)[1] for i in analysed}
         record_checksums(
             work.shards, work.journal, [name for name in work.shards.tensors if name not in weights], known
         )
     work.world.together()
-    find_spectra(work)
-    plan = find_plan(work)
+    if seen is None:
+        find_spectra(work)
+    plan = find_plan(work) if seen is None else seen.find_plan()
     choices = {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
     stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}
     files = output_files(work.shards, stored, work.settings.max_shard_bytes)
-    find_factors(work, plan, files, choices)
+    find_factors(work, plan, files, choices, seen)
     write_files(work, files)
     if work.world.first:
         write_rest(work, plan, files, choices)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from ...allocation import least_error_of_pivots, prune_spectra
-from ...criteria import Key, exact_spectra
+from ...criteria import DEFAULT_CRITERION, Key, exact_spectra
 from ...errors import FileFormatError, PlanError
 from ...files import write_whole
 from ...layers import DecomposableLayer, count_params
@@ -21,7 +21,7 @@ from .streamed_model import Work
 def find_spectra(work: Work) -> None:
     """The spectra of all layers, in the journal."""
     ready, settings, journal, kind = work.ready, work.settings, work.journal, kind_of(work.settings.float32_first)
-    options = (settings.schemes, settings.groups, settings.criterion, settings.align)
+    options = (settings.schemes, settings.groups, settings.criterion or DEFAULT_CRITERION, settings.align)
     for batch in work.in_batches("spectra", [i for i in ready if not journal.has(kind, i)]):
         layers = [ready[i] for i in batch]
         least = {layer.name: least_error_of_pivots(layer) for layer in layers} if settings.pivots else None

@@ -29,7 +29,7 @@ class Settings:
     """What decides the result."""
 
     budget: Mapping[str, float]
-    criterion: str
+    criterion: str | None
     p: float | None
     align: int
     schemes: tuple[int, ...]
@@ -39,11 +39,14 @@ class Settings:
     max_shard_bytes: int
     pivots: bool
     float32: bool  # spectra, where that can be checked
+    data: str | None = None  # a digest of the batches
+    sensitivity: str | None = None
+    refit: bool | None = None
 
     @property
     def float32_first(self) -> bool:
         """Whether spectra are computed in float32 first."""
-        return self.float32 and check_is_possible(list(self.budget), self.criterion, "alds")
+        return self.float32 and self.data is None and check_is_possible(list(self.budget), self.criterion, "alds")
 
 
 @dataclass

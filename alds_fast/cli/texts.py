@@ -1,0 +1,102 @@
+"""Texts for checkpoint directories: batches to calibrate on, and how well models foretell what is kept aside."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..checks import is_count
+from ..errors import ArgumentError, FileFormatError, MissingFileError
+from ..integrations import transformers_name
+from .targets import Target
+
+BATCH_TOKENS = 1024  # of a batch, unless one window is longer
+ASIDE = 1 / 8  # of the windows, kept aside to say what is lost
+_FORMS = "a text file, .jsonl with a text in every line, .safetensors with input_ids, or file.py:function"
+
+
+def read_windows(name: str, folder: str, length: int) -> Tensor:
+    """Windows of so many tokens (windows, length) of a file, texts tokenized by the tokenizer of a directory.
+
+    Raises MissingFileError, FileFormatError or ArgumentError for what cannot be read.
+    """
+    if not is_count(length) or length < 2:
+        raise ArgumentError(f"--sequence {length!r} is not a number of tokens of at least 2")
+    path = Path(name)
+    if not path.is_file():
+        raise MissingFileError(f"{name!r} does not exist; name {_FORMS}")
+    tokens = _stored_tokens(path) if path.suffix == ".safetensors" else _tokenized(_text(path), folder)
+    rows = tokens.reshape(-1)[: tokens.numel() // length * length].view(-1, length)
+    if len(rows) < 2:
+        raise ArgumentError(f"{name!r} has {tokens.numel()} tokens, fewer than two windows of --sequence {length}")
+    return rows
+
+
+def _stored_tokens(path: Path) -> Tensor:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise FileFormatError(f"{str(path)!r} is not a whole safetensors file ({e})") from e
+    tokens = tensors.get("input_ids")
+    if tokens is None or tokens.is_floating_point():
+        raise FileFormatError(f"{str(path)!r} holds {', '.join(tensors) or 'nothing'}, no integers called input_ids")
+    return tokens.long()
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return content
+        return "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+    except UnicodeDecodeError as e:
+        raise FileFormatError(f"{str(path)!r} is not a text in UTF-8; --data takes {_FORMS}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise FileFormatError(f'{str(path)!r} is not JSON with a "text" in every line ({e})') from e
+
+
+def _tokenized(text: str, folder: str) -> Tensor:
+    try:
+        tokenizer = transformers_name("AutoTokenizer").from_pretrained(folder, local_files_only=True)
+    except Exception as e:
+        raise ArgumentError(
+            f"{folder!r} has no tokenizer that transformers can load ({type(e).__name__}); pass input_ids in a "
+            f".safetensors file, or file.py:function"
+        ) from e
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def batches_of(windows: Tensor, tokens: int) -> list[dict[str, Tensor]]:
+    """The first windows, of so many tokens together, in batches."""
+    count = max(1, tokens // windows.shape[1])
+    return [{"input_ids": part} for part in windows[:count].split(max(1, BATCH_TOKENS // windows.shape[1]))]
+
+
+def calibration(name: str, folder: str, length: int, tokens: int) -> tuple[list[Any], Tensor | None]:
+    """Batches of ``--data``, and windows that are kept aside; none of a function's."""
+    if ":" in name and not Path(name).is_file():
+        return list(Target(name).function()), None
+    windows = read_windows(name, folder, length)
+    aside = max(1, int(len(windows) * ASIDE))
+    spread = torch.linspace(0, len(windows) - 1, aside).round().long()  # over the whole text
+    used = torch.ones(len(windows), dtype=torch.bool)
+    used[spread] = False
+    return batches_of(windows[used], tokens), windows[spread][: max(1, tokens // 8 // length)]
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, windows: Tensor) -> float:
+    """exp of the mean loss of all tokens of the windows but their first."""
+    losses = 0.0
+    for part in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        logits = model(input_ids=part.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
+        losses += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return math.exp(losses / windows[:, 1:].numel())

@@ -1,0 +1,200 @@
+"""Checkpoint directories compressed with data: the factors of the model in memory, resumed to the same bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support import checkpoints
+
+import alds_fast as alds
+from alds_fast import errors
+from alds_fast.checkpoints.streaming import factors_and_files
+from alds_fast.checkpoints.streaming.journal import Journal
+from alds_fast.cli.commands import main
+from alds_fast.layers import LowRankLayer
+
+WORDS = [f"w{i}" for i in range(90)]
+
+
+def batches(count=4):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(96, (4, 16), generator=generator)} for _ in range(count)]
+
+
+OPTIONS = {"params": 0.7, "data": batches(), "sensitivity": "kl", "include": "model.layers.*"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_data")
+    checkpoints.make("llama", folder / "dense")
+    alds.compress_checkpoint(folder / "dense", folder / "small", refit=True, **OPTIONS)
+    return folder
+
+
+def test_same_as_in_memory(made):
+    small, model = alds.from_pretrained(made / "small"), checkpoints.dense("llama")
+    model.config.use_cache = False
+    analysis = alds.analyze(model, groups=(1,), include="model.layers.*", data=batches(), sensitivity="kl")
+    plan = analysis.plan(params=0.7, bias_correction=False)
+    other = plan.apply(model, refit=batches())
+    done = alds.compress_checkpoint(made / "dense", made / "small", refit=True, **OPTIONS)
+    assert done.plan.criterion == "sensitivity" and [r.method for r in done.factors.values()].count("refitted") > 0
+    assert [row.rank for row in done.plan.layers] == [row.rank for row in plan.layers]
+    low = {n: m for n, m in other.named_modules() if isinstance(m, LowRankLayer)}
+    assert low
+    for name, layer in low.items():
+        assert torch.allclose(small.get_submodule(name).encoder, layer.encoder, atol=1e-5), name
+    x = checkpoints.inputs("llama")
+    with torch.no_grad():
+        assert torch.allclose(small(**x).logits, other(**x).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind, number", [("factors", 3), ("report", 1)])
+def test_cut_off_while_it_writes(made, tmp_path, monkeypatch, kind, number):
+    put, count = Journal.put, iter(range(100))
+
+    def failing(self, what, *args):
+        if what == kind and next(count) == number:
+            raise KeyboardInterrupt
+        put(self, what, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "put", failing)
+        alds.compress_checkpoint(made / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    alds.compress_checkpoint(made / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(made / "small")
+
+
+def test_cut_off_before_the_files_the_model_is_not_loaded_again(made, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(factors_and_files, "write_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        alds.compress_checkpoint(made / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", None)
+    alds.compress_checkpoint(made / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(made / "small")
+
+
+@pytest.mark.parametrize("change", [{"data": batches(3)}, {"sensitivity": True}, {"refit": False}])
+def test_other_data_are_another_job(made, change):
+    options = {"refit": True, **OPTIONS, **change}
+    with pytest.raises(errors.ArgumentError, match=f"another job .*{next(iter(change))}="):
+        alds.compress_checkpoint(made / "dense", made / "small", **options)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"sensitivity": "kl"}, "sensitivity= needs data="),
+        ({"refit": True}, "refit= needs data="),
+        ({"criterion": "output"}, "criterion='output' needs data="),
+        ({"data": []}, "data= has no batches"),
+        ({"data": torch.zeros(2, 3)}, "data is a Tensor"),
+        ({"data": batches(1), "sensitivity": "entropy"}, "sensitivity='entropy' is neither"),
+    ],
+)
+def test_bad_arguments_before_anything_is_written(made, tmp_path, options, text):
+    with pytest.raises(errors.ArgumentError, match=text):
+        alds.compress_checkpoint(made / "dense", tmp_path / "small", params=0.7, **options)
+    assert not (tmp_path / "small").exists()
+
+
+def test_statistics_of_batchnorms_are_not_written(tmp_path):
+    sizes = {"embedding_size": 16, "hidden_sizes": [32, 32], "depths": [1, 1], "layer_type": "basic"}
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    model.save_pretrained(tmp_path / "dense")
+    options = {"params": 0.9, "data": [{"pixel_values": torch.randn(8, 3, 32, 32)}]}
+    with pytest.raises(errors.ArgumentError, match="statistics of BatchNorms, of which ResNetForImageClassification"):
+        alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", refit=True, **options)
+
+
+def with_tokenizer(folder):
+    """A tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]"])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+
+
+def text(seed, count=800):
+    rows = torch.randint(len(WORDS), (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(WORDS[i] for i in rows)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    checkpoints.make("llama", tmp_path / "dense")
+    with_tokenizer(tmp_path / "dense")
+    (tmp_path / "a.txt").write_text(text(0))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text(seed, 100)}) for seed in range(1, 5)))
+    return tmp_path
+
+
+def run(folder, *options):
+    common = ["--params", "0.7", "--include", "model.layers.*", "--sequence", "16", "--tokens", "512"]
+    return main(["compress", str(folder / "dense"), "-o", str(folder / "small"), *common, *map(str, options)])
+
+
+def test_command_line_with_texts(directory, capsys):
+    texts = "--data", directory / "a.txt", "--also", directory / "b.jsonl"
+    assert run(directory, "--sensitivity", *texts, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["plan"]["criterion"] == "sensitivity"
+    kept_aside, other = printed["perplexity"].values()
+    for dense, small in (kept_aside, other):
+        assert 1 < dense < 1000 and 1 < small < 5 * dense
+    assert run(directory, "--sensitivity", *texts) == 0  # it is finished: only the table is made again
+    out = capsys.readouterr().out
+    assert "perplexity, dense" in out and f"{kept_aside[1]:.4g}" in out and "b.jsonl" in out
+
+
+def test_command_line_with_tokens_and_with_a_function(directory, capsys):
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": torch.randint(90, (40, 16))}, directory / "tokens.safetensors")
+    assert run(directory, "--data", directory / "tokens.safetensors") == 0
+    assert "tokens.safetensors, kept aside" in capsys.readouterr().out
+    (directory / "mine.py").write_text(
+        "import torch\ndef batches():\n    return [{'input_ids': torch.arange(64).view(4, 16) % 90}] * 3\n"
+    )
+    (directory / "small").rename(directory / "first")
+    assert run(directory, "--data", f"{directory / 'mine.py'}:batches", "--sensitivity", "--refit") == 0
+    assert "perplexity" not in capsys.readouterr().out
+
+
+def test_command_line_without_data_says_so(directory, capsys):
+    assert run(directory) == 0
+    assert "pass --data calibration.txt --sensitivity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--sensitivity"], "--sensitivity needs --data"),
+        (["--also", "b.jsonl"], "--also goes with a text as --data"),
+        (["--data", "nowhere.txt"], "'nowhere.txt' does not exist"),
+        (["--data", "a.txt", "--sequence", "1"], "--sequence 1 is not"),
+        (["--data", "a.txt", "--sequence", "700"], "fewer than two windows"),
+        (["--data", "broken.jsonl"], 'is not JSON with a "text" in every line'),
+        (["--data", "broken.safetensors"], "not a whole safetensors file"),
+        (["--data", "bytes.txt"], "not a text in UTF-8"),
+    ],
+)
+def test_command_line_refuses(directory, capsys, monkeypatch, options, words):
+    monkeypatch.chdir(directory)
+    Path("broken.jsonl").write_text('{"words": 1}\n')
+    Path("broken.safetensors").write_bytes(b"\0" * 40)
+    Path("bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    assert run(directory, *options) == 1
+    assert words in capsys.readouterr().err
+    assert not (directory / "small").exists()
+
+
+def test_a_directory_without_a_tokenizer(directory, capsys):
+    for file in (directory / "dense").glob("tokenizer*"):
+        file.unlink()
+    assert run(directory, "--data", directory / "a.txt") == 1
+    assert "has no tokenizer" in capsys.readouterr().err
