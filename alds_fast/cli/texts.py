@@ -71,7 +71,7 @@ def _tokenized(text: str, folder: str) -> Tensor:
             f"{folder!r} has no tokenizer that transformers can load ({type(e).__name__}); pass input_ids in a "
             f".safetensors file, or file.py:function"
         ) from e
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
 
 
 def batches_of(windows: Tensor, tokens: int) -> list[dict[str, Tensor]]:
@@ -86,8 +86,8 @@ def calibration(name: str, folder: str, length: int, tokens: int) -> tuple[list[
         return list(Target(name).function()), None
     windows = read_windows(name, folder, length)
     aside = max(1, int(len(windows) * ASIDE))
-    spread = torch.linspace(0, len(windows) - 1, aside).round().long()  # over the whole text
-    used = torch.ones(len(windows), dtype=torch.bool)
+    spread = torch.linspace(0, len(windows) - 1, aside, device="cpu").round().long()  # over the whole text
+    used = torch.ones(len(windows), dtype=torch.bool, device="cpu")
     used[spread] = False
     return batches_of(windows[used], tokens), windows[spread][: max(1, tokens // 8 // length)]
 
