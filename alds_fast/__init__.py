@@ -20,6 +20,7 @@ from .checkpoints import CompressedCheckpoint, compress_checkpoint, from_pretrai
 from .deployment import DeployTable, deploy
 from .errors import AldsError
 from .evaluation import Evaluation, evaluate
+from .factors import Refined, refine
 from .integrations import to_plain
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .planning import Analysis, LayerPlan, Plan, analyze, compress, plot_plan
@@ -38,6 +39,7 @@ __all__ = [
     "LowRankConv3d",
     "LowRankLinear",
     "Plan",
+    "Refined",
     "Retrained",
     "analyze",
     "compress",
@@ -48,6 +50,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "plot_plan",
+    "refine",
     "retrain",
     "save",
     "to_plain",

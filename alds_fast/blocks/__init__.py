@@ -5,12 +5,14 @@ Here belongs what goes through a model block by block. What is done with a block
 
 from .chain import BlockChain, find_chain
 from .discovery import find_blocks
-from .walk import Reached, Walk
+from .walk import Forward, Reached, Walk, forwards
 
 __all__ = [
     "BlockChain",
+    "Forward",
     "Reached",
     "Walk",
     "find_blocks",
     "find_chain",
+    "forwards",
 ]

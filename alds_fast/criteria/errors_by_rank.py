@@ -14,7 +14,7 @@ from ..layers import DecomposableLayer, oriented_weight
 from .moments import Moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
 from .spectra import LayerSpectra
-from .weighted_errors import Bases, errors, held_out_errors, slice_bases, tap_blocks
+from .weighted_errors import Bases, bases_of, errors, held_out_errors
 from .weights import Weighting, noise_share, triangle, unknown_share, weighting
 
 LEAST_NOISE = 0.02  # share below which more than it is not tried
@@ -143,8 +143,7 @@ class Basis:
         key = name, scheme, groups
         if key not in self._bases:
             self._bases.clear()
-            blocks = None if weights.second is None else tap_blocks(weights, scheme)
-            self._bases[key] = slice_bases(weights, scheme, groups, blocks)
+            self._bases[key] = bases_of(weights, scheme, groups)
         return self._bases[key]
 
     def _weighting(self, layer: DecomposableLayer, share: float, for_errors: bool = False) -> Weighting:
@@ -164,14 +163,20 @@ class Basis:
         What does best on the rows that are kept aside, over all ranks, with one slice.
         """
 
+        bases: dict[float, Bases] = {}
+
         def lost(share: float) -> float:
-            errors = held_out_errors(self._weighting(layer, share, for_errors=True), 0, 1)
-            return float(errors.clamp_min(1e-12).log().mean())
+            weights = self._weighting(layer, share, for_errors=True)
+            bases[share] = bases_of(weights, 0, 1)
+            return float(held_out_errors(weights, 0, 1, bases[share]).clamp_min(1e-12).log().mean())
 
         if layer.name not in self._shares:
             noise = noise_share(layer.shape, oriented_weight(layer.module), self.moments[layer.name])
             enough = self.moments[layer.name].held is None or noise < LEAST_NOISE
             self._shares[layer.name] = noise if enough else min((noise, (1.0 + noise) / 2, 1.0), key=lost)
+            if bases:
+                self._bases.clear()
+                self._bases[layer.name, 0, 1] = bases[self._shares[layer.name]]
         return self._shares[layer.name]
 
 

@@ -59,6 +59,11 @@ class Bases(NamedTuple):
     values: Tensor
 
 
+def bases_of(w: Weighting, scheme: int, groups: int) -> Bases:
+    """:func:`slice_bases` with the blocks that they take."""
+    return slice_bases(w, scheme, groups, None if w.second is None else tap_blocks(w, scheme))
+
+
 def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -> Bases:
     """Every slice's directions by what they carry in the data; ``blocks`` from :func:`tap_blocks`, None without C."""
     weight = on_filters(w.root, w.weight)
@@ -135,7 +140,7 @@ def held_out_errors(w: Weighting, scheme: int, groups: int, bases: Bases | None 
     """As :func:`errors`, on the rows that are kept aside, of which there must be some."""
     assert w.held is not None
     blocks = None if w.second is None else tap_blocks(w, scheme)
-    bases, rows = slice_bases(w, scheme, groups, blocks) if bases is None else bases, w.held
+    bases, rows = bases_of(w, scheme, groups) if bases is None else bases, w.held
     if blocks is None:
         energy = rows.square().sum()
         rows = rows - w.mean.unsqueeze(-2) if w.centred else rows

@@ -6,12 +6,15 @@ Here belongs what makes encoders and decoders. What chooses ranks belongs in all
 from .choice import Choice, FactorReport
 from .factorization import factorize
 from .plain import plain_layers
+from .refinement import Refined, refine
 from .refitting import refit
 
 __all__ = [
     "Choice",
     "FactorReport",
+    "Refined",
     "factorize",
     "plain_layers",
+    "refine",
     "refit",
 ]

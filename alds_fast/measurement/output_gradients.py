@@ -69,6 +69,6 @@ def backward_from(output: Any, batch: Any, sensitivity: Any, generator: torch.Ge
     if z.dim() == 0:
         z.backward()
         return 1.0
-    signs = torch.randint(0, 2, z.shape, generator=generator, device="cpu").to(z) * 2 - 1
-    (z * signs).sum().backward()
-    return float(z.detach().double().square().sum())
+    bits = torch.randint(0, 2, z.shape, generator=generator, device="cpu", dtype=torch.int8)
+    z.backward(bits.to(z.device, z.dtype).mul_(2).sub_(1))
+    return float(z.detach().square().sum(dtype=torch.float64))

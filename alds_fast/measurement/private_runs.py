@@ -10,7 +10,7 @@ import copy
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, ModuleType
@@ -90,7 +90,7 @@ def _is_changed(tensor: Tensor, old: Tensor) -> bool:
 class _State:
     """What a model's modules, and the objects in them, hold, to be put back."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, changing: Iterable[Tensor] = ()) -> None:
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, Tensor | None]] = []  # without a copy where that would be large
         self.others: list[Callable[[], object]] = []  # what puts back random generators and arrays of numpy
@@ -99,6 +99,7 @@ class _State:
         fitted = [m for m in modules if isinstance(m, LowRankLayer)]  # which refit changes between two runs
         self.written = {id(m.weight) for m in modules if getattr(m, "max_norm", None) is not None}  # by embeddings
         self.ours = {id(t) for m in fitted for t in (*m._parameters.values(), *m._buffers.values())}
+        self.ours |= set(map(id, changing))
         seen = {id(module) for module in modules}  # none as a part of another, where it would be too deep
         for module in modules:
             seen.discard(id(module))
@@ -186,10 +187,10 @@ def keeping_random_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_state(model: nn.Module) -> Iterator[Callable[[], None]]:
+def keeping_state(model: nn.Module, changing: Iterable[Tensor] = ()) -> Iterator[Callable[[], None]]:
     """What the model holds, and all random numbers, are put back at the end; gives what puts back the former."""
     with keeping_random_state(model):
-        state = _State(model)
+        state = _State(model, changing)
         try:
             yield state.restore
         finally:
@@ -197,13 +198,14 @@ def keeping_state(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def private_runs(model: nn.Module) -> Iterator[Run]:
+def private_runs(model: nn.Module, changing: Iterable[Tensor] = ()) -> Iterator[Run]:
     """Runs in evaluation mode, without gradients, each as if it were the only one.
 
     Gives ``run(batch, number, name)``: the model's output for a copy of the batch; ``name`` is what errors call it, and
-    runs of one ``number`` draw the same random numbers, also those of other models.
+    runs of one ``number`` draw the same random numbers, also those of other models. ``changing``: tensors that the
+    caller changes between two runs, as those of low-rank layers may be.
     """
-    with inference(model), without_nested_tensors(model), keeping_state(model) as restore:
+    with inference(model), without_nested_tensors(model), keeping_state(model, changing) as restore:
 
         def run(batch: Any, number: int, name: str) -> Any:
             restore()

@@ -36,7 +36,7 @@ class Watched(nn.Module):
         ({"importance": {"nope": 2.0}}, LayerNotFoundError, "importance= names 'nope'"),
         ({"importance": {"a": float("nan")}}, ArgumentError, r"importance\['a'\]=nan is outside"),
         ({"criterion": "sensitivity"}, ArgumentError, "criterion='sensitivity' needs gradients"),
-        ({"sensitivity": "loss"}, ArgumentError, "sensitivity='loss' is neither True or False nor a function"),
+        ({"sensitivity": "loss"}, ArgumentError, "sensitivity='loss' is neither True or False nor 'kl'"),
         ({"held_out": 2}, ArgumentError, r"held_out=2 is outside \[0, 1\)"),
         ({"moment_memory": 0}, ArgumentError, "moment_memory=0 is not a number of bytes"),
     ],

@@ -38,6 +38,7 @@ class WithData:
                 f"out torchrun"
             )
         self.work, self.batches, self.sensitivity, self.refit = work, batches, sensitivity, refit
+        self.plan: Plan | None = None  # that was made here, with what it was made from
 
     @cached_property
     def model(self) -> nn.Module:
@@ -76,8 +77,9 @@ class WithData:
         path, s = self.work.journal.folder / PLAN, self.work.settings
         if not path.exists():
             options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align}
-            plan = self.analysis.plan(**options, bias_correction=False, pivots=s.pivots)
-            write_whole(path, [plan.to_json().encode()])
+            self.plan = self.analysis.plan(**options, bias_correction=False, pivots=s.pivots)
+            write_whole(path, [self.plan.to_json().encode()])
+            return self.plan
         try:
             return Plan.from_json(path.read_text())
         except (PlanError, ValueError) as e:
@@ -86,7 +88,8 @@ class WithData:
     def find_factors(self, plan: Plan, choices: Mapping[int, Choice]) -> None:
         """The factors of these layers, in the journal."""
         work, data = self.work, self.batches if self.refit else None
-        small = plan.apply(self.model, moments=self.analysis.moments, refit=data, example_inputs=self.batches[0])
+        known: Any = {} if plan is self.plan else {"moments": self.analysis.moments}  # which its plan has
+        small = plan.apply(self.model, **known, refit=data, example_inputs=self.batches[0])
         reports: dict[str, Any] = getattr(small, "alds_factors", {})
         for number, choice in choices.items():
             low: Any = small.get_submodule(choice.name)
