@@ -148,10 +148,14 @@ def held_out_errors(w: Weighting, scheme: int, groups: int, bases: Bases | None 
         squares = at.square().sum((0, 1)).flip(0).cumsum(0).flip(0)
     else:
         assert w.mean_input is not None
-        energy = (rows @ w.weight.mT).square().sum()
+        energy = (rows @ w.weight.mT).square().sum() if w.relative else rows.new_zeros(())
         rows = rows - w.mean_input.unsqueeze(-2) if w.centred else rows
-        pairs = _pairs(bases, tap_blocks(w, scheme, rows.mT @ rows)).flip(0, 1).cumsum(0).cumsum(1)
-        squares = pairs.diagonal().flip(0).clamp_min(0)
+        if groups == 1 and not w.shape.kernel:  # directions at right angles: no two of them have a product
+            at = rows @ (bases.left.mT @ bases.slices).squeeze(1).mT
+            squares = at.square().sum((0, 1)).flip(0).cumsum(0).flip(0)
+        else:
+            pairs = _pairs(bases, tap_blocks(w, scheme, rows.mT @ rows)).flip(0, 1).cumsum(0).cumsum(1)
+            squares = pairs.diagonal().flip(0).clamp_min(0)
     scale = float(energy) if w.relative else w.held.shape[1] * w.scale
     return _relative(squares, scale)
 

@@ -180,7 +180,7 @@ def weighting(
     if alike is None:
         mean_input: Tensor | None = sure * moments.mean
         mean = (w @ (sure * moments.mean).unsqueeze(-1)).squeeze(-1)
-        output, energy = None, carried(None, w, mixed + product)
+        output, energy = None, 1.0 if sensitive else carried(None, w, mixed + product)
     else:
         mean_input, mean, output = None, sure * moments.mean, second
         energy = float((mixed + product).diagonal(dim1=-2, dim2=-1).sum())
