@@ -5,11 +5,12 @@ Here belongs what goes through a model block by block. What is done with a block
 
 from .chain import BlockChain, find_chain
 from .discovery import find_blocks
-from .walk import Forward, Reached, Walk, forwards
+from .walk import Forward, LeftChain, Reached, Walk, forwards
 
 __all__ = [
     "BlockChain",
     "Forward",
+    "LeftChain",
     "Reached",
     "Walk",
     "find_blocks",

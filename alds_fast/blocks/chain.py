@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..measurement import Run
+from ..measurement import Run, naming_batch
 from .discovery import find_blocks
-from .walk import Forward, Walk, forwards
+from .walk import Forward, LeftChain, Walk, forwards
 
 LEAST = 3  # blocks, below which nothing is gained
 SAME_OUTPUT = 1e-4  # of the norm: what rounding may change
@@ -34,7 +35,15 @@ class BlockChain(NamedTuple):
 def _sketch(value: Any) -> Sketch:
     """Shapes of the tensors in an output, and some of their numbers."""
     tensors = [t.detach() for t in tree_leaves(value) if isinstance(t, Tensor)]
-    return [(t.shape, t.reshape(-1)[:: -(-t.numel() // _MOST) or 1].to("cpu", torch.float64)) for t in tensors]
+    return [(t.shape, t.reshape(-1)[:: _step(t.shape)].to("cpu", torch.float64)) for t in tensors]
+
+
+def _step(shape: torch.Size) -> int:
+    """How far apart the numbers of a tensor are that are compared: they fall on all places of all dimensions."""
+    step = max(1, math.prod(shape) // _MOST)
+    while any(math.gcd(step, size) > 1 for size in shape):
+        step += 1
+    return step
 
 
 def _same(a: Sketch, b: Sketch) -> bool:
@@ -77,28 +86,40 @@ class _Record:
 
 def _ends(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
     """The last blocks of every ModuleList but that of the last one."""
-    lists = [block.rpartition(".")[0] for block in blocks]
+    last = {block.rpartition(".")[0]: block for block in blocks}
     return tuple(
-        block for block, of, after in zip(blocks, lists, lists[1:], strict=False)
-        if of != after and isinstance(model.get_submodule(of), nn.ModuleList)
+        block for of, block in last.items()
+        if block != blocks[-1] and isinstance(model.get_submodule(of), nn.ModuleList)
     )  # fmt: skip
 
 
-def find_chain(model: nn.Module, run: Run, batch: Any, name: str) -> BlockChain:
-    """The model's chain of blocks, tried on a batch: every block must return what it returns in a whole run.
+def find_chain(model: nn.Module, run: Run, batches: Iterable[tuple[int, Any]], name: str) -> BlockChain:
+    """The model's chain of blocks, tried on all batches: every block must return what it returns in a whole run.
 
     Args:
         model: the model.
         run: how it is run, see :func:`alds_fast.measurement.private_runs`.
-        batch: what it is run with, three times: as a whole, block by block, and what is before the blocks for each.
-        name: what errors call the batch.
+        batches: with their numbers. It is run with each as a whole and block by block.
+        name: what errors call the data.
     """
     likely = find_blocks(model)
     if len(likely) < LEAST:
         return BlockChain(reason=f"the model has {len(likely)} modules that look like blocks, and {LEAST} are needed")
+    chain: BlockChain | None = None
+    for number, batch in batches:
+        found = _chain_of(model, run, likely, number, batch, name)
+        if not found.blocks:
+            return found
+        if chain is not None and found != chain:
+            return BlockChain(reason=f"batch {number} runs other blocks, or in another order, than those before it")
+        chain = found
+    return chain or BlockChain(reason="there are no batches")
+
+
+def _chain_of(model: nn.Module, run: Run, likely: list[str], number: int, batch: Any, name: str) -> BlockChain:
     record = _Record()
-    with forwards(model, {block: record.noting(block) for block in likely}):
-        output = _sketch(run(batch, 1, name))
+    with forwards(model, {block: record.noting(block) for block in likely}), naming_batch(number, name):
+        output = _sketch(run(batch, number, name))
     blocks = record.order()
     if len(blocks) < LEAST:
         return BlockChain(reason=f"of {len(likely)} blocks {len(blocks)} are called once and one after another")
@@ -108,12 +129,16 @@ def find_chain(model: nn.Module, run: Run, batch: Any, name: str) -> BlockChain:
     walk = Walk(model, run, blocks, ends)
     for position, block in enumerate(blocks, 1):
         try:
-            walk.advance(position, [(1, batch)], name)
-            same = _same(record.outputs[block], _sketch(walk.output(1)))
-        except Exception as e:  # whatever the model says to zeros
+            walk.advance(position, [(number, batch)], name)
+            same = _same(record.outputs[block], _sketch(walk.output(number)))
+        except (Exception, LeftChain) as e:  # whatever the model says to zeros
             return BlockChain(reason=f"block {block} does not run on what the block before it returned: {e}")
         if not same:
             return BlockChain(reason=f"block {block} depends on more than what the block before it returned")
-    if not _same(output, _sketch(walk.run(batch, 1, name))):
+    try:
+        same = _same(output, _sketch(walk.run(batch, number, name)))
+    except Exception as e:  # it reads what a block would have left behind
+        return BlockChain(reason=f"the model does not run without its blocks: {type(e).__name__}: {e}")
+    if not same:
         return BlockChain(reason="the model's output depends on more than what its last block returned")
     return BlockChain(blocks, ends)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..measurement import Run
+from ..measurement import Run, naming_batch
 from .states import Room, blank, keep, restored
 
 Forward = Callable[..., Any]
@@ -21,6 +21,10 @@ Forward = Callable[..., Any]
 
 class Reached(BaseException):
     """Ends a forward pass; no Exception, which a model may catch."""
+
+
+class LeftChain(BaseException):
+    """A run did not come to a block that is to be run."""
 
 
 @contextmanager
@@ -61,7 +65,7 @@ class Walk:
             return self._run(batch, number, name)
 
     def advance(self, position: int, batches: Iterable[tuple[int, Any]], name: str) -> None:
-        """Run the blocks up to there, for all numbered batches, and keep what the last one returns."""
+        """Run the blocks up to there, for all numbered batches of ``name``, and keep what the last one returns."""
         if position <= self.position:
             return
         self._room.begin()
@@ -69,11 +73,14 @@ class Walk:
         for number, batch in batches:
             kept = self._outputs.setdefault(number, {})
             new: dict[str, Any] = {}
-            with forwards(self.model, {b: self._noting(b, b == last, new) for b in passed}), suppress(Reached):
-                self.run(batch, number, name)
+            noted = {b: self._noting(b, b == last, new) for b in passed}
+            with forwards(self.model, noted), naming_batch(number, name), suppress(Reached):
+                self.run(batch, number, f"batch {number} of {name}")
             if self.position and self.blocks[self.position - 1] not in self.ends:
                 before = self.blocks[self.position - 1]
                 kept[before] = blank(restored(kept[before]))
+            if last not in new:
+                raise LeftChain(f"batch {number} does not come to block {last!r}")
             kept.update(new)
         self.position = position
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..checks import is_count
 from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..integrations import transformers_name
+from ..measurement import check_data
 from .targets import Target
 
 BATCH_TOKENS = 1024  # of a batch, unless one window is longer
@@ -32,8 +33,8 @@ def read_windows(name: str, folder: str, length: int) -> Tensor:
         raise ArgumentError(f"--sequence {length!r} is not a number of tokens of at least 2")
     path = Path(name)
     if not path.is_file():
-        raise MissingFileError(f"{name!r} does not exist; name {_FORMS}")
-    tokens = _stored_tokens(path) if path.suffix == ".safetensors" else _tokenized(_text(path), folder)
+        raise MissingFileError(f"{name!r} is no file; name {_FORMS}")
+    tokens = _stored_tokens(path) if path.suffix.lower() == ".safetensors" else _tokenized(_text(path), folder)
     rows = tokens.reshape(-1)[: tokens.numel() // length * length].view(-1, length)
     if len(rows) < 2:
         raise ArgumentError(f"{name!r} has {tokens.numel()} tokens, fewer than two windows of --sequence {length}")
@@ -46,17 +47,22 @@ def _stored_tokens(path: Path) -> Tensor:
     except (SafetensorError, OSError) as e:
         raise FileFormatError(f"{str(path)!r} is not a whole safetensors file ({e})") from e
     tokens = tensors.get("input_ids")
-    if tokens is None or tokens.is_floating_point():
+    if "attention_mask" in tensors:
+        raise ArgumentError(
+            f"{str(path)!r} holds an attention_mask, and windows are cut across its rows: leave padding out, or pass "
+            f"file.py:function, which returns batches"
+        )
+    if tokens is None or tokens.dtype in (torch.bool, torch.complex64) or tokens.is_floating_point():
         raise FileFormatError(f"{str(path)!r} holds {', '.join(tensors) or 'nothing'}, no integers called input_ids")
     return tokens.long()
 
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
+        content = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() != ".jsonl":
             return content
-        return "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+        return "\n\n".join(json.loads(line)["text"] for line in content.split("\n") if line.strip())
     except UnicodeDecodeError as e:
         raise FileFormatError(f"{str(path)!r} is not a text in UTF-8; --data takes {_FORMS}") from e
     except (ValueError, KeyError, TypeError) as e:
@@ -83,7 +89,11 @@ def batches_of(windows: Tensor, tokens: int) -> list[dict[str, Tensor]]:
 def calibration(name: str, folder: str, length: int, tokens: int) -> tuple[list[Any], Tensor | None]:
     """Batches of ``--data``, and windows that are kept aside; none of a function's."""
     if ":" in name and not Path(name).is_file():
-        return list(Target(name).function()), None
+        batches = Target(name).function()
+        check_data(batches)
+        return list(batches), None
+    if not is_count(tokens):
+        raise ArgumentError(f"--tokens {tokens!r} is not a positive number")
     windows = read_windows(name, folder, length)
     aside = max(1, int(len(windows) * ASIDE))
     spread = torch.linspace(0, len(windows) - 1, aside, device="cpu").round().long()  # over the whole text
@@ -99,4 +109,5 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
     for part in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         logits = model(input_ids=part.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
         losses += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
-    return math.exp(losses / windows[:, 1:].numel())
+    mean = losses / windows[:, 1:].numel()
+    return math.exp(mean) if mean < 700 else math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..blocks import BlockChain, Reached, Walk, find_chain
 from ..errors import ArgumentError
-from ..measurement import Run, Samples, digest_of, first_input, naming_batch, numbered_batches
+from ..measurement import Run, Samples, digest_of, first_input, numbered_batches
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,13 +83,6 @@ def find_stages(net: Network, batch: Any, names: Sequence[str], blocks: Sequence
     return [Stage({name: calls[name] for name in stage.calls}, stage.position) for stage in stages]
 
 
-def naming_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Numbered batches; what a model raises on one becomes a ModelError."""
-    for number, batch in numbered_batches(data):
-        with naming_batch(number, "refit="):
-            yield number, batch
-
-
 def in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
     """The first batch, and which samples are which half; ArgumentError for no batches."""
     halves, first = Samples(1 / 2), None
@@ -103,11 +96,19 @@ def in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
     return first, halves
 
 
-def chain_of(model: nn.Module, run: Run, first: Any, data: Iterable[Any]) -> BlockChain:
+def chain_of(model: nn.Module, run: Run, data: Iterable[Any]) -> BlockChain:
     """The model's blocks; none, as the log says, where it is no chain, or batches are others in every pass."""
-    chain = find_chain(model, run, first, "batch 1 of refit=")
+    chain = find_chain(model, run, numbered_batches(data), "refit=")
     if chain.blocks and not isinstance(data, list | tuple):
         passes = [[digest_of(batch) for batch in data] for _ in range(2)]
         chain = chain if passes[0] == passes[1] else BlockChain(reason="a second pass gave other batches; pass a list")
-    _LOG.info("refit= goes on from %d blocks %s", len(chain.blocks), chain.reason and f"({chain.reason})")
+    if not chain.blocks:
+        return without_chain(chain.reason)
+    _LOG.info("refit= goes on from %d blocks", len(chain.blocks))
     return chain
+
+
+def without_chain(reason: str) -> BlockChain:
+    """No blocks, as the log says."""
+    _LOG.info("refit= goes on from 0 blocks (%s)", reason)
+    return BlockChain(reason=reason)

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..blocks import BlockChain, Forward, Reached, Walk, find_chain, forwards
+from ..blocks import BlockChain, Forward, LeftChain, Reached, Walk, find_chain, forwards
 from ..checks import check_model, is_count, is_number
 from ..errors import ArgumentError, ModelError
 from ..layers import LowRankLayer, label
-from ..measurement import USUAL, check_batches, masks_of, naming_batch, private_runs
+from ..measurement import USUAL, Masks, check_batches, masks_of, naming_batch, private_runs
 
 SHARE_ASIDE = 1 / 8  # of the batches
-_NAME = "a batch of refine()"
+_NAME = "refine()"
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 Numbered = list[tuple[int, Any]]
 
@@ -45,17 +46,40 @@ class _Block:
         self.dense, self.small, self.name, self.mask = dense, small, name, mask
         self.module = small.model.get_submodule(name)
 
-    def loss(self, number: int, batch: Any) -> tuple[Tensor, float]:
-        """Squared distance from the dense block's output on a batch, and the squared norm of that."""
-        args, kwargs = self._call(number, batch)
-        output, target = (
-            _first(y, self.name) for y in (self.module.forward(*args, **kwargs), self.dense.output(number))
+    def losses(self, number: int, batch: Any) -> list[tuple[Tensor, float]]:
+        """Of each tensor that the block returns: squared distance from the dense block's, squared norm of that."""
+        with naming_batch(number, _NAME):
+            args, kwargs = self._call(number, batch)
+            outputs, targets = _tensors(self.module.forward(*args, **kwargs)), _tensors(self.dense.output(number))
+        masks, parts = masks_of(self.small.model, batch, self.mask), []
+        for output, target in zip(outputs, targets, strict=True):
+            keep = self._kept(masks, output)
+            target = target[keep].float()
+            energy = float(target.square().sum())
+            if not math.isfinite(energy):
+                raise ModelError(
+                    f"block {self.name!r} of the dense model returns NaN or infinite values on batch {number}"
+                )
+            parts.append(((output[keep].float() - target).square().sum(), energy))
+        if not parts:
+            raise ModelError(f"block {self.name!r} returns no floating-point tensor that it could be refined by")
+        return parts
+
+    def _kept(self, masks: Masks, output: Tensor) -> Any:
+        """Which places of an output count: all without a mask, or, with a warning, where none fits."""
+        if not masks:
+            return ...
+        own, other = masks.of(self.name)
+        for mask in (*own, *other):
+            mask = mask.T if masks.tokens_first else mask
+            if mask.shape == output.shape[:2]:
+                return mask.to(output.device).bool()
+        warnings.warn(
+            f"the masks of data fit none of the outputs {tuple(output.shape)} of block {self.name!r}: padding counts "
+            f"too; leave it out of the batches, or say so by mask=None",
+            stacklevel=6,
         )
-        own, other = masks_of(self.small.model, batch, self.mask).of(self.name)
-        rows = [m for m in (*own, *other) if m.shape == output.shape[:2]]
-        keep = rows[0].to(output.device).bool() if rows else slice(None)
-        target = target[keep].float()
-        return (output[keep].float() - target).square().sum(), float(target.square().sum())
+        return ...
 
     def _call(self, number: int, batch: Any) -> BlockCall:
         """What the compressed model calls the block with."""
@@ -69,15 +93,17 @@ class _Block:
             return forward
 
         with torch.no_grad(), forwards(self.small.model, {self.name: make}), suppress(Reached):
-            self.small.run(batch, number, _NAME)
+            self.small.run(batch, number, f"batch {number} of {_NAME}")
+        if not calls:
+            raise LeftChain(f"batch {number} does not come to block {self.name!r}")
         return calls[0]
 
     def error(self, batches: Numbered) -> float:
-        """Relative error over batches."""
+        """Relative error over batches, the root of the mean of the squares over the tensors that the block returns."""
         with torch.no_grad():
-            parts = [self.loss(number, batch) for number, batch in batches]
-        scale = sum(energy for _, energy in parts)
-        return math.sqrt(sum(float(part) for part, _ in parts) / scale) if scale > 0 else 0.0
+            parts = [[(float(part), energy) for part, energy in self.losses(*batch)] for batch in batches]
+        sums = [[sum(column) for column in zip(*tensor, strict=True)] for tensor in zip(*parts, strict=True)]
+        return math.sqrt(sum(lost / energy for lost, energy in sums if energy > 0) / len(sums))
 
     def train(
         self, parameters: Sequence[nn.Parameter], used: Numbered, aside: Numbered, epochs: int, lr: float
@@ -91,8 +117,7 @@ class _Block:
         for _ in range(epochs):
             for i in torch.randperm(len(used), generator=generator, device="cpu").tolist():
                 with torch.enable_grad():
-                    loss, energy = self.loss(*used[i])
-                    (loss / max(energy, 1e-30)).backward()
+                    sum(lost / max(energy, 1e-30) for lost, energy in self.losses(*used[i])).backward()  # type: ignore[union-attr]
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -105,19 +130,22 @@ class _Block:
         return Refined(self.name, before, best)
 
 
-def _first(output: Any, block: str) -> Tensor:
-    found = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)
-    if found is None:
-        raise ModelError(f"block {block!r} returns no floating-point tensor that it could be refined by")
-    return found
+def _tensors(output: Any) -> list[Tensor]:
+    """What a block returns that can be compared place by place."""
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1]
 
 
-def trained_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """Those of low-rank layers, and all of one dimension: biases and scales of norms."""
-    low = [p for m in block.modules() if isinstance(m, LowRankLayer) for p in m.parameters()]
-    return list(dict.fromkeys([*low, *(p for p in block.parameters() if p.dim() == 1)]))
+def trained_parameters(model: nn.Module, block: str) -> list[nn.Parameter]:
+    """Those of a block's low-rank layers, and biases and scales of norms, unless they are used elsewhere too."""
+    module = model.get_submodule(block)
+    low = [p for m in module.modules() if isinstance(m, LowRankLayer) for p in m.parameters()]
+    named = model.named_parameters(remove_duplicate=False)
+    shared = {id(p) for name, p in named if not name.startswith(f"{block}.")}
+    every = dict.fromkeys([*low, *(p for p in module.parameters() if p.dim() == 1)])
+    return [p for p in every if id(p) not in shared]
 
 
+@torch.inference_mode(False)  # or nothing could be trained
 def refine(
     small: nn.Module,
     model: nn.Module,
@@ -163,12 +191,14 @@ def refine(
         changing = [p for p in small.parameters() if p.dim() == 1]
         run_dense = stack.enter_context(private_runs(model))
         run_small = stack.enter_context(private_runs(small, changing))
-        with naming_batch(1, "refine()"):
-            chain = find_chain(model, run_dense, numbered[0][1], "batch 1 of refine()")
+        chain = find_chain(model, run_dense, numbered, _NAME)
         if not chain.blocks:
             raise ModelError(f"refine() needs a chain of blocks: {chain.reason}; retrain(distill=) trains any model")
         dense, low = (Walk(net, run, chain.blocks, chain.ends) for net, run in ((model, run_dense), (small, run_small)))
-        _refine_all(dense, low, chain, used, aside, epochs, lr, mask, reports, progress)
+        try:
+            _refine_all(dense, low, chain, used, aside, epochs, lr, mask, reports, progress)
+        except LeftChain as e:
+            raise ModelError(f"refine() needs a chain of blocks: {e} in the compressed model") from e
     return small, reports
 
 
@@ -179,19 +209,26 @@ def _refine_all(
     for position, name in enumerate(chain.blocks):
         block = _Block(dense, small, name, mask)
         dense.advance(position + 1, [*used, *aside], _NAME)
-        if any(isinstance(m, LowRankLayer) for m in block.module.modules()):
-            parameters = trained_parameters(block.module)
-            asked = [p.requires_grad for p in small.model.parameters()]
-            try:
-                chosen = set(map(id, parameters))
-                for p in small.model.parameters():
-                    p.requires_grad_(id(p) in chosen)
+        low = any(isinstance(m, LowRankLayer) for m in block.module.modules())
+        parameters = trained_parameters(small.model, name) if low else []
+        if parameters:
+            with _asking(small.model, parameters):
                 reports.append(block.train(parameters, used, aside, epochs, lr))
-            finally:
-                for p, flag in zip(small.model.parameters(), asked, strict=True):
-                    p.requires_grad_(flag)
         small.advance(position + 1, [*used, *aside], _NAME)
         progress("blocks refined", position + 1, len(chain.blocks))
+
+
+@contextmanager
+def _asking(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """These parameters and no others ask for a gradient; the flags are put back at the end."""
+    chosen, before = set(map(id, parameters)), [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(id(p) in chosen)
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
 
 
 def _check(small: nn.Module, model: nn.Module, data: Any, epochs: object, lr: object) -> None:

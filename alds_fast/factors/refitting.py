@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..blocks import BlockChain, LeftChain
 from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw, unknown_share, weighting
 from ..errors import ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
@@ -39,7 +40,7 @@ from ..measurement import (
 )
 from .batchnorm import move_statistics
 from .choice import FactorReport
-from .passes import Network, Stage, chain_of, find_stages, in_halves, naming_batches, run_until
+from .passes import Network, Stage, chain_of, find_stages, in_halves, run_until, without_chain
 from .ridge import CrossSums, best_weight
 from .weighted import factors
 
@@ -92,7 +93,7 @@ def _collect_sums(
     """Sums of a stage's layers over all batches."""
     sums, calls = {name: CrossSums(worth) for name in stage.calls}, sum(stage.calls.values())
     for net in (model, small):
-        net.walk.advance(stage.position, naming_batches(data), "a batch of refit=")
+        net.walk.advance(stage.position, numbered_batches(data), "refit=")
     for number, batch in numbered_batches(data):
         masks = masks_of(model.model, batch, mask)
         hooks = {n: _Batch(layers[n], sums[n], masks, halves.aside(batch), number) for n in stage.calls}
@@ -152,25 +153,34 @@ def refit(
     """
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
     known = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
-    reports: dict[str, FactorReport] = {}
-    untold: list[str] = []
     with ExitStack() as stack:
         run_dense, run_small = (stack.enter_context(private_runs(net)) for net in (model, small))
         first, halves = in_halves(data)
-        worth = halves.worth
-        with naming_batch(1, "refit="):
-            chain = chain_of(model, run_dense, first, data)
+        worth = halves.worth  # before samples are seen again
+
+        def fit_all(chain: BlockChain) -> dict[str, FactorReport | None]:
+            """How each layer was fitted, None for those of which the batches tell too little."""
             dense_net, small_net = Network(model, run_dense, chain), Network(small, run_small, chain)
-            stages = find_stages(dense_net, first, list(known), chain.blocks)
-        for stage in stages:
-            for name, sums in _collect_sums(stage, known, dense_net, small_net, data, mask, halves, worth).items():
-                if sums.rows and not sums.finite():
-                    raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
-                if sums.rows and sums.paired:
-                    centred = bias_correction and known[name].own_bias and low[name].bias is not None
-                    report = _fit(known[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)
-                    reports |= {} if report is None else {name: report}
-                    untold += [name] if report is None else []
+            done: dict[str, FactorReport | None] = {}
+            with naming_batch(1, "refit="):
+                stages = find_stages(dense_net, first, list(known), chain.blocks)
+            for stage in stages:
+                collected = _collect_sums(stage, known, dense_net, small_net, data, mask, halves, worth)
+                for name, sums in collected.items():
+                    if sums.rows and not sums.finite():
+                        raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
+                    if sums.rows and sums.paired:
+                        centred = bias_correction and known[name].own_bias and low[name].bias is not None
+                        gradient = gradients.get(name, (None, 0.0))
+                        done[name] = _fit(known[name], low[name], sums, gradient, centred)
+            return done
+
+        try:
+            fitted = fit_all(chain_of(model, run_dense, data))
+        except LeftChain as e:  # the compressed model goes another way than the dense one
+            fitted = fit_all(without_chain(f"the compressed model: {e}"))
+    reports = {name: report for name, report in fitted.items() if report is not None}
+    untold = [name for name, report in fitted.items() if report is None]
     if untold:
         warnings.warn(
             f"refit= left {len(untold)} of {len(known)} layers as they were, {label(untold[0])} for one: its batches "

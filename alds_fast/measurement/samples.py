@@ -53,9 +53,18 @@ def _bytes(value: Any) -> bytes:
     return str((value.dtype, value.shape)).encode() + dense.view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def _names(value: Any, depth: int = 0) -> str:
+    """How a batch is put together: names and types of what is in it."""
+    if isinstance(value, Mapping) and depth <= MAX_DEPTH:
+        return f"{{{', '.join(f'{key}: {_names(value[key], depth + 1)}' for key in value)}}}"
+    if isinstance(value, tuple | list) and depth <= MAX_DEPTH:
+        return f"({', '.join(_names(part, depth + 1) for part in value)})"
+    return type(value).__name__
+
+
 def digest_of(batch: Any) -> bytes:
-    """What tells a batch from others: of the values of all its tensors."""
-    digest = hashlib.blake2b(digest_size=16)
+    """What tells a batch from others: of its names and the values of all its tensors."""
+    digest = hashlib.blake2b(_names(batch).encode(), digest_size=16)
     for leaf in leaves_of(batch):
         digest.update(_bytes(leaf))
     return digest.digest()

@@ -73,7 +73,7 @@ IDS = torch.arange(20).reshape(2, 10) % 10
 
 def chain_of(model, *inputs):
     with private_runs(model) as run:
-        return find_chain(model, run, inputs, "inputs")
+        return find_chain(model, run, [(1, inputs)], "inputs")
 
 
 def test_blocks_are_members_of_lists_that_are_made_of_modules():
@@ -193,3 +193,67 @@ def test_kept_tensors_have_their_values_types_and_strides(limit):
 
 def _tensors(value):
     return list(itertools.chain([value[0]], [value[1]["a"], value[1]["b"]], value[2:]))
+
+
+class Noting(Residual):
+    seen = None
+
+    def forward(self, x, scale=1.0):
+        y = super().forward(x)
+        self.seen = y.mean()
+        return y
+
+
+class Auxiliary(Tower):
+    """Its output reads what the blocks have left behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Noting() for _ in range(4))
+
+    def forward(self, ids):
+        return super().forward(ids)["logits"] + sum(block.seen for block in self.blocks)
+
+
+def test_models_that_read_what_blocks_leave_behind_are_no_chain():
+    assert "does not run without its blocks" in chain_of(tower(Auxiliary), IDS).reason
+
+
+def test_a_dependence_of_later_batches_and_of_few_places_is_found():
+    class Later(Tower):
+        def forward(self, ids):
+            first = x = self.blocks[0](self.embed(ids))
+            for block in self.blocks[1:]:
+                x = block(x)
+            return x + first if int(ids.max()) > 5 else x
+
+    model = tower(Later)
+    few, many = IDS % 5, IDS
+    with private_runs(model) as run:
+        assert find_chain(model, run, [(1, few)], "").blocks
+        assert "output depends on more" in find_chain(model, run, [(1, few), (2, many)], "").reason
+
+    class Last(Tower):
+        def forward(self, x):
+            first = x = self.blocks[0](x)
+            for block in self.blocks[1:]:
+                x = block(x)
+                x = torch.cat([x[:, :-1], x[:, -1:] + first[:, -1:]], 1)
+            return x
+
+    model = tower(Last)
+    model.blocks = nn.ModuleList(Residual(64) for _ in range(4))
+    assert "depends on more" in chain_of(model, torch.randn(64, 128, 64)).reason
+
+
+def test_batches_that_run_other_blocks_are_no_chain():
+    class Optional(Tower):
+        def forward(self, ids):
+            x = self.embed(ids)
+            for block in self.blocks[: 4 if int(ids.max()) > 5 else 3]:
+                x = block(x)
+            return x
+
+    model = tower(Optional)
+    with private_runs(model) as run:
+        assert "batch 2 runs other blocks" in find_chain(model, run, [(1, IDS), (2, IDS % 5)], "").reason

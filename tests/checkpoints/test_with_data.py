@@ -1,5 +1,6 @@
 """Checkpoint directories compressed with data: the factors of the model in memory, resumed to the same bytes."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -175,7 +176,7 @@ def test_command_line_without_data_says_so(directory, capsys):
     [
         (["--sensitivity"], "--sensitivity needs --data"),
         (["--also", "b.jsonl"], "--also goes with a text as --data"),
-        (["--data", "nowhere.txt"], "'nowhere.txt' does not exist"),
+        (["--data", "nowhere.txt"], "'nowhere.txt' is no file"),
         (["--data", "a.txt", "--sequence", "1"], "--sequence 1 is not"),
         (["--data", "a.txt", "--sequence", "700"], "fewer than two windows"),
         (["--data", "broken.jsonl"], 'is not JSON with a "text" in every line'),
@@ -198,3 +199,29 @@ def test_a_directory_without_a_tokenizer(directory, capsys):
         file.unlink()
     assert run(directory, "--data", directory / "a.txt") == 1
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_what_tells_batches_and_functions_from_others(made):
+    ids = batches()[0]["input_ids"]
+    named = [[{"input_ids": ids, name: torch.ones_like(ids)}] for name in ("attention_mask", "position_ids")]
+    from alds_fast.checkpoints.streaming.api import _digest, _name
+
+    assert _digest(named[0]) != _digest(named[1])
+    assert _name(lambda output, batch: output.logits) != _name(lambda output, batch: output.logits * 2)
+    with pytest.raises(errors.ArgumentError, match="sensitivity= is a partial"):
+        _name(functools.partial(max, 1))
+
+
+def test_a_job_that_came_to_nothing_gives_way(made, tmp_path):
+    with pytest.raises(errors.ModelError):
+        alds.compress_checkpoint(made / "dense", tmp_path / "small", **{**OPTIONS, "data": [{"input_ids": ["a"]}]})
+    alds.compress_checkpoint(made / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(made / "small")
+
+
+def test_texts_with_odd_line_ends(directory):
+    from alds_fast.cli.texts import read_windows
+
+    lines = [json.dumps({"text": f"w1 \u2028 w2 \u0085 {text(seed, 60)}"}, ensure_ascii=False) for seed in range(3)]
+    (directory / "odd.JSONL").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    assert read_windows(str(directory / "odd.JSONL"), str(directory / "dense"), 16).shape[1] == 16

@@ -113,3 +113,83 @@ def test_models_that_do_not_fit(pair):
     flat = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     with pytest.raises(errors.ModelError, match="needs a chain of blocks: the model has 0 modules"):
         alds.refine(alds.compress(flat, params=0.6), flat, batches(2))
+
+
+def test_masks_that_fit_no_output_are_warned_of_and_tokens_may_come_first():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+            self.net = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+        def forward(self, x, src_key_padding_mask=None):
+            return self.net(x, src_key_padding_mask=src_key_padding_mask)
+
+    model = First().eval()
+    small = alds.compress(model, params=0.6)
+    mask = torch.zeros(8, 6, dtype=torch.bool)
+    mask[:, 4:] = True
+    torch.manual_seed(1)
+    data = [{"x": torch.randn(6, 8, 16), "src_key_padding_mask": mask} for _ in range(3)]
+    garbage = [{**b, "x": b["x"] + 100 * mask.T.unsqueeze(-1)} for b in data]
+    a, b = (alds.refine(small, model, d, epochs=1)[1] for d in (data, garbage))
+    assert all(x.before == pytest.approx(y.before, rel=1e-4) for x, y in zip(a, b, strict=True))
+
+
+def test_layers_that_blocks_share_are_left(pair):
+    class Block(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), shared
+
+        def forward(self, x):
+            return x + self.down(self.up(x).relu())
+
+    torch.manual_seed(0)
+    shared = nn.Linear(32, 16)
+    model = nn.Sequential(*(Block(shared) for _ in range(4))).eval()
+    small = alds.compress(model, params=0.6)
+    data = [torch.randn(64, 16) for _ in range(6)]
+    better, _ = alds.refine(small, model, data, lr=1e-2)
+    with torch.no_grad():
+        before, after = (float((net(data[-1]) - model(data[-1])).norm()) for net in (small, better))
+    assert after < before
+    for name, value in small[0].down.state_dict().items():
+        assert torch.equal(value, better[0].down.state_dict()[name])
+
+
+def test_nan_is_refused_and_all_streams_count(pair):
+    model, small = pair
+    for place in (0, -1):
+        data = batches(4)
+        data[place] = torch.full_like(data[place], float("nan"))
+        with pytest.raises(errors.ModelError, match="returns NaN or infinite values on batch"):
+            alds.refine(small, model, data)
+    with pytest.raises(errors.ModelError, match="batch 2 of refine"):
+        alds.refine(small, model, [*batches(1), torch.randn(8, 6, 9), *batches(1)])
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x, y):
+            return x + self.a(y).tanh(), y + self.b(x).tanh()
+
+    class Streams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(Two() for _ in range(3))
+
+        def forward(self, x):
+            y = x.flip(-1)
+            for block in self.blocks:
+                x, y = block(x, y)
+            return y
+
+    model = Streams().eval()
+    small = alds.compress(model, params=0.5)
+    better, _ = alds.refine(small, model, [torch.randn(64, 24) for _ in range(9)], lr=3e-3, epochs=10)
+    assert not torch.equal(better.blocks[0].b.encoder, small.blocks[0].b.encoder)

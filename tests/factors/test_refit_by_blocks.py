@@ -38,7 +38,7 @@ def test_factors_are_the_same_and_each_block_is_run_a_few_times(monkeypatch, cap
     for (name, a), b in zip(small.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
     assert max(by_blocks) - min(by_blocks) <= 3  # not more for the last one than for the first
-    assert calls.count(0) > 2 * by_blocks[0]
+    assert calls.count(0) > 1.5 * by_blocks[0]
     assert all(report.method == "refitted" for report in small.alds_factors.values())
 
 
@@ -60,3 +60,33 @@ def test_batches_that_change_are_run_from_the_start(kind, reason, caplog):
         small = refitted(model, kind(batches))
     assert f"from {0 if reason else 3} blocks" in caplog.text and reason in caplog.text
     assert all(report.method == "refitted" for report in small.alds_factors.values())
+
+
+class EarlyExit(nn.Module):
+    """It leaves its blocks when the norm of what they return is large enough."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).layers
+        self.stop = float("inf")
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if float(x.norm()) > self.stop:
+                break
+        return x
+
+
+def test_a_compressed_model_that_goes_another_way_is_run_from_the_start(caplog):
+    torch.manual_seed(0)
+    model, data = EarlyExit().eval(), [torch.randn(16, 6, 16) for _ in range(3)]
+    plan = alds.analyze(model, data=data).plan(params=0.6)
+    with torch.no_grad():
+        small, x = plan.apply(model), data[0]
+        dense, low = (float(net.layers[1](net.layers[0](x)).norm()) for net in (model, small))
+    model.stop = max(dense, low) * 1e6
+    with caplog.at_level(logging.INFO, logger="alds_fast"):
+        assert plan.apply(model, refit=data).alds_factors["layers.3.linear2"].method == "refitted"
+    assert "from 4 blocks" in caplog.text

@@ -83,7 +83,17 @@ def _digest(batches: Sequence[Any]) -> str:
 
 
 def _name(sensitivity: Sensitivity) -> str:
-    return f"{sensitivity.__module__}.{sensitivity.__qualname__}" if callable(sensitivity) else str(sensitivity)
+    """What tells it from others: of a function its name and its code."""
+    if not callable(sensitivity):
+        return str(sensitivity)
+    code = getattr(sensitivity, "__code__", None)
+    if code is None:
+        raise ArgumentError(
+            f"sensitivity= is a {type(sensitivity).__name__}, which nothing tells from others when a job goes on: "
+            f"pass a function"
+        )
+    text = repr((code.co_code, code.co_names, [str(c) for c in code.co_consts if not hasattr(c, "co_code")]))
+    return f"{sensitivity.__module__}.{sensitivity.__qualname__} {hashlib.blake2b(text.encode()).hexdigest()[:16]}"
 
 
 def compress_checkpoint(

@@ -26,7 +26,7 @@ from ...files import sync_folder, whole_or_nothing, write_whole
 from ..safetensors_reader import CODES
 from ..safetensors_writer import Entry, write_shard
 
-FOLDER, JOB, PLAN = ".alds_fast", "alds_job.json", "alds_plan.json"
+FOLDER, JOB, PLAN, LOCK = ".alds_fast", "alds_job.json", "alds_plan.json", "lock"
 LATER = {"budget", "p", "include", "exclude", "max_shard_bytes", "float32"}  # matter from the plan on
 DONE = {"files", "tensors"}  # in the file of a finished job: the output's sizes and the input's checksums
 
@@ -56,6 +56,8 @@ class Journal:
         if finished.exists():
             self._compare(finished, set())
             return True
+        if begun.exists() and not self._has_results():
+            return False
         if begun.exists():
             self._compare(begun, set() if (self.folder / PLAN).exists() else LATER)
             return False
@@ -67,6 +69,9 @@ class Journal:
                 f"the output directory {str(self.output)!r} is not empty (it holds {sorted(held)[0]!r}); name a new one"
             )
         return False
+
+    def _has_results(self) -> bool:
+        return (self.folder / PLAN).exists() or any(self.folder.glob("*.safetensors"))
 
     def _read(self, place: Path) -> dict[str, Any]:
         try:
@@ -98,6 +103,10 @@ class Journal:
             for partial in [*self.folder.glob("*.partial"), *self.output.glob("*.partial")]:
                 partial.unlink()
         if not (self.folder / JOB).exists() or self._read(self.folder / JOB) != self.job:
+            if not self._has_results():  # another job failed before it came to anything
+                for path in self.folder.iterdir():
+                    if path.name != LOCK:
+                        path.unlink()
             write_whole(self.folder / JOB, [_text(self.job).encode()])
 
     @contextmanager
@@ -106,7 +115,7 @@ class Journal:
         with whole_or_nothing(self.output):
             self.output.mkdir(exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:
+        with open(self.folder / LOCK, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
