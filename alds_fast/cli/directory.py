@@ -60,7 +60,11 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
     check_data_flags(args)
-    kind = _architecture(args.target)
+    config = open_shards(args.target).config
+    kind = str((config.get("architectures") or [""])[0])
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    if args.data and isinstance(longest, int) and args.sequence > longest:
+        raise ArgumentError(f"--sequence {args.sequence} is more than the {longest} positions that the model has")
     batches, aside = calibration(args.data, args.target, args.sequence, args.tokens) if args.data else (None, None)
     texts = [] if aside is None or not kind.endswith(_LANGUAGE[:2]) else [(f"{args.data}, kept aside", aside)]
     if args.also and not texts:
@@ -96,12 +100,6 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         print(table(["text", "perplexity, dense", "compressed"], [[n, f"{a:.4g}", f"{b:.4g}"] for n, a, b in rows]))
     if batches is None and kind.endswith(_LANGUAGE):
         print(NO_DATA)
-
-
-def _architecture(folder: str) -> str:
-    """The first class that config.json names; "" for none."""
-    names = open_shards(folder).config.get("architectures") or [""]
-    return str(names[0])
 
 
 def _perplexities(source: str, compressed: Path, texts: Sequence[tuple[str, Tensor]]) -> list[tuple[str, float, float]]:

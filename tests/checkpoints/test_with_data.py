@@ -179,6 +179,8 @@ def test_command_line_without_data_says_so(directory, capsys):
         (["--data", "nowhere.txt"], "'nowhere.txt' is no file"),
         (["--data", "a.txt", "--sequence", "1"], "--sequence 1 is not"),
         (["--data", "a.txt", "--sequence", "700"], "fewer than two windows"),
+        (["--data", "a.txt", "--sequence", "2049"], "--sequence 2049 is more than the 2048 positions"),
+        (["--data", "a.txt", "--tokens", "0"], "--tokens 0 is not a positive number"),
         (["--data", "broken.jsonl"], 'is not JSON with a "text" in every line'),
         (["--data", "broken.safetensors"], "not a whole safetensors file"),
         (["--data", "bytes.txt"], "not a text in UTF-8"),
