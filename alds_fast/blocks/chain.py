@@ -63,6 +63,8 @@ class _Record:
         self.odd: str | None = None  # a block that returns something else than tensors and plain values
 
     def noting(self, block: str) -> Callable[[Forward], Forward]:
+        """A forward of the block that is its own, and is noted."""
+
         def make(own: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 self.events.append((block, False))
@@ -119,7 +121,7 @@ def find_chain(model: nn.Module, run: Run, batches: Iterable[tuple[int, Any]], n
 def _chain_of(model: nn.Module, run: Run, likely: list[str], number: int, batch: Any, name: str) -> BlockChain:
     record = _Record()
     with forwards(model, {block: record.noting(block) for block in likely}), naming_batch(number, name):
-        output = _sketch(run(batch, number, name))
+        output = _sketch(run(batch, number, f"batch {number} of {name}"))
     blocks = record.order()
     if len(blocks) < LEAST:
         return BlockChain(reason=f"of {len(likely)} blocks {len(blocks)} are called once and one after another")

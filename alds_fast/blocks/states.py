@@ -82,8 +82,17 @@ def blank(value: Any) -> Any:
     return tree_map(lambda t: Blank(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t, value)
 
 
+def emptied(value: Any) -> Any:
+    """What :func:`keep` has made, of which only the shapes are kept."""
+    return tree_map(
+        lambda part: Blank(part.values.shape, part.values.dtype, part.device) if isinstance(part, Held) else part,
+        value,
+        is_leaf=lambda x: isinstance(x, Held),
+    )
+
+
 def restored(value: Any) -> Any:
-    """A block's output as it was given to :func:`keep` or :func:`blank`."""
+    """A block's output as it was given to :func:`keep` or :func:`blank`, what nobody asks for as zeros."""
     kinds = Blank, Held
     return tree_map(
         lambda part: part.tensor() if isinstance(part, kinds) else part, value, is_leaf=lambda x: isinstance(x, kinds)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..measurement import Run, naming_batch
-from .states import Room, blank, keep, restored
+from .states import Room, blank, emptied, keep, restored
 
 Forward = Callable[..., Any]
 
@@ -78,7 +78,7 @@ class Walk:
                 self.run(batch, number, f"batch {number} of {name}")
             if self.position and self.blocks[self.position - 1] not in self.ends:
                 before = self.blocks[self.position - 1]
-                kept[before] = blank(restored(kept[before]))
+                kept[before] = emptied(kept[before])
             if last not in new:
                 raise LeftChain(f"batch {number} does not come to block {last!r}")
             kept.update(new)

@@ -24,13 +24,12 @@ from .texts import calibration, perplexity, read_windows
 
 _MODEL_ONLY = ("weights", "flops", "latency", "input", "plot")
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # models whose outputs are logits of tokens
-
-
 NO_DATA = (
     "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
     "--sensitivity"
 )
 MOST_WINDOWS = 64  # of a text that is only looked at
+Text = tuple[str, Tensor]  # a name, and windows of tokens
 
 
 def show_layers(folder: str, as_json: bool) -> None:
@@ -54,23 +53,14 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     other += ["method"] if args.method in BASELINES else []
     if other:
         raise ArgumentError(
-            f"--{other[0]} does not go with a checkpoint directory, which is never loaded as a whole; name a function "
-            f"that returns the model instead"
+            f"--{other[0]} does not go with a checkpoint directory; name a function that returns the model instead"
         )
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
     check_data_flags(args)
     config = open_shards(args.target).config
     kind = str((config.get("architectures") or [""])[0])
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    if args.data and isinstance(longest, int) and args.sequence > longest:
-        raise ArgumentError(f"--sequence {args.sequence} is more than the {longest} positions that the model has")
-    batches, aside = calibration(args.data, args.target, args.sequence, args.tokens) if args.data else (None, None)
-    texts = [] if aside is None or not kind.endswith(_LANGUAGE[:2]) else [(f"{args.data}, kept aside", aside)]
-    if args.also and not texts:
-        raise ArgumentError("--also goes with a text as --data, and a model that foretells the next token")
-    if args.also:
-        texts.append((args.also, read_windows(args.also, args.target, args.sequence)[:MOST_WINDOWS]))
+    batches, texts = _data(args, config, kind)
     same = ("params", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit")
     options: dict[str, Any] = {name: getattr(args, name) for name in same}
     options |= {
@@ -102,12 +92,26 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         print(NO_DATA)
 
 
-def _perplexities(source: str, compressed: Path, texts: Sequence[tuple[str, Tensor]]) -> list[tuple[str, float, float]]:
+def _data(args: argparse.Namespace, config: dict[str, Any], kind: str) -> tuple[list[Any] | None, list[Text]]:
+    """Batches of --data, None without, and texts on which perplexities are told: what is kept aside, and --also."""
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    if args.data and isinstance(longest, int) and args.sequence > longest:
+        raise ArgumentError(f"--sequence {args.sequence} is more than the {longest} positions that the model has")
+    batches, aside = calibration(args.data, args.target, args.sequence, args.tokens) if args.data else (None, None)
+    texts = [] if aside is None or not kind.endswith(_LANGUAGE[:2]) else [(f"{args.data}, kept aside", aside)]
+    if args.also and not texts:
+        raise ArgumentError("--also goes with a text as --data, and a model that foretells the next token")
+    if args.also:
+        texts.append((args.also, read_windows(args.also, args.target, args.sequence)[:MOST_WINDOWS]))
+    return batches, texts
+
+
+def _perplexities(source: str, compressed: Path, texts: Sequence[Text]) -> list[tuple[str, float, float]]:
     """Of the texts, by the dense model and by the compressed one."""
     if not texts:
         return []
-    before = [
-        perplexity(transformers_name("AutoModelForCausalLM").from_pretrained(source, dtype="auto"), w) for _, w in texts
-    ]
+    dense = transformers_name("AutoModelForCausalLM").from_pretrained(source, dtype="auto", local_files_only=True)
+    before = [perplexity(dense, windows) for _, windows in texts]
+    del dense
     small = from_pretrained(compressed, dtype="auto")
     return [(name, old, perplexity(small, w)) for (name, w), old in zip(texts, before, strict=True)]

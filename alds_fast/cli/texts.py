@@ -99,7 +99,7 @@ def calibration(name: str, folder: str, length: int, tokens: int) -> tuple[list[
     spread = torch.linspace(0, len(windows) - 1, aside, device="cpu").round().long()  # over the whole text
     used = torch.ones(len(windows), dtype=torch.bool, device="cpu")
     used[spread] = False
-    return batches_of(windows[used], tokens), windows[spread][: max(1, tokens // 8 // length)]
+    return batches_of(windows[used], tokens), windows[spread][: max(1, int(tokens * ASIDE) // length)]
 
 
 @torch.inference_mode()

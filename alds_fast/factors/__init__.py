@@ -3,6 +3,7 @@
 Here belongs what makes encoders and decoders. What chooses ranks belongs in allocation.
 """
 
+from .batchnorm import BATCHNORMS
 from .choice import Choice, FactorReport
 from .factorization import factorize
 from .plain import plain_layers
@@ -10,6 +11,7 @@ from .refinement import Refined, refine
 from .refitting import refit
 
 __all__ = [
+    "BATCHNORMS",
     "Choice",
     "FactorReport",
     "Refined",

@@ -12,8 +12,10 @@ from support import checkpoints
 import alds_fast as alds
 from alds_fast import errors
 from alds_fast.checkpoints.streaming import factors_and_files
+from alds_fast.checkpoints.streaming.api import _digest, _name
 from alds_fast.checkpoints.streaming.journal import Journal
 from alds_fast.cli.commands import main
+from alds_fast.cli.texts import read_windows
 from alds_fast.layers import LowRankLayer
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -206,8 +208,6 @@ def test_a_directory_without_a_tokenizer(directory, capsys):
 def test_what_tells_batches_and_functions_from_others(made):
     ids = batches()[0]["input_ids"]
     named = [[{"input_ids": ids, name: torch.ones_like(ids)}] for name in ("attention_mask", "position_ids")]
-    from alds_fast.checkpoints.streaming.api import _digest, _name
-
     assert _digest(named[0]) != _digest(named[1])
     assert _name(lambda output, batch: output.logits) != _name(lambda output, batch: output.logits * 2)
     with pytest.raises(errors.ArgumentError, match="sensitivity= is a partial"):
@@ -222,8 +222,6 @@ def test_a_job_that_came_to_nothing_gives_way(made, tmp_path):
 
 
 def test_texts_with_odd_line_ends(directory):
-    from alds_fast.cli.texts import read_windows
-
     lines = [json.dumps({"text": f"w1 \u2028 w2 \u0085 {text(seed, 60)}"}, ensure_ascii=False) for seed in range(3)]
     (directory / "odd.JSONL").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     assert read_windows(str(directory / "odd.JSONL"), str(directory / "dense"), 16).shape[1] == 16

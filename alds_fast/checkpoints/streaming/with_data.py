@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...errors import ArgumentError, FileFormatError, ModelError, PlanError
-from ...factors import Choice
+from ...factors import BATCHNORMS, Choice
 from ...files import crc32, write_whole
 from ...layers import chosen_layers, decomposable
 from ...measurement import Sensitivity
@@ -25,7 +25,6 @@ from .journal import PLAN
 from .streamed_model import Work
 
 ONE_SLICE = (1,)  # what groups="auto" stands for with data
-_BATCHNORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
 
 class WithData:
@@ -53,7 +52,7 @@ class WithData:
         config.use_cache = False
         if self.work.device.type == "cpu" and any(p.dtype == torch.float16 for p in model.parameters()):
             model = model.float()
-        if self.refit and any(isinstance(m, _BATCHNORMS) for m in model.modules()):
+        if self.refit and any(isinstance(m, BATCHNORMS) for m in model.modules()):
             raise ArgumentError(
                 f"refit= moves statistics of BatchNorms, of which {cls.__name__} has some, and to a directory only "
                 f"factors are written: leave out refit=, or load the model and use compress(refit=True)"
