@@ -5,13 +5,17 @@ Here belongs what goes through a model block by block. What is done with a block
 
 from .chain import BlockChain, find_chain
 from .discovery import find_blocks
+from .gradients import BackwardWalk
+from .states import Room
 from .walk import Forward, LeftChain, Reached, Walk, forwards
 
 __all__ = [
+    "BackwardWalk",
     "BlockChain",
     "Forward",
     "LeftChain",
     "Reached",
+    "Room",
     "Walk",
     "find_blocks",
     "find_chain",

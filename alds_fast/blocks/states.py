@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,44 +32,69 @@ class Held(NamedTuple):
     values: Tensor
     device: torch.device
 
+    def blank(self) -> Blank:
+        """What it looked like."""
+        return Blank(self.values.shape, self.values.dtype, self.device)
+
     def tensor(self) -> Tensor:
         """A copy with the same values, strides and device, which may be written to."""
         return self.values.clone() if self.values.device == self.device else self.values.to(self.device)
 
 
-class Room:
-    """Keeps tensors in memory, and from ``limit`` bytes on in files, which are gone when their tensors are."""
+class Filed(NamedTuple):
+    """A tensor whose values lie in a file, from ``offset`` on, in the order of its strides."""
 
-    def __init__(self, limit: int = MEMORY) -> None:
-        self.limit, self.used = limit, 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
+    file: Any
+    offset: int
+    like: Tensor  # on the meta device
+    device: torch.device
+
+    def blank(self) -> Blank:
+        """What it looked like."""
+        return Blank(self.like.shape, self.like.dtype, self.device)
+
+    def tensor(self) -> Tensor:
+        """It is read anew."""
+        values = torch.empty_like(self.like, device="cpu")
+        self.file.seek(self.offset)
+        self.file.readinto(_bytes_of(values))
+        return values.to(self.device)
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a tensor without gaps, in the order of its strides."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+class Room:
+    """Keeps tensors in memory, and from ``limit`` bytes on in files, which are gone when their tensors are.
+
+    ``folder``: where these files are, by default where the system has temporary ones.
+    """
+
+    def __init__(self, limit: int = MEMORY, folder: Path | None = None) -> None:
+        self.limit, self.folder, self.used = limit, folder, 0
+        self._file: Any = None
 
     def begin(self) -> None:
         """From here on other tensors are kept; those before may be let go."""
-        self.used = 0
+        self.used, self._file = 0, None
 
-    def keep(self, tensor: Tensor) -> Held:
+    def keep(self, tensor: Tensor) -> Held | Filed:
         """The values as they are now."""
         tensor, size = tensor.detach(), tensor.numel() * tensor.element_size()
         if self.used + size <= self.limit or not size:
             self.used += size
             return Held(tensor.clone(), tensor.device)
-        values = tensor.cpu()
-        strides = torch.empty_like(values, device="meta").stride()  # of a tensor without gaps, in the same order
-        file = self._file(values.numel(), values.dtype).as_strided(values.shape, strides)
-        return Held(file.copy_(values), tensor.device)
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="alds_fast_", dir=self.folder)
+        like = torch.empty_like(tensor, device="meta")  # without gaps, in the same order
+        offset = self._file.seek(0, os.SEEK_END)
+        self._file.write(_bytes_of(torch.empty_like(like, device="cpu").copy_(tensor)))
+        return Filed(self._file, offset, like, tensor.device)
 
-    def _file(self, count: int, dtype: torch.dtype) -> Tensor:
-        """A tensor whose memory is that of a new file."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="alds_fast_", ignore_cleanup_errors=True)
-        path = Path(self._folder.name) / f"{self._files}"
-        self._files += 1
-        tensor = torch.from_file(str(path), shared=True, size=count, dtype=dtype, device="cpu")
-        with suppress(OSError):  # it is there until the tensor is gone; where that is not allowed, until the folder is
-            path.unlink()
-        return tensor
+
+KEPT = Blank, Held, Filed
 
 
 def keep(value: Any, room: Room) -> Any:
@@ -85,15 +110,12 @@ def blank(value: Any) -> Any:
 def emptied(value: Any) -> Any:
     """What :func:`keep` has made, of which only the shapes are kept."""
     return tree_map(
-        lambda part: Blank(part.values.shape, part.values.dtype, part.device) if isinstance(part, Held) else part,
-        value,
-        is_leaf=lambda x: isinstance(x, Held),
+        lambda part: part.blank() if isinstance(part, Held | Filed) else part, value, is_leaf=lambda x: isinstance(x, KEPT)
     )
 
 
 def restored(value: Any) -> Any:
     """A block's output as it was given to :func:`keep` or :func:`blank`, what nobody asks for as zeros."""
-    kinds = Blank, Held
     return tree_map(
-        lambda part: part.tensor() if isinstance(part, kinds) else part, value, is_leaf=lambda x: isinstance(x, kinds)
+        lambda part: part.tensor() if isinstance(part, KEPT) else part, value, is_leaf=lambda x: isinstance(x, KEPT)
     )

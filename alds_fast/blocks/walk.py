@@ -48,19 +48,29 @@ def forwards(model: nn.Module, new: Mapping[str, Callable[[Forward], Forward]]) 
 class Walk:
     """A network that goes on from the end of a block, for batches by their numbers.
 
-    ``position`` is the number of blocks that are not run: at first none.
+    ``position`` is the number of blocks that are not run: at first none. With ``returning`` what every block has
+    returned is kept, so that the position may be set back; else only that of the last one.
     """
 
-    def __init__(self, model: nn.Module, run: Run, blocks: Sequence[str], ends: Iterable[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, run: Run, blocks: Sequence[str], ends: Iterable[str] = (), *,
+        room: Room | None = None, returning: bool = False,
+    ) -> None:  # fmt: skip
         """``run``: how the model is run; ``ends``: blocks whose output is kept as long as the walk is."""
         self.model, self.blocks, self.ends, self.position = model, tuple(blocks), frozenset(ends), 0
-        self._run, self._room = run, Room()
+        self._run, self._room, self._returning = run, room or Room(), returning
         self._outputs: dict[int, dict[str, Any]] = {}  # by batch, by block
 
-    def run(self, batch: Any, number: int, name: str) -> Any:
-        """The model's output; the blocks before ``position`` are not run. Arguments are those of ``run``."""
-        known = self._outputs.get(number, {})
-        skipped = {b: _giving(known[b]) for b in self.blocks[: self.position]}
+    def run(self, batch: Any, number: int, name: str, seen: Callable[[str, Any], Any] = lambda block, y: y) -> Any:
+        """The model's output; the blocks before ``position`` are not run. Arguments are those of ``run``.
+
+        ``seen(block, output)`` is what the rest of the model gets of a block that is not run and whose output is kept.
+        """
+        known, last = self._outputs.get(number, {}), self.position - 1
+        skipped = {}
+        for i, block in enumerate(self.blocks[: self.position]):
+            kept = i == last or block in self.ends
+            skipped[block] = _giving(known[block] if kept else emptied(known[block]), block, seen if kept else None)
         with forwards(self.model, skipped):
             return self._run(batch, number, name)
 
@@ -76,8 +86,8 @@ class Walk:
             noted = {b: self._noting(b, b == last, new) for b in passed}
             with forwards(self.model, noted), naming_batch(number, name), suppress(Reached):
                 self.run(batch, number, f"batch {number} of {name}")
-            if self.position and self.blocks[self.position - 1] not in self.ends:
-                before = self.blocks[self.position - 1]
+            before = self.blocks[self.position - 1] if self.position else None
+            if before is not None and before not in self.ends and not self._returning:
                 kept[before] = emptied(kept[before])
             if last not in new:
                 raise LeftChain(f"batch {number} does not come to block {last!r}")
@@ -102,5 +112,8 @@ class Walk:
         return make
 
 
-def _giving(output: Any) -> Callable[[Forward], Forward]:
-    return lambda own: lambda *args, **kwargs: restored(output)
+def _giving(output: Any, block: str, seen: Callable[[str, Any], Any] | None) -> Callable[[Forward], Forward]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return restored(output) if seen is None else seen(block, restored(output))
+
+    return lambda own: forward

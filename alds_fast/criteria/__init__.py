@@ -4,11 +4,23 @@ Here belongs what turns a layer into errors by rank. What chooses among ranks be
 """
 
 from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
-from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
-from .moment_hooks import rows_to_draw
-from .moment_sums import distinct_rows, exact_products, with_few_rows
-from .moments import Moments, collect_moments
+from .moments import (
+    INPUTS,
+    Known,
+    Moments,
+    Wanted,
+    by_side,
+    collect_by_blocks,
+    collect_moments,
+    distinct_rows,
+    exact_products,
+    fitting_mask,
+    outputs,
+    patches,
+    rows_to_draw,
+    with_few_rows,
+)
 from .registry import CRITERIA, DEFAULT_CRITERION, WEIGHT_CRITERIA
 from .spectra import (
     Groups,
@@ -29,6 +41,7 @@ __all__ = [
     "CRITERIA",
     "DEFAULT_CRITERION",
     "EIGEN_NOISE",
+    "INPUTS",
     "MAX_DATA_GROUPS",
     "WEIGHT_CRITERIA",
     "Basis",
@@ -36,6 +49,7 @@ __all__ = [
     "FoldRoom",
     "Groups",
     "Key",
+    "Known",
     "LayerSpectra",
     "Moments",
     "Recompute",
@@ -45,6 +59,7 @@ __all__ = [
     "by_side",
     "candidate_groups",
     "carried",
+    "collect_by_blocks",
     "collect_moments",
     "computed_in_float32",
     "distinct_rows",

@@ -15,7 +15,7 @@ from support.house import ROOT, House, counts, floors, imported_by_call, imports
 
 WINGS = (
     *("linalg", "kernels", "layers", "measurement", "integrations"),
-    *("criteria", "allocation", "blocks", "factors", "planning"),
+    *("blocks", "criteria", "allocation", "factors", "planning"),
     *("deployment", "checkpoints", "retraining", "evaluation", "cli"),
 )
 LEAVES = ("checks", "errors", "files", "import_hooks", "text", "version")

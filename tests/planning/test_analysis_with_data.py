@@ -421,7 +421,7 @@ def test_gradients_of_many_outputs_are_a_diagonal_and_the_plan_says_so():
 def test_a_diagonal_is_that_of_the_whole_moment(monkeypatch):
     net, x = wide(40), torch.randn(64, 32)
     whole = alds.analyze(net, data=list(x.split(16)), sensitivity=True).moments["2"]
-    monkeypatch.setattr("alds_fast.criteria.moment_hooks.WIDEST_WHOLE", 39)
+    monkeypatch.setattr("alds_fast.criteria.moments.hooks.WIDEST_WHOLE", 39)
     narrow = alds.analyze(net, data=list(x.split(16)), sensitivity=True)
     diagonal = narrow.moments["2"].gradient
     torch.testing.assert_close(diagonal, whole.gradient.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=1e-12)

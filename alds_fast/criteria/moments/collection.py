@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ModelError
-from ..layers import DecomposableLayer, label
-from ..measurement import (
+from ...errors import ArgumentError, ModelError
+from ...layers import DecomposableLayer, label
+from ...measurement import (
     USUAL,
     Samples,
     Sensitivity,
@@ -24,8 +24,8 @@ from ..measurement import (
     naming_batch,
     private_runs,
 )
-from .moment_hooks import Collector, Form, moment_forms
-from .moment_sums import DiagonalSums, ProductSums
+from .hooks import Collector, Form, moment_forms
+from .sums import DiagonalSums, ProductSums
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Moments:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient; the flags are put back at the end."""
     with attribute_set((p for p in model.parameters() if not p.is_inference()), "requires_grad", False):
         yield
@@ -111,17 +111,10 @@ def collect_moments(
     collector, generator = Collector(layers, forms, bool(sensitivity)), torch.Generator().manual_seed(0)
     samples = Samples(held_out)
     check_data(data)
-    if sensitivity and torch.is_inference_mode_enabled():
-        raise ArgumentError(
-            "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
-        )
-    if sensitivity and (name := next((n for n, p in model.named_parameters() if p.is_inference()), None)):
-        raise ArgumentError(
-            f"sensitivity= needs gradients, and parameter {name!r} was made in torch.inference_mode(), which allows "
-            f"none: make or load the model outside of that, or leave out sensitivity="
-        )
+    if sensitivity:
+        check_gradients_are_possible(model)
     count, masks = 0, 0
-    with collector.hooks(), private_runs(model) as run, _frozen(model):
+    with collector.hooks(), private_runs(model) as run, frozen(model):
         for count, batch in enumerate(data, 1):
             collector.masks, collector.aside = masks_of(model, batch, mask), samples.aside(batch)
             masks += bool(collector.masks)
@@ -137,18 +130,41 @@ def collect_moments(
     if not masks and mask not in (None, USUAL):
         raise ArgumentError(f"mask={mask!r} is an argument of no batch of data=")
     if masks and collector.tokens and not collector.masked:
-        warnings.warn(
-            "the masks of data= fit the input of no layer: all tokens count, padding too; leave padding out of the "
-            "batches, or say so by mask=None",
-            stacklevel=3,
-        )
-    moments = _moments_of(collector, samples.worth)
+        warn_of_masks()
+    moments = moments_of(collector, samples.worth)
     if layers and not moments:
-        raise ArgumentError(
-            "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their "
-            "weights, or calls their forward(), without calling them"
-        )
+        refuse_unreached()
     return moments
+
+
+def warn_of_masks() -> None:
+    """Say that no mask fits."""
+    warnings.warn(
+        "the masks of data= fit the input of no layer: all tokens count, padding too; leave padding out of the "
+        "batches, or say so by mask=None",
+        stacklevel=4,
+    )
+
+
+def refuse_unreached() -> NoReturn:
+    """ArgumentError: no layer sees any of the data."""
+    raise ArgumentError(
+        "data= reaches none of the layers: they get no rows, nothing but padding, or the model reads their "
+        "weights, or calls their forward(), without calling them"
+    )
+
+
+def check_gradients_are_possible(model: nn.Module) -> None:
+    """ArgumentError in torch.inference_mode(), or where a parameter was made in it."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            "sensitivity= needs gradients, which torch.inference_mode() forbids: call it outside of that"
+        )
+    if name := next((n for n, p in model.named_parameters() if p.is_inference()), None):
+        raise ArgumentError(
+            f"sensitivity= needs gradients, and parameter {name!r} was made in torch.inference_mode(), which allows "
+            f"none: make or load the model outside of that, or leave out sensitivity="
+        )
 
 
 def _warn_of_reductions(
@@ -170,7 +186,8 @@ def _warn_of_reductions(
     )
 
 
-def _check(layer: DecomposableLayer, second: Tensor, gradient: Tensor | None) -> None:
+def check_moment(layer: DecomposableLayer, second: Tensor | None, gradient: Tensor | None) -> None:
+    """ModelError for NaN or infinite values."""
     for name, value in (("input", second), ("gradient", gradient)):
         squares = value if value is None or value.dim() == 2 else value.diagonal(dim1=-2, dim2=-1)
         if squares is not None and not bool(squares.isfinite().all()):
@@ -184,14 +201,15 @@ def _refuse(layer: DecomposableLayer, name: str) -> NoReturn:
     )
 
 
-def _gradient(sums: ProductSums | DiagonalSums, energy: float, distinct: float) -> tuple[Tensor, float]:
+def gradient_over(sums: ProductSums | DiagonalSums, energy: float, distinct: float) -> tuple[Tensor, float]:
+    """The gradients' moment, whole or its diagonal, and its noise."""
     if isinstance(sums, DiagonalSums):
         return sums.over(energy, distinct)
     second, _, noise, _ = sums.over(energy, distinct)
     return second, noise
 
 
-def _moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
+def moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
     """By name, for the layers that were called; layers with one and the same input share its moment."""
     moments: dict[str, Moments] = {}
     for layer in collector.layers:
@@ -199,7 +217,7 @@ def _moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
         if not sums.rows:
             continue
         if collector.gradients and collector.gradient_sums[layer.name].rows and collector.energy > 0:
-            gradient, gradient_noise = _gradient(collector.gradient_sums[layer.name], collector.energy, distinct)
+            gradient, gradient_noise = gradient_over(collector.gradient_sums[layer.name], collector.energy, distinct)
         elif collector.gradients:  # what matters does not depend on this layer
             size = [layer.shape.conv_groups, layer.shape.filters_per_group]
             size += [] if isinstance(collector.gradient_sums[layer.name], DiagonalSums) else size[1:]
@@ -210,7 +228,7 @@ def _moments_of(collector: Collector, distinct: float) -> dict[str, Moments]:
             if shared is not None and torch.equal(shared, second):
                 second = shared
         held = collector.held[layer.name].rows()
-        _check(layer, second, gradient)
+        check_moment(layer, second, gradient)
         if held is not None and not bool(held.isfinite().all()):
             _refuse(layer, "input")
         by_output = layer.name in collector.by_output

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..layers import DecomposableLayer, is_linear, label
-from ..linalg import WeightShape
-from ..measurement import Masks, first_input
-from .input_rows import Wanted, by_side, fitting_mask, outputs, patches
-from .moment_sums import DiagonalSums, HeldRows, ProductSums
+from ...errors import ModelError
+from ...layers import DecomposableLayer, is_linear, label
+from ...linalg import WeightShape
+from ...measurement import Masks, first_input
+from .rows import Wanted, by_side, fitting_mask, outputs, patches
+from .sums import DiagonalSums, HeldRows, ProductSums
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call

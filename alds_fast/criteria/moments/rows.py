@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import DecomposableLayer, is_linear, label
-from ..measurement import Masks
+from ...layers import DecomposableLayer, is_linear, label
+from ...measurement import Masks
 
 Wanted = Callable[[int], int]
 

@@ -1,0 +1,27 @@
+"""What layers see of data: second moments of their inputs and of the gradients at their outputs.
+
+Here belongs what runs a model to sum up rows. What is made of the sums belongs in criteria itself.
+"""
+
+from .by_blocks import INPUTS, Known, collect_by_blocks
+from .collection import Moments, collect_moments
+from .hooks import rows_to_draw
+from .rows import Wanted, by_side, fitting_mask, outputs, patches
+from .sums import distinct_rows, exact_products, with_few_rows
+
+__all__ = [
+    "INPUTS",
+    "Known",
+    "Moments",
+    "Wanted",
+    "by_side",
+    "collect_by_blocks",
+    "collect_moments",
+    "distinct_rows",
+    "exact_products",
+    "fitting_mask",
+    "outputs",
+    "patches",
+    "rows_to_draw",
+    "with_few_rows",
+]
