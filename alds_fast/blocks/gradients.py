@@ -60,22 +60,22 @@ class BackwardWalk:
         gradients = self._at.get(number, {}).pop(block, [None] * len(returned))
         known = [(y, g.tensor()) for y, g in zip(returned, gradients, strict=True) if g is not None and y.requires_grad]
         if known:
-            torch.autograd.backward(*zip(*known, strict=True))
+            torch.autograd.backward([y for y, _ in known], [g for _, g in known])
 
     def _keep(self, number: int, leaves: dict[str, list[Tensor]]) -> None:
         at = self._at.setdefault(number, {})
         for block, tensors in leaves.items():
-            before = at.get(block, [None] * len(tensors))
-            both = [_sum(leaf.grad, None if old is None else old.tensor()) for leaf, old in zip(tensors, before, strict=True)]
-            at[block] = [None if g is None else self._room.keep(g) for g in both]
+            before = at.get(block, [None] * len(tensors))  # some of an end, which several blocks read
+            at[block] = [self._both(leaf.grad, old) for leaf, old in zip(tensors, before, strict=True)]
+
+    def _both(self, new: Tensor | None, old: Held | Filed | None) -> Held | Filed | None:
+        if new is None:
+            return old
+        return self._room.keep(new if old is None else new + old.tensor())
 
 
 def _floating(value: Any) -> list[Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _sum(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    return old if new is None else new if old is None else new + old
 
 
 def _asking(leaves: dict[str, list[Tensor]]) -> Callable[[str, Any], Any]:

@@ -87,7 +87,7 @@ class Room:
             self.used += size
             return Held(tensor.clone(), tensor.device)
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="alds_fast_", dir=self.folder)
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - open as long as its tensors are
         like = torch.empty_like(tensor, device="meta")  # without gaps, in the same order
         offset = self._file.seek(0, os.SEEK_END)
         self._file.write(_bytes_of(torch.empty_like(like, device="cpu").copy_(tensor)))
@@ -110,7 +110,9 @@ def blank(value: Any) -> Any:
 def emptied(value: Any) -> Any:
     """What :func:`keep` has made, of which only the shapes are kept."""
     return tree_map(
-        lambda part: part.blank() if isinstance(part, Held | Filed) else part, value, is_leaf=lambda x: isinstance(x, KEPT)
+        lambda part: part.blank() if isinstance(part, Held | Filed) else part,
+        value,
+        is_leaf=lambda x: isinstance(x, KEPT),
     )
 
 

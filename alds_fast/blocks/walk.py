@@ -78,7 +78,8 @@ class Walk:
         """Run the blocks up to there, for all numbered batches of ``name``, and keep what the last one returns."""
         if position <= self.position:
             return
-        self._room.begin()
+        if not self._returning:
+            self._room.begin()
         passed, last = self.blocks[self.position : position], self.blocks[position - 1]
         for number, batch in batches:
             kept = self._outputs.setdefault(number, {})

@@ -7,7 +7,6 @@ from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_o
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moments import (
     INPUTS,
-    Known,
     Moments,
     Wanted,
     by_side,
@@ -49,7 +48,6 @@ __all__ = [
     "FoldRoom",
     "Groups",
     "Key",
-    "Known",
     "LayerSpectra",
     "Moments",
     "Recompute",

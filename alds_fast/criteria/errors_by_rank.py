@@ -35,6 +35,7 @@ class Basis:
     criterion: str
     moments: Mapping[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     bias_correction: bool = True
+    _criteria: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _shares: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     _errors: dict[tuple[str, int, int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
     _triangle: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # the last one
@@ -56,9 +57,12 @@ class Basis:
             return self.criterion
         if name not in self.moments:
             return DEFAULT_CRITERION
-        gradient = self.moments[name].gradient
-        reached = gradient is not None and bool(gradient.any())
-        return WITHOUT_GRADIENTS if CRITERIA[self.criterion].needs_gradients and not reached else self.criterion
+        if name not in self._criteria:  # which looks at its moments
+            gradient = self.moments[name].gradient
+            reached = gradient is not None and bool(gradient.any())
+            missing = CRITERIA[self.criterion].needs_gradients and not reached
+            self._criteria[name] = WITHOUT_GRADIENTS if missing else self.criterion
+        return self._criteria[name]
 
     def remark(self, name: str) -> str | None:
         """Why a layer is judged by another criterion, or what its moments lack; None for nothing."""

@@ -5,18 +5,20 @@ Here belongs what makes encoders and decoders. What chooses ranks belongs in all
 
 from .batchnorm import BATCHNORMS
 from .choice import Choice, FactorReport
-from .factorization import factorize
+from .factorization import factorize, weighted_layer
 from .plain import plain_layers
 from .refinement import Refined, refine
-from .refitting import refit
+from .refitting import Gradient, refit
 
 __all__ = [
     "BATCHNORMS",
     "Choice",
     "FactorReport",
+    "Gradient",
     "Refined",
     "factorize",
     "plain_layers",
     "refine",
     "refit",
+    "weighted_layer",
 ]

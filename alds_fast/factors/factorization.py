@@ -11,7 +11,7 @@ from ..criteria import Weighting
 from ..errors import LayerNotFoundError, PlanError
 from ..layers import DecomposableLayer, LowRankLayer, check_weight, find_layers, label, replace_layers
 from .choice import Choice, FactorReport
-from .plain import _low_rank_layer, plain_layers
+from .plain import low_rank_layer, plain_layers
 from .weighted import factors as weighted_factors
 
 
@@ -62,15 +62,21 @@ def factorize(
         if weights is None:
             plain.append((choice, layer))
             continue
-        best = weighted_factors(weights, choice.decomposition)
-        new[choice.name] = _low_rank_layer(layer, choice, best.left, best.right)
-        shifts[choice.name] = best.shift
-        reports[choice.name] = FactorReport("weighted", 0, best.frobenius, best.error)
+        new[choice.name], reports[choice.name], shifts[choice.name] = weighted_layer(layer, choice, weights)
     for choice, low, report in plain_layers(plain, spectra or {}, exact):
         new[choice.name], reports[choice.name] = low, report
     small = replace_layers(model, new)
     _shift_biases(new, shifts)
     return small, reports
+
+
+def weighted_layer(
+    layer: DecomposableLayer, choice: Choice, weights: Weighting
+) -> tuple[LowRankLayer, FactorReport, Tensor]:
+    """The low-rank layer that is best for a weighting, without its bias, and what that is to take up, (filters,)."""
+    best = weighted_factors(weights, choice.decomposition)
+    low = low_rank_layer(layer, choice, best.left, best.right)
+    return low, FactorReport("weighted", 0, best.frobenius, best.error), best.shift
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..blocks import BlockChain, Reached, Walk, find_chain
+from ..blocks import BlockChain, Reached, Room, Walk, find_chain
 from ..errors import ArgumentError
 from ..measurement import Run, Samples, digest_of, first_input, numbered_batches
 
@@ -19,8 +19,8 @@ _LOG = logging.getLogger(__name__)
 class Network:
     """A network, how it is run, and how from the end of a block on."""
 
-    def __init__(self, model: nn.Module, run: Run, chain: BlockChain) -> None:
-        self.model, self.walk = model, Walk(model, run, chain.blocks, chain.ends)
+    def __init__(self, model: nn.Module, run: Run, chain: BlockChain, room: Room | None = None) -> None:
+        self.model, self.walk = model, Walk(model, run, chain.blocks, chain.ends, room=room)
 
 
 class Stage(NamedTuple):

@@ -44,7 +44,7 @@ def _report(factors: linalg.Factors) -> FactorReport:
     return FactorReport(method, max(0, int(factors.iterations.max())), error)
 
 
-def _low_rank_layer(layer: DecomposableLayer, choice: Choice, left: Tensor, right: Tensor) -> LowRankLayer:
+def low_rank_layer(layer: DecomposableLayer, choice: Choice, left: Tensor, right: Tensor) -> LowRankLayer:
     """The layer with factors left (conv_groups, groups, rows, rank) and right (conv_groups, groups, rank, columns)."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
@@ -66,4 +66,4 @@ def plain_layers(
         for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra, exact), strict=True):
             split = (choice.shape.conv_groups, choice.decomposition.groups)
             pair = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
-            yield choice, _low_rank_layer(layer, choice, *pair), _report(factors)
+            yield choice, low_rank_layer(layer, choice, *pair), _report(factors)

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks import BlockChain, LeftChain
+from ..blocks import BlockChain, LeftChain, Room
 from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw, unknown_share, weighting
 from ..errors import ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
@@ -137,9 +137,13 @@ def refit(
     layers: Sequence[DecomposableLayer],
     data: Iterable[Any],
     *,
-    gradients: Mapping[str, tuple[Tensor, float]],
+    gradients: Mapping[str, Gradient],
     bias_correction: bool,
     mask: str | None,
+    chain: BlockChain | None = None,
+    known: Container[str] = (),
+    done: Callable[[str, FactorReport | None], None] = lambda name, report: None,
+    room: Callable[[], Room] = Room,
 ) -> dict[str, FactorReport]:
     """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
 
@@ -148,11 +152,13 @@ def refit(
     reports say: layers with more than 8192 columns, those that the first batch does not reach, those that get other
     rows in the compressed network than in the dense one (experts, say), and, with a warning, those of which the batches
     show more noise than anything else.
-    ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some. Raises
+    ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some;
+    ``chain`` the model's blocks, if these have been found; ``known`` the layers that are fitted already; ``room`` makes
+    what keeps the blocks' outputs. ``done`` is told every layer, once it is fitted or left, and its report. Raises
     ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
-    known = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
+    fitting = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
     with ExitStack() as stack:
         run_dense, run_small = (stack.enter_context(private_runs(net)) for net in (model, small))
         first, halves = in_halves(data)
@@ -160,30 +166,35 @@ def refit(
 
         def fit_all(chain: BlockChain) -> dict[str, FactorReport | None]:
             """How each layer was fitted, None for those of which the batches tell too little."""
-            dense_net, small_net = Network(model, run_dense, chain), Network(small, run_small, chain)
-            done: dict[str, FactorReport | None] = {}
+            nets = Network(model, run_dense, chain, room()), Network(small, run_small, chain, room())
+            reports: dict[str, FactorReport | None] = {}
             with naming_batch(1, "refit="):
-                stages = find_stages(dense_net, first, list(known), chain.blocks)
+                stages = find_stages(nets[0], first, list(fitting), chain.blocks)
             for stage in stages:
-                collected = _collect_sums(stage, known, dense_net, small_net, data, mask, halves, worth)
+                if all(name in known for name in stage.calls):
+                    continue
+                collected = _collect_sums(stage, fitting, *nets, data, mask, halves, worth)
                 for name, sums in collected.items():
                     if sums.rows and not sums.finite():
                         raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
+                    if name in known:
+                        continue
                     if sums.rows and sums.paired:
-                        centred = bias_correction and known[name].own_bias and low[name].bias is not None
+                        centred = bias_correction and fitting[name].own_bias and low[name].bias is not None
                         gradient = gradients.get(name, (None, 0.0))
-                        done[name] = _fit(known[name], low[name], sums, gradient, centred)
-            return done
+                        reports[name] = _fit(fitting[name], low[name], sums, gradient, centred)
+                    done(name, reports.get(name))
+            return reports
 
         try:
-            fitted = fit_all(chain_of(model, run_dense, data))
+            fitted = fit_all(chain_of(model, run_dense, data) if chain is None else chain)
         except LeftChain as e:  # the compressed model goes another way than the dense one
             fitted = fit_all(without_chain(f"the compressed model: {e}"))
     reports = {name: report for name, report in fitted.items() if report is not None}
     untold = [name for name, report in fitted.items() if report is None]
     if untold:
         warnings.warn(
-            f"refit= left {len(untold)} of {len(known)} layers as they were, {label(untold[0])} for one: its batches "
+            f"refit= left {len(untold)} of {len(fitting)} layers as they were, {label(untold[0])} for one: its batches "
             f"tell too little of what they see; pass more samples that differ",
             stacklevel=3,
         )

@@ -8,7 +8,7 @@ from .flops import count_inputs, dense_flops, flops_of_ranks
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
 from .output_gradients import KL, Sensitivity, backward_from, check_sensitivity
-from .private_runs import Run, check_runs, copy_batch, keeping_state, private_runs
+from .private_runs import MAPPED, Run, check_runs, copy_batch, keeping_state, private_runs
 from .run_model import (
     attribute_set,
     call_model,
@@ -23,6 +23,7 @@ from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, we
 
 __all__ = [
     "KL",
+    "MAPPED",
     "USUAL",
     "InputSpec",
     "LayerCall",

@@ -27,6 +27,7 @@ from .run_model import call_model, inference, without_nested_tensors
 
 Run = Callable[..., Any]  # (batch, number, name) -> the model's output
 _SEED = 0x5EED
+MAPPED = "alds_mapped"  # set on a model whose parameters lie in files: none of them is copied
 _LARGE = 2**20  # numbers of a parameter that are not copied, and of a tensor that are not compared
 _LOOKED = 3  # times that parameters are compared
 _DEPTH = 2  # of objects in objects: beyond, a trainer that hangs on a model leads to its data
@@ -95,6 +96,7 @@ class _State:
         self.tensors: list[tuple[Tensor, int, Tensor | None]] = []  # without a copy where that would be large
         self.others: list[Callable[[], object]] = []  # what puts back random generators and arrays of numpy
         self.restored, self.changing = 0, set[int]()
+        self.mapped = getattr(model, MAPPED, False)
         modules = list(model.modules())
         fitted = [m for m in modules if isinstance(m, LowRankLayer)]  # which refit changes between two runs
         self.written = {id(m.weight) for m in modules if getattr(m, "max_norm", None) is not None}  # by embeddings
@@ -120,7 +122,8 @@ class _State:
                 or not has_plain_memory(value)
                 or is_freed(value)
             ):
-                large = isinstance(value, nn.Parameter) and value.numel() > _LARGE and id(value) not in self.written
+                parameter = isinstance(value, nn.Parameter) and id(value) not in self.written
+                large = parameter and (value.numel() > _LARGE or self.mapped)
                 self.tensors.append((value, value._version, None if large else value.detach().clone()))
             return
         content = value if isinstance(value, tuple) else _content(value)

@@ -1,6 +1,7 @@
 """Checkpoint directories compressed with data: the factors of the model in memory, resumed to the same bytes."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -55,20 +56,49 @@ def test_same_as_in_memory(made):
         assert torch.allclose(small(**x).logits, other(**x).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind, number", [("factors", 3), ("report", 1)])
-def test_cut_off_while_it_writes(made, tmp_path, monkeypatch, kind, number):
-    put, count = Journal.put, iter(range(100))
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A chain of blocks, and what an undisturbed job makes of it."""
+    folder = tmp_path_factory.mktemp("deep")
+    checkpoints.make("deep", folder / "dense")
+    alds.compress_checkpoint(folder / "dense", folder / "small", refit=True, **OPTIONS)
+    return folder
+
+
+def test_a_chain_gives_what_whole_passes_give(deep, tmp_path, monkeypatch):
+    small, model = alds.from_pretrained(deep / "small"), checkpoints.dense("deep")
+    model.config.use_cache = False
+    analysis = alds.analyze(model, groups=(1,), include="model.layers.*", data=batches(), sensitivity="kl")
+    plan = analysis.plan(params=0.7, bias_correction=False)
+    other = plan.apply(model, refit=batches())
+    assert [row.rank for row in plan.layers] == [row.rank for row in alds.Plan.from_json(
+        (deep / "small" / "alds_plan.json").read_text()).layers]  # fmt: skip
+    x = checkpoints.inputs("deep")
+    with torch.no_grad():
+        assert torch.allclose(small(**x).logits, other(**x).logits, atol=1e-3)
+
+
+PLACES = [*itertools.product(["inputs", "gradients"], range(0, 5)), ("collected", 0), *itertools.product(
+    ["draft", "refitted", "report", "factors"], (0, 5))]  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind, number", PLACES)
+def test_cut_off_while_it_works(deep, tmp_path, monkeypatch, kind, number, when):
+    put, count = Journal.put, itertools.count()
 
     def failing(self, what, *args):
-        if what == kind and next(count) == number:
+        cut = what == kind and next(count) == number
+        if when == "after" or not cut:
+            put(self, what, *args)
+        if cut:
             raise KeyboardInterrupt
-        put(self, what, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Journal, "put", failing)
-        alds.compress_checkpoint(made / "dense", tmp_path / "small", refit=True, **OPTIONS)
-    alds.compress_checkpoint(made / "dense", tmp_path / "small", refit=True, **OPTIONS)
-    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(made / "small")
+        alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(deep / "small")
 
 
 def test_cut_off_before_the_files_the_model_is_not_loaded_again(made, tmp_path, monkeypatch):

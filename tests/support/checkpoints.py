@@ -17,6 +17,8 @@ _ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
 def _build(kind):
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, tie_word_embeddings=True))
+    if kind == "deep":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_DECODER, "num_hidden_layers": 4}))
     if kind == "qwen":
         return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_DECODER))
     if kind == "gpt2":

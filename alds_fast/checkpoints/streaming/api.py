@@ -32,13 +32,15 @@ from ...planning import (
 )
 from ...version import __version__
 from ..safetensors_reader import CONFIG, Shards, Stored, open_shards
+from ..with_data import WithData
 from .factors_and_files import FACTORS, compress_streamed
 from .journal import JOB, PLAN, Journal
 from .output_files import companions
 from .processes import join_processes, own_device
 from .source_checksums import check_unchanged
 from .streamed_model import Settings, Work
-from .with_data import WithData
+
+ONE_SLICE = (1,)  # what groups="auto" stands for with data
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def _settings(
     if data is None:
         criterion = DEFAULT_CRITERION if criterion is None else criterion
     named = None if isinstance(groups, str) and groups == "auto" else check_groups(groups)
+    named = ONE_SLICE if named is None and data is not None else named
     if not is_count(max_shard_bytes):
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
     budget = {name: float(v) for name, v in (("params", params), ("error", error)) if v is not None}

@@ -13,13 +13,13 @@ from ...integrations import layer_fields, quantization_config
 from ...planning import Plan
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
+from ..with_data import WithData
 from .journal import JOB, PLAN, Journal
 from .output_files import OutputFile, companions, index_of, output_files
 from .source_checksums import check_crc32, read_record, record_checksums
 from .spectra_and_plan import find_plan, find_spectra
 from .stored_spectra import check_sums, exact_values, in_doubt, kind_of, spectra_of
 from .streamed_model import Work
-from .with_data import WithData
 
 FACTORS = "alds_factors.json"
 

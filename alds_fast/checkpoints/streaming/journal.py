@@ -146,11 +146,25 @@ class Journal:
 
     def get(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A result and its notes; FileFormatError if its file is damaged."""
+        with self._open(kind, number) as file:
+            return load_file(self.path(kind, number)), json.loads((file.metadata() or {})["notes"])
+
+    def notes(self, kind: str, number: int) -> Any:
+        """The notes of a result; as :meth:`get`."""
+        with self._open(kind, number) as file:
+            return json.loads((file.metadata() or {})["notes"])
+
+    def some(self, kind: str, number: int, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Some tensors of a result, mapped out of its file, under other names; as :meth:`get`."""
+        with self._open(kind, number) as file:
+            return {key: file.get_tensor(name) for key, name in names.items()}
+
+    @contextmanager
+    def _open(self, kind: str, number: int) -> Iterator[Any]:
         path = self.path(kind, number)
         try:
             with safe_open(path, "pt") as file:
-                notes = json.loads((file.metadata() or {})["notes"])
-            return load_file(path), notes
+                yield file
         except (SafetensorError, KeyError, ValueError, OSError) as e:
             raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 

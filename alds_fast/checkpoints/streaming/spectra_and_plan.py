@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from ...allocation import least_error_of_pivots, prune_spectra
-from ...criteria import DEFAULT_CRITERION, Key, exact_spectra
+from ...criteria import DEFAULT_CRITERION, Key, LayerSpectra, exact_spectra, layer_spectra
 from ...errors import FileFormatError, PlanError
 from ...files import write_whole
 from ...layers import DecomposableLayer, count_params
@@ -26,7 +26,10 @@ def find_spectra(work: Work) -> None:
         layers = [ready[i] for i in batch]
         least = {layer.name: least_error_of_pivots(layer) for layer in layers} if settings.pivots else None
         with work.weights(layers) as sums:
-            results = prune_spectra(layers, *options, least, float32=settings.float32_first)
+            if settings.data is None:
+                results: Iterable[LayerSpectra] = prune_spectra(layers, *options, least, float32=settings.float32_first)
+            else:  # what is best by the weights alone need not be so by data
+                results = layer_spectra(layers, settings.schemes, settings.groups or "divisors")
         for number, spectra in zip(batch, results, strict=True):
             tensors = {f"{scheme}.{k}": values for (scheme, k), values in spectra.values.items()}
             notes = {"top": spectra.top, "crc32": sums[spectra.layer.name], "single": bool(spectra.float32)}

@@ -18,7 +18,6 @@ from ...blocks import BackwardWalk, BlockChain, Room, Walk
 from ...layers import DecomposableLayer
 from ...measurement import USUAL, Samples, Sensitivity, backward_from, masks_of, naming_batch, private_runs
 from .collection import (
-    Moments,
     check_gradients_are_possible,
     check_moment,
     frozen,
@@ -41,7 +40,7 @@ class Known(Protocol):
         """Whether a part's results are there: ``INPUTS``, moments without gradients, or gradients."""
 
     def keep(self, kind: str, part: int, results: Mapping[str, Any]) -> None:
-        """Keep them, by layer name: :class:`Moments`, or a gradients' moment and its noise."""
+        """Keep them, by layer name: :class:`alds_fast.criteria.Moments`, or a gradients' moment and its noise."""
 
 
 class _Batches(NamedTuple):
@@ -187,9 +186,8 @@ class _Passes:
         self.known.keep(GRADIENTS, part, results)
 
     def _check_reached(self) -> None:
-        batches = self.batches
-        if any(masks_of(batches.model, batch, batches.mask) for _, batch in batches.numbered):
-            if self.tokens and not self.masked:
-                warn_of_masks()
+        model, numbered, _, mask = self.batches
+        if self.tokens and not self.masked and any(masks_of(model, batch, mask) for _, batch in numbered):
+            warn_of_masks()
         if self.layers and not self.reached:
             refuse_unreached()

@@ -1,0 +1,78 @@
+"""What the layers of a mapped model see of the batches of a job, in its journal."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...blocks import BlockChain, LeftChain, Room, find_chain
+from ...criteria import INPUTS, collect_by_blocks, collect_moments
+from ...layers import DecomposableLayer
+from ...measurement import Sensitivity, leaves_of, private_runs
+from ..streaming.streamed_model import Work
+from .mapped import let_go, one_block_at_a_time
+from .stored_moments import StoredMoments
+
+IN_MEMORY = 1 << 26  # bytes of the blocks' outputs that are kept in memory; what is beyond lies in files of the journal
+HELD_OUT = 1 / 8
+
+
+def room(work: Work) -> Room:
+    """What keeps blocks' outputs."""
+    return Room(IN_MEMORY, work.journal.folder)
+
+
+def kinds_of(batches: Iterable[Any]) -> list[tuple[int, Any]]:
+    """Of batches whose tensors have the same shapes and types one, with its number."""
+    kinds: dict[str, tuple[int, Any]] = {}
+    for number, batch in enumerate(batches, 1):
+        looks = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves_of(batch)]
+        kinds.setdefault(f"{[*batch] if isinstance(batch, dict) else ''} {looks}", (number, batch))
+    return list(kinds.values())
+
+
+def tried_chain(work: Work, model: nn.Module, batches: Sequence[Any]) -> BlockChain:
+    """The model's blocks, tried on one batch of every kind."""
+    with one_block_at_a_time(model, work.shards.folder), private_runs(model) as run:
+        return find_chain(model, run, kinds_of(batches), "data=")
+
+
+def collect(
+    work: Work, model: nn.Module, chain: BlockChain, batches: Sequence[Any], layers: Sequence[DecomposableLayer],
+    sensitivity: Sensitivity, store: StoredMoments,
+) -> None:  # fmt: skip
+    """All moments, in the journal; with a warning all at once in memory where the model is no chain of blocks."""
+    reason = chain.reason
+
+    def done(part: int, parts: int) -> None:
+        let_go([work.shards.folder])
+        work.progress("moments", part, parts)
+
+    if chain.blocks:
+        try:
+            collect_by_blocks(
+                model, batches, layers, chain, store, sensitivity=sensitivity, held_out=HELD_OUT,
+                room=lambda: room(work), done=done,
+            )  # fmt: skip
+            store.finish(len(chain.blocks) + 1)
+            return
+        except LeftChain as e:
+            reason = str(e)
+    warnings.warn(
+        f"{type(model).__name__} is no chain of blocks ({reason}): the moments of all layers are collected together, "
+        f"in memory",
+        stacklevel=2,
+    )
+    with torch.inference_mode(False):
+        moments = collect_moments(
+            model, batches, layers, sensitivity=sensitivity, held_out=HELD_OUT,
+            done=lambda count: work.progress("moments", count, len(batches)),
+        )  # fmt: skip
+    store.keep(INPUTS, 0, moments)
+    if sensitivity:
+        store.keep("gradients", 0, {n: (m.gradient, m.gradient_noise) for n, m in moments.items()})
+    store.finish(1)

@@ -1,0 +1,117 @@
+"""Plan and factors of a checkpoint directory by what its layers see: stages, each begun where it was left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ...blocks import BlockChain
+from ...criteria import MAX_DATA_GROUPS, Basis, LayerSpectra
+from ...errors import ArgumentError, FileFormatError, PlanError
+from ...factors import BATCHNORMS, Choice
+from ...files import write_whole
+from ...layers import Layer, count_params, decomposable, reader_reason
+from ...measurement import Sensitivity, weight_readers
+from ...planning import Analysis, Plan
+from ..streaming.journal import PLAN
+from ..streaming.spectra_and_plan import find_spectra
+from ..streaming.stored_spectra import spectra_of
+from ..streaming.streamed_model import Work
+from .calibration import collect, tried_chain
+from .factors import DRAFT, REFITTED, draft_factors, put_final, refit_factors
+from .mapped import let_go, load_mapped, one_block_at_a_time
+from .stored_moments import StoredMoments
+
+
+class WithData:
+    """The model of a checkpoint directory, and what its layers see of batches; loaded and run when asked for."""
+
+    def __init__(self, work: Work, batches: Sequence[Any], sensitivity: Sensitivity, refit: bool) -> None:
+        if work.world.size > 1:
+            raise ArgumentError(
+                f"data= with {work.world.size} processes: a checkpoint directory is compressed with data in one; leave "
+                f"out torchrun"
+            )
+        self.work, self.batches, self.sensitivity, self.refit = work, batches, sensitivity, refit
+        self.plan: Plan | None = None  # that was made here, with what it was made from
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The dense model, mapped."""
+        model = load_mapped(self.work.shards, self.work.device)
+        if self.refit and any(isinstance(m, BATCHNORMS) for m in model.modules()):
+            raise ArgumentError(
+                f"refit= moves statistics of BatchNorms, of which {type(model).__name__} has some, and to a directory "
+                f"only factors are written: leave out refit=, or load the model and use compress(refit=True)"
+            )
+        return model
+
+    @cached_property
+    def chain(self) -> BlockChain:
+        """Its blocks, or why it has none."""
+        return tried_chain(self.work, self.model, self.batches)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Those of the directory with their weights, but for those whose weights the model uses itself."""
+        layers = [dataclasses.replace(layer, module=self.model.get_submodule(layer.name)) for layer in self.work.layers]
+        modules = {layer.name: layer.module for layer in decomposable(layers)}
+        with one_block_at_a_time(self.model, self.work.shards.folder):
+            readers = weight_readers(self.model, modules, self.batches[0], "batch 1 of data=")
+        return [
+            layer.left_out(reader_reason(readers[layer.name])) if layer.name in readers else layer for layer in layers
+        ]
+
+    @cached_property
+    def moments(self) -> StoredMoments:
+        """Of all layers, in the journal."""
+        layers = {layer.name: layer for layer in decomposable(self.layers)}
+        store = StoredMoments(self.work.journal, layers, bool(self.sensitivity), self._let_go)
+        if not store.complete:
+            collect(self.work, self.model, self.chain, self.batches, list(layers.values()), self.sensitivity, store)
+        return store
+
+    def _let_go(self) -> None:
+        let_go([self.work.shards.folder])
+
+    @property
+    def _analysis(self) -> Analysis:
+        work, layers = self.work, self.layers
+        find_spectra(work)
+        ready = {layer.name: layer for layer in decomposable(layers)}
+        spectra: dict[str, LayerSpectra] = {}
+        for number, layer in work.ready.items():
+            if layer.name in ready:
+                spectra[layer.name] = dataclasses.replace(spectra_of(work, number)[0], layer=ready[layer.name])
+        most = MAX_DATA_GROUPS if work.settings.groups == "divisors" else None
+        return Analysis(tuple(layers), spectra, count_params(self.model), self.model, self.moments, most)  # type: ignore[arg-type]
+
+    def find_plan(self) -> Plan:
+        """The plan, out of the journal where it is there."""
+        path, s = self.work.journal.folder / PLAN, self.work.settings
+        if not path.exists():
+            options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align}
+            self.work.progress("plan", 0, 1)
+            self.plan = self._analysis.plan(**options, bias_correction=False, pivots=s.pivots)
+            write_whole(path, [self.plan.to_json().encode()])
+            self.work.progress("plan", 1, 1)
+            return self.plan
+        try:
+            return Plan.from_json(path.read_text())
+        except (PlanError, ValueError) as e:
+            raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
+
+    def find_factors(self, plan: Plan, choices: Mapping[int, Choice]) -> None:
+        """The factors of these layers, in the journal."""
+        work, layers = self.work, {layer.name: layer for layer in decomposable(self.layers)}
+        basis = plan.basis if plan is self.plan and plan.basis else Basis(plan.criterion, self.moments, False)
+        draft_factors(work, plan, basis, layers, choices)
+        if self.refit:
+            refit_factors(work, self.model, self.chain, self.batches, basis, layers, choices)
+        for number, choice in choices.items():
+            kind = REFITTED if work.journal.has(REFITTED, number) else DRAFT
+            put_final(work, kind, number, choice)
