@@ -13,7 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from ..allocation import BASELINES
-from ..checkpoints import PLAN, compress_checkpoint, compressed_layers, from_pretrained, open_shards
+from ..checkpoints import (
+    PLAN,
+    compress_checkpoint,
+    compressed_layers,
+    from_pretrained,
+    one_block_at_a_time,
+    open_shards,
+)
 from ..errors import ArgumentError
 from ..integrations import transformers_name
 from ..measurement import KL
@@ -111,7 +118,9 @@ def _perplexities(source: str, compressed: Path, texts: Sequence[Text]) -> list[
     if not texts:
         return []
     dense = transformers_name("AutoModelForCausalLM").from_pretrained(source, dtype="auto", local_files_only=True)
-    before = [perplexity(dense, windows) for _, windows in texts]
+    with one_block_at_a_time(dense, Path(source)):
+        before = [perplexity(dense, windows) for _, windows in texts]
     del dense
     small = from_pretrained(compressed, dtype="auto")
-    return [(name, old, perplexity(small, w)) for (name, w), old in zip(texts, before, strict=True)]
+    with one_block_at_a_time(small, compressed):
+        return [(name, old, perplexity(small, w)) for (name, w), old in zip(texts, before, strict=True)]

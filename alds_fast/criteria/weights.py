@@ -17,9 +17,9 @@ BLOCK = 8192  # filters that are taken up at a time: a language model's head has
 
 @dataclass(frozen=True)
 class Weighting:
-    """A layer's weight and what it is weighted by, float64: W (g0, f, n), C (g0, n, n) or None, and H, H^-1.
+    """A layer's weight and what it is weighted by, float64: W (g0, f, n), C (g0, n, n) or None, and H.
 
-    These are (g0, f, f), or their diagonals (g0, f).
+    That is (g0, f, f), upper triangles, or their diagonals (g0, f).
 
     C is the second moment of data, mixed with what is known without: :func:`weighting`. ``output`` is W C W^T where
     C is None. ``mean`` is E[W x] (g0, f), ``mean_input`` E[x] (g0, n) where C is known, and ``centred`` says that a
@@ -36,10 +36,17 @@ class Weighting:
     mean_input: Tensor | None
     centred: bool
     root: Tensor | None
-    inverse: Tensor | None
     scale: float
     relative: bool
     held: Tensor | None = None
+
+    @functools.cached_property
+    def inverse(self) -> Tensor | None:
+        """H^-1, as H; only factors need it."""
+        if self.root is None or self.root.dim() == 2:
+            return None if self.root is None else 1.0 / self.root
+        identity = torch.eye(self.root.shape[-1], dtype=self.root.dtype, device=self.root.device)
+        return torch.stack([torch.linalg.solve_triangular(matrix, identity, upper=True) for matrix in self.root])
 
 
 def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) -> float:
@@ -75,8 +82,8 @@ def on_filters(matrix: Tensor | None, x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)  # a layer is weighted several times in a row
-def _roots(gradient: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """H and H^-1 for a shrunk moment H^T H: its Cholesky factor, transposed.
+def _root(gradient: Tensor, share: float) -> Tensor:
+    """H for a shrunk moment H^T H: its Cholesky factor, transposed.
 
     1e-6 of its size is added to its diagonal. (A filter that the output does not depend on in the data still has to be
     approximated somehow.)
@@ -84,18 +91,16 @@ def _roots(gradient: Tensor, share: float) -> tuple[Tensor, Tensor]:
     gradient = shrink(gradient, share)
     if gradient.dim() == 2:
         top = gradient.amax(-1, keepdim=True).clamp_min(0)
-        values = torch.where(top > 0, gradient.clamp_min(1e-6 * top), torch.ones_like(gradient)).sqrt()
-        return values, 1.0 / values
+        return torch.where(top > 0, gradient.clamp_min(1e-6 * top), torch.ones_like(gradient)).sqrt()
     identity = torch.eye(gradient.shape[-1], dtype=gradient.dtype, device=gradient.device)
     size = torch.linalg.matrix_norm(gradient)[:, None, None]
     lifted = gradient + torch.where(size > 0, 1e-6 * size, 1.0) * identity
-    root = torch.stack([torch.linalg.cholesky(matrix, upper=True) for matrix in lifted])
-    return root, torch.stack([torch.linalg.solve_triangular(matrix, identity, upper=True) for matrix in root])
+    return torch.stack([torch.linalg.cholesky(matrix, upper=True) for matrix in lifted])
 
 
-def _gradient_roots(moments: Moments) -> tuple[Tensor, Tensor]:
+def _gradient_root(moments: Moments) -> Tensor:
     assert moments.gradient is not None
-    return _roots(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise))
+    return _root(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise))
 
 
 def _outer(mean: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ def triangle(shape: WeightShape, weight: Tensor, moments: Moments, sensitive: bo
     """R of H W = Q R (g0, n, n): all that errors depend on, of a layer with more filters than columns; else None."""
     if shape.filters_per_group <= shape.columns or moments.second is None:
         return None
-    root = _gradient_roots(moments)[0] if sensitive else None
+    root = _gradient_root(moments) if sensitive else None
     known: Tensor | None = None
     for rows in _in_blocks(root, _matrix(shape, weight)):
         known = torch.linalg.qr(rows if known is None else torch.cat([known, rows], 1), mode="r").R
@@ -187,6 +192,6 @@ def weighting(
     inner = None if alike is not None else second
     held = None if moments.held is None else moments.held.double().transpose(0, 1)
     if not sensitive:
-        return Weighting(shape, w, inner, output, mean, mean_input, centred, None, None, energy, True, held)
-    root, inverse = _gradient_roots(moments) if few is None else (None, None)
-    return Weighting(shape, w, inner, output, mean, mean_input, centred, root, inverse, 1.0, False, held)
+        return Weighting(shape, w, inner, output, mean, mean_input, centred, None, energy, True, held)
+    root = _gradient_root(moments) if few is None else None
+    return Weighting(shape, w, inner, output, mean, mean_input, centred, root, 1.0, False, held)

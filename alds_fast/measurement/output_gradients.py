@@ -13,6 +13,7 @@ from .private_runs import copy_batch
 
 Sensitivity = bool | str | Callable[[Any, Any], Tensor]
 KL = "kl"
+_PART = 1 << 22  # probabilities at once
 
 
 def _first_floating(output: Any) -> Tensor | None:
@@ -23,15 +24,45 @@ def _first_floating(output: Any) -> Tensor | None:
     return next((t for v in values if (t := _first_floating(v)) is not None), None)
 
 
-def root_of_probabilities(output: Any, batch: Any) -> Tensor:
-    """Square roots of the probabilities that the output's logits stand for, over its last dimension.
+def _backward_from_roots(output: Any, generator: torch.Generator) -> float:
+    """:func:`backward_from` square roots of the probabilities that logits stand for, over their last dimension.
 
     To second order a change of logits changes the Kullback-Leibler divergence by twice the squared distance of these.
+    With r = sqrt(softmax(z)) and signs s, the gradient of s . r is (s * r - (s . r) r^2) / 2: a few rows at a time, as
+    there may be many logits.
     """
     logits = _first_floating(output)
     if logits is None or logits.dim() == 0:
         raise ModelError(f"sensitivity={KL!r} needs an output of logits; the model returns a {type(output).__name__}")
-    return logits.float().softmax(-1).sqrt()
+    _check_gradient(logits)
+    gradient = torch.empty_like(logits.detach(), memory_format=torch.contiguous_format)
+    rows, energy = logits.detach().reshape(-1, logits.shape[-1]), 0.0
+    step = max(1, _PART // rows.shape[1])
+    for z, g in zip(rows.split(step), gradient.view(rows.shape).split(step), strict=True):
+        roots = z.float().softmax(-1).sqrt()
+        signed = _signs(roots, generator).mul_(roots)
+        g.copy_((signed - signed.sum(-1, keepdim=True) * roots.square()) / 2)
+        energy += float(roots.square().sum(dtype=torch.float64))
+    logits.backward(gradient)
+    return energy
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(0, 2, like.shape, generator=generator, device="cpu", dtype=torch.int8)
+    return bits.to(like.device, like.dtype).mul_(2).sub_(1)
+
+
+def _check_gradient(z: Tensor | None) -> None:
+    if isinstance(z, Tensor) and z.is_inference():
+        raise ModelError(
+            "the model's forward runs in torch.inference_mode(), which has no gradients: leave out sensitivity=, or "
+            "take that out of the forward (torch.no_grad() around calls of the model does the same for users)"
+        )
+    if not isinstance(z, Tensor) or not z.requires_grad:
+        raise ModelError(
+            "sensitivity= needs a floating-point output that depends on the layers with gradients allowed; pass "
+            "sensitivity=lambda output, batch: the tensor that matters"
+        )
 
 
 def check_sensitivity(sensitivity: object) -> None:
@@ -54,21 +85,13 @@ def _asked(sensitivity: Callable[[Any, Any], Tensor], output: Any, batch: Any) -
 
 def backward_from(output: Any, batch: Any, sensitivity: Any, generator: torch.Generator) -> float:
     """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
-    sensitivity = root_of_probabilities if sensitivity == KL else sensitivity
+    if sensitivity == KL:
+        return _backward_from_roots(output, generator)
     z = _asked(sensitivity, output, batch) if callable(sensitivity) else _first_floating(output)
-    if isinstance(z, Tensor) and z.is_inference():
-        raise ModelError(
-            "the model's forward runs in torch.inference_mode(), which has no gradients: leave out sensitivity=, or "
-            "take that out of the forward (torch.no_grad() around calls of the model does the same for users)"
-        )
-    if not isinstance(z, Tensor) or not z.requires_grad:
-        raise ModelError(
-            "sensitivity= needs a floating-point output that depends on the layers with gradients allowed; pass "
-            "sensitivity=lambda output, batch: the tensor that matters"
-        )
+    _check_gradient(z)
+    assert isinstance(z, Tensor)
     if z.dim() == 0:
         z.backward()
         return 1.0
-    bits = torch.randint(0, 2, z.shape, generator=generator, device="cpu", dtype=torch.int8)
-    z.backward(bits.to(z.device, z.dtype).mul_(2).sub_(1))
+    z.backward(_signs(z, generator))
     return float(z.detach().square().sum(dtype=torch.float64))

@@ -3,8 +3,10 @@
 Here belongs what runs the models of a job. What plans and writes without a run belongs in streaming itself.
 """
 
+from .mapped import one_block_at_a_time
 from .seen import WithData
 
 __all__ = [
     "WithData",
+    "one_block_at_a_time",
 ]

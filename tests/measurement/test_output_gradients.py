@@ -1,0 +1,31 @@
+"""Gradients of what matters of an output."""
+
+import pytest
+import torch
+
+from alds_fast.errors import ModelError
+from alds_fast.measurement import backward_from, output_gradients
+
+
+@pytest.mark.parametrize("part", [1, 20, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_is_the_gradient_of_the_roots_of_probabilities(monkeypatch, part, dtype):
+    monkeypatch.setattr(output_gradients, "_PART", part)
+    values = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    closed, taken = (values.clone().requires_grad_() for _ in "12")
+    signs = []
+    monkeypatch.setattr(
+        output_gradients,
+        "_signs",
+        lambda like, g: signs.append(torch.randn(like.shape, generator=g)) or signs[-1].clone(),
+    )
+    energy = backward_from({"logits": closed.transpose(0, 1)}, None, "kl", torch.Generator().manual_seed(1))
+    drawn = torch.cat(signs).view(3, 2, 7)
+    (drawn * taken.transpose(0, 1).float().softmax(-1).sqrt()).sum().backward()
+    assert torch.allclose(closed.grad, taken.grad, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert energy == pytest.approx(6, rel=1e-5)
+
+
+def test_kl_needs_logits():
+    with pytest.raises(ModelError, match="needs an output of logits; the model returns a str"):
+        backward_from("text", None, "kl", torch.Generator())
