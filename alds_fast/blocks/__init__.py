@@ -6,13 +6,14 @@ Here belongs what goes through a model block by block. What is done with a block
 from .chain import BlockChain, find_chain
 from .discovery import find_blocks
 from .gradients import BackwardWalk
-from .states import Room
+from .states import Kept, Room
 from .walk import Forward, LeftChain, Reached, Walk, forwards
 
 __all__ = [
     "BackwardWalk",
     "BlockChain",
     "Forward",
+    "Kept",
     "LeftChain",
     "Reached",
     "Room",

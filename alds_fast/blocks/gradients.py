@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measurement import naming_batch
-from .states import Filed, Held, Room
+from .states import Kept, Room
 from .walk import Forward, LeftChain, Reached, Walk, forwards
 
 Gradients = list[Tensor | None]  # of the floating-point tensors that a block returns, in their order
@@ -26,7 +26,7 @@ class BackwardWalk:
     def __init__(self, walk: Walk, room: Room | None = None) -> None:
         """The walk must have come to its end."""
         self.walk, self._room = walk, room or Room()
-        self._at: dict[int, dict[str, list[Held | Filed | None]]] = {}  # by batch, by block
+        self._at: dict[int, dict[str, list[Kept | None]]] = {}  # by batch, by block
 
     def step(self, batches: Iterable[tuple[int, Any]], name: str, begin: Callable[[Any, int, Any], None]) -> None:
         """Run every batch from the walk's position to the next end and back, with hooks of gradients at work.
@@ -68,7 +68,7 @@ class BackwardWalk:
             before = at.get(block, [None] * len(tensors))  # some of an end, which several blocks read
             at[block] = [self._both(leaf.grad, old) for leaf, old in zip(tensors, before, strict=True)]
 
-    def _both(self, new: Tensor | None, old: Held | Filed | None) -> Held | Filed | None:
+    def _both(self, new: Tensor | None, old: Kept | None) -> Kept | None:
         if new is None:
             return old
         return self._room.keep(new if old is None else new + old.tensor())

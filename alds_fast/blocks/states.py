@@ -66,6 +66,10 @@ def _bytes_of(tensor: Tensor) -> Any:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
+Kept = Held | Filed
+_ANY = Blank, Held, Filed
+
+
 class Room:
     """Keeps tensors in memory, and from ``limit`` bytes on in files, which are gone when their tensors are.
 
@@ -80,7 +84,7 @@ class Room:
         """From here on other tensors are kept; those before may be let go."""
         self.used, self._file = 0, None
 
-    def keep(self, tensor: Tensor) -> Held | Filed:
+    def keep(self, tensor: Tensor) -> Kept:
         """The values as they are now."""
         tensor, size = tensor.detach(), tensor.numel() * tensor.element_size()
         if self.used + size <= self.limit or not size:
@@ -92,9 +96,6 @@ class Room:
         offset = self._file.seek(0, os.SEEK_END)
         self._file.write(_bytes_of(torch.empty_like(like, device="cpu").copy_(tensor)))
         return Filed(self._file, offset, like, tensor.device)
-
-
-KEPT = Blank, Held, Filed
 
 
 def keep(value: Any, room: Room) -> Any:
@@ -110,14 +111,14 @@ def blank(value: Any) -> Any:
 def emptied(value: Any) -> Any:
     """What :func:`keep` has made, of which only the shapes are kept."""
     return tree_map(
-        lambda part: part.blank() if isinstance(part, Held | Filed) else part,
+        lambda part: part.blank() if isinstance(part, Kept) else part,
         value,
-        is_leaf=lambda x: isinstance(x, KEPT),
+        is_leaf=lambda x: isinstance(x, _ANY),
     )
 
 
 def restored(value: Any) -> Any:
     """A block's output as it was given to :func:`keep` or :func:`blank`, what nobody asks for as zeros."""
     return tree_map(
-        lambda part: part.tensor() if isinstance(part, KEPT) else part, value, is_leaf=lambda x: isinstance(x, KEPT)
+        lambda part: part.tensor() if isinstance(part, _ANY) else part, value, is_leaf=lambda x: isinstance(x, _ANY)
     )

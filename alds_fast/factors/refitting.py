@@ -26,21 +26,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import BlockChain, LeftChain, Room
-from ..criteria import Moments, Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw, unknown_share, weighting
+from ..criteria import Moments, unknown_share, weighting
 from ..errors import ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
-from ..measurement import (
-    Masks,
-    Samples,
-    first_input,
-    masks_of,
-    naming_batch,
-    numbered_batches,
-    private_runs,
-)
+from ..measurement import naming_batch, private_runs
 from .batchnorm import move_statistics
 from .choice import FactorReport
-from .passes import Network, Stage, chain_of, find_stages, in_halves, run_until, without_chain
+from .pairs import Pairs
+from .passes import Network, chain_of, find_stages, in_halves, without_chain
 from .ridge import CrossSums, best_weight
 from .weighted import factors
 
@@ -49,58 +42,6 @@ MOST_UNKNOWN = 0.5  # share of the noise in what is seen of a layer's input, abo
 
 
 Gradient = tuple[Tensor | None, float]  # second moment and its noise
-
-
-class _Batch:
-    """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
-
-    def __init__(self, layer: DecomposableLayer, sums: CrossSums, masks: Masks, halves: Tensor, seed: int) -> None:
-        self.layer, self.sums, self.halves, self.seed = layer, sums, halves, seed
-        self.masks = masks
-        self.outputs: list[list[tuple[Tensor, Wanted]]] = []
-        self.drawn = sums.drawn
-
-    def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-        """After a call of the dense layer."""
-        bias: Any = module.bias
-        self.outputs.append([])
-        for part in by_side(module, y, fitting_mask(self.layer, y, self.masks), self.halves):
-            if part is not None:
-                wanted = rows_to_draw(self.layer, self.drawn)
-                samples, _ = outputs(module, *part, wanted, self.seed)
-                samples = samples.clone() if bias is None else samples - bias.view(samples.shape[1:])
-                self.outputs[-1].append((samples, wanted))
-                self.drawn += len(samples)
-
-    def low(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call of the low-rank layer; the same rows as those of the dense layer's call."""
-        x, dense = first_input(args, kwargs), self.layer.module
-        if not self.outputs:
-            return
-        keep = fitting_mask(self.layer, x, self.masks)
-        sides = [part for part in by_side(dense, x, keep, self.halves) if part is not None]
-        for half, ((y, wanted), part) in enumerate(zip(self.outputs.pop(0), sides, strict=True)):
-            samples, rows = patches(dense, *part, wanted, self.seed)
-            self.sums.paired &= len(y) == len(samples)
-            if self.sums.paired:
-                self.sums.add(y, samples, rows, half)
-
-
-def _collect_sums(
-    stage: Stage, layers: Mapping[str, DecomposableLayer], model: Network, small: Network,
-    data: Iterable[Any], mask: str | None, halves: Samples, worth: float,
-) -> dict[str, CrossSums]:  # fmt: skip
-    """Sums of a stage's layers over all batches."""
-    sums, calls = {name: CrossSums(worth) for name in stage.calls}, sum(stage.calls.values())
-    for net in (model, small):
-        net.walk.advance(stage.position, numbered_batches(data), "refit=")
-    for number, batch in numbered_batches(data):
-        masks = masks_of(model.model, batch, mask)
-        hooks = {n: _Batch(layers[n], sums[n], masks, halves.aside(batch), number) for n in stage.calls}
-        with naming_batch(number, "refit="):
-            run_until(model, batch, number, {name: hook.dense for name, hook in hooks.items()}, calls, "forward_hook")
-            run_until(small, batch, number, {name: hook.low for name, hook in hooks.items()}, calls, "forward_pre_hook")
-    return sums
 
 
 def _fit(
@@ -170,10 +111,8 @@ def refit(
             reports: dict[str, FactorReport | None] = {}
             with naming_batch(1, "refit="):
                 stages = find_stages(nets[0], first, list(fitting), chain.blocks)
-            for stage in stages:
-                if all(name in known for name in stage.calls):
-                    continue
-                collected = _collect_sums(stage, fitting, *nets, data, mask, halves, worth)
+            todo = [stage for stage in stages if not all(name in known for name in stage.calls)]
+            for collected in Pairs(*nets, fitting, data, mask, halves, worth, room()).of_all(todo):
                 for name, sums in collected.items():
                     if sums.rows and not sums.finite():
                         raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")

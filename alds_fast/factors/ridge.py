@@ -12,7 +12,7 @@ tried, because all samples are the same, is not learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,15 +134,18 @@ class CrossSums:
         return Means(second, cross, mean, mean_y, float(energy))
 
 
-def _towards(weight: Tensor, seen: Means, ridge: float, centred: bool) -> Tensor:
-    """W' for one ridge."""
+def _towards(weight: Tensor, seen: Means, ridges: Sequence[float], centred: bool) -> Iterator[Tensor]:
+    """W' for every ridge."""
     second, cross = seen.spread(centred)
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    if math.isinf(ridge) or not bool(size.any()):
-        return weight
-    ridged = second.clone()
-    ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, ridge * size, 1.0).squeeze(-1))
-    return weight + _solve(ridged, cross - weight @ second)
+    missing = cross - weight @ second
+    for ridge in ridges:
+        if math.isinf(ridge) or not bool(size.any()):
+            yield weight
+            continue
+        ridged = second.clone()
+        ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, ridge * size, 1.0).squeeze(-1))
+        yield weight + _solve(ridged, missing)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -158,9 +161,9 @@ def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:
         lost = dict.fromkeys(RIDGES, 0.0)
         for made, tried in ((0, 1), (1, 0)):
             given, held = sums.means(made), sums.means(tried)
-            for a in RIDGES:
-                lost[a] += held.lost(_towards(weight, given, a, centred), centred)
+            for a, best in zip(RIDGES, _towards(weight, given, RIDGES, centred), strict=True):
+                lost[a] += held.lost(best, centred)
         ridge = min(reversed(RIDGES), key=lost.__getitem__)  # of equal ones the largest
     elif not all(sums.counts):
         ridge = RIDGES[-1]  # one row: nothing to choose by
-    return _towards(weight, sums.means(), ridge, centred)
+    return next(_towards(weight, sums.means(), [ridge], centred))

@@ -29,6 +29,13 @@ class SlicedLinear(nn.Module):
         return torch.cat(outputs, -1)
 
 
+def _ordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """The entries of a dimension, counted from the end, in another order; of the last one row by row, which is fast."""
+    if dim != -1:
+        return x.index_select(dim, order)
+    return x.reshape(-1, x.shape[-1]).index_select(-1, order).view_as(x)
+
+
 class OutputPivots(nn.Module):
     """A decoder that passes what it gets on as some of its outputs; ``rest`` computes the others.
 
@@ -45,7 +52,7 @@ class OutputPivots(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = torch.cat([input, self.rest(input)], self.dim).index_select(self.dim, self.order)
+        y = _ordered(torch.cat([input, self.rest(input)], self.dim), self.order, self.dim)
         bias = self.bias
         return y if bias is None else y + bias.reshape([-1] + [1] * (-1 - self.dim))
 
@@ -64,7 +71,7 @@ class InputPivots(nn.Module):
         self.register_buffer("order", order)
 
     def forward(self, input: Tensor) -> Tensor:
-        ordered = input.index_select(self.dim, self.order)
+        ordered = _ordered(input, self.order, self.dim)
         left = len(self.order) - self.count
         return ordered.narrow(self.dim, 0, self.count) + self.rest(ordered.narrow(self.dim, self.count, left))
 

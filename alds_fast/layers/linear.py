@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..kernels import lowrank_linear, lowrank_linear_ref, why_not_fused_linear
+from ..kernels import in_this_order, lowrank_linear, lowrank_linear_ref, why_not_fused_linear
 from ..linalg import Decomposition, Pivots, WeightShape
 from .base import LowRankLayer
 
@@ -94,7 +94,7 @@ class LowRankLinear(LowRankLayer):
 
     def _with_input_pivots(self, x: Tensor) -> Tensor:
         self._check_pivoted(x)
-        sorted_x = x.index_select(-1, self.order)
+        sorted_x = in_this_order(x, self.order)
         inner = self.slices * self.rank
         chosen, rest = sorted_x[..., :inner], sorted_x[..., inner:].unflatten(-1, (self.slices, -1))
         blocks = self.encoder.unflatten(0, (self.slices, -1))
