@@ -21,7 +21,7 @@ from .deployment import DeployTable, deploy
 from .errors import AldsError
 from .evaluation import Evaluation, evaluate
 from .factors import Refined, refine
-from .integrations import to_plain
+from .integrations import open_experts, to_plain
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .planning import Analysis, LayerPlan, Plan, analyze, compress, plot_plan
 from .retraining import Retrained, retrain
@@ -49,6 +49,7 @@ __all__ = [
     "filter_threshold",
     "from_pretrained",
     "load",
+    "open_experts",
     "plot_plan",
     "refine",
     "retrain",

@@ -55,7 +55,9 @@ def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: A
     shards = open_shards(folder)
     layers = _layers_in(shards)
     model_class = class_of(shards.config) if cls is None else cls
-    kwargs |= _config_for(model_class, shards, kwargs.pop("config", None), layers)
+    opened = bool(shards.config["quantization_config"].get("opened_experts"))
+    described = quantization_config(layers, opened)
+    kwargs |= _config_for(model_class, shards, kwargs.pop("config", None), described)
     wants_info, new_where_sizes_differ = (
         kwargs.pop(k, False) for k in ("output_loading_info", "ignore_mismatched_sizes")
     )
@@ -86,7 +88,7 @@ def _layers_in(shards: Shards) -> dict[str, dict[str, Any]]:
     return read_layers(settings.get("layers"), settings.get("version"))
 
 
-def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
+def _config_for(cls: Any, shards: Shards, config: Any, described: Mapping[str, Any]) -> dict[str, Any]:
     """The config to load with, where transformers' own choice would not know of the low-rank layers.
 
     (That of a part of the model, say; or one that the user passes.)
@@ -99,7 +101,7 @@ def _config_for(cls: Any, shards: Shards, config: Any, layers: Mapping[str, Any]
     if config is None:
         return {}
     config = copy.deepcopy(config)
-    config.quantization_config = quantization_config(layers)
+    config.quantization_config = dict(described)
     return {"config": config}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks import Kept, Room
 from ..criteria import Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw
-from ..layers import DecomposableLayer
+from ..layers import DecomposableLayer, Routed, routed_rows
 from ..measurement import Masks, Samples, first_input, masks_of, naming_batch, numbered_batches
 from .passes import Network, Stage, run_until
 from .ridge import CrossSums
@@ -25,13 +25,16 @@ class _Batch:
         """``drawn``: rows of the batches before; ``room`` keeps the outputs, if that is for long."""
         self.layer, self.halves, self.seed, self.masks, self.room = layer, halves, seed, masks, room
         self.outputs: list[list[tuple[Tensor | Kept, Wanted]]] = []
+        self.routed: list[Routed | None] = []
         self.drawn = drawn
 
     def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         """After a call of the dense layer."""
         bias: Any = module.bias
+        routed = routed_rows()
         self.outputs.append([])
-        for part in by_side(module, y, fitting_mask(self.layer, y, self.masks), self.halves):
+        self.routed.append(routed)
+        for part in by_side(module, y, fitting_mask(self.layer, y, self.masks, routed), self.halves, routed):
             if part is not None:
                 wanted = rows_to_draw(self.layer, self.drawn)
                 samples, _ = outputs(module, *part, wanted, self.seed)
@@ -46,8 +49,10 @@ class _Batch:
             x, dense = first_input(args, kwargs), self.layer.module
             if not self.outputs:
                 return
-            keep = fitting_mask(self.layer, x, self.masks)
-            sides = [part for part in by_side(dense, x, keep, self.halves) if part is not None]
+            routed, before = routed_rows(), self.routed.pop(0)
+            sums.paired &= routed is before or (before is not None and before.same(routed))
+            keep = fitting_mask(self.layer, x, self.masks, routed)
+            sides = [part for part in by_side(dense, x, keep, self.halves, routed) if part is not None]
             for half, ((kept, wanted), part) in enumerate(zip(self.outputs.pop(0), sides, strict=True)):
                 y = kept if isinstance(kept, Tensor) else kept.tensor()
                 samples, rows = patches(dense, *part, wanted, self.seed)

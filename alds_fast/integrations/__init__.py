@@ -3,6 +3,7 @@
 Here belongs what has to follow another library's releases. Files of this package's own belong in checkpoints.
 """
 
+from .experts import open_experts
 from .peft import teach_peft
 from .peft_merging import grown_factors, warn_of_lost_merging
 from .plain import to_plain
@@ -19,6 +20,7 @@ __all__ = [
     "grown_factors",
     "keep_when_saved",
     "layer_fields",
+    "open_experts",
     "quantization_config",
     "read_layers",
     "stored_names",

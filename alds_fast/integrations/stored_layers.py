@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import FileFormatError
-from ..layers import LowRankLayer
+from ..layers import LowRankLayer, OpenedExperts
 from ..linalg import Decomposition, WeightShape
 
 METHOD, VERSION = "alds_fast", 1
@@ -25,9 +25,15 @@ def fields_of_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: layer_fields(module.decomposition, module.weight_shape) for name, module in low.items()}
 
 
-def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def has_opened_experts(model: nn.Module) -> bool:
+    """Whether mixtures of experts in the model are opened, which a file says once for all of them."""
+    return any(isinstance(module, OpenedExperts) for module in model.modules())
+
+
+def quantization_config(layers: Mapping[str, Mapping[str, Any]], opened_experts: bool = False) -> dict[str, Any]:
     """What config.json says of a compressed model, of JSON's types."""
-    return {"quant_method": METHOD, "version": VERSION, "layers": dict(layers)}
+    opened = {"opened_experts": True} if opened_experts else {}
+    return {"quant_method": METHOD, "version": VERSION, "layers": dict(layers), **opened}
 
 
 def read_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..layers import Layer, find_layers, label, low_rank_like
+from ..layers import Layer, OpenedExperts, find_layers, holds_experts, label, low_rank_like, why_experts_stay
 from ..linalg import Decomposition
 from .transformers_keys import stored_names
 
@@ -18,6 +18,13 @@ def set_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of another one."""
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
+
+
+def put_opened_experts(model: nn.Module) -> None:
+    """Open, in place, all mixtures of experts that can be, in a model that is about to be loaded."""
+    for name, module in list(model.named_modules()):
+        if holds_experts(module) and why_experts_stay(module) is None:
+            set_module(model, name, OpenedExperts(module))
 
 
 def put_low_rank_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:

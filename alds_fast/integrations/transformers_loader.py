@@ -16,16 +16,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ModelError
 from ..layers import LowRankLayer, MergedLinears
 from ..linalg import own_memory
-from .stored_layers import METHOD, VERSION, fields_of_layers, read_layers
-from .transformers_layers import put_low_rank_layers, set_module
+from .stored_layers import METHOD, VERSION, fields_of_layers, has_opened_experts, read_layers
+from .transformers_layers import put_low_rank_layers, put_opened_experts, set_module
 
 
 @register_quantization_config(METHOD)
 class AldsFastConfig(QuantizationConfigMixin):
-    """``layers``: by module name, or by that of the stored weight, what ``layer_fields`` gives."""
+    """``layers``: by module name, or by that of the stored weight, what ``layer_fields`` gives.
 
-    def __init__(self, layers: Any = None, version: Any = VERSION, **kwargs: Any) -> None:
+    ``opened_experts``: all mixtures of experts that can be opened are.
+    """
+
+    opened_experts = False
+
+    def __init__(self, layers: Any = None, version: Any = VERSION, opened_experts: bool = False, **kwargs: Any) -> None:
         self.quant_method = METHOD
+        if opened_experts:
+            self.opened_experts = True
         self.version, self.layers = version, read_layers(layers, version)
 
 
@@ -36,6 +43,8 @@ class AldsFastLoader(HfQuantizer):
     requires_calibration = True  # nothing is compressed while it is loaded
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.quantization_config.opened_experts:
+            put_opened_experts(model)
         put_low_rank_layers(model, self.quantization_config.layers)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -57,7 +66,7 @@ class AldsFastLoader(HfQuantizer):
         """What is saved, before it is: the low-rank layers that are there, each marked as in :func:`mark_state`."""
         if any(isinstance(module, MergedLinears) for module in model.modules()):
             raise ModelError("layers merged by deploy cannot be saved; save the model that was given to deploy")
-        model.config.quantization_config = AldsFastConfig(fields_of_layers(model))
+        model.config.quantization_config = _config_of(model)
         return mark_state(model), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -65,6 +74,11 @@ class AldsFastLoader(HfQuantizer):
             set_module(model, name, model.get_submodule(name).to_dense())
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as saving leaves it in the config
         return model if dtype is None else model.to(dtype)
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Forget the low-rank layers; opened experts are still to be told of."""
+        super().remove_quantization_config(model)
+        describe(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """That they can be saved."""
@@ -93,16 +107,22 @@ def mark_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(model: nn.Module) -> None:
-    """Make the models of transformers in it say, in their configs and when they are saved, which layers are low-rank.
+    """Make the models of transformers in it say, in their configs and when they are saved, which layers are low-rank
+    and whether experts are opened.
 
     Only the outermost models' configs say it, for those of their parts are in these.
     """
     inner = {id(part) for outer in _models(model) for part in _models(outer) if part is not outer}
     for module in _models(model):
-        if layers := fields_of_layers(module):
-            module.hf_quantizer = AldsFastLoader(AldsFastConfig(layers), pre_quantized=True)
+        config = _config_of(module)
+        if config.layers or config.opened_experts:
+            module.hf_quantizer = AldsFastLoader(config, pre_quantized=True)
             if id(module) not in inner:
-                module.config.quantization_config = AldsFastConfig(layers)
+                module.config.quantization_config = _config_of(module)
+
+
+def _config_of(model: nn.Module) -> AldsFastConfig:
+    return AldsFastConfig(fields_of_layers(model), opened_experts=has_opened_experts(model))
 
 
 def _models(model: nn.Module) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import DependencyError
 from ..import_hooks import when_imported
-from ..layers import LowRankLayer
+from ..layers import LowRankLayer, OpenedExperts
 
 _INSTALL = "pip install 'alds_fast[transformers]'"
 
@@ -45,13 +45,13 @@ def _dependency_error(error: Exception) -> DependencyError:
 
 
 def keep_when_saved(model: nn.Module) -> None:
-    """Make ``save_pretrained`` of the transformers models in a compressed model say which layers are low-rank ones.
+    """Make ``save_pretrained`` of the transformers models in a model say which layers are low-rank, and opened experts.
 
     Without that, loading them again would give dense layers with new random weights. Nothing happens where
     transformers has not been imported.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not any(isinstance(m, LowRankLayer) for m in model.modules()):
+    if modeling is None or not any(isinstance(m, LowRankLayer | OpenedExperts) for m in model.modules()):
         return
     if any(isinstance(module, modeling.PreTrainedModel) for module in model.modules()):
         loader_module().describe(model)

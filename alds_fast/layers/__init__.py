@@ -19,9 +19,18 @@ from .discovery import (
     patterns,
     saying_what_is_left_out,
 )
+from .experts import OpenedExperts, Routed, routed_rows
 from .linear import LowRankLinear
 from .merged_linears import MergedLinears, MergedPart
-from .obstacles import attributes, has_hooks, reader_reason, warn_of_holders, warn_of_questions
+from .obstacles import (
+    attributes,
+    has_hooks,
+    holds_experts,
+    reader_reason,
+    warn_of_holders,
+    warn_of_questions,
+    why_experts_stay,
+)
 from .output_heads import chosen_layers
 from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
 from .replacement import annotate, check_copyable, replace_layers
@@ -41,6 +50,8 @@ __all__ = [
     "LowRankLinear",
     "MergedLinears",
     "MergedPart",
+    "OpenedExperts",
+    "Routed",
     "annotate",
     "attributes",
     "bad_values",
@@ -55,6 +66,7 @@ __all__ = [
     "find_layers",
     "has_hooks",
     "has_plain_memory",
+    "holds_experts",
     "is_freed",
     "is_linear",
     "label",
@@ -66,9 +78,11 @@ __all__ = [
     "patterns",
     "reader_reason",
     "replace_layers",
+    "routed_rows",
     "saying_what_is_left_out",
     "tied_names",
     "warn_of_holders",
     "warn_of_questions",
     "weight_shape",
+    "why_experts_stay",
 ]

@@ -93,8 +93,9 @@ def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _tensors(model) if not t.is_leaf}
     copy_shared_memory(model, memo)
     for name, layer in new.items():
-        if modules[name].bias is not None and hasattr(layer, "bias"):
-            layer.bias = copy.deepcopy(modules[name].bias, memo)
+        bias = getattr(modules[name], "bias", None)
+        if bias is not None and hasattr(layer, "bias"):
+            layer.bias = copy.deepcopy(bias, memo)
         memo[id(modules[name])] = layer
     result = _copy(model, memo, new)
     _return_to_fast_path(result)

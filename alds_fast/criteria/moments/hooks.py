@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
-from ...layers import DecomposableLayer, is_linear, label
+from ...layers import DecomposableLayer, Routed, is_linear, label, routed_rows
 from ...linalg import WeightShape
 from ...measurement import Masks, first_input
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
@@ -123,9 +123,9 @@ class Collector:
         if same and (sums.second is None or sums.shift is products[0].shift):
             self.leaders[layer.name].add(self.last_name)
         else:
-            keep = fitting_mask(layer, x, self.masks)
+            keep, routed = fitting_mask(layer, x, self.masks, routed_rows()), routed_rows()
             self.tokens, self.masked = self.tokens or linear, self.masked or keep is not None
-            used, aside = by_side(layer.module, x.detach(), keep, self.aside)
+            used, aside = by_side(layer.module, x.detach(), keep, self.aside, routed)
             if aside is not None:
                 self.held[layer.name].add(patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
             samples, rows = patches(layer.module, *used, rows_to_draw(layer, sums.drawn), self.seed)
@@ -148,15 +148,16 @@ class Collector:
                 return None
             if not y.requires_grad:  # nothing before it does: the gradient starts here
                 y = y.detach().requires_grad_().clone()
-            y.register_hook(lambda g: self._add_gradient(layer, g))
+            routed = routed_rows()
+            y.register_hook(lambda g: self._add_gradient(layer, g, routed))
             return y
 
         return hook
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
-        keep = fitting_mask(layer, y, self.masks)
+        keep, routed = fitting_mask(layer, y, self.masks, routed_rows()), routed_rows()
         self.tokens, self.masked = self.tokens or is_linear(layer.module), self.masked or keep is not None
-        used, aside = by_side(layer.module, y, keep, self.aside)
+        used, aside = by_side(layer.module, y, keep, self.aside, routed)
         samples, rows = outputs(layer.module, *used)
         bias: Any = layer.module.bias
         shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
@@ -165,12 +166,13 @@ class Collector:
         if aside is not None:
             self.held[layer.name].add(outputs(layer.module, *aside, HeldRows.wanted, self.seed)[0] - shift)
 
-    def _add_gradient(self, layer: DecomposableLayer, g: Tensor | None) -> None:
+    def _add_gradient(self, layer: DecomposableLayer, g: Tensor | None, routed: Routed | None) -> None:
         if g is None:  # what comes after it passes none on
             return
         sums, width = self.gradient_sums[layer.name], layer.shape.filters_per_group
         wanted = _rows_to_draw(layer, width, layer.shape.columns, sums.drawn)
-        samples, rows = outputs(layer.module, g.detach(), fitting_mask(layer, g, self.masks), wanted, self.seed)
+        keep = fitting_mask(layer, g, self.masks, routed)
+        samples, rows = outputs(layer.module, g.detach(), keep, wanted, self.seed)
         self.seed += 1
         if isinstance(sums, DiagonalSums):
             sums.add(samples, rows)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers import DecomposableLayer, is_linear, label
+from ...layers import DecomposableLayer, Routed, is_linear, label
 from ...measurement import Masks
 
 Wanted = Callable[[int], int]
@@ -30,17 +30,18 @@ def with_batch_dimension(module: nn.Module, x: Tensor) -> Tensor:
     return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
 
 
-def fitting_mask(layer: DecomposableLayer, x: Tensor, masks: Masks) -> Tensor | None:
+def fitting_mask(layer: DecomposableLayer, x: Tensor, masks: Masks, routed: Routed | None = None) -> Tensor | None:
     """That of a batch's masks (samples, tokens) that fits the leading dimensions of a Linear's input or output.
 
     Those are (samples, tokens), (tokens, samples) or both in one; of as many tokens as samples the first, unless the
-    masks say otherwise. None, with a warning, where several that differ fit.
+    masks say otherwise. Of an expert's input the mask is that of the tokens ``routed`` to it. None, with a warning,
+    where several that differ fit.
     """
     if not is_linear(layer.module):
         return None
     for alike in masks.of(layer.name):
         turned = ((keep.mT, keep) if masks.tokens_first else (keep, keep.mT) for keep in alike)
-        fits = [next((form for form in (a, a.flatten(), b) if x.shape[:-1] == form.shape), None) for a, b in turned]
+        fits = [_form(x, a, b) if routed is None else routed.of_all(a) for a, b in turned]
         found = [form for form in fits if form is not None]
         if any(not torch.equal(found[0], other) for other in found[1:]):
             warnings.warn(
@@ -54,13 +55,20 @@ def fitting_mask(layer: DecomposableLayer, x: Tensor, masks: Masks) -> Tensor | 
     return None
 
 
-def _by_row(leading: torch.Size, aside: Tensor) -> Tensor:
+def _form(x: Tensor, mask: Tensor, turned: Tensor) -> Tensor | None:
+    """The form of a mask that fits the leading dimensions."""
+    return next((form for form in (mask, mask.flatten(), turned) if x.shape[:-1] == form.shape), None)
+
+
+def _by_row(leading: torch.Size, aside: Tensor, routed: Routed | None) -> Tensor:
     """Whether each row of the leading dimensions is of a sample that is kept aside.
 
     Samples are the first dimension, or go along it one after the other; else the second. Rows that are in no such order
-    (those that a router gives to an expert) count by their place.
+    (those that a router gives to an expert, unless it says which) count by their place.
     """
     count = len(aside)
+    if routed is not None and routed.total % count == 0:
+        return aside[routed.rows * count // routed.total]
     if leading[0] % count == 0:
         flags = aside.repeat_interleave(leading[0] // count)
         return flags.view(-1, *[1] * (len(leading) - 1)).expand(leading)
@@ -71,20 +79,20 @@ def _by_row(leading: torch.Size, aside: Tensor) -> Tensor:
 
 
 def by_side(
-    module: nn.Module, x: Tensor, keep: Tensor | None, aside: Tensor | None
+    module: nn.Module, x: Tensor, keep: Tensor | None, aside: Tensor | None, routed: Routed | None = None
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None] | None]:
     """A layer's input or output with its mask, as :func:`patches` takes them: of the samples used, of those kept aside.
 
-    ``aside`` (samples,) says which these are; without any the second part is None.
+    ``aside`` (samples,) says which these are; without any the second part is None. ``routed``: the rows of an expert.
     """
     if aside is None or not bool(aside.any()):
         return (x, keep), None
     if not is_linear(module):
         batch = with_batch_dimension(module, x)
-        flags = _by_row(batch.shape[:1], aside.to(x.device))
+        flags = _by_row(batch.shape[:1], aside.to(x.device), None)
         return (batch[~flags], None), (batch[flags], None)
     rows = x if x.dim() > 1 else x.unsqueeze(0)
-    flags = _by_row(rows.shape[:-1], aside.to(x.device))
+    flags = _by_row(rows.shape[:-1], aside.to(x.device), routed)
     return (rows, ~flags if keep is None else keep & ~flags), (rows, flags if keep is None else keep & flags)
 
 

@@ -5,7 +5,17 @@ Here belongs what is looked at before a layer is replaced. Finding layers belong
 """
 
 from .attributes import attributes, held_past_the_model, uncopied, warn_of_holders
-from .reasons import SHARDED, Ancestors, has_hooks, is_quantised, reader_reason, reasons_text, structural_reason
+from .reasons import (
+    SHARDED,
+    Ancestors,
+    has_hooks,
+    is_quantised,
+    reader_reason,
+    reasons_text,
+    structural_reason,
+    why_experts_stay,
+)
+from .stacked_experts import holds_experts, oriented_experts, projections
 from .weight_reads import readers, warn_of_questions
 
 __all__ = [
@@ -14,7 +24,10 @@ __all__ = [
     "attributes",
     "has_hooks",
     "held_past_the_model",
+    "holds_experts",
     "is_quantised",
+    "oriented_experts",
+    "projections",
     "reader_reason",
     "readers",
     "reasons_text",
@@ -22,4 +35,5 @@ __all__ = [
     "uncopied",
     "warn_of_holders",
     "warn_of_questions",
+    "why_experts_stay",
 ]

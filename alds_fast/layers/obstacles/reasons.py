@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 from ..absent_weight import AbsentWeight
 from ..registry import dense_type, is_transposed, oriented_weight, weight_shape
 from ..shared_weights import has_plain_type, is_freed
+from .stacked_experts import holds_experts, why_not_opened
 from .weight_reads import readers
 
 Ancestors = Sequence[tuple[nn.Module, str]]  # a module and the name of its child, from the model down to the layer
@@ -74,6 +75,10 @@ def _reason_of_kind(module: nn.Module) -> str | None:
             f"{type(module).__name__} is low-rank already; compress the dense model to the smaller budget, or put "
             f"layer.to_dense() in its place"
         )
+    if holds_experts(module):
+        return why_experts_stay(module) or (
+            f"its {module.num_experts} experts lie in one parameter; alds_fast.open_experts(model) makes layers of them"
+        )
     if dense is None and not is_transposed(module):
         return f"{type(module).__name__} is not decomposed (Linear, Conv1d, Conv2d and Conv3d are)"
     if parametrize.is_parametrized(module):
@@ -82,6 +87,11 @@ def _reason_of_kind(module: nn.Module) -> str | None:
     if isinstance(getattr(module, "weight", None), UninitializedParameter):
         return "its weight is not initialised yet; run one forward pass first"
     return None if dense is None else _reason_of_subclass(module, dense)
+
+
+def why_experts_stay(module: nn.Module) -> str | None:
+    """Why the experts that a module holds in one parameter cannot be made layers; None if they can."""
+    return why_not_opened(module) or _reason_of_hooks(module)
 
 
 def _reason_of_subclass(module: nn.Module, dense: type[nn.Module]) -> str | None:
