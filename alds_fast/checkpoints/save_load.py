@@ -21,6 +21,7 @@ from ..layers import (
     annotate,
     find_layers,
     has_plain_memory,
+    holds_experts,
     label,
     low_rank_like,
     overlaps,
@@ -115,7 +116,10 @@ def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     for name, spec in layers.items():
         layer = dense_layers.get(name)
         if layer is None or layer.shape is None:
-            raise LayerNotFoundError(f"the file's layer {label(name)} is not a Linear or convolution of the model")
+            remedy = "; pass alds_fast.open_experts(model)" if any(map(holds_experts, model.modules())) else ""
+            raise LayerNotFoundError(
+                f"the file's layer {label(name)} is not a Linear or convolution of the model{remedy}"
+            )
         if layer.reason is not None:
             raise PlanError(f"layer {label(name)} of the model cannot be replaced: {layer.reason}")
         if list(layer.weight) != spec["shape"] or layer.shape.conv_groups != spec["conv_groups"]:
