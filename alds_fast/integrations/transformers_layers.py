@@ -27,6 +27,13 @@ def put_opened_experts(model: nn.Module) -> None:
             set_module(model, name, OpenedExperts(module))
 
 
+def stack_opened_experts(model: nn.Module) -> None:
+    """Put the modules that were opened, with the weights as they are, in the places of opened experts."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, OpenedExperts):
+            set_module(model, name, module.stacked())
+
+
 def put_low_rank_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Put empty low-rank layers, on the meta device, in a transformers model that is about to be loaded.
 

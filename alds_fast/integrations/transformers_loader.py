@@ -17,7 +17,7 @@ from ..errors import ModelError
 from ..layers import LowRankLayer, MergedLinears
 from ..linalg import own_memory
 from .stored_layers import METHOD, VERSION, fields_of_layers, has_opened_experts, read_layers
-from .transformers_layers import put_low_rank_layers, put_opened_experts, set_module
+from .transformers_layers import put_low_rank_layers, put_opened_experts, set_module, stack_opened_experts
 
 
 @register_quantization_config(METHOD)
@@ -72,13 +72,9 @@ class AldsFastLoader(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for name in fields_of_layers(model):
             set_module(model, name, model.get_submodule(name).to_dense())
+        stack_opened_experts(model)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as saving leaves it in the config
         return model if dtype is None else model.to(dtype)
-
-    def remove_quantization_config(self, model: Any) -> None:
-        """Forget the low-rank layers; opened experts are still to be told of."""
-        super().remove_quantization_config(model)
-        describe(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """That they can be saved."""

@@ -231,8 +231,24 @@ def test_opened_experts_are_saved_as_such(kind, tmp_path):
     dense = alds.from_pretrained(tmp_path / "small").dequantize()
     dense.save_pretrained(tmp_path / "dense")
     again = type(opened).from_pretrained(tmp_path / "dense")
-    assert not any(isinstance(m, LowRankLayer) for m in again.modules())
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+    assert not mixtures(again) and not any(isinstance(m, LowRankLayer) for m in again.modules())
     assert torch.equal(logits(again), logits(dense)) and relative(logits(dense), logits(small.eval())) < 1e-4
+
+
+@pytest.mark.parametrize("kind", NEAR)
+def test_opened_and_stacked_again_it_is_the_model(kind, tmp_path):
+    model = build(kind)
+    model.model.layers[0].mlp.experts.down_proj.requires_grad_(False)
+    opened = alds.open_experts(model)
+    opened.dequantize()
+    assert type(opened.model.layers[0].mlp.experts) is type(model.model.layers[0].mlp.experts)
+    stored = dict(opened.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(stored[name], parameter) and stored[name].requires_grad == parameter.requires_grad
+    assert torch.equal(logits(opened), logits(model))
+    opened.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
 
 
 def test_copies_and_pickles_are_whole():

@@ -13,7 +13,7 @@ from alds_fast import errors, kernels
 NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
-    *("analyze", "compress", "deploy", "evaluate", "load", "retrain", "save", "to_plain"),
+    *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "retrain", "save", "to_plain"),
     *("filter_threshold", "plot_plan", "refine", "Refined"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }

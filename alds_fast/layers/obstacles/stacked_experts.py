@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..shared_weights import has_plain_type
@@ -28,8 +29,10 @@ def is_decorated(module: nn.Module) -> bool:
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether the module is a mixture of experts with their weights in one parameter."""
-    stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
-    return is_decorated(module) or (stacked and "Experts" in type(module).__name__)
+    if is_decorated(module):
+        return True
+    tensors = [p for p in module._parameters.values() if p is not None and not isinstance(p, UninitializedParameter)]
+    return "Experts" in type(module).__name__ and any(p.dim() == 3 for p in tensors)
 
 
 def projections(module: Any) -> tuple[str, str]:
