@@ -3,12 +3,15 @@
 import functools
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from support import checkpoints
+from support.killed import WITH_DATA, batches
 
 import alds_fast as alds
 from alds_fast import errors
@@ -22,12 +25,7 @@ from alds_fast.layers import LowRankLayer
 WORDS = [f"w{i}" for i in range(90)]
 
 
-def batches(count=4):
-    generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(96, (4, 16), generator=generator)} for _ in range(count)]
-
-
-OPTIONS = {"params": 0.7, "data": batches(), "sensitivity": "kl", "include": "model.layers.*"}
+OPTIONS = {"params": 0.7, "data": batches(), **WITH_DATA}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +96,17 @@ def test_cut_off_while_it_works(deep, tmp_path, monkeypatch, kind, number, when)
         patch.setattr(Journal, "put", failing)
         alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
     alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(deep / "small")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(deep, tmp_path):
+    killed = Path(__file__).parents[1] / "support" / "killed.py"
+    run = subprocess.run(
+        [sys.executable, killed, deep / "dense", tmp_path / "small", "data"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[0]) >= 20 and run.stdout.count(":") == 4
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(deep / "small")
 
 

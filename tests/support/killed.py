@@ -1,6 +1,6 @@
 """Run a job again and again, each time in a new process that is killed at another moment, until one gets through.
 
-Usage: killed.py SOURCE OUTPUT. Prints how often it was killed, by how. (The processes are forked after the imports, and
+Usage: killed.py SOURCE OUTPUT [data]. With "data" it is one with the batches below. Prints how often it was killed, by how. (The processes are forked after the imports, and
 nothing has been computed before: a thread pool would not survive a fork.)
 """
 
@@ -11,6 +11,7 @@ import signal
 import sys
 from collections import Counter
 
+import torch
 import transformers
 
 import alds_fast as alds
@@ -21,11 +22,20 @@ from alds_fast.checkpoints.streaming import factors_and_files, journal, source_c
 HOW = ("before a file gets its name", "after a file got its name", "in the middle of a file", "at a random moment")
 
 
+WITH_DATA = {"sensitivity": "kl", "include": "model.layers.*"}
+
+
+def batches(count=4):
+    """Tokens of the small models."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(96, (4, 16), generator=generator)} for _ in range(count)]
+
+
 def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _doomed(how, seed):
+def _doomed(how, seed, longest):
     """Arrange for this process to be killed; it finishes one file at least, if there are any left to write.
 
     (The first may be the record of what is in the source, which every process writes.)
@@ -61,20 +71,21 @@ def _doomed(how, seed):
         for module in (source_checksums, journal, safetensors_writer, spectra_and_plan, factors_and_files):
             module.write_whole = dying_write
     else:
-        signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(0.0, 0.1))
+        signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(0.0, longest))
         signal.signal(signal.SIGALRM, lambda *_: _die())
 
 
 def main():
-    source, output = sys.argv[1:]
+    source, output, *data = sys.argv[1:]
+    options = {"params": 0.7, **({"data": batches(), "refit": True, **WITH_DATA} if data else {"max_shard_bytes": 60_000})}
     assert transformers.LlamaForCausalLM
     killed = Counter()
     for attempt in itertools.count():
         how = HOW[attempt % len(HOW)]
         child = os.fork()
         if child == 0:
-            _doomed(how, attempt)
-            alds.compress_checkpoint(source, output, params=0.7, max_shard_bytes=60_000)
+            _doomed(how, attempt, 2.0 if data else 0.1)
+            alds.compress_checkpoint(source, output, **options)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status == 0:
