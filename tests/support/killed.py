@@ -1,6 +1,7 @@
 """Run a job again and again, each time in a new process that is killed at another moment, until one gets through.
 
-Usage: killed.py SOURCE OUTPUT [data]. With "data" it is one with the batches below. Prints how often it was killed, by how. (The processes are forked after the imports, and
+Usage: killed.py SOURCE OUTPUT [data]. With "data" it is one with the batches below. Prints how often it was killed, by
+how. (The processes are forked after the imports, and
 nothing has been computed before: a thread pool would not survive a fork.)
 """
 
@@ -77,7 +78,7 @@ def _doomed(how, seed, longest):
 
 def main():
     source, output, *data = sys.argv[1:]
-    options = {"params": 0.7, **({"data": batches(), "refit": True, **WITH_DATA} if data else {"max_shard_bytes": 60_000})}
+    options = {"data": batches(), "refit": True, **WITH_DATA} if data else {"max_shard_bytes": 60_000}
     assert transformers.LlamaForCausalLM
     killed = Counter()
     for attempt in itertools.count():
@@ -85,7 +86,7 @@ def main():
         child = os.fork()
         if child == 0:
             _doomed(how, attempt, 2.0 if data else 0.1)
-            alds.compress_checkpoint(source, output, **options)
+            alds.compress_checkpoint(source, output, params=0.7, **options)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status == 0:

@@ -121,7 +121,7 @@ def compress_checkpoint(
     sensitivity: Sensitivity = False,
     refit: bool = False,
 ) -> CompressedCheckpoint:
-    """Compress a checkpoint directory into another one; without ``data`` with no more than a few layers in memory.
+    """Compress a checkpoint directory into another one, with a few layers, or with ``data`` one block, in memory.
 
     Args:
         source: a directory with config.json, whose architecture transformers knows, and safetensors files; only read.
@@ -138,14 +138,15 @@ def compress_checkpoint(
         device: where it is computed, "cpu" or "cuda" (the GPU of LOCAL_RANK).
         progress: told (what, done, total) as the work goes on, in each process.
         data: batches of the model's inputs, dicts of ``input_ids`` for one, as for :func:`alds_fast.analyze`. The dense
-            model is run, its weights mapped out of the files; the moments of all layers, and their factors, are in
-            memory. Language models are useless without: compressed by their weights alone they foretell nothing.
+            model is run block by block, its weights mapped out of the files; moments and what the blocks return lie in
+            the journal (docs/checkpoints.md). Language models are useless without: compressed by their weights alone
+            they foretell nothing.
         sensitivity: with data, also collect gradients, as for :func:`alds_fast.analyze`; "kl" for language models.
         refit: with data, fit the factors to it layer after layer, see :meth:`alds_fast.Plan.apply`.
 
     A job that was interrupted, at any moment and in any way, goes on when it is started again with the same arguments;
     the result is the same to the byte, also for any number of threads and of processes. (With data for the same number
-    of threads; moments are collected anew.) Started by torchrun, all processes work on it together; they must see the
+    of threads.) Started by torchrun, all processes work on it together; they must see the
     same directories. With data there is one process.
 
     Raises:
