@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check lint bench quality clean
+.PHONY: demo test check lint bench quality peers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,11 @@ quality: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.retrained --seeds 0 1 2 --out quality_results/after
 	$(BIN)/python -m benchmarks.quality.retrained_table quality_results/after
 	$(BIN)/python -m benchmarks.quality.moments_cost
+
+# Others' methods beside ours on a language model, about a day on one thread; it goes on too. A text to be judged on beside
+# the Brown corpus: make peers ALSO="--also wikitext2_test.txt.gz".
+peers: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.peers $(ALSO)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info alds_fast/linalg/_core*.so demo_output

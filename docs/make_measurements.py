@@ -54,7 +54,7 @@ VARIANTS = {
     "filters uniform": "filter pruning, the same share everywhere",
     "filters global": "filter pruning, one threshold",
 }
-QUALITY = ("quality", "compared", "moments_cost", "retrained")
+QUALITY = ("quality", "compared", "moments_cost", "retrained", "peers")
 QUOTED = {*COMMANDS, *(f"quality/{name}" for name in QUALITY)}  # files that have a section here
 
 BY_HAND = [  # what, figure, commit where it is known
@@ -226,6 +226,20 @@ def compared() -> str:
     return table(head, [row for row in rows if row[0].startswith(("sensitivity", "output p=4"))])
 
 
+def peers() -> list[str]:
+    """Of the language model, by text; nothing before ``python -m benchmarks.quality.peers`` has run."""
+    file = RESULTS / "quality" / "peers.md"
+    if not file.exists():
+        return []
+    titles = [line[3:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
+    parts = zip(titles, markdown_tables(file), strict=True)
+    about = (
+        "SmolLM2-135M by share of its decoder's linear layers: perplexity over the dense model's, by text, and "
+        f"CPU-seconds ([hardware, commits]({LINK}/quality/peers.md)). Others' methods are our own code of them."
+    )
+    return [about, *(part for title, (head, *rows) in parts for part in (f"{title}:", table(head, rows)))]
+
+
 def moments() -> str:
     before, since = markdown_tables(RESULTS / "quality" / "moments_cost.md")
     rows = [[*row, state] for rows, state in ((before[1:], "0dfb9a7"), (since[1:], "fe002bf")) for row in rows]
@@ -292,6 +306,7 @@ def sections() -> dict[str, list[str]]:
             f"the epochs ([hardware, commits, shares]({LINK}/quality/retrained.md)).",
             retrained()[1],
         ],
+        "Language models, peers side by side": peers(),
         "What moments cost": [f"[moments_cost.md]({LINK}/quality/moments_cost.md), one thread.", moments()],
         "Kernels, compiled": [source("aot"), *compiled()],
         "Other results": [others()],

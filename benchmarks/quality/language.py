@@ -89,12 +89,12 @@ def read_text(file: Path) -> str:
 
 
 @lru_cache(maxsize=4)
-def windows(text: str) -> Tensor:
-    """The text's tokens, (windows, LENGTH); what is left at the end is left out."""
+def windows(text: str, length: int = LENGTH) -> Tensor:
+    """The text's tokens, (windows, length); what is left at the end is left out."""
     from transformers import AutoTokenizer
 
     tokens = torch.tensor(AutoTokenizer.from_pretrained(**_gguf())(text)["input_ids"])
-    return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+    return tokens[: len(tokens) // length * length].view(-1, length)
 
 
 @torch.inference_mode()
