@@ -25,7 +25,7 @@ WINDOWS = 2  # that ASVD's search measures perplexities on
 
 @dataclass(frozen=True)
 class Method:
-    """``build(setting, share, *statistics, *[model of after])``."""
+    """``build(setting, share, *statistics, *[model of after])``; a statistic stands behind those that it is made of."""
 
     build: Callable[..., nn.Module]
     needs: tuple[str, ...] = ()
@@ -56,11 +56,21 @@ def _analysis(setting: Setting, folder: Path, get: Get) -> Any:
     return ours.analysis(setting)
 
 
-STATISTICS: dict[str, Callable[[Setting, Path, Get], Any]] = {
-    "inputs": _inputs, "fisher": _fisher, "search": _search, "analysis": _analysis,
-}  # fmt: skip
+def _curves(criterion: str, setting: Setting, folder: Path, get: Get) -> Any:
+    return ours.with_curves(setting, get("analysis"), criterion)
 
-_SENSITIVITY = {"criterion": "sensitivity", "pivots": True}
+
+STATISTICS: dict[str, Callable[[Setting, Path, Get], Any]] = {
+    "inputs": _inputs,
+    "fisher": _fisher,
+    "search": _search,
+    "analysis": _analysis,
+    "output curves": partial(_curves, "output"),
+    "sensitivity curves": partial(_curves, "sensitivity"),
+}
+OUTPUT, SENSITIVITY = ("analysis", "output curves"), ("analysis", "sensitivity curves")
+
+_PIVOTS = {"criterion": "sensitivity", "pivots": True}
 
 METHODS: dict[str, Method] = {
     "FWSVD": Method(peers.fwsvd, ("fisher",)),
@@ -71,10 +81,10 @@ METHODS: dict[str, Method] = {
     "SVD-LLM, updated": Method(peers.svd_llm_updated, ("inputs",)),
     "AA-SVD, layers alone": Method(peers.aa_svd, ("inputs",)),
     "AA-SVD": Method(peers.aa_svd_refined, after="AA-SVD, layers alone"),
-    "ours, output": Method(partial(ours.planned, criterion="output", pivots=False), ("analysis",)),
-    "ours, sensitivity": Method(partial(ours.planned, criterion="sensitivity", pivots=False), ("analysis",)),
-    "ours, with pivots": Method(partial(ours.planned, **_SENSITIVITY), ("analysis",)),
-    "ours, refitted": Method(partial(ours.planned, **_SENSITIVITY, refit=True), ("analysis",)),
+    "ours, output": Method(partial(ours.planned, criterion="output", pivots=False), OUTPUT),
+    "ours, sensitivity": Method(partial(ours.planned, criterion="sensitivity", pivots=False), SENSITIVITY),
+    "ours, with pivots": Method(partial(ours.planned, **_PIVOTS), SENSITIVITY),
+    "ours, refitted": Method(partial(ours.planned, **_PIVOTS, refit=True), SENSITIVITY),
     "ours, refined": Method(ours.refined, after="ours, refitted"),
     "ours, tuned": Method(ours.tuned, after="ours, refined"),
 }

@@ -25,11 +25,17 @@ def analysis(setting: Setting) -> alds.Analysis:
     )
 
 
+def with_curves(setting: Setting, analysis: alds.Analysis, criterion: str) -> alds.Analysis:
+    """The analysis, which keeps the errors of all ranks by the criterion: plans of all shares and kinds use them."""
+    analysis.plan(params=setting.share_of_all(0.5), criterion=criterion, pivots=False)
+    return analysis
+
+
 def planned(
-    setting: Setting, share: float, analysis: alds.Analysis, criterion: str, pivots: bool, refit: bool = False
+    setting: Setting, share: float, *analyses: alds.Analysis, criterion: str, pivots: bool, refit: bool = False
 ) -> nn.Module:
-    """The exact allocation by a criterion, the norm its default."""
-    plan = analysis.plan(params=setting.share_of_all(share), criterion=criterion, pivots=pivots)
+    """The exact allocation by a criterion, the norm its default; by the last of ``analyses``, which has curves."""
+    plan = analyses[-1].plan(params=setting.share_of_all(share), criterion=criterion, pivots=pivots)
     return plan.apply(setting.model, refit=setting.calibration if refit else None)
 
 
