@@ -20,7 +20,7 @@ from .checkpoints import CompressedCheckpoint, compress_checkpoint, from_pretrai
 from .deployment import DeployTable, deploy
 from .errors import AldsError
 from .evaluation import Evaluation, evaluate
-from .factors import Refined, refine
+from .factors import Distilled, Refined, distill, refine
 from .integrations import open_experts, to_plain
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .planning import Analysis, LayerPlan, Plan, analyze, compress, plot_plan
@@ -32,6 +32,7 @@ __all__ = [
     "Analysis",
     "CompressedCheckpoint",
     "DeployTable",
+    "Distilled",
     "Evaluation",
     "LayerPlan",
     "LowRankConv1d",
@@ -45,6 +46,7 @@ __all__ = [
     "compress",
     "compress_checkpoint",
     "deploy",
+    "distill",
     "evaluate",
     "filter_threshold",
     "from_pretrained",

@@ -22,6 +22,7 @@ from ..allocation import SHARES
 from ..checkpoints import PLAN, read_header, save
 from ..criteria import CRITERIA
 from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError
+from ..factors import PASSES
 from ..linalg import SCHEMES
 from ..measurement import check_batches
 from ..planning import (
@@ -32,6 +33,7 @@ from ..planning import (
     analysis_dict,
     analyze,
     check_plot,
+    check_refinement,
     plot_plan,
     resolved_precision,
 )
@@ -93,10 +95,12 @@ def _run_compress(args: argparse.Namespace) -> None:
         raise ArgumentError("--also goes with a checkpoint directory and a text as --data")
     check_data_flags(args)
     batches = Target(args.data).function() if args.data else None
-    if args.refit:
-        check_batches(batches)
+    if args.refit or args.refine:
+        check_batches(batches, "the result of --data")
     begin = time.perf_counter()
     model = ModelTarget(args.target, args.weights)()
+    if args.refine:
+        check_refinement(model, batches, args.refine, args.include, args.exclude)
     with progress_bars() as progress:
         example = None if args.input is None else torch.randn(args.input, device="cpu")
         seeing = {"data": batches, "sensitivity": args.sensitivity, "example_inputs": example}
@@ -104,7 +108,8 @@ def _run_compress(args: argparse.Namespace) -> None:
         options = {name: getattr(args, name) for name in (*BUDGETS, "criterion", "p", "method", "align", "pivots")}
         plan = analysis.plan(**options, example_inputs=example)
         progress("factors", 0, 0)
-        small = plan.apply(model, refit=batches if args.refit else None, example_inputs=example)
+        fitting = {"refit": batches if args.refit else None, "refine": batches if args.refine else None}
+        small = plan.apply(model, **fitting, epochs=args.refine or PASSES, example_inputs=example)
     save(small, args.output)
     if args.plot:
         plot_plan(analysis, plan, args.plot)
@@ -139,6 +144,12 @@ def _run_show(args: argparse.Namespace) -> None:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def _passes(text: str) -> int:
+    if (passes := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of passes, 1 or more")
+    return passes
 
 
 def _groups(text: str) -> str | tuple[int, ...]:
@@ -183,6 +194,10 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--also", metavar="TEXT", help="another text, on which the perplexity is told too")
     compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
     compress.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
+    compress.add_argument(
+        "--refine", type=_passes, nargs="?", const=PASSES, metavar="N",
+        help=f"with --data, train block after block on it in the end, N passes for each ({PASSES})",
+    )  # fmt: skip
     compress.add_argument("--criterion", choices=CRITERIA, default=None)
     compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
     compress.add_argument("--method", choices=METHODS, default="alds")

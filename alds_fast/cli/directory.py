@@ -64,6 +64,8 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         )
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
+    if args.refine is not None:
+        raise ArgumentError("--refine is for models in memory; name a function that returns the model instead")
     check_data_flags(args)
     config = open_shards(args.target).config
     kind = str((config.get("architectures") or [""])[0])

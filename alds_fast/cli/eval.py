@@ -47,8 +47,8 @@ def add_eval(commands: Any, parents: list[argparse.ArgumentParser], integers: Ca
 
 def check_data_flags(args: argparse.Namespace) -> None:
     """ArgumentError for a flag that needs --data without it."""
-    for flag in ("sensitivity", "refit"):
-        if getattr(args, flag) and not args.data:
+    for flag in ("sensitivity", "refit", "refine"):
+        if getattr(args, flag, None) not in (None, False) and not args.data:
             raise ArgumentError(f"--{flag} needs --data, a function that returns batches")
 
 

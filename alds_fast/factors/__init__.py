@@ -5,20 +5,30 @@ Here belongs what makes encoders and decoders. What chooses ranks belongs in all
 
 from .batchnorm import BATCHNORMS
 from .choice import Choice, FactorReport
+from .distillation import Distilled, distill
 from .factorization import factorize, weighted_layer
 from .plain import plain_layers
-from .refinement import Refined, refine
+from .refinement import PASSES, Refined, check_chain, refine, refine_blocks
 from .refitting import Gradient, refit
+from .training import check_schedule, check_wide, trained_reports
 
 __all__ = [
     "BATCHNORMS",
+    "PASSES",
     "Choice",
+    "Distilled",
     "FactorReport",
     "Gradient",
     "Refined",
+    "check_chain",
+    "check_schedule",
+    "check_wide",
+    "distill",
     "factorize",
     "plain_layers",
     "refine",
+    "refine_blocks",
     "refit",
+    "trained_reports",
     "weighted_layer",
 ]

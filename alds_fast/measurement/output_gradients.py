@@ -16,12 +16,12 @@ KL = "kl"
 _PART = 1 << 22  # probabilities at once
 
 
-def _first_floating(output: Any) -> Tensor | None:
+def first_floating(output: Any) -> Tensor | None:
     """The first floating-point tensor of a model's output, whatever containers it is in."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return next((t for v in values if (t := _first_floating(v)) is not None), None)
+    return next((t for v in values if (t := first_floating(v)) is not None), None)
 
 
 def _backward_from_roots(output: Any, generator: torch.Generator) -> float:
@@ -31,7 +31,7 @@ def _backward_from_roots(output: Any, generator: torch.Generator) -> float:
     With r = sqrt(softmax(z)) and signs s, the gradient of s . r is (s * r - (s . r) r^2) / 2: a few rows at a time, as
     there may be many logits.
     """
-    logits = _first_floating(output)
+    logits = first_floating(output)
     if logits is None or logits.dim() == 0:
         raise ModelError(f"sensitivity={KL!r} needs an output of logits; the model returns a {type(output).__name__}")
     _check_gradient(logits)
@@ -87,7 +87,7 @@ def backward_from(output: Any, batch: Any, sensitivity: Any, generator: torch.Ge
     """Gradients of what matters along random signs; returns the sum of its squares (1 for a loss)."""
     if sensitivity == KL:
         return _backward_from_roots(output, generator)
-    z = _asked(sensitivity, output, batch) if callable(sensitivity) else _first_floating(output)
+    z = _asked(sensitivity, output, batch) if callable(sensitivity) else first_floating(output)
     _check_gradient(z)
     assert isinstance(z, Tensor)
     if z.dim() == 0:

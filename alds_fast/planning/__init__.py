@@ -4,7 +4,7 @@ Here belongs what ties the steps together and checks users' options. The steps t
 """
 
 from .analysis import Analysis
-from .compression import compress
+from .compression import check_refinement, compress
 from .defaults import check_is_possible, resolved_norm, resolved_precision
 from .options import METHODS, check_groups, check_plan_options, check_schemes, is_float32
 from .plan import Plan
@@ -24,6 +24,7 @@ __all__ = [
     "check_is_possible",
     "check_plan_options",
     "check_plot",
+    "check_refinement",
     "check_schemes",
     "compress",
     "is_float32",

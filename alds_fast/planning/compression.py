@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
+from ..checks import is_count
 from ..errors import ArgumentError
+from ..factors import PASSES
 from ..layers import check_copyable, chosen_layers, decomposable
-from ..measurement import check_batches, check_data, first_batch
+from ..measurement import USUAL, check_batches, check_data, first_batch
 from .analysis import Analysis
 from .defaults import check_needs, resolved_precision
 from .options import check_importance, check_plan_options
+from .plan import check_refining
 from .run_analysis import analyze
 
 _NAMED = ("params", "flops", "latency", "error", "example_inputs")
@@ -28,6 +31,15 @@ def _options(function: Callable[..., Any], *without: str) -> set[str]:
 _ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze, "example_inputs"), _options(Analysis.plan, *_NAMED)
 
 
+Patterns = str | Iterable[str] | None
+
+
+def check_refinement(model: nn.Module, data: Any, epochs: int, include: Patterns, exclude: Patterns) -> None:
+    """Raises what refinement of the chosen layers would raise, as far as one batch tells, before the work."""
+    layers = decomposable(chosen_layers(model, include, exclude))
+    check_refining(model, [layer.name for layer in layers], data, epochs)
+
+
 def compress(
     model: nn.Module,
     *,
@@ -37,6 +49,7 @@ def compress(
     error: float | None = None,
     example_inputs: Any = None,
     refit: bool = False,
+    refine: bool | int = False,
     **options: Any,
 ) -> nn.Module:
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
@@ -44,7 +57,8 @@ def compress(
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
     moment_order, held_out, moment_memory, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p,
     method, align, bias_correction, importance, cache, pivots).
-    ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`.
+    ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`, ``refine=True`` is ``refine=data``, and
+    ``refine=5`` goes through the data five times.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
     The result is run on ``example_inputs``, or else the first batch of ``data``, before it is given back.
     Raises what these raise, ArgumentError for an unknown option, and ModelError, before the work, for a model that
@@ -63,8 +77,11 @@ def compress(
         raise ArgumentError(
             f"refit is a {type(refit).__name__}: True or False; other batches than data= go to Plan.apply(refit=)"
         )
-    if refit:
-        check_batches(options.get("data"), "refit=True: data=")
+    if not isinstance(refine, bool) and not is_count(refine):
+        raise ArgumentError(f"refine={refine!r} is neither True nor False nor a number of passes over the data, >= 1")
+    for name, value in (("refit", refit), ("refine", refine)):
+        if value:
+            check_batches(options.get("data"), f"{name}={value}: data=")
     shares = {"params": params, "flops": flops, "latency": latency}
     check_plan_options(shares, error, example_inputs, **planning)  # before the work
     seen = options.get("data") is not None
@@ -74,6 +91,9 @@ def compress(
         chosen = chosen_layers(model, options.get("include"), options.get("exclude"))
         check_importance(planning["importance"], {layer.name for layer in decomposable(chosen)})
     check_copyable(model)
+    passes = PASSES if refine is True else int(refine)
+    if refine:
+        check_refinement(model, options["data"], passes, options.get("include"), options.get("exclude"))
     analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
     if options.get("data") is None:
         analysing.setdefault("precision", resolved_precision(shares, options.get("criterion"), options.get("method")))
@@ -85,7 +105,8 @@ def compress(
     analysis = analyze(model, example_inputs=example_inputs, **analysing)
     budgets = {**shares, "error": error, "example_inputs": example_inputs}
     plan = analysis.plan(**{**budgets, **planning})
-    if not refit:
-        return plan.apply(model, example_inputs=inputs)
-    mask = options.get("mask", "attention_mask")
-    return plan.apply(model, refit=options["data"], mask=mask, example_inputs=inputs)
+    trained: dict[str, Any] = {"refit": options["data"]} if refit else {}
+    trained |= {"refine": options["data"], "epochs": passes} if refine else {}
+    if trained:
+        trained["mask"] = options.get("mask", USUAL)
+    return plan.apply(model, example_inputs=inputs, **trained)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,29 +12,42 @@ from torch import Tensor, nn
 
 from ..checks import check_model
 from ..criteria import CRITERIA, Basis, Moments
-from ..errors import AldsError, PlanError
-from ..factors import FactorReport, factorize
+from ..errors import PlanError
+from ..factors import (
+    PASSES,
+    FactorReport,
+    check_chain,
+    check_schedule,
+    check_wide,
+    factorize,
+    refine_blocks,
+    trained_reports,
+)
 from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved, warn_of_lost_merging
 from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
 from ..measurement import check_batches, first_batch
-from ..text import number, table
-from .plan_rows import (
-    Latency,
-    LayerPlan,
-    choice_fields,
-    is_edited,
-    read_field,
-    read_latency,
-    read_number,
-    read_row,
-    row_cells,
-)
+from ..text import table
+from .plan_json import plan_text, read_plan
+from .plan_rows import Latency, LayerPlan, row_cells
 from .result_check import check_result, check_run, check_way, naming_readers
 
-FORMAT = "alds_fast.plan"
-VERSION = 1
-_BUDGET = re.compile(r"error=[^=, ]+|(params|flops|latency)=[^=, ]+(, (flops|latency)=[^=, ]+)*")
+
+def check_refining(model: nn.Module, layers: Sequence[str], data: Iterable[Any], epochs: int) -> None:
+    """Raises what refinement of these layers would raise, as far as one batch tells, before the work."""
+    check_schedule(data, "refine=", epochs)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    check_wide({name: modules[name].weight for name in layers if name in modules}, "refine=")
+    check_chain(model, first_batch(model, data)[0])
+
+
+def _refine(
+    small: nn.Module, model: nn.Module, data: Iterable[Any], epochs: int, mask: str | None,
+    reports: Mapping[str, FactorReport],
+) -> dict[str, FactorReport]:  # fmt: skip
+    blocks = refine_blocks(small, model, data, epochs=epochs, mask=mask)
+    better = [block.block for block in blocks if block.after < block.before]
+    return trained_reports(reports, small, model, "refined", better)
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,8 @@ class Plan:
         *,
         moments: Mapping[str, Moments] | None = None,
         refit: Iterable[Any] | None = None,
+        refine: Iterable[Any] | None = None,
+        epochs: int = PASSES,
         mask: str | None = "attention_mask",
         example_inputs: Any = None,
     ) -> nn.Module:
@@ -120,17 +133,21 @@ class Plan:
             refit: a list of batches as for analyze(data=): layer after layer, factors and bias are fitted to the dense
                 network's outputs on what reaches the layer in the compressed one, and the statistics of BatchNorms move
                 along, see :mod:`alds_fast.factors.refitting`. One pass of both networks per layer, or of its block.
+            refine: a list of batches, with or without ``refit``: in the end block after block is trained to return what
+                the dense model's returns, see :func:`alds_fast.refine`. The model is a chain of blocks, and in float32.
+            epochs: passes over ``refine`` for each block.
             mask: as for analyze.
-            example_inputs: what the model is run with, as for flops=; by default the first batch of ``refit``. The
-                result is run on them before it is given back.
+            example_inputs: what the model is run with, as for flops=; by default the first batch of ``refit`` or of
+                ``refine``. The result is run on them before it is given back.
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
         error. The result carries this plan, without moments and spectra, as ``alds_plan`` and, per replaced layer, how
         its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
         LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
-        cannot be copied or the result is not what it must be. Warns of optimizers and functions that hang on the model
-        and hold dense layers, and of adapters that can no longer be merged.
+        cannot be copied, is no chain of blocks that ``refine`` needs, or the result is not what it must be. Warns of
+        optimizers and functions that hang on the model and hold dense layers, and of adapters that can no longer be
+        merged.
         """
         check_model(model)
         if count_params(model) != self.params_before:
@@ -138,17 +155,23 @@ class Plan:
         if refit is not None:
             check_batches(refit)
         check_copyable(model)
+        if refine is not None:
+            check_refining(model, [row.name for row in self.layers if row.choice], refine, epochs)
         chosen = [row.choice for row in self.layers if row.choice is not None]
         weighting = self._basis(moments).weighting
         small, reports = factorize(model, chosen, self.spectra, exact=self.exact, weighted=weighting)
         names = [choice.name for choice in chosen]
         inputs, called = example_inputs, "example_inputs"
-        if inputs is None and refit is not None:
-            inputs, called = first_batch(model, refit)[0], "batch 1 of refit="
+        for name, data in (("refine=", refine), ("refit=", refit)):
+            if example_inputs is None and data is not None:
+                inputs, called = first_batch(model, data)[0], f"batch 1 of {name}"
         before = None if inputs is None else check_way(model, small, names, inputs, called)
         if refit is not None:
             with naming_readers(small):
                 reports |= self._refit(small, model, refit, mask, moments)
+        if refine is not None and names:
+            with naming_readers(small):
+                reports |= _refine(small, model, refine, epochs, mask, reports)
         if before is not None:
             check_run(small, inputs, before)
         check_result(small, names, self.params)
@@ -209,19 +232,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; exact round trip with :meth:`from_json`."""
-        head: dict[str, Any] = {"format": FORMAT, "version": VERSION, "budget": self.budget}
-        head |= {"criterion": self.criterion, "method": self.method, "p": number(self.p)}
-        head |= {"align": self.align, "gap": number(self.gap)}
-        rows = [
-            {**vars(row), "error": number(row.error), "held_out": number(row.held_out)}
-            | {"error_is_of": choice_fields(vars(row))} for row in self.layers
-        ]  # fmt: skip
-        head |= {
-            "bias_correction": self.bias_correction,
-            "params_before": self.params_before,
-            "latency": vars(self.latency) if self.latency else None,
-        }
-        return json.dumps({**head, "layers": rows}, indent=1)
+        return plan_text(vars(self))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -230,31 +241,4 @@ class Plan:
         The scheme, groups and rank of a row may have been edited: its params_after is computed anew and its error, no
         longer known, becomes NaN, as does the plan's gap. Set scheme, groups and rank to null to keep a layer dense.
         """
-        try:
-            data = json.loads(text)
-            if not isinstance(data, dict) or data["format"] != FORMAT:
-                raise PlanError(f"not a plan: its format is {data['format']!r}, expected {FORMAT!r}")
-            if data["version"] > VERSION:
-                raise PlanError(f"plan version {data['version']} is newer than {VERSION}; update alds_fast")
-            if not isinstance(data["layers"], list):
-                raise PlanError("not a plan: layers is not a list")
-            layers = tuple(read_row(fields) for fields in data["layers"])
-            budget, criterion, method = (read_field(data, "plan", n, str) for n in ("budget", "criterion", "method"))
-            if not _BUDGET.fullmatch(budget):
-                raise PlanError(f"plan: budget={budget!r} is not like 'params=0.5, flops=0.3' or 'error=0.1'")
-            if criterion not in CRITERIA:
-                raise PlanError(f"plan: criterion={criterion!r} is not one of {', '.join(CRITERIA)}; update alds_fast")
-            before, align = (read_field(data, "plan", n, int) for n in ("params_before", "align"))
-            p, gap = (read_number(data, "plan", n) for n in ("p", "gap"))
-            gap = math.nan if any(math.isnan(row.error) for row in layers) else gap
-            latency = None if is_edited(data["layers"]) else read_latency(data.get("latency"))
-            correction = data.get("bias_correction", False)
-            if not isinstance(correction, bool):
-                raise PlanError(f"plan: bias_correction={correction!r} is not true or false")
-            return cls(layers, before, budget, criterion, method, p, align, gap, latency, correction)
-        except AldsError:
-            raise
-        except KeyError as e:
-            raise PlanError(f"not a plan: the field {e} is missing") from e
-        except (TypeError, ValueError, AttributeError, RecursionError) as e:
-            raise PlanError(f"not a plan: {e}") from e
+        return cls(**read_plan(text))

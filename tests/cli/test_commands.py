@@ -215,3 +215,41 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--version"])
     assert left.value.code == 0 and capsys.readouterr().out == f"alds_fast {alds.__version__}\n"
+
+
+BLOCKS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+
+def flat():
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+
+def batches():
+    torch.manual_seed(1)
+    return [torch.randn(8, 6, 16) for _ in range(6)]
+"""
+
+
+def test_refine(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of_blocks.py").write_text(BLOCKS)
+    usual = ("compress", "of_blocks.py:net", "--params", 0.6, "-o", "x.safetensors")
+    data = ("--data", "of_blocks.py:batches")
+    code, out, _ = _run(capsys, *usual, *data, "--refine", 1, "--json")
+    assert code == 0 and json.loads(out)["factors"].keys() == {"refined"}
+    code, out, _ = _run(capsys, *usual, *data, "--refit", "--refine", "--json")
+    assert code == 0 and "refined" in json.loads(out)["factors"]
+    code, _, err = _run(capsys, *usual, "--refine")
+    assert code == 1 and "--refine needs --data" in err
+    code, _, err = _run(capsys, "compress", "of_blocks.py:flat", *usual[2:], *data, "--refine", 2)
+    assert code == 1 and "refine() needs a chain of blocks" in err
+    with pytest.raises(SystemExit):
+        main([*map(str, usual), *data, "--refine", "0"])
+    assert "0 is not a number of passes" in capsys.readouterr().err
+    code, _, err = _run(capsys, "compress", str(tmp_path), *usual[2:], *data, "--refine")
+    assert code == 1 and "--refine is for models in memory" in err

@@ -108,7 +108,7 @@ def test_models_that_do_not_fit(pair):
         alds.refine(model, model, batches(2))
     with pytest.raises(errors.ModelError, match="is not the dense one"):
         alds.refine(small, small, batches(2))
-    with pytest.raises(errors.ArgumentError, match=r"torch.bfloat16, in which steps .* \.float\(\)"):
+    with pytest.raises(errors.ArgumentError, match=r"torch.bfloat16, in which small steps .* \.float\(\)"):
         alds.refine(copy.deepcopy(small).bfloat16(), model, batches(2))
     flat = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     with pytest.raises(errors.ModelError, match="needs a chain of blocks: the model has 0 modules"):

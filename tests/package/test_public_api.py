@@ -14,7 +14,7 @@ NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
     *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "retrain", "save", "to_plain"),
-    *("filter_threshold", "plot_plan", "refine", "Refined"),
+    *("filter_threshold", "plot_plan", "refine", "Refined", "distill", "Distilled"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }
 
@@ -43,7 +43,7 @@ def test_signatures():
     planning |= {"bias_correction": True, "importance": None, "pivots": True}
     budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
-    assert _keywords(alds.compress) == {**budgets, "refit": False}
+    assert _keywords(alds.compress) == {**budgets, "refit": False, "refine": False}
     assert _keywords(alds.deploy) == {"backend": None, "table": None, "rounds": 7, "report": False, "reorder": False}
     recipe = dict.fromkeys(("loader", "loss", "train_step", "optimizer", "scheduler", "train"))
     distillation = {"distill": 0.0, "temperature": 2.0, "distill_loss": None}
@@ -60,6 +60,8 @@ def test_signatures():
     assert _keywords(alds.Plan.apply) == {
         "moments": None,
         "refit": None,
+        "refine": None,
+        "epochs": 3,
         "mask": "attention_mask",
         "example_inputs": None,
     }

@@ -1,0 +1,161 @@
+"""A compressed model trained as a whole to return what the dense model returns, without labels.
+
+Logits are compared by the Kullback-Leibler divergence of the probabilities that they stand for (Hinton, Vinyals, Dean,
+"Distilling the Knowledge in a Neural Network", 2015, here at temperature 1), other outputs by their squared distance.
+The dense model is run batch by batch: its outputs are not kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ModelError
+from ..layers import annotate
+from ..measurement import USUAL, Run, first_floating, masks_of, naming_batch, private_runs
+from .training import (
+    Tell,
+    asking,
+    check_pair,
+    check_schedule,
+    kept_places,
+    set_aside,
+    tell_none,
+    train,
+    trained_parameters,
+    trained_reports,
+)
+
+_NAME = "distill()"
+
+
+class Distilled(NamedTuple):
+    """How far a model's output is from the dense model's on the batches kept aside, before and after.
+
+    In nats per token or sample where outputs are compared as logits, ``kl``; else as a relative error.
+    """
+
+    before: float
+    after: float
+    kl: bool
+
+
+def _logits(output: Any) -> Any:
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+
+
+def _compared(output: Any) -> Tensor:
+    """The output's logits where it names some, or else its first floating-point tensor."""
+    logits = _logits(output)
+    tensor = logits if isinstance(logits, Tensor) else first_floating(output)
+    if tensor is None or tensor.dim() == 0:
+        raise ModelError(f"distill() needs an output of floating-point tensors; the model returns {type(output)}")
+    return tensor
+
+
+class _Pair:
+    """A compressed model and the dense one, whose outputs are compared."""
+
+    def __init__(self, small: nn.Module, run_small: Run, run_dense: Run, kl: bool | None, mask: str | None) -> None:
+        self.small, self.run_small, self.run_dense, self.kl, self.mask = small, run_small, run_dense, kl, mask
+
+    def losses(self, number: int, batch: Any) -> list[tuple[Tensor, float]]:
+        """The distance on a batch, and what it is divided by: the count of rows, or the dense output's square norm."""
+        with naming_batch(number, _NAME):
+            with torch.no_grad():
+                wanted = self.run_dense(batch, number, f"batch {number} of {_NAME}")
+            output = _compared(self.run_small(batch, number, f"batch {number} of {_NAME}"))
+        if self.kl is None:
+            self.kl = isinstance(_logits(wanted), Tensor)
+        target = _compared(wanted)
+        if target.shape != output.shape:
+            raise ModelError(f"the models return {tuple(output.shape)} and {tuple(target.shape)} on batch {number}")
+        keep = self._kept(batch, output, number)
+        output, target = output[keep].float(), target[keep].float()
+        if not bool(target.isfinite().all()):
+            raise ModelError(f"the dense model returns NaN or infinite values on batch {number}")
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise ModelError(
+                "the compressed model's output has no gradient: its forward runs under torch.no_grad() or detaches it"
+            )
+        if not self.kl:
+            return [((output - target).square().sum(), float(target.square().sum()))]
+        output, target = output.log_softmax(-1), target.log_softmax(-1)
+        return [(F.kl_div(output, target, reduction="sum", log_target=True), float(target[..., 0].numel()))]
+
+    def _kept(self, batch: Any, output: Tensor, number: int) -> Any:
+        """Which tokens count; outputs of two dimensions are of whole samples."""
+        if output.dim() < 3:
+            return ...
+        return kept_places(masks_of(self.small, batch, self.mask), "decoder", output, "the model")
+
+
+@torch.inference_mode(False)  # or nothing could be trained
+def distill(
+    small: nn.Module,
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    epochs: int = 3,
+    lr: float = 2e-4,
+    kl: bool | None = None,
+    mask: str | None = USUAL,
+    progress: Tell = tell_none,
+) -> tuple[nn.Module, Distilled]:
+    """A copy of a compressed model, all of whose layers were trained for the dense model's output, without labels.
+
+    Args:
+        small: the compressed model, of any plan or method, refined or not, in float32 or float64; it is not changed.
+        model: the dense one that it was made of.
+        data: a list of batches as for :func:`alds_fast.analyze`, without labels, two at least; an eighth is kept aside,
+            one at least. Each batch is one step, so that they should be small.
+        epochs: passes over the others.
+        lr: learning rate of AdamW at the beginning; it goes to 0 along a cosine.
+        kl: True compares the outputs as logits, sum_i p_i (log p_i - log q_i) over their last dimension, p the dense
+            model's probabilities and q the compressed one's; False by their squared distance; None as logits where the
+            output has ``logits``, as those of language models and classifiers of transformers have.
+        mask: as for analyze: what is padding does not count.
+        progress: told (what, done, total) after each pass.
+
+    Returns:
+        The model as it was after the pass that did best on the batches kept aside, or as it was before where none did
+        better, and the distances on them.
+
+    What is trained are the low-rank layers, all biases, and scales of norms. Both models are run for every step, and
+    the activations of the compressed one are kept for one batch. For a chain of blocks :func:`alds_fast.refine` takes
+    less memory and is a good beginning. For labels and training loops of your own see :func:`alds_fast.retrain`.
+
+    Raises:
+        ArgumentError: an argument is out of range; half types.
+        ModelError: the second model is not the dense one, or a model has raised an exception.
+    """
+    check_pair(small, model, "distill")
+    check_schedule(data, "data", epochs, lr)
+    if kl is not None and not isinstance(kl, bool):
+        raise ArgumentError(f"kl={kl!r} is not True, False or None")
+    used, aside = set_aside(data, "data")
+    small = copy.deepcopy(small)
+    parameters = trained_parameters(small)
+    with ExitStack() as stack:
+        run_dense = stack.enter_context(private_runs(model))
+        run_small = stack.enter_context(private_runs(small, parameters))
+        stack.enter_context(asking(small, parameters))
+        pair = _Pair(small, run_small, run_dense, kl, mask)
+
+        def after_pass(done: int) -> None:
+            progress("passes of distill", done, epochs)
+
+        before, after = train(pair.losses, parameters, used, aside, epochs, lr, after_pass)
+    reports = getattr(small, "alds_factors", {})
+    if after < before:
+        annotate(small, factors=reports | trained_reports(reports, small, model, "distilled"))
+    if not pair.kl:
+        before, after = math.sqrt(before), math.sqrt(after)
+    return small, Distilled(before, after, bool(pair.kl))
