@@ -64,8 +64,6 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         )
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
-    if args.refine is not None:
-        raise ArgumentError("--refine is for models in memory; name a function that returns the model instead")
     check_data_flags(args)
     config = open_shards(args.target).config
     kind = str((config.get("architectures") or [""])[0])
@@ -76,6 +74,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         "data": batches,
         "sensitivity": args.sensitivity and (KL if kind.endswith(_LANGUAGE) else True),
         "groups": args.groups or "auto",
+        "refine": args.refine or False,
         "device": args.device,
     }
     options |= {"precision": args.precision or "float32"}

@@ -8,7 +8,7 @@ from .choice import Choice, FactorReport
 from .distillation import Distilled, distill
 from .factorization import factorize, weighted_layer
 from .plain import plain_layers
-from .refinement import PASSES, Refined, check_chain, refine, refine_blocks
+from .refinement import PASSES, Refined, Steps, check_chain, refine, refine_blocks
 from .refitting import Gradient, refit
 from .training import check_schedule, check_wide, trained_reports
 
@@ -20,6 +20,7 @@ __all__ = [
     "FactorReport",
     "Gradient",
     "Refined",
+    "Steps",
     "check_chain",
     "check_schedule",
     "check_wide",

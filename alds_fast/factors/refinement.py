@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..blocks import BlockChain, Forward, LeftChain, Reached, Walk, find_chain, forwards
+from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, find_chain, forwards
 from ..errors import ModelError
 from ..layers import LowRankLayer, annotate
 from ..measurement import USUAL, masks_of, naming_batch, private_runs
@@ -155,21 +155,43 @@ def _needed_chain(chain: BlockChain) -> BlockChain:
     return chain
 
 
+class Steps:
+    """Told of every block before its ``parameters`` are trained, and when it is done; here nothing comes of it.
+
+    ``known`` are blocks that were trained before.
+    """
+
+    known: Container[str] = ()
+
+    def begin(self, parameters: Sequence[nn.Parameter]) -> None:
+        """These are about to be written to."""
+
+    def end(self, block: Refined) -> None:
+        """They have their values."""
+
+
 def refine_blocks(
     small: nn.Module, model: nn.Module, data: Iterable[Any], *, epochs: int = PASSES, lr: float = RATE,
-    mask: str | None = USUAL, progress: Tell = tell_none,
+    mask: str | None = USUAL, progress: Tell = tell_none, chain: BlockChain | None = None, steps: Steps | None = None,
+    room: Callable[[], Room] = Room,
 ) -> list[Refined]:  # fmt: skip
-    """:func:`refine` of a compressed model in place, of arguments that were checked."""
+    """:func:`refine` of a compressed model in place, of arguments that were checked.
+
+    ``chain``: the blocks, if they have been found; ``room`` makes what keeps their outputs.
+    """
     used, aside = set_aside(data, "data")
     reports: list[Refined] = []
     with ExitStack() as stack:
         changing = [p for p in small.parameters() if p.dim() == 1]
         run_dense = stack.enter_context(private_runs(model))
         run_small = stack.enter_context(private_runs(small, changing))
-        chain = _needed_chain(find_chain(model, run_dense, [*used, *aside], _NAME))
-        dense, low = (Walk(net, run, chain.blocks, chain.ends) for net, run in ((model, run_dense), (small, run_small)))
+        chain = _needed_chain(find_chain(model, run_dense, [*used, *aside], _NAME) if chain is None else chain)
+        dense, low = (
+            Walk(net, run, chain.blocks, chain.ends, room=room())
+            for net, run in ((model, run_dense), (small, run_small))
+        )
         try:
-            _refine_all(dense, low, chain, used, aside, epochs, lr, mask, reports, progress)
+            _refine_all(dense, low, chain, used, aside, epochs, lr, mask, reports, progress, steps or Steps())
         except LeftChain as e:
             raise ModelError(f"refine() needs a chain of blocks: {e} in the compressed model") from e
     return reports
@@ -177,16 +199,18 @@ def refine_blocks(
 
 def _refine_all(
     dense: Walk, small: Walk, chain: BlockChain, used: Numbered, aside: Numbered, epochs: int, lr: float,
-    mask: str | None, reports: list[Refined], progress: Tell,
+    mask: str | None, reports: list[Refined], progress: Tell, steps: Steps,
 ) -> None:  # fmt: skip
     for position, name in enumerate(chain.blocks):
         block = _Block(dense, small, name, mask)
         dense.advance(position + 1, [*used, *aside], _NAME)
         low = any(isinstance(m, LowRankLayer) for m in block.module.modules())
-        parameters = trained_parameters(small.model, name) if low else []
+        parameters = trained_parameters(small.model, name) if low and name not in steps.known else []
         if parameters:
+            steps.begin(parameters)
             with asking(small.model, parameters):
                 errors = train(block.losses, parameters, used, aside, epochs, lr)
             reports.append(Refined(name, *map(math.sqrt, errors)))
+            steps.end(reports[-1])
         small.advance(position + 1, [*used, *aside], _NAME)
         progress("blocks refined", position + 1, len(chain.blocks))

@@ -26,6 +26,7 @@ WORDS = [f"w{i}" for i in range(90)]
 
 
 OPTIONS = {"params": 0.7, "data": batches(), **WITH_DATA}
+SMALLER = {**OPTIONS, "params": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,65 @@ def test_a_chain_gives_what_whole_passes_give(deep, tmp_path, monkeypatch):
     x = checkpoints.inputs("deep")
     with torch.no_grad():
         assert torch.allclose(small(**x).logits, other(**x).logits, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def refined(deep):
+    """The same, smaller, not refitted, and with refinement."""
+    alds.compress_checkpoint(deep / "dense", deep / "drafted", **SMALLER)
+    alds.compress_checkpoint(deep / "dense", deep / "refined", refine=4, **SMALLER)
+    return deep
+
+
+def test_refined_blocks_are_those_of_the_model_in_memory(refined):
+    dense, small = checkpoints.dense("deep"), alds.from_pretrained(refined / "drafted")
+    for model in (dense, small):
+        model.config.use_cache = False
+    want, blocks = alds.refine(small, dense, batches(), epochs=4)
+    assert any(block.after < block.before for block in blocks)
+    got = alds.from_pretrained(refined / "refined")
+    norm = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(got.get_parameter(norm), dense.get_parameter(norm))
+    for name, parameter in want.named_parameters():
+        assert torch.allclose(got.get_parameter(name), parameter, atol=2e-4), name
+    reports = json.loads((refined / "refined" / "alds_factors.json").read_text())
+    assert {report["method"] for report in reports.values()} == {"refined"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "kind, number", [("refined", 0), ("refined", 2), ("changed", 0), ("report", 1), ("factors", 2)]
+)
+def test_refinement_cut_off_while_it_works(refined, tmp_path, monkeypatch, kind, number, when):
+    put, count = Journal.put, itertools.count()
+
+    def failing(self, what, *args):
+        cut = what == kind and next(count) == number
+        if when == "after" or not cut:
+            put(self, what, *args)
+        if cut:
+            raise KeyboardInterrupt
+
+    options = {"refine": 4, **SMALLER}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "put", failing)
+        alds.compress_checkpoint(refined / "dense", tmp_path / "small", **options)
+    alds.compress_checkpoint(refined / "dense", tmp_path / "small", **options)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(refined / "refined")
+
+
+def test_half_types_are_refined_in_float32(tmp_path):
+    checkpoints.make("deep", tmp_path / "dense", dtype=torch.bfloat16)
+    options = {"params": 0.5, "data": batches(), "include": "model.layers.*", "refine": True}
+    done = alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", **options)
+    assert {report.method for report in done.factors.values()} <= {"refined", "weighted"}
+    small = alds.from_pretrained(tmp_path / "small", dtype="auto")
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+
+
+def test_refinement_needs_blocks(made, tmp_path):
+    with pytest.raises(errors.ModelError, match="refine= needs a chain of blocks: the model has 2 modules"):
+        alds.compress_checkpoint(made / "dense", tmp_path / "small", refine=True, **OPTIONS)
 
 
 PLACES = [*itertools.product(["inputs", "gradients"], range(0, 5)), ("collected", 0), *itertools.product(
@@ -131,6 +191,9 @@ def test_other_data_are_another_job(made, change):
     [
         ({"sensitivity": "kl"}, "sensitivity= needs data="),
         ({"refit": True}, "refit= needs data="),
+        ({"refine": True}, "refine= needs data="),
+        ({"refine": 0.5, "data": batches()}, "refine=0.5 is neither True nor False"),
+        ({"refine": True, "data": batches(1)}, "refine= has 1 batches"),
         ({"criterion": "output"}, "criterion='output' needs data="),
         ({"data": []}, "data= has no batches"),
         ({"data": torch.zeros(2, 3)}, "data is a Tensor"),

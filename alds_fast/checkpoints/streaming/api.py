@@ -16,7 +16,7 @@ import torch
 from ...checks import is_count
 from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
-from ...factors import FactorReport
+from ...factors import PASSES, FactorReport, check_schedule
 from ...layers import patterns
 from ...linalg import SCHEMES
 from ...measurement import Sensitivity, check_data, check_sensitivity, digest_of
@@ -55,13 +55,16 @@ class CompressedCheckpoint:
 def _settings(
     params: float | None, error: float | None, criterion: str | None, p: float | None, align: int,
     schemes: Sequence[int], groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int,
-    precision: str, pivots: bool, data: Any, sensitivity: Sensitivity, refit: bool,
+    precision: str, pivots: bool, data: Any, sensitivity: Sensitivity, refit: bool, refine: bool | int,
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
     check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align, pivots=pivots)
     check_sensitivity(sensitivity)
-    if data is None and (criterion not in (None, *WEIGHT_CRITERIA) or sensitivity or refit):
-        what = "sensitivity=" if sensitivity else "refit=" if refit else f"criterion={criterion!r}"
+    if not isinstance(refine, bool) and not is_count(refine):
+        raise ArgumentError(f"refine={refine!r} is neither True nor False nor a number of passes over the data, >= 1")
+    asked = [n for n, v in (("sensitivity=", sensitivity), ("refit=", refit), ("refine=", refine)) if v]
+    if data is None and (criterion not in (None, *WEIGHT_CRITERIA) or asked):
+        what = asked[0] if asked else f"criterion={criterion!r}"
         raise ArgumentError(f"{what} needs data=, batches of the model's inputs; criteria without data are "
                             f"{', '.join(WEIGHT_CRITERIA)}")  # fmt: skip
     if data is None:
@@ -76,8 +79,13 @@ def _settings(
         budget, criterion, norm, int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
         patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, pivots, is_float32(precision),
-        *(None, None, None) if data is None else (_digest(data), _name(sensitivity), bool(refit)),
+        *() if data is None else (_digest(data), _name(sensitivity), bool(refit), _passes(refine)),
     )  # fmt: skip
+
+
+def _passes(refine: bool | int) -> int | None:
+    """Over the data."""
+    return PASSES if refine is True else int(refine) or None
 
 
 def _digest(batches: Sequence[Any]) -> str:
@@ -120,6 +128,7 @@ def compress_checkpoint(
     data: Iterable[Any] | None = None,
     sensitivity: Sensitivity = False,
     refit: bool = False,
+    refine: bool | int = False,
 ) -> CompressedCheckpoint:
     """Compress a checkpoint directory into another one, with a few layers, or with ``data`` one block, in memory.
 
@@ -143,6 +152,8 @@ def compress_checkpoint(
             they foretell nothing.
         sensitivity: with data, also collect gradients, as for :func:`alds_fast.analyze`; "kl" for language models.
         refit: with data, fit the factors to it layer after layer, see :meth:`alds_fast.Plan.apply`.
+        refine: with data, in the end train block after block, with that many passes over the data, to return what the
+            dense model's return, see :func:`alds_fast.refine`. Half types are trained in float32, in memory.
 
     A job that was interrupted, at any moment and in any way, goes on when it is started again with the same arguments;
     the result is the same to the byte, also for any number of threads and of processes. (With data for the same number
@@ -165,8 +176,10 @@ def compress_checkpoint(
             raise ArgumentError("data= has no batches; an iterator can be used once only")
     settings = _settings(
         params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision, pivots,
-        data, sensitivity, refit,
+        data, sensitivity, refit, refine,
     )  # fmt: skip
+    if refine:
+        check_schedule(data, "refine=", _passes(refine))
     source, output = _folders(source, output)
     place, shards = own_device(device), open_shards(source)
     journal = Journal(output, _job(shards, settings))
@@ -192,7 +205,7 @@ def _job(shards: Shards, settings: Settings) -> dict[str, Any]:
               for name, path in companions(shards.folder, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
     job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
     fields: dict[str, Any] = json.loads(json.dumps({**job, **asdict(settings)}))
-    return {k: v for k, v in fields.items() if v is not None or k not in ("data", "sensitivity", "refit")}
+    return {k: v for k, v in fields.items() if v is not None or k not in ("data", "sensitivity", "refit", "refine")}
 
 
 def _run(
@@ -208,7 +221,7 @@ def _run(
             journal.begin()
         world.together()
         if work is not None:
-            seen = None if batches is None else WithData(work, batches, sensitivity, bool(settings.refit))
+            seen = None if batches is None else WithData(work, batches, sensitivity)
             compress_streamed(work, seen)
         elif world.first:
             check_unchanged(shards, journal)

@@ -14,7 +14,7 @@ from ...planning import Plan
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
 from ..with_data import WithData
-from .journal import JOB, PLAN, Journal
+from .journal import JOB, PLAN, Journal, changed_tensors
 from .output_files import OutputFile, companions, index_of, output_files
 from .source_checksums import check_crc32, read_record, record_checksums
 from .spectra_and_plan import find_plan, find_spectra
@@ -35,7 +35,7 @@ def find_factors(
     _check_room(work, missing, todo)
     if seen is not None:
         if todo:
-            seen.find_factors(plan, {i: choices[i] for i in todo})
+            seen.find_factors(plan, choices, todo)
         return
     for batch in work.in_batches("factors", todo):
         _factorise(work, plan, {i: choices[i] for i in batch})
@@ -89,7 +89,7 @@ def _write_file(work: Work, file: OutputFile) -> None:
     journal, parts = work.journal, {entry.name: part for part in file.parts for entry in part.entries}
     analysed = work.ready if work.settings.data is None else {}
     numbers = {work.sources[layer.name]: i for i, layer in analysed.items()}
-    passing = read_record(journal)
+    passing, changed = read_record(journal), changed_tensors(journal)
 
     def content(entry: Entry) -> Iterator[bytes]:
         part = parts[entry.name]
@@ -97,10 +97,13 @@ def _write_file(work: Work, file: OutputFile) -> None:
             return iter([bytes(entry.size)])  # the mark
         if part.layer is not None:
             return _factor(journal, part.layer, entry)
+        if part.source in changed:
+            stored, crc = changed[part.source]
+            return check_crc32(stored.chunks(), crc, f"{str(stored.file)!r} is damaged; remove it and begin again")
         number = numbers.get(part.source)
         crc = passing[part.source] if number is None else spectra_of(work, number)[1]
-        changed = f"the tensor {part.source!r} has changed since this job began; remove {str(journal.output)!r}"
-        return check_crc32(work.shards.tensors[part.source].chunks(), crc, changed)
+        other = f"the tensor {part.source!r} has changed since this job began; remove {str(journal.output)!r}"
+        return check_crc32(work.shards.tensors[part.source].chunks(), crc, other)
 
     write_shard(journal.output / file.name, file.entries, content)
     for part in file.parts:

@@ -22,13 +22,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ArgumentError, FileFormatError, MissingFileError
-from ...files import sync_folder, whole_or_nothing, write_whole
-from ..safetensors_reader import CODES
+from ...files import crc32, sync_folder, whole_or_nothing, write_whole
+from ..safetensors_reader import CODES, Stored, stored_in
 from ..safetensors_writer import Entry, write_shard
 
 FOLDER, JOB, PLAN, LOCK = ".alds_fast", "alds_job.json", "alds_plan.json", "lock"
 LATER = {"budget", "p", "include", "exclude", "max_shard_bytes", "float32"}  # matter from the plan on
 DONE = {"files", "tensors"}  # in the file of a finished job: the output's sizes and the input's checksums
+
+
+CHANGED = "changed"  # what is a result of the whole job: tensors in the place of the input's, by their names there
 
 
 def _text(job: Mapping[str, Any]) -> str:
@@ -154,6 +157,11 @@ class Journal:
         with self._open(kind, number) as file:
             return json.loads((file.metadata() or {})["notes"])
 
+    def names(self, kind: str, number: int) -> list[str]:
+        """The names of a result's tensors; as :meth:`get`."""
+        with self._open(kind, number) as file:
+            return list(file.keys())
+
     def some(self, kind: str, number: int, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Some tensors of a result, mapped out of its file, under other names; as :meth:`get`."""
         with self._open(kind, number) as file:
@@ -186,3 +194,16 @@ class Journal:
         sync_folder(self.output)
         if self.folder.exists():
             os.rmdir(self.folder)
+
+
+def put_changed(journal: Journal, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors that go to the output in the place of the input's, by their names there."""
+    journal.put(CHANGED, 0, tensors, {name: crc32(tensor) for name, tensor in tensors.items()})
+
+
+def changed_tensors(journal: Journal) -> dict[str, tuple[Stored, int]]:
+    """What :func:`put_changed` has kept, with checksums."""
+    if not journal.has(CHANGED, 0):
+        return {}
+    stored = stored_in(journal.path(CHANGED, 0))
+    return {name: (stored[name], int(crc)) for name, crc in journal.notes(CHANGED, 0).items()}

@@ -42,6 +42,7 @@ class Settings:
     data: str | None = None  # a digest of the batches
     sensitivity: str | None = None
     refit: bool | None = None
+    refine: int | None = None  # passes over the batches
 
     @property
     def float32_first(self) -> bool:
@@ -62,12 +63,14 @@ class Work:
     model: nn.Module = field(init=False)
     layers: list[Layer] = field(init=False)
     sources: dict[str, str] = field(init=False)
+    names: dict[str, str] = field(init=False)  # of all parameters, those that they are stored by
 
     def __post_init__(self) -> None:
         self.model = skeleton(self.shards)
         names, assembled = stored_names(self.model, list(self.shards.tensors))
         check_stored(self.model, self.shards, names, assembled)
         untie(self.model, self.shards, names)
+        self.names = dict(names)
         self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         layers = chosen_layers(self.model, self.settings.include, self.settings.exclude)

@@ -20,18 +20,29 @@ from .calibration import room
 from .mapped import let_go, load_mapped, one_block_at_a_time
 
 DRAFT, REFITTED = "draft", "refitted"
-_FIELDS = ("method", "iterations", "error", "data_error")
+FIELDS = ("method", "iterations", "error", "data_error")
 
 
 def _put(work: Work, kind: str, number: int, low: LowRankLayer, report: FactorReport) -> None:
     tensors = {name: getattr(low, name).detach().cpu() for name in ("encoder", "decoder")}
     tensors |= {"order": low.order.cpu()} if low.pivots else {}
-    work.journal.put(kind, number, tensors, {field: getattr(report, field) for field in _FIELDS})
+    work.journal.put(kind, number, tensors, {field: getattr(report, field) for field in FIELDS})
 
 
-def put_final(work: Work, kind: str, number: int, choice: Choice) -> None:
-    """What is written to the output's files: a layer's factors in its stored type, and how they were computed."""
-    tensors, notes = work.journal.get(kind, number)
+def best_kind(work: Work, number: int) -> str:
+    """What the journal has of a layer's factors."""
+    return REFITTED if work.journal.has(REFITTED, number) else DRAFT
+
+
+def put_final(work: Work, number: int, choice: Choice, refined: Mapping[str, Any]) -> None:
+    """What is written to the output's files: a layer's factors in its stored type, and how they were computed.
+
+    ``refined``: by layer, what came of refinement, factors among the fields.
+    """
+    tensors, notes = work.journal.get(best_kind(work, number), number)
+    if choice.name in refined:
+        notes, new = refined[choice.name]
+        tensors |= new
     dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
     tensors |= {name: tensors[name].to(dtype) for name in ("encoder", "decoder")}
     fields = {field: notes[field] for field in ("method", "iterations", "error")}
@@ -85,7 +96,7 @@ def refit_factors(
     known = {choice.name for number, choice in choices.items() if work.journal.has(REFITTED, number)}
     if len(known) == len(choices):
         return
-    small = _small(work, choices)
+    small = load_small(work, choices)
     count = len(known)
 
     def done(name: str, report: FactorReport | None) -> None:
@@ -107,14 +118,14 @@ def refit_factors(
         )  # fmt: skip
 
 
-def _small(work: Work, choices: Mapping[int, Choice]) -> nn.Module:
-    """The compressed model as far as it is, its weights mapped."""
-    small = load_mapped(work.shards, work.device)
+def load_small(work: Work, choices: Mapping[int, Choice], wide: bool = False) -> nn.Module:
+    """The compressed model as far as it is, its weights mapped; ``wide`` as :func:`load_mapped`."""
+    small = load_mapped(work.shards, work.device, wide)
     for number, choice in choices.items():
         dense = small.get_submodule(choice.name)
         low = low_rank_like(dense, choice.decomposition).to_empty(device=work.device).requires_grad_(False)
         low.bias = dense.bias if isinstance(dense.bias, Tensor) else None
-        _take(work, REFITTED if work.journal.has(REFITTED, number) else DRAFT, number, low)
+        _take(work, best_kind(work, number), number, low)
         small.set_submodule(choice.name, low.eval())
     return small
 
@@ -123,4 +134,4 @@ def _take(work: Work, kind: str, number: int, low: LowRankLayer) -> None:
     """Give a layer the factors that are in the journal, mapped, in the parameters that it has."""
     names = ("encoder", "decoder", *(["order"] if low.pivots else []))
     for name, tensor in work.journal.some(kind, number, {name: name for name in names}).items():
-        getattr(low, name).data = tensor.to(work.device)
+        getattr(low, name).data = tensor.to(work.device, getattr(low, name).dtype)

@@ -22,28 +22,29 @@ from ..streaming.spectra_and_plan import find_spectra
 from ..streaming.stored_spectra import spectra_of
 from ..streaming.streamed_model import Work
 from .calibration import collect, tried_chain
-from .factors import DRAFT, REFITTED, draft_factors, put_final, refit_factors
+from .factors import draft_factors, put_final, refit_factors
 from .mapped import let_go, load_mapped, one_block_at_a_time
+from .refining import refine_factors
 from .stored_moments import StoredMoments
 
 
 class WithData:
     """The model of a checkpoint directory, and what its layers see of batches; loaded and run when asked for."""
 
-    def __init__(self, work: Work, batches: Sequence[Any], sensitivity: Sensitivity, refit: bool) -> None:
+    def __init__(self, work: Work, batches: Sequence[Any], sensitivity: Sensitivity) -> None:
         if work.world.size > 1:
             raise ArgumentError(
                 f"data= with {work.world.size} processes: a checkpoint directory is compressed with data in one; leave "
                 f"out torchrun"
             )
-        self.work, self.batches, self.sensitivity, self.refit = work, batches, sensitivity, refit
+        self.work, self.batches, self.sensitivity = work, batches, sensitivity
         self.plan: Plan | None = None  # that was made here, with what it was made from
 
     @cached_property
     def model(self) -> nn.Module:
         """The dense model, mapped."""
         model = load_mapped(self.work.shards, self.work.device)
-        if self.refit and any(isinstance(m, BATCHNORMS) for m in model.modules()):
+        if self.work.settings.refit and any(isinstance(m, BATCHNORMS) for m in model.modules()):
             raise ArgumentError(
                 f"refit= moves statistics of BatchNorms, of which {type(model).__name__} has some, and to a directory "
                 f"only factors are written: leave out refit=, or load the model and use compress(refit=True)"
@@ -105,13 +106,15 @@ class WithData:
         except (PlanError, ValueError) as e:
             raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
-    def find_factors(self, plan: Plan, choices: Mapping[int, Choice]) -> None:
-        """The factors of these layers, in the journal."""
+    def find_factors(self, plan: Plan, choices: Mapping[int, Choice], todo: Sequence[int]) -> None:
+        """The factors of some of the layers that are factorised, by number, in the journal."""
         work, layers = self.work, {layer.name: layer for layer in decomposable(self.layers)}
         basis = plan.basis if plan is self.plan and plan.basis else Basis(plan.criterion, self.moments, False)
         draft_factors(work, plan, basis, layers, choices)
-        if self.refit:
+        if work.settings.refit:
             refit_factors(work, self.model, self.chain, self.batches, basis, layers, choices)
-        for number, choice in choices.items():
-            kind = REFITTED if work.journal.has(REFITTED, number) else DRAFT
-            put_final(work, kind, number, choice)
+        refined: dict[str, Any] = {}
+        if work.settings.refine:
+            refined = refine_factors(work, self.model, self.chain, self.batches, choices, work.settings.refine)
+        for number in todo:
+            put_final(work, number, choices[number], refined)

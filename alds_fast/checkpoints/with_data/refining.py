@@ -1,0 +1,94 @@
+"""Refinement of a checkpoint's blocks: what is trained of one block in memory, what was trained in the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...blocks import BlockChain
+from ...errors import ModelError
+from ...factors import Choice, FactorReport, Refined, Steps, refine_blocks, trained_reports
+from ...layers import LowRankLayer
+from ..safetensors_reader import DTYPES
+from ..streaming.journal import put_changed
+from ..streaming.streamed_model import Work
+from .calibration import room
+from .factors import FIELDS, best_kind, load_small
+from .mapped import let_go, load_mapped, one_block_at_a_time
+
+REFINED = "refined"
+Results = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # by layer: how, and its factors
+
+
+class _Steps(Steps):
+    """Copies a block's parameters before they are trained, and writes them to the journal afterwards."""
+
+    def __init__(
+        self, work: Work, small: nn.Module, dense: nn.Module, blocks: Sequence[str], numbers: Mapping[str, int]
+    ) -> None:
+        self.work, self.small, self.dense, self.blocks, self.numbers = work, small, dense, list(blocks), numbers
+        self.known = {block for i, block in enumerate(blocks) if work.journal.has(REFINED, i)}
+        self._names = {id(p): name for name, p in small.named_parameters()}
+        self._trained: Sequence[nn.Parameter] = ()
+        for block in self.known:
+            self._take(self.blocks.index(block))
+
+    def begin(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._trained = parameters
+        for parameter in parameters:  # what is mapped is let go, changes and all
+            parameter.data = parameter.data.clone()
+
+    def end(self, block: Refined) -> None:
+        position, journal = self.blocks.index(block.block), self.work.journal
+        inside = [name for name in self.numbers if name.startswith(f"{block.block}.")]
+        before = {name: FactorReport(**journal.notes(best_kind(self.work, self.numbers[name]), self.numbers[name]))
+                  for name in inside}  # fmt: skip
+        better = [block.block] if block.after < block.before else []
+        reports = before | trained_reports(before, self.small, self.dense, REFINED, better)
+        fields = {name: {field: getattr(report, field) for field in FIELDS} for name, report in reports.items()}
+        journal.put(REFINED, position, {self._names[id(p)]: p.detach().cpu() for p in self._trained}, fields)
+        self._take(position)
+        let_go([self.work.shards.folder, journal.folder])
+
+    def _take(self, position: int) -> None:
+        """Mapped out of the journal."""
+        names = self.work.journal.names(REFINED, position)
+        for name, tensor in self.work.journal.some(REFINED, position, {name: name for name in names}).items():
+            self.small.get_parameter(name).data = tensor.to(self.work.device)
+
+
+def refine_factors(
+    work: Work, model: nn.Module, chain: BlockChain, batches: Sequence[Any], choices: Mapping[int, Choice], passes: int
+) -> Results:
+    """Blocks trained to return what the dense model's return, see :func:`alds_fast.refine`; results by layer."""
+    if not chain.blocks:
+        raise ModelError(f"refine= needs a chain of blocks: {chain.reason}; leave it out")
+    wide = any(p.dtype.itemsize < 4 for p in model.parameters())
+    dense = load_mapped(work.shards, work.device, wide) if wide else model
+    small = load_small(work, choices, wide)
+    steps = _Steps(work, small, dense, chain.blocks, {choice.name: number for number, choice in choices.items()})
+    with one_block_at_a_time(dense, work.shards.folder):
+        refine_blocks(
+            small, dense, batches, epochs=passes, chain=chain, steps=steps, room=lambda: room(work),
+            progress=work.progress,
+        )  # fmt: skip
+    return _results(work, small, len(chain.blocks))
+
+
+def _results(work: Work, small: nn.Module, blocks: int) -> Results:
+    """Factors by layer; all else that was trained goes to the journal, to be written in the place of the input's."""
+    results: Results = {}
+    others: dict[str, Tensor] = {}
+    for position in (i for i in range(blocks) if work.journal.has(REFINED, i)):
+        tensors, notes = work.journal.get(REFINED, position)
+        for name, tensor in tensors.items():
+            layer, _, field = name.rpartition(".")
+            if field in ("encoder", "decoder") and isinstance(small.get_submodule(layer), LowRankLayer):
+                results.setdefault(layer, (notes[layer], {}))[1][field] = tensor
+            else:
+                source = work.names[name]
+                others[source] = tensor.to(DTYPES[work.shards.tensors[source].dtype])
+    put_changed(work.journal, others)
+    return results
