@@ -37,7 +37,7 @@ from .training import (
 )
 
 PASSES = 3  # over the batches, for each block, unless users say how many
-RATE = 2e-4  # of AdamW at the beginning
+RATE = 5e-4  # of AdamW at the beginning: docs/data.md has what others did
 _NAME = "refine()"
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
