@@ -32,8 +32,7 @@ from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
 from ..measurement import naming_batch, private_runs
 from .batchnorm import move_statistics
 from .choice import FactorReport
-from .pairs import Pairs
-from .passes import Network, chain_of, find_stages, in_halves, without_chain
+from .passes import Network, Pairs, chain_of, find_stages, in_halves, without_chain
 from .ridge import CrossSums, best_weight
 from .weighted import factors
 

@@ -256,6 +256,20 @@ def test_command_line_with_texts(directory, capsys):
     assert "perplexity, dense" in out and f"{kept_aside[1]:.4g}" in out and "b.jsonl" in out
 
 
+def test_command_line_with_refinement(tmp_path, capsys):
+    checkpoints.make("deep", tmp_path / "dense")
+    with_tokenizer(tmp_path / "dense")
+    (tmp_path / "a.txt").write_text(text(0))
+    options = "--data", tmp_path / "a.txt", "--refine", 1, "--tokens", 9000, "--sequence", 8, "--json"
+    assert run(tmp_path, *options) == 1
+    assert "refine= has 1 batches" in capsys.readouterr().err
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef batches():\n    return [{'input_ids': torch.arange(64).view(4, 16) % 90}] * 3\n"
+    )
+    assert run(tmp_path, "--data", f"{tmp_path / 'mine.py'}:batches", "--refine", 1, "--json") == 0
+    assert "factors" in json.loads(capsys.readouterr().out)
+
+
 def test_command_line_with_tokens_and_with_a_function(directory, capsys):
     from safetensors.torch import save_file
 

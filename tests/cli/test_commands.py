@@ -251,5 +251,3 @@ def test_refine(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         main([*map(str, usual), *data, "--refine", "0"])
     assert "0 is not a number of passes" in capsys.readouterr().err
-    code, _, err = _run(capsys, "compress", str(tmp_path), *usual[2:], *data, "--refine")
-    assert code == 1 and "--refine is for models in memory" in err
