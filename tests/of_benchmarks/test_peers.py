@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import alds_fast as alds
 from benchmarks.quality.language import perplexity
-from benchmarks.quality.peers import formulas, layers, methods, ours, peers, run, search, sequential, statistics, table
+from benchmarks.quality.peers import __main__ as run
+from benchmarks.quality.peers import formulas, layers, methods, ours, peers, search, sequential, statistics, table
 from benchmarks.quality.peers.setting import Setting, spread
 
 transformers = pytest.importorskip("transformers")
