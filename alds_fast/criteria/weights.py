@@ -69,7 +69,9 @@ def shrink(covariance: Tensor, share: float, alike: Tensor | None = None) -> Ten
     if covariance.dim() == 2:
         return (1.0 - share) * covariance + share * covariance.mean(-1, keepdim=True)
     if alike is None:
-        alike = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+        mixed, mean = (1.0 - share) * covariance, covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        mixed.diagonal(dim1=-2, dim2=-1).add_(share * mean)
+        return mixed
     traces = (m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for m in (covariance, alike))
     return (1.0 - share) * covariance + share * next(traces) / next(traces).clamp_min(1e-300) * alike
 

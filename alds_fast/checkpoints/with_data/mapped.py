@@ -52,9 +52,8 @@ def let_go(folders: Iterable[Path]) -> None:
         return
     wanted, libc = {folder.resolve() for folder in folders}, ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        path = Path(fields[5].removesuffix(" (deleted)")) if len(fields) == 6 else Path()
-        if path.suffix == ".safetensors" and path.parent in wanted:
+        name = line.removesuffix(" (deleted)")
+        if name.endswith(".safetensors") and Path((fields := name.split(maxsplit=5))[5]).parent in wanted:
             start, end = (int(number, 16) for number in fields[0].split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
 
