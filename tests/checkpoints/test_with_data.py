@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,23 @@ def test_same_as_in_memory(made):
         assert torch.allclose(small(**x).logits, other(**x).logits, atol=1e-3)
 
 
+@contextmanager
+def cut_off(monkeypatch, kind, number, when):
+    """A job in it ends before or after it has kept its result of that kind and number."""
+    put, count = Journal.put, itertools.count()
+
+    def failing(self, what, *args):
+        cut = what == kind and next(count) == number
+        if when == "after" or not cut:
+            put(self, what, *args)
+        if cut:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "put", failing)
+        yield
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A chain of blocks, and what an undisturbed job makes of it."""
@@ -64,7 +82,7 @@ def deep(tmp_path_factory):
     return folder
 
 
-def test_a_chain_gives_what_whole_passes_give(deep, tmp_path, monkeypatch):
+def test_a_chain_gives_what_whole_passes_give(deep):
     small, model = alds.from_pretrained(deep / "small"), checkpoints.dense("deep")
     model.config.use_cache = False
     analysis = alds.analyze(model, groups=(1,), include="model.layers.*", data=batches(), sensitivity="kl")
@@ -105,18 +123,8 @@ def test_refined_blocks_are_those_of_the_model_in_memory(refined):
     "kind, number", [("refined", 0), ("refined", 2), ("changed", 0), ("report", 1), ("factors", 2)]
 )
 def test_refinement_cut_off_while_it_works(refined, tmp_path, monkeypatch, kind, number, when):
-    put, count = Journal.put, itertools.count()
-
-    def failing(self, what, *args):
-        cut = what == kind and next(count) == number
-        if when == "after" or not cut:
-            put(self, what, *args)
-        if cut:
-            raise KeyboardInterrupt
-
     options = {"refine": 4, **SMALLER}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "put", failing)
+    with cut_off(monkeypatch, kind, number, when):
         alds.compress_checkpoint(refined / "dense", tmp_path / "small", **options)
     alds.compress_checkpoint(refined / "dense", tmp_path / "small", **options)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(refined / "refined")
@@ -143,17 +151,7 @@ PLACES = [*itertools.product(["inputs", "gradients"], range(0, 5, 2)), ("collect
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind, number", PLACES)
 def test_cut_off_while_it_works(deep, tmp_path, monkeypatch, kind, number, when):
-    put, count = Journal.put, itertools.count()
-
-    def failing(self, what, *args):
-        cut = what == kind and next(count) == number
-        if when == "after" or not cut:
-            put(self, what, *args)
-        if cut:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "put", failing)
+    with cut_off(monkeypatch, kind, number, when):
         alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
     alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(deep / "small")
