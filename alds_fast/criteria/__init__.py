@@ -6,6 +6,7 @@ Here belongs what turns a layer into errors by rank. What chooses among ranks be
 from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moments import (
+    GRADIENTS,
     INPUTS,
     Moments,
     Wanted,
@@ -40,6 +41,7 @@ __all__ = [
     "CRITERIA",
     "DEFAULT_CRITERION",
     "EIGEN_NOISE",
+    "GRADIENTS",
     "INPUTS",
     "MAX_DATA_GROUPS",
     "WEIGHT_CRITERIA",

@@ -8,7 +8,7 @@ from .choice import Choice, FactorReport
 from .distillation import Distilled, distill
 from .factorization import factorize, weighted_layer
 from .plain import plain_layers
-from .refinement import PASSES, Refined, Steps, check_chain, refine, refine_blocks
+from .refinement import PASSES, Refined, Steps, check_chain, passes_of, refine, refine_blocks
 from .refitting import Gradient, refit
 from .training import check_schedule, check_wide, trained_reports
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_wide",
     "distill",
     "factorize",
+    "passes_of",
     "plain_layers",
     "refine",
     "refine_blocks",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, find_chain, forwards
-from ..errors import ModelError
+from ..checks import is_count
+from ..errors import ArgumentError, ModelError
 from ..layers import LowRankLayer, annotate
 from ..measurement import USUAL, masks_of, naming_batch, private_runs
 from .training import (
@@ -40,6 +42,15 @@ PASSES = 3  # over the batches, for each block, unless users say how many
 RATE = 5e-4  # of AdamW at the beginning: docs/data.md has what others did
 _NAME = "refine()"
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def passes_of(refine: object) -> int:
+    """How many passes ``refine=`` asks for: True for the usual number, False for none; ArgumentError for no number."""
+    if isinstance(refine, bool):
+        return PASSES if refine else 0
+    if not is_count(refine):
+        raise ArgumentError(f"refine={refine!r} is neither True nor False nor a number of passes over the data, >= 1")
+    return operator.index(refine)
 
 
 class Refined(NamedTuple):

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import is_count
 from ..errors import ArgumentError
-from ..factors import PASSES
+from ..factors import passes_of
 from ..layers import check_copyable, chosen_layers, decomposable
 from ..measurement import USUAL, check_batches, check_data, first_batch
 from .analysis import Analysis
@@ -77,8 +76,7 @@ def compress(
         raise ArgumentError(
             f"refit is a {type(refit).__name__}: True or False; other batches than data= go to Plan.apply(refit=)"
         )
-    if not isinstance(refine, bool) and not is_count(refine):
-        raise ArgumentError(f"refine={refine!r} is neither True nor False nor a number of passes over the data, >= 1")
+    passes = passes_of(refine)
     for name, value in (("refit", refit), ("refine", refine)):
         if value:
             check_batches(options.get("data"), f"{name}={value}: data=")
@@ -91,7 +89,6 @@ def compress(
         chosen = chosen_layers(model, options.get("include"), options.get("exclude"))
         check_importance(planning["importance"], {layer.name for layer in decomposable(chosen)})
     check_copyable(model)
-    passes = PASSES if refine is True else int(refine)
     if refine:
         check_refinement(model, options["data"], passes, options.get("include"), options.get("exclude"))
     analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}

@@ -16,7 +16,7 @@ import torch
 from ...checks import is_count
 from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
-from ...factors import PASSES, FactorReport, check_schedule
+from ...factors import FactorReport, check_schedule, passes_of
 from ...layers import patterns
 from ...linalg import SCHEMES
 from ...measurement import Sensitivity, check_data, check_sensitivity, digest_of
@@ -60,8 +60,7 @@ def _settings(
     """The arguments, checked before anything is read or written."""
     check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align, pivots=pivots)
     check_sensitivity(sensitivity)
-    if not isinstance(refine, bool) and not is_count(refine):
-        raise ArgumentError(f"refine={refine!r} is neither True nor False nor a number of passes over the data, >= 1")
+    passes = passes_of(refine)
     asked = [n for n, v in (("sensitivity=", sensitivity), ("refit=", refit), ("refine=", refine)) if v]
     if data is None and (criterion not in (None, *WEIGHT_CRITERIA) or asked):
         what = asked[0] if asked else f"criterion={criterion!r}"
@@ -79,13 +78,8 @@ def _settings(
         budget, criterion, norm, int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
         patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, pivots, is_float32(precision),
-        *() if data is None else (_digest(data), _name(sensitivity), bool(refit), _passes(refine)),
+        *() if data is None else (_digest(data), _name(sensitivity), bool(refit), passes or None),
     )  # fmt: skip
-
-
-def _passes(refine: bool | int) -> int | None:
-    """Over the data."""
-    return PASSES if refine is True else int(refine) or None
 
 
 def _digest(batches: Sequence[Any]) -> str:
@@ -179,7 +173,7 @@ def compress_checkpoint(
         data, sensitivity, refit, refine,
     )  # fmt: skip
     if refine:
-        check_schedule(data, "refine=", _passes(refine))
+        check_schedule(data, "refine=", settings.refine)
     source, output = _folders(source, output)
     place, shards = own_device(device), open_shards(source)
     journal = Journal(output, _job(shards, settings))

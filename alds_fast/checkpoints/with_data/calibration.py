@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...blocks import BlockChain, LeftChain, Room, find_chain
-from ...criteria import INPUTS, collect_by_blocks, collect_moments
+from ...criteria import GRADIENTS, INPUTS, collect_by_blocks, collect_moments
 from ...layers import DecomposableLayer
 from ...measurement import Sensitivity, leaves_of, private_runs
 from ..streaming.streamed_model import Work
@@ -31,7 +31,7 @@ def kinds_of(batches: Iterable[Any]) -> list[tuple[int, Any]]:
     kinds: dict[str, tuple[int, Any]] = {}
     for number, batch in enumerate(batches, 1):
         looks = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves_of(batch)]
-        kinds.setdefault(f"{[*batch] if isinstance(batch, dict) else ''} {looks}", (number, batch))
+        kinds.setdefault(f"{[*batch] if isinstance(batch, Mapping) else ''} {looks}", (number, batch))
     return list(kinds.values())
 
 
@@ -74,5 +74,5 @@ def collect(
         )  # fmt: skip
     store.keep(INPUTS, 0, moments)
     if sensitivity:
-        store.keep("gradients", 0, {n: (m.gradient, m.gradient_noise) for n, m in moments.items()})
+        store.keep(GRADIENTS, 0, {n: (m.gradient, m.gradient_noise) for n, m in moments.items()})
     store.finish(1)

@@ -36,11 +36,13 @@ class _Steps(Steps):
             self._take(self.blocks.index(block))
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Gives them memory of their own."""
         self._trained = parameters
         for parameter in parameters:  # what is mapped is let go, changes and all
             parameter.data = parameter.data.clone()
 
     def end(self, block: Refined) -> None:
+        """Writes what was trained, and how good it is, and maps it from there."""
         position, journal = self.blocks.index(block.block), self.work.journal
         inside = [name for name in self.numbers if name.startswith(f"{block.block}.")]
         before = {name: FactorReport(**journal.notes(best_kind(self.work, self.numbers[name]), self.numbers[name]))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...criteria import INPUTS, Moments
+from ...criteria import GRADIENTS, INPUTS, Moments
 from ...layers import DecomposableLayer
 from ..streaming.journal import Journal
 
@@ -51,7 +51,7 @@ class StoredMoments(Mapping[str, Moments]):
             for part in range(self.journal.notes(_ALL, 0)["parts"]):
                 self._notes |= {name: (part, note) for name, note in self.journal.notes(INPUTS, part).items()}
                 if self.gradients:
-                    self._noises |= self.journal.notes("gradients", part)
+                    self._noises |= self.journal.notes(GRADIENTS, part)
         return self._notes
 
     def __getitem__(self, name: str) -> Moments:
@@ -68,7 +68,7 @@ class StoredMoments(Mapping[str, Moments]):
         numbers = {field: note[field] for field in _NUMBERS}
         gradient, noise = None, 0.0
         if self.gradients and name in self._noises:
-            gradient = self.journal.some("gradients", part, {"": name})[""]
+            gradient = self.journal.some(GRADIENTS, part, {"": name})[""]
             noise = self._noises[name]
         elif self.gradients:  # what matters does not depend on this layer
             shape = self.layers[name].shape

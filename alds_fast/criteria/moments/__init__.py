@@ -3,13 +3,14 @@
 Here belongs what runs a model to sum up rows. What is made of the sums belongs in criteria itself.
 """
 
-from .by_blocks import INPUTS, collect_by_blocks
+from .by_blocks import GRADIENTS, INPUTS, collect_by_blocks
 from .collection import Moments, collect_moments
 from .hooks import rows_to_draw
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
 from .sums import distinct_rows, exact_products, with_few_rows
 
 __all__ = [
+    "GRADIENTS",
     "INPUTS",
     "Moments",
     "Wanted",

@@ -44,7 +44,7 @@ def text_table(rows: Rows, text: str, shares: Sequence[float]) -> str:
     for name in METHODS:
         cells = [_cell(found.get((name, share)), best[share]) for share in shares]
         lines += [[name, *cells]] if any(cell != "-" for cell in cells) else []
-    return table(["", *(f"{share:.0%}" for share in shares)], lines)
+    return table(["method", *(f"{share:.0%}" for share in shares)], lines)
 
 
 def _cell(value: float | None, best: float) -> str:
