@@ -40,6 +40,7 @@ from .training import (
 
 PASSES = 3  # over the batches, for each block, unless users say how many
 RATE = 5e-4  # of AdamW at the beginning: docs/data.md has what others did
+LEAST_ENERGY = 0.1  # of the median of a batch's rows
 _NAME = "refine()"
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -54,7 +55,7 @@ def passes_of(refine: object) -> int:
 
 
 class Refined(NamedTuple):
-    """A block, and the relative error of its output on the batches kept aside, before and after."""
+    """A block, and its output's relative error, root mean square over tokens kept aside, before and after."""
 
     block: str
     before: float
@@ -69,20 +70,24 @@ class _Block:
         self.module = small.model.get_submodule(name)
 
     def losses(self, number: int, batch: Any) -> list[tuple[Tensor, float]]:
-        """Of each tensor that the block returns: squared distance from the dense block's, squared norm of that."""
+        """Of each tensor that the block returns: the sum of its rows' squared relative errors, and how many there are.
+
+        (Rows of which the dense block makes next to nothing count by a tenth of the median's energy.)
+        """
         with naming_batch(number, _NAME):
             args, kwargs = self._call(number, batch)
             outputs, targets = _tensors(self.module.forward(*args, **kwargs)), _tensors(self.dense.output(number))
         masks, parts = masks_of(self.small.model, batch, self.mask), []
         for output, target in zip(outputs, targets, strict=True):
             keep = kept_places(masks, self.name, output, f"block {self.name!r}")
-            target = target[keep].float()
-            energy = float(target.square().sum())
-            if not math.isfinite(energy):
+            target, output = _rows(target[keep].float()), _rows(output[keep].float())
+            energy = target.square().sum(-1)
+            if not bool(energy.isfinite().all()):
                 raise ModelError(
                     f"block {self.name!r} of the dense model returns NaN or infinite values on batch {number}"
                 )
-            parts.append(((output[keep].float() - target).square().sum(), energy))
+            energy = energy.clamp_min(max(LEAST_ENERGY * float(energy.median()), 1e-30)) if len(energy) else energy
+            parts.append((((output - target).square().sum(-1) / energy).sum(), float(len(energy))))
         if not parts:
             raise ModelError(f"block {self.name!r} returns no floating-point tensor that it could be refined by")
         return parts
@@ -103,6 +108,11 @@ class _Block:
         if not calls:
             raise LeftChain(f"batch {number} does not come to block {self.name!r}")
         return calls[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(rows, n): tokens along the last dimension, or whole samples of what has more than tokens (pictures)."""
+    return x.flatten(0, -2) if x.dim() <= 3 else x.flatten(1)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -52,6 +52,26 @@ def test_blocks_get_nearer_and_nothing_else_changes(pair):
     assert better.alds_plan == small.alds_plan and not better.training
 
 
+class Residual(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_one_loud_token_does_not_drown_the_others():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Sequential(*(Residual() for _ in range(3)))).eval()
+    small = alds.compress(model, params=0.5, include="1.*")
+    loud = [torch.cat([1e3 * x[:, :1], x[:, 1:]], 1) for x in batches()]
+    better, _ = alds.refine(small, model, loud, lr=1e-2)
+    with torch.no_grad():
+        before, after = (float((model(loud[-1]) - net(loud[-1]))[:, 1:].norm()) for net in (small, better))
+    assert after < 0.8 * before, (before, after)
+
+
 def test_it_is_repeatable(pair):
     model, small = pair
     first, second = (alds.refine(small, model, batches(4), epochs=1)[0].state_dict() for _ in range(2))
