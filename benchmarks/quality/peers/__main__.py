@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from alds_fast import AldsError
+from alds_fast.files import replacing
 from benchmarks.common.results import RESULTS, environment
 
 from ..data import Missing
@@ -31,7 +32,7 @@ SHARES = (0.8, 0.6, 0.9, 0.4)  # in the order of work
 
 
 class Run:
-    """One process of it: statistics are kept for all shares, models for one."""
+    """One process of it: statistics are kept in memory for all shares."""
 
     def __init__(self, setting: Setting, out: Path) -> None:
         self.setting, self.out, self.file = setting, out, out / "results.jsonl"
@@ -41,7 +42,6 @@ class Run:
         if any(row["data"] != self.digest for row in self.rows):
             raise AldsError(f"{self.file} is of other data or texts; give the same --also as then, or another --out")
         self._statistics: dict[str, Any] = {}
-        self._models: dict[tuple[str, float], nn.Module] = {}
 
     def _has(self, **wanted: Any) -> bool:
         return any(all(row.get(key) == value for key, value in wanted.items()) for row in self.rows)
@@ -68,18 +68,21 @@ class Run:
         return self._statistics[name]
 
     def model(self, name: str, share: float) -> tuple[nn.Module, float]:
-        """A method's model, and the CPU-seconds of it alone: without statistics, without the method before."""
-        if (name, share) in self._models:
-            return self._models[name, share], 0.0
-        method = METHODS[name]
+        """A method's model, and the CPU-seconds of it alone: without statistics, without the method before.
+
+        Those that others go on from are kept in the folder.
+        """
+        method, file = METHODS[name], self.out / f"{name}, {share:g}, {self.digest}.pt"
+        if file.exists():
+            return torch.load(file, weights_only=False)
         given = [self.statistics(need) for need in method.needs]
         given += [self.model(method.after, share)[0]] if method.after else []
         began = time.process_time()
-        made = method.build(self.setting, share, *given)
-        seconds = time.process_time() - began
+        made = method.build(self.setting, share, *given), time.process_time() - began
         if any(other.after == name for other in METHODS.values()):
-            self._models = {key: kept for key, kept in self._models.items() if key[1] == share} | {(name, share): made}
-        return made, seconds
+            with replacing(file) as part:
+                torch.save(made, part)
+        return made
 
     def cell(self, name: str, share: float) -> None:
         """One method at one share, unless it is there."""
