@@ -39,7 +39,7 @@ from .training import (
 )
 
 PASSES = 3  # over the batches, for each block, unless users say how many
-RATE = 5e-4  # of AdamW at the beginning: docs/data.md has what others did
+RATE = 1e-3  # of AdamW at the beginning, by each parameter's size: docs/data.md has what others did
 LEAST_ENERGY = 0.1  # of the median of a batch's rows
 _NAME = "refine()"
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -139,7 +139,8 @@ def refine(
         data: a list of batches as for :func:`alds_fast.analyze`, without labels, two at least; an eighth is kept aside,
             one at least. Each batch is one step, so that they should be small.
         epochs: passes over the others, for each block.
-        lr: learning rate of AdamW at the beginning; it goes to 0 along a cosine.
+        lr: learning rate of AdamW at the beginning, as a share of each parameter's root mean square; it goes to 0
+            along a cosine.
         mask: as for analyze: what is padding does not count.
         progress: told (what, done, total) after each block.
 

@@ -24,6 +24,7 @@ from ..measurement import Masks, check_batches
 from .choice import FactorReport
 
 SHARE_ASIDE = 1 / 8  # of the batches
+LEAST_SIZE = 1e-3  # that steps are taken by: biases may be 0
 Numbered = list[tuple[int, Any]]
 Losses = Callable[[int, Any], list[tuple[Tensor, float]]]  # (number, batch) -> of each tensor distance and divisor
 Tell = Callable[[str, int, int], None]  # (what, done, total)
@@ -39,7 +40,7 @@ def check_schedule(data: Any, name: str, epochs: object, lr: object = 1.0) -> No
     if not is_count(epochs):
         raise ArgumentError(f"epochs={epochs!r} is not an integer >= 1")
     if not is_number(lr) or not 0 < lr < math.inf:
-        raise ArgumentError(f"lr={lr!r} is outside (0, inf); 1e-4 to 1e-3 is usual")
+        raise ArgumentError(f"lr={lr!r} is outside (0, inf); 1e-4 to 1e-2 is usual")
     if hasattr(data, "__len__"):
         _check_count(len(data), name)
 
@@ -115,17 +116,26 @@ def mean_loss(losses: Losses, batches: Numbered) -> float:
     return sum(lost / by for lost, by in sums if by > 0) / len(sums)
 
 
+def rms(x: Tensor) -> float:
+    """Root mean square."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) / math.sqrt(max(1, x.numel()))
+
+
 def train(
     losses: Losses, parameters: Sequence[nn.Parameter], used: Numbered, aside: Numbered, epochs: int, lr: float,
     after_pass: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, float]:  # fmt: skip
     """Passes of AdamW over the batches, in a new order each, the rate along a cosine; the best state is kept.
 
+    ``lr`` is a share of each parameter's root mean square, as in Shazeer and Stern, "Adafactor" (ICML 2018), so that it
+    suits models with weights of any size.
+
     Returns the mean losses on the batches kept aside, before and after.
     """
     before = best = mean_loss(losses, aside)
     kept = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    groups = [{"params": [p], "lr": lr * max(LEAST_SIZE, rms(v))} for p, v in zip(parameters, kept, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(used))
     generator = torch.Generator().manual_seed(0)
     for epoch in range(1, epochs + 1):

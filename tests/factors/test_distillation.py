@@ -49,7 +49,7 @@ def test_the_divergence_falls_and_nothing_else_changes(pair):
     model, small = pair
     states = [{name: value.clone() for name, value in net.state_dict().items()} for net in pair]
     told = []
-    better, report = alds.distill(small, model, tokens(), epochs=20, lr=1e-2, progress=lambda *args: told.append(args))
+    better, report = alds.distill(small, model, tokens(), epochs=20, lr=5e-2, progress=lambda *args: told.append(args))
     assert report.kl and report.before == pytest.approx(divergence(model, small, tokens()[-1:]), rel=1e-4)
     assert report.after == pytest.approx(divergence(model, better, tokens()[-1:]), rel=1e-4)
     fresh = tokens(20, seed=2)
@@ -84,7 +84,7 @@ def test_outputs_that_are_no_logits_by_their_distance():
     model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 8)).eval()
     small = alds.compress(model, params=0.6)
     data = [torch.randn(32, 24) for _ in range(8)]
-    better, report = alds.distill(small, model, data, epochs=10, lr=1e-2)
+    better, report = alds.distill(small, model, data, epochs=10, lr=5e-2)
     with torch.no_grad():
         before, after = (float((net(data[-1]) - model(data[-1])).norm() / model(data[-1]).norm())
                          for net in (small, better))  # fmt: skip

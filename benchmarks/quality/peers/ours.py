@@ -31,14 +31,9 @@ def planned(
     return plan.apply(setting.model, refit=setting.calibration if refit else None)
 
 
-def rate(share: float) -> float:
-    """Of refinement: 2e-4, and 5e-4 where so much is cut that larger steps were better."""
-    return 2e-4 if share > 0.7 else 5e-4
-
-
 def refined(setting: Setting, share: float, small: nn.Module) -> nn.Module:
     """Blocks trained to return what the dense ones return, in as many passes as AA-SVD's."""
-    return alds.refine(small, setting.model, setting.calibration, epochs=PASSES, lr=rate(share))[0]
+    return alds.refine(small, setting.model, setting.calibration, epochs=PASSES)[0]
 
 
 def tuned(setting: Setting, share: float, small: nn.Module) -> nn.Module:
