@@ -19,7 +19,7 @@ from .allocation import filter_threshold
 from .checkpoints import CompressedCheckpoint, compress_checkpoint, from_pretrained, load, save
 from .deployment import DeployTable, deploy
 from .errors import AldsError
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate, measured_importance
 from .factors import Distilled, Refined, distill, refine
 from .integrations import open_experts, to_plain
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
@@ -51,6 +51,7 @@ __all__ = [
     "filter_threshold",
     "from_pretrained",
     "load",
+    "measured_importance",
     "open_experts",
     "plot_plan",
     "refine",

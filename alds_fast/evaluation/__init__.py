@@ -4,11 +4,13 @@ Here belongs what runs many compressions to compare them.
 """
 
 from .api import evaluate
+from .measured_importance import measured_importance
 from .table import Evaluation
 from .variants import product
 
 __all__ = [
     "Evaluation",
     "evaluate",
+    "measured_importance",
     "product",
 ]

@@ -5,7 +5,7 @@ Here belongs what makes encoders and decoders. What chooses ranks belongs in all
 
 from .batchnorm import BATCHNORMS
 from .choice import Choice, FactorReport
-from .distillation import Distilled, distill
+from .distillation import Distilled, distill, names_logits, output_distance
 from .factorization import factorize, weighted_layer
 from .plain import plain_layers
 from .refinement import PASSES, Refined, Steps, check_chain, passes_of, refine, refine_blocks
@@ -26,6 +26,8 @@ __all__ = [
     "check_wide",
     "distill",
     "factorize",
+    "names_logits",
+    "output_distance",
     "passes_of",
     "plain_layers",
     "refine",

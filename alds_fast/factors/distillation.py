@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
 from ..layers import annotate
-from ..measurement import USUAL, Run, first_floating, masks_of, naming_batch, private_runs
+from ..measurement import USUAL, Masks, Run, first_floating, masks_of, naming_batch, private_runs
 from .training import (
     Tell,
     asking,
@@ -51,13 +51,42 @@ def _logits(output: Any) -> Any:
     return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
 
 
-def _compared(output: Any) -> Tensor:
+def names_logits(output: Any) -> bool:
+    """Whether a model's output says which tensor of it are logits."""
+    return isinstance(_logits(output), Tensor)
+
+
+def _compared(output: Any, name: str) -> Tensor:
     """The output's logits where it names some, or else its first floating-point tensor."""
     logits = _logits(output)
     tensor = logits if isinstance(logits, Tensor) else first_floating(output)
     if tensor is None or tensor.dim() == 0:
-        raise ModelError(f"distill() needs an output of floating-point tensors; the model returns {type(output)}")
+        raise ModelError(f"{name} needs an output of floating-point tensors; the model returns {type(output)}")
     return tensor
+
+
+def output_distance(output: Any, wanted: Any, masks: Masks, kl: bool, number: int, name: str) -> tuple[Tensor, float]:
+    """How far a model's output on a batch is from the dense model's, and what that is divided by.
+
+    The sum of the tokens' Kullback-Leibler divergences, in nats, and how many tokens there are; or without ``kl`` the
+    squared distance and the dense output's squared norm. What ``masks`` leave out does not count in outputs of more
+    than two dimensions; those of two are of whole samples. ``name`` is what errors call the caller.
+    """
+    output, target = _compared(output, name), _compared(wanted, name)
+    if target.shape != output.shape:
+        raise ModelError(f"the models return {tuple(output.shape)} and {tuple(target.shape)} on batch {number}")
+    keep = ... if output.dim() < 3 else kept_places(masks, "decoder", output, "the model")
+    output, target = output[keep].float(), target[keep].float()
+    if not bool(target.isfinite().all()):
+        raise ModelError(f"the dense model returns NaN or infinite values on batch {number}")
+    if torch.is_grad_enabled() and not output.requires_grad:
+        raise ModelError(
+            "the compressed model's output has no gradient: its forward runs under torch.no_grad() or detaches it"
+        )
+    if not kl:
+        return (output - target).square().sum(), float(target.square().sum())
+    output, target = output.log_softmax(-1), target.log_softmax(-1)
+    return F.kl_div(output, target, reduction="sum", log_target=True), float(target[..., 0].numel())
 
 
 class _Pair:
@@ -67,34 +96,15 @@ class _Pair:
         self.small, self.run_small, self.run_dense, self.kl, self.mask = small, run_small, run_dense, kl, mask
 
     def losses(self, number: int, batch: Any) -> list[tuple[Tensor, float]]:
-        """The distance on a batch, and what it is divided by: the count of rows, or the dense output's square norm."""
+        """:func:`output_distance` on a batch."""
         with naming_batch(number, _NAME):
             with torch.no_grad():
                 wanted = self.run_dense(batch, number, f"batch {number} of {_NAME}")
-            output = _compared(self.run_small(batch, number, f"batch {number} of {_NAME}"))
+            output = self.run_small(batch, number, f"batch {number} of {_NAME}")
         if self.kl is None:
-            self.kl = isinstance(_logits(wanted), Tensor)
-        target = _compared(wanted)
-        if target.shape != output.shape:
-            raise ModelError(f"the models return {tuple(output.shape)} and {tuple(target.shape)} on batch {number}")
-        keep = self._kept(batch, output, number)
-        output, target = output[keep].float(), target[keep].float()
-        if not bool(target.isfinite().all()):
-            raise ModelError(f"the dense model returns NaN or infinite values on batch {number}")
-        if torch.is_grad_enabled() and not output.requires_grad:
-            raise ModelError(
-                "the compressed model's output has no gradient: its forward runs under torch.no_grad() or detaches it"
-            )
-        if not self.kl:
-            return [((output - target).square().sum(), float(target.square().sum()))]
-        output, target = output.log_softmax(-1), target.log_softmax(-1)
-        return [(F.kl_div(output, target, reduction="sum", log_target=True), float(target[..., 0].numel()))]
-
-    def _kept(self, batch: Any, output: Tensor, number: int) -> Any:
-        """Which tokens count; outputs of two dimensions are of whole samples."""
-        if output.dim() < 3:
-            return ...
-        return kept_places(masks_of(self.small, batch, self.mask), "decoder", output, "the model")
+            self.kl = names_logits(wanted)
+        masks = masks_of(self.small, batch, self.mask)
+        return [output_distance(output, wanted, masks, self.kl, number, _NAME)]
 
 
 @torch.inference_mode(False)  # or nothing could be trained

@@ -15,6 +15,7 @@ from .run_model import (
     device_of,
     first_input,
     inference,
+    without_fast_paths,
 )
 from .samples import Samples, digest_of, leaves_of
 from .timer import interleaved_ms, median_ratio
@@ -67,4 +68,5 @@ __all__ = [
     "shared_inputs",
     "watching",
     "weight_readers",
+    "without_fast_paths",
 ]

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..linalg import Decomposition, WeightShape, decoder_axes, saved_by_pivots
 from .inputs import InputSpec, layer_inputs
+from .run_model import without_fast_paths
 
 
 def count_inputs(
@@ -27,14 +27,8 @@ def count_inputs(
     """
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
-    mha = torch.backends.mha
-    fast = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            inputs = layer_inputs(model, example_inputs, names)
-    finally:
-        mha.set_fastpath_enabled(fast)
+    with without_fast_paths(), FlopCounterMode(display=False) as counter:
+        inputs = layer_inputs(model, example_inputs, names)
     return inputs, int(counter.get_total_flops())
 
 

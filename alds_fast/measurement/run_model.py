@@ -64,6 +64,18 @@ def without_nested_tensors(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Transformer layers and attention of torch call their linear layers, whose weights they else read by name."""
+    mha = torch.backends.mha
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter is; the CPU without any."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

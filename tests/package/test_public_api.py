@@ -14,7 +14,7 @@ NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
     *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "retrain", "save", "to_plain"),
-    *("filter_threshold", "plot_plan", "refine", "Refined", "distill", "Distilled"),
+    *("filter_threshold", "plot_plan", "refine", "Refined", "distill", "Distilled", "measured_importance"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }
 
