@@ -18,7 +18,7 @@ from ..blocks import Walk, find_chain, forwards
 from ..checks import check_model, is_number
 from ..errors import ArgumentError, LayerNotFoundError, ModelError
 from ..factors import names_logits, output_distance
-from ..measurement import USUAL, Run, check_batches, masks_of, private_runs, without_fast_paths
+from ..measurement import USUAL, Run, check_batches, masks_of, naming_batch, private_runs, without_fast_paths
 from ..planning import Plan
 
 _NAME = "measured_importance()"
@@ -91,9 +91,13 @@ class _Runs:
         chain = find_chain(model, run, numbered, _NAME)
         self.blocks, self.numbered, self.model = chain.blocks, numbered, model
         self.walk = Walk(model, run, chain.blocks, chain.ends)
-        self.wanted = {number: self.walk.run(batch, number, _called(number)) for number, batch in numbered}
+        self.wanted = {number: self._run(batch, number) for number, batch in numbered}
         self.kl = names_logits(next(iter(self.wanted.values()))) if kl is None else kl
         self.masks = {number: masks_of(model, batch, mask) for number, batch in numbered}
+
+    def _run(self, batch: Any, number: int) -> Any:
+        with naming_batch(number, _NAME):
+            return self.walk.run(batch, number, f"batch {number} of {_NAME}")
 
     def _block(self, name: str) -> int:
         """How many blocks there are before the layer, as far as that is known."""
@@ -109,11 +113,7 @@ class _Runs:
         lost = by = 0.0
         for number, batch in self.numbered:
             with forwards(self.model, {name: lambda own: low.forward}):
-                output = self.walk.run(batch, number, _called(number))
+                output = self._run(batch, number)
             parts = output_distance(output, self.wanted[number], self.masks[number], self.kl, number, _NAME)
             lost, by = lost + float(parts[0]), by + parts[1]
         return max(0.0, lost) / by if by > 0 else 0.0
-
-
-def _called(number: int) -> str:
-    return f"batch {number} of {_NAME}"
