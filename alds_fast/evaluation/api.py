@@ -51,8 +51,9 @@ def evaluate(
         budgets: shares in (0, 1] of the dense model's parameters, or of its operations with ``budget="flops"``.
         variants: by name, options of :func:`alds_fast.analyze` and :meth:`alds_fast.Analysis.plan`, with
             ``"data": True`` for a variant that is given ``data(seed)`` in the analysis, ``"refit": True`` for one that
-            is fitted to it as by ``Plan.apply(refit=)``; or a function (copy of the
-            dense model, share, seed) -> smaller model, which sees to the budget itself.
+            is fitted to it as by ``Plan.apply(refit=)``, ``"refine": True`` or a number of passes for one whose blocks
+            are trained to it; or a function (copy of the dense model, share, seed) -> smaller model, which sees to the
+            budget itself.
         methods, criteria, ps: in the place of ``variants``, all their combinations; None is plan()'s default. With
             ``data`` they are all given it, and gradients where one of the criteria needs them.
         seeds: integers; torch's random numbers start from the seed in every cell.
@@ -99,7 +100,9 @@ def evaluate(
     read = {name: read_variant(name, options, budget, example_inputs) for name, options in variants.items()}
     _check_functions(model, quality, data, after, workers)
     if data is None and (needy := [name for name, v in read.items() if v.needs_data]):
-        raise ArgumentError(f"variants[{needy[0]!r}] has data=True or refit=True: give data=, a function of the seed")
+        raise ArgumentError(
+            f"variants[{needy[0]!r}] has data=True, refit=True or refine=: give data=, a function of the seed"
+        )
     task = Task(model, quality, read, budget, example_inputs, data, after)
     cells = [Cell(name, share, int(seed)) for seed in seeds for name in read for share in shares]
     folder = None if out is None else _folder(out)

@@ -133,7 +133,10 @@ class Runner:
         plan = clock("plan", lambda: analysis.plan(**budget, **variant.planning))
         record["error"] = None if math.isnan(plan.error) else plan.error
         record |= {"criterion": plan.criterion, "p": plan.p}  # what None stood for
-        fitted = {"refit": self._batches(cell.seed), "mask": variant.analysis["mask"]} if variant.refit else {}
+        batches = self._batches(cell.seed) if variant.refit or variant.refine else None
+        fitted: dict[str, Any] = {"refit": batches} if variant.refit else {}
+        fitted |= {"refine": batches, "epochs": variant.refine} if variant.refine else {}
+        fitted |= {"mask": variant.analysis["mask"]} if fitted else {}
         small: nn.Module = clock("apply", lambda: plan.apply(dense, **fitted))
         return small
 

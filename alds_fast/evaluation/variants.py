@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..allocation import SHARES
 from ..errors import ArgumentError
+from ..factors import passes_of
 from ..files import crc32
 from ..planning import Analysis, analyze, check_plan_options
 from ..text import number
@@ -34,12 +35,13 @@ class Variant:
     planning: dict[str, Any] = field(default_factory=dict)
     data: bool = False
     refit: bool = False
+    refine: int = 0  # passes
     build: Build | None = None
 
     @property
     def needs_data(self) -> bool:
-        """Whether the analysis or the refit are given data."""
-        return self.data or self.refit
+        """Whether the analysis, the refit or the refinement are given data."""
+        return self.data or self.refit or self.refine > 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class Variant:
         options = {k: _plain(v) for k, v in given.items() if k != "precision"}  # plans are the same
         made = None if self.build is None else callable_name(self.build)
         options |= {"refit": True} if self.refit else {}
+        options |= {"refine": self.refine} if self.refine else {}
         return {"name": self.name, "options": options, "data": self.data, "build": made}
 
 
@@ -112,7 +115,7 @@ def read_variant(name: str, options: Mapping[str, Any] | Build, kind: str, examp
         return Variant(name, build=options)
     analysis = _defaults(analyze, ("progress",))
     planning = _defaults(Analysis.plan, (*SHARES, "error", "example_inputs"))
-    known = {**analysis, **planning, "refit": False}
+    known = {**analysis, **planning, "refit": False, "refine": False}
     if unknown := sorted(str(option) for option in options if option not in known):
         raise ArgumentError(f"variants[{name!r}]: unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
     switches = {option: options.get(option, False) for option in ("data", "refit")}
@@ -124,7 +127,14 @@ def read_variant(name: str, options: Mapping[str, Any] | Build, kind: str, examp
     chosen = {k: options.get(k, default) for k, default in planning.items()}
     check_plan_options({kind: 0.5}, None, example_inputs, **chosen)
     analysing = {k: options.get(k, default) for k, default in analysis.items() if k != "data"}
-    return Variant(name, analysing, chosen, **switches)
+    return Variant(name, analysing, chosen, refine=_passes(name, options.get("refine", False)), **switches)
+
+
+def _passes(name: str, refine: object) -> int:
+    try:
+        return passes_of(refine)
+    except ArgumentError as e:
+        raise ArgumentError(f"variants[{name!r}]: {e}") from e
 
 
 def product(

@@ -137,8 +137,27 @@ def test_models_data_and_retraining_get_the_seed(monkeypatch):
     for row in table.rows:
         assert row["quality_after"] == row["quality"] + 128 / PARAMS
         assert row["drop_after"] == 1.0 - row["quality_after"] and row["seconds_after"] > 0
-    with pytest.raises(ArgumentError, match=r"variants\['with'\] has data=True or refit=True: give data="):
+    with pytest.raises(ArgumentError, match=r"variants\['with'\] has data=True, refit=True or refine=: give data="):
         alds.evaluate(net, kept, variants=variants)
+
+
+def test_blocks_are_refined_by_a_variants_passes():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    batches = [torch.randn(4, 6, 16) for _ in range(8)]
+
+    def nearness(net):
+        return -float(sum((net(x) - model(x)).square().sum() for x in batches))
+
+    variants = {"plain": {}, "two": {"refine": 2}, "usual": {"refine": True}}
+    table = alds.evaluate(model, nearness, variants=variants, budgets=[0.8], data=lambda seed: batches)
+    plain, two, usual = (next(r["quality"] for r in table.rows if r["variant"] == name) for name in variants)
+    small = alds.compress(model, params=0.8)
+    assert plain < two and plain < usual and two != usual
+    assert two == pytest.approx(nearness(alds.refine(small, model, batches, epochs=2)[0]), rel=1e-4)
+    with pytest.raises(ArgumentError, match=r"variants\['odd'\]: refine=-1 is neither True nor False nor a number of"):
+        alds.evaluate(model, nearness, variants={"odd": {"refine": -1}}, data=lambda seed: batches)
 
 
 def test_cells_do_not_depend_on_each_other():
