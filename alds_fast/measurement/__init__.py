@@ -7,7 +7,7 @@ from .data_batches import check_batches, check_data, first_batch, naming_batch, 
 from .flops import count_inputs, dense_flops, flops_of_ranks
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
-from .output_gradients import KL, Sensitivity, backward_from, check_sensitivity, first_floating
+from .output_gradients import KL, Sensitivity, backward_from, check_sensitivity, first_floating, signs_of
 from .private_runs import MAPPED, Run, check_runs, copy_batch, keeping_state, private_runs
 from .run_model import (
     attribute_set,
@@ -66,6 +66,7 @@ __all__ = [
     "numbered_batches",
     "private_runs",
     "shared_inputs",
+    "signs_of",
     "watching",
     "weight_readers",
     "without_fast_paths",

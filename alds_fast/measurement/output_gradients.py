@@ -52,6 +52,11 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return bits.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
+def signs_of(number: int) -> torch.Generator:
+    """What random signs of the batch of that number are drawn from, whichever batches have been before it."""
+    return torch.Generator().manual_seed(number - 1)
+
+
 def _check_gradient(z: Tensor | None) -> None:
     if isinstance(z, Tensor) and z.is_inference():
         raise ModelError(

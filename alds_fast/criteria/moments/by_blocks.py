@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ...blocks import BackwardWalk, BlockChain, Room, Walk
 from ...layers import DecomposableLayer
-from ...measurement import USUAL, Samples, Sensitivity, backward_from, masks_of, naming_batch, private_runs
+from ...measurement import USUAL, Samples, Sensitivity, backward_from, masks_of, naming_batch, private_runs, signs_of
 from .collection import (
     check_gradients_are_possible,
     check_moment,
@@ -54,7 +53,7 @@ class _Batches(NamedTuple):
     def told(self, collector: Collector) -> Iterator[tuple[int, Any]]:
         """One after the other; the collector knows which it sees."""
         for (number, batch), aside in zip(self.numbered, self.aside, strict=True):
-            collector.masks, collector.aside = masks_of(self.model, batch, self.mask), aside
+            collector.begin(number, masks_of(self.model, batch, self.mask), aside)
             yield number, batch
 
 
@@ -146,7 +145,6 @@ class _Passes:
     def backward(self, back: BackwardWalk, sensitivity: Sensitivity) -> None:
         """Gradients of all parts, from the output on; and inputs of what comes after the last block."""
         count, energy = len(self.walk.blocks), 0.0
-        generator = torch.Generator().manual_seed(0)
         for part in reversed(range(count + 1)):
             kinds = [INPUTS, GRADIENTS] if part == count else [GRADIENTS]
             collector = self._collector(kinds, part)
@@ -154,7 +152,7 @@ class _Passes:
 
             def begin(output: Any, number: int, batch: Any, collector: Collector = collector) -> None:
                 collector.back = True
-                collector.energy += backward_from(output, batch, sensitivity, generator)
+                collector.energy += backward_from(output, batch, sensitivity, signs_of(number))
                 collector.back = False
 
             noting = self.places.noting(self.walk.model, part) if part == count else nullcontext()

@@ -23,6 +23,7 @@ from ...measurement import (
     masks_of,
     naming_batch,
     private_runs,
+    signs_of,
 )
 from .hooks import Collector, Form, moment_forms
 from .sums import DiagonalSums, ProductSums
@@ -108,21 +109,20 @@ def collect_moments(
     forms = moment_forms(layers, order, bool(sensitivity), memory)
     _warn_of_reductions(layers, forms, order, bool(sensitivity), memory)
     layers = [layer for layer in layers if layer.name in forms]
-    collector, generator = Collector(layers, forms, bool(sensitivity)), torch.Generator().manual_seed(0)
-    samples = Samples(held_out)
+    collector, samples = Collector(layers, forms, bool(sensitivity)), Samples(held_out)
     check_data(data)
     if sensitivity:
         check_gradients_are_possible(model)
     count, masks = 0, 0
     with collector.hooks(), private_runs(model) as run, frozen(model):
         for count, batch in enumerate(data, 1):
-            collector.masks, collector.aside = masks_of(model, batch, mask), samples.aside(batch)
+            collector.begin(count, masks_of(model, batch, mask), samples.aside(batch))
             masks += bool(collector.masks)
             with naming_batch(count, "data="), torch.set_grad_enabled(bool(sensitivity)):
                 output = run(batch, count, f"batch {count} of data=")
                 if sensitivity:
                     collector.back = True
-                    collector.energy += backward_from(output, batch, sensitivity, generator)
+                    collector.energy += backward_from(output, batch, sensitivity, signs_of(count))
                     collector.back = False
             done(count)
     if not count:

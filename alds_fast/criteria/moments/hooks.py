@@ -23,6 +23,7 @@ ENOUGH_ROWS = 512  # a call
 WIDEST_WHOLE = 2048  # of a layer, whose gradients' moment is kept whole
 MAX_OUTPUTS = 8192  # of a layer, whose own moment is kept where that of its input is too large
 ROWS_PER_COLUMN = 2  # of a moment, where the data has them
+SEEDS = 1 << 16  # of a batch's calls
 
 
 class Form(NamedTuple):
@@ -81,11 +82,15 @@ class Collector:
             layer.name: DiagonalSums() if forms[layer.name].diagonal else ProductSums() for layer in layers if gradients
         }
         self.by_output = {layer.name for layer in layers if forms[layer.name].by_output}
-        self.energy, self.seed = 0.0, 0
+        self.energy, self.number, self.seed = 0.0, 0, 0
         self.last: tuple[Any, ...] = (lambda: None, None, [], 0)
         self.leaders: dict[str, set[str]] = {layer.name: set() for layer in layers}
         self.last_name = ""
         self.back = False  # in a backward pass, where checkpointed layers are called again: inputs do not count
+
+    def begin(self, number: int, masks: Masks, aside: Tensor) -> None:
+        """What is seen from here on is of the batch of that number."""
+        self.number, self.masks, self.aside, self.seed = number, masks, aside, (number - 1) * SEEDS
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -127,7 +132,7 @@ class Collector:
             self.tokens, self.masked = self.tokens or linear, self.masked or keep is not None
             used, aside = by_side(layer.module, x.detach(), keep, self.aside, routed)
             if aside is not None:
-                self.held[layer.name].add(patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
+                self._hold(layer, patches(layer.module, *aside, HeldRows.wanted, self.seed)[0])
             samples, rows = patches(layer.module, *used, rows_to_draw(layer, sums.drawn), self.seed)
             products = sums.products(samples)
             if linear:  # convolutions rarely share an input, and their strips may be large
@@ -164,7 +169,10 @@ class Collector:
         sums = self.sums[layer.name]
         sums.add(sums.products(samples - shift), rows)
         if aside is not None:
-            self.held[layer.name].add(outputs(layer.module, *aside, HeldRows.wanted, self.seed)[0] - shift)
+            self._hold(layer, outputs(layer.module, *aside, HeldRows.wanted, self.seed)[0] - shift)
+
+    def _hold(self, layer: DecomposableLayer, rows: Tensor) -> None:
+        self.held[layer.name].add(rows, self.number)
 
     def _add_gradient(self, layer: DecomposableLayer, g: Tensor | None, routed: Routed | None) -> None:
         if g is None:  # what comes after it passes none on

@@ -14,7 +14,7 @@ from torch import Tensor
 BLOCKS = 4  # of a symmetric product's columns, of which one triangle is computed
 MIRRORED = 256  # columns at once
 PART = 1 << 17  # entries of a product that are added at once
-MOST_ROWS = 1024  # of a layer that are kept aside
+MOST_ROWS, MOST_CALL_ROWS = 1024, 256  # of a layer that are kept aside, and of a call that are looked at
 SAME = 1e-6  # relative distance of what rounding keeps apart
 
 
@@ -224,25 +224,36 @@ def _norm2(x: Tensor) -> float:
 
 
 class HeldRows:
-    """A layer's rows on samples kept aside, (rows, groups, n): all, or evenly spread ones of more than 1,024."""
+    """A layer's rows on samples kept aside, (rows, groups, n): all, or evenly spread ones of more than 1,024.
+
+    Which these are does not depend on the order of the batches, or on which process has seen them.
+    """
 
     def __init__(self) -> None:
+        self._places = torch.empty(0, dtype=torch.int64, device="cpu")
         self._parts: list[Tensor] = []
         self._step = 1
 
     @staticmethod
     def wanted(rows: int) -> int:
         """How many of a call's rows are looked at."""
-        return min(rows, MOST_ROWS // 4)
+        return min(rows, MOST_CALL_ROWS)
 
-    def add(self, rows: Tensor) -> None:
-        """Take up rows of one more call."""
-        kind = rows.dtype if rows.dtype == torch.float64 else torch.float32
-        self._parts.append(rows.detach()[:: self._step].to("cpu", kind))
-        if sum(map(len, self._parts)) > MOST_ROWS:
-            self._parts, self._step = [torch.cat(self._parts)[::2].clone()], 2 * self._step
+    def add(self, rows: Tensor, number: int) -> None:
+        """Take up rows of one more call, on the batch of that number."""
+        kind, first = rows.dtype if rows.dtype == torch.float64 else torch.float32, number * (MOST_CALL_ROWS + 1)
+        at = slice(-first % self._step, None, self._step)
+        places = torch.arange(first, first + len(rows), device="cpu")[at]
+        self._take(places, [rows.detach()[at].to("cpu", kind)])
+
+    def _take(self, places: Tensor, parts: Sequence[Tensor]) -> None:
+        self._places = torch.cat([self._places, places])
+        self._parts += parts
+        while len(self._places) > MOST_ROWS:
+            self._step *= 2
+            kept = self._places % self._step == 0
+            self._places, self._parts = self._places[kept], [torch.cat(self._parts)[kept]]
 
     def rows(self) -> Tensor | None:
-        """What there is; None if nothing is."""
-        rows = torch.cat(self._parts) if self._parts else torch.empty(0, device="cpu")
-        return rows if len(rows) else None
+        """What there is, in the order of the batches; None if nothing is."""
+        return torch.cat(self._parts)[self._places.argsort(stable=True)] if len(self._places) else None
