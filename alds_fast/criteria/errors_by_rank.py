@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..layers import DecomposableLayer, oriented_weight
+from ..processes import World
 from .moments import Moments
 from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
 from .spectra import LayerSpectra
@@ -23,6 +24,7 @@ NOT_NEAR = 1.25  # mean ratio of errors of calibration to those on samples kept 
 NO_ERROR = 1e-3  # below which ratios say nothing
 MAX_DATA_GROUPS = 8  # channel slices tried with data where groups= is "divisors"
 Errors = dict[tuple[int, int], Tensor]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,31 @@ class Basis:
     _triangle: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # the last one
     _bases: dict[tuple[str, int, int], Bases] = field(default_factory=dict, repr=False, compare=False)  # the last ones
     _apart: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
+    _unknown: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is kept for the last layer is not pickled with a plan."""
         return {**vars(self), "_triangle": {}, "_bases": {}}
+
+    def of_all(
+        self, layers: Sequence[DecomposableLayer], world: World, find: Callable[[DecomposableLayer], Found]
+    ) -> list[Found]:
+        """Something about each layer; of several processes one works it out, and what is kept here is told to all."""
+        if self.used and world.size > 1:
+            for layer in world.share(layers, lambda layer: float(layer.shape.numel * layer.shape.smaller_side)):
+                find(layer)
+            kept: tuple[dict[Any, Any], ...] = self._criteria, self._shares, self._errors, self._apart, self._unknown
+            for told in world.tell(kept):
+                for own, found in zip(kept, told, strict=True):
+                    own.update(found)
+        return [find(layer) for layer in layers]
+
+    def look_at(self, layer: DecomposableLayer) -> None:
+        """Find out what :meth:`untold` and :meth:`goes_by_samples_kept_aside` ask of a layer."""
+        if layer.name not in self._unknown:
+            self._unknown[layer.name] = self._unknown_share(layer)
+        if layer.name not in self._apart:
+            self._apart[layer.name] = self._distance(layer)
 
     @property
     def used(self) -> bool:
@@ -84,17 +107,24 @@ class Basis:
 
     def untold(self, layers: Sequence[DecomposableLayer]) -> bool:
         """Whether the data tell next to nothing: what they show of the layers' inputs and gradients is noise."""
-        shares = []
         for layer in layers:
-            if CRITERIA[self.criterion_of(layer.name)].needs_data:
-                m = self.moments[layer.name]
-                whole = m.output if m.second is None else m.second
-                assert whole is not None
-                parts = [(whole, m.noise)]
-                if CRITERIA[self.criterion_of(layer.name)].needs_gradients and m.gradient is not None:
-                    parts.append((m.gradient, m.gradient_noise))
-                shares.append(min(unknown_share(*part) for part in parts))
+            if layer.name not in self._unknown:
+                self._unknown[layer.name] = self._unknown_share(layer)
+        shares = [share for layer in layers if (share := self._unknown[layer.name]) is not None]
         return bool(shares) and sum(shares) / len(shares) > MOST_NOISE
+
+    def _unknown_share(self, layer: DecomposableLayer) -> float | None:
+        """How much is noise of what is known best of a layer; None where it is judged without data."""
+        criterion = CRITERIA[self.criterion_of(layer.name)]
+        if not criterion.needs_data:
+            return None
+        m = self.moments[layer.name]
+        whole = m.output if m.second is None else m.second
+        assert whole is not None
+        share = unknown_share(whole, m.noise)
+        if not criterion.needs_gradients or m.gradient is None:
+            return share
+        return min(share, unknown_share(m.gradient, m.gradient_noise))
 
     def goes_by_samples_kept_aside(self, layers: Sequence[DecomposableLayer]) -> bool:
         """Whether layers are to be compared by their errors there: where those of calibration are not near them.

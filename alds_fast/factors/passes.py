@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..blocks import BlockChain, Kept, Reached, Room, Walk, find_chain
-from ..criteria import Wanted, by_side, fitting_mask, outputs, patches, rows_to_draw
+from ..criteria import Wanted, add_up_sums, by_side, fitting_mask, outputs, patches, rows_to_draw
 from ..errors import ArgumentError
 from ..layers import DecomposableLayer, Routed, routed_rows
 from ..measurement import Masks, Run, Samples, digest_of, first_input, masks_of, naming_batch, numbered_batches
+from ..processes import World
 from .ridge import CrossSums
 
 _LOG = logging.getLogger(__name__)
@@ -177,28 +178,35 @@ class Pairs:
 
     def __init__(
         self, model: Network, small: Network, layers: Mapping[str, DecomposableLayer], data: Iterable[Any],
-        mask: str | None, halves: Samples, worth: float, room: Room,
+        mask: str | None, halves: Samples, worth: float, room: Room, world: World,
     ) -> None:  # fmt: skip
         self.model, self.small, self.layers, self.data = model, small, layers, data
-        self.mask, self.halves, self.worth, self.room = mask, halves, worth, room
+        self.mask, self.halves, self.worth, self.room, self.world = mask, halves, worth, room, world
         self._kept: dict[int, dict[str, _Batch]] = {}
 
     def of_all(self, stages: Sequence[Stage]) -> Iterator[dict[str, CrossSums]]:
-        """The sums of every stage, by layer; the layers are to be fitted before the next one is asked for."""
+        """The sums of every stage, by layer; the layers are to be fitted before the next one is asked for.
+
+        Of several processes each has those of one layer of every round, see :func:`rounds`.
+        """
         blocks = bool(self.model.walk.blocks)
         for _, group in itertools.groupby(enumerate(stages), lambda s: s[1].position if blocks else s[0]):
             yield from self._of_group([stage for _, stage in group])
 
     def _of_group(self, stages: Sequence[Stage]) -> Iterator[dict[str, CrossSums]]:
         for net in (self.model, self.small):
-            net.walk.advance(stages[0].position, numbered_batches(self.data), "refit=")
+            net.walk.advance(stages[0].position, self._batches(), "refit=")
         self._kept, drawn = {}, dict[str, int]()
         if len(stages) > 1:
             self.room.begin()
-            for number, batch in numbered_batches(self.data):
+            for number, batch in self._batches():
                 self._kept[number] = self._dense(number, batch, stages, drawn, self.room)
         for stage in stages:
             yield self._sums(stage, drawn)
+
+    def _batches(self) -> Iterator[tuple[int, Any]]:
+        """This process's."""
+        return (batch for batch in numbered_batches(self.data) if self.world.takes(batch[0]))
 
     def _dense(
         self, number: int, batch: Any, stages: Sequence[Stage], drawn: dict[str, int], room: Room | None
@@ -214,9 +222,30 @@ class Pairs:
 
     def _sums(self, stage: Stage, drawn: dict[str, int]) -> dict[str, CrossSums]:
         sums = {name: CrossSums(self.worth) for name in stage.calls}
-        for number, batch in numbered_batches(self.data):
+        if not self.world.first:
+            self._begin(sums)
+        for number, batch in self._batches():
             seen = self._kept.get(number) or self._dense(number, batch, [stage], drawn, None)
             low = {name: seen[name].low_into(sums[name]) for name in stage.calls}
             with naming_batch(number, "refit="):
                 run_until(self.small, batch, number, low, sum(stage.calls.values()), "forward_pre_hook")
+            if number == 1:
+                self._begin(sums)
+        if self.world.size > 1:
+            for together in rounds(sums, self.world.size):
+                for rank, name in enumerate(together):
+                    add_up_sums([sums[name]], self.world, rank)
         return sums
+
+    def _begin(self, sums: Mapping[str, CrossSums]) -> None:
+        """All processes measure from where the first has begun to."""
+        if self.world.size > 1:
+            shifts = {name: one.shift if one.shift is None else one.shift.cpu() for name, one in sums.items()}
+            for name, shift in self.world.told_by(0, shifts if self.world.first else None).items():
+                sums[name].shift = shift
+
+
+def rounds(names: Iterable[str], size: int) -> list[list[str]]:
+    """Layers that are fitted together, as many at a time as there are processes: the first by the first process."""
+    every = list(names)
+    return [every[i : i + size] for i in range(0, len(every), size)]

@@ -30,9 +30,10 @@ from ..criteria import Moments, unknown_share, weighting
 from ..errors import ModelError
 from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
 from ..measurement import naming_batch, private_runs
+from ..processes import World
 from .batchnorm import move_statistics
 from .choice import FactorReport
-from .passes import Network, Pairs, chain_of, find_stages, in_halves, without_chain
+from .passes import Network, Pairs, chain_of, find_stages, in_halves, rounds, without_chain
 from .ridge import CrossSums, best_weight
 from .weighted import factors
 
@@ -71,6 +72,23 @@ def _fit(
     return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
 
 
+Reports = dict[str, FactorReport | None]
+
+
+def _told_all(fitted: Reports, low: Mapping[str, LowRankLayer], biases: bool, world: World) -> Reports:
+    """The reports of all processes, each of which has fitted a layer; all get its factors, and ``biases``."""
+    if world.size == 1:
+        return fitted
+    reports: Reports = {}
+    own = {name: {k: v.cpu() for k, v in low[name].state_dict().items() if biases or k != "bias"} for name in fitted}
+    for others, values in world.tell((fitted, own)):
+        reports |= others
+        for name, tensors in values.items():
+            for key, value in tensors.items():  # in memory of their own: what is mapped may be let go
+                getattr(low[name], key).data = value.to(getattr(low[name], key).device)
+    return reports
+
+
 def refit(
     small: nn.Module,
     model: nn.Module,
@@ -84,6 +102,7 @@ def refit(
     known: Container[str] = (),
     done: Callable[[str, FactorReport | None], None] = lambda name, report: None,
     room: Callable[[], Room] = Room,
+    world: World | None = None,
 ) -> dict[str, FactorReport]:
     """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
 
@@ -94,39 +113,52 @@ def refit(
     show more noise than anything else.
     ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some;
     ``chain`` the model's blocks, if these have been found; ``known`` the layers that are fitted already; ``room`` makes
-    what keeps the blocks' outputs. ``done`` is told every layer, once it is fitted or left, and its report. Raises
-    ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
+    what keeps the blocks' outputs. ``done`` is told every layer, once it is fitted or left, and its report.
+    ``world``: processes that share the batches, by their numbers, and the layers that are fitted together; all get all
+    factors. All must pass the same arguments and a chain of blocks; each takes one batch at least.
+
+    Raises ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
+    world = world or World()
     fitting = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
     with ExitStack() as stack:
         run_dense, run_small = (stack.enter_context(private_runs(net)) for net in (model, small))
         first, halves = in_halves(data)
         worth = halves.worth  # before samples are seen again
 
-        def fit_all(chain: BlockChain) -> dict[str, FactorReport | None]:
-            """How each layer was fitted, None for those of which the batches tell too little."""
+        def fit(name: str, sums: CrossSums) -> Reports:
+            """How a layer was fitted, None where the batches tell too little; nothing where it is left."""
+            if sums.rows and not sums.finite():
+                raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
+            if name in known or not sums.rows or not sums.paired:
+                return {}
+            centred = bias_correction and fitting[name].own_bias and low[name].bias is not None
+            return {name: _fit(fitting[name], low[name], sums, gradients.get(name, (None, 0.0)), centred)}
+
+        def fit_all(chain: BlockChain) -> Reports:
             nets = Network(model, run_dense, chain, room()), Network(small, run_small, chain, room())
-            reports: dict[str, FactorReport | None] = {}
+            reports: Reports = {}
             with naming_batch(1, "refit="):
                 stages = find_stages(nets[0], first, list(fitting), chain.blocks)
             todo = [stage for stage in stages if not all(name in known for name in stage.calls)]
-            for collected in Pairs(*nets, fitting, data, mask, halves, worth, room()).of_all(todo):
-                for name, sums in collected.items():
-                    if sums.rows and not sums.finite():
-                        raise ModelError(f"layer {name!r} sees NaN or infinite values on the batches of refit=")
-                    if name in known:
-                        continue
-                    if sums.rows and sums.paired:
-                        centred = bias_correction and fitting[name].own_bias and low[name].bias is not None
-                        gradient = gradients.get(name, (None, 0.0))
-                        reports[name] = _fit(fitting[name], low[name], sums, gradient, centred)
-                    done(name, reports.get(name))
+            for collected in Pairs(*nets, fitting, data, mask, halves, worth, room(), world).of_all(todo):
+                for together in rounds(collected, world.size):
+                    fitted = [fit(name, collected[name]) for name in together[world.rank : world.rank + 1]]
+                    reports |= _told_all(fitted[0] if fitted else {}, low, bias_correction, world)
+                    for name in together:
+                        if name not in known:
+                            done(name, reports.get(name))
             return reports
 
         try:
             fitted = fit_all(chain_of(model, run_dense, data) if chain is None else chain)
         except LeftChain as e:  # the compressed model goes another way than the dense one
+            if world.size > 1:
+                raise ModelError(
+                    f"refit= with {world.size} processes needs a chain of blocks: {e} in the compressed model; leave "
+                    f"out torchrun"
+                ) from e
             fitted = fit_all(without_chain(f"the compressed model: {e}"))
     reports = {name: report for name, report in fitted.items() if report is not None}
     untold = [name for name, report in fitted.items() if report is None]

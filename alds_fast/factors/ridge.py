@@ -74,7 +74,7 @@ class CrossSums:
         exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
         with torch.inference_mode(False):
             y, x = (t.detach().to(exact).transpose(0, 1) for t in (y, x))
-            self.shift = x.mean(1, keepdim=True) if self.shift is None else self.shift
+            self.shift = x.mean(1, keepdim=True) if self.shift is None else self.shift.to(x.device)
             squares = (x - self.shift).square().sum(-1, dtype=torch.float64)
             self.distinct += distinct_rows(x) * self.worth
             self.fourth += float(squares.square().sum()) * (rows / x.shape[1]) ** 2
@@ -89,6 +89,15 @@ class CrossSums:
         for total, part in zip(totals, parts, strict=True):
             total.add_(part, alpha=scale)
         self.counts[half] += scale * x.shape[1]
+
+    def parts(self) -> tuple[list[float], list[list[Tensor]]]:
+        """What several processes add up, see :func:`alds_fast.criteria.add_up_sums`."""
+        return [*self.counts, self.drawn, self.distinct, self.fourth, not self.paired], list(self.halves)
+
+    def take(self, numbers: Sequence[float], rows: Sequence[Sequence[Tensor]]) -> None:
+        """What came of it, in the place of what there is."""
+        *self.counts, drawn, self.distinct, self.fourth, unpaired = numbers
+        self.drawn, self.paired, self.halves = int(drawn), not unpaired, (list(rows[0]), list(rows[1]))
 
     def finite(self) -> bool:
         """Whether no NaN or infinite value was seen."""

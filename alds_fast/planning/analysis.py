@@ -31,6 +31,7 @@ from ..criteria import (
     with_outputs,
 )
 from ..layers import DecomposableLayer, Layer, decomposable, left_out_text, saying_what_is_left_out
+from ..processes import World
 from ..text import shape_text, table
 from .budget_loop import PlanProblem, solve_shares
 from .defaults import check_is_possible, resolved_criterion, resolved_norm
@@ -51,6 +52,7 @@ class Analysis:
         moments: by layer name, what the layers called with ``data`` see; empty without.
         max_groups: most channel slices tried by criteria that use them, None for no limit.
         recompute_in_float64: computes the spectra of some (layer, (scheme, groups)) in float64.
+        world: the processes that plan together, each of which computes some layers' errors.
     """
 
     layers: tuple[Layer, ...]
@@ -60,6 +62,7 @@ class Analysis:
     moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
     max_groups: int | None = None
     recompute_in_float64: Recompute = field(default=exact_spectra, repr=False)
+    world: World = field(default_factory=World, repr=False, compare=False)
     _errors: dict[tuple[str, bool, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[tuple[str, bool], Basis] = field(default_factory=dict, repr=False, compare=False)
 
@@ -137,6 +140,8 @@ class Analysis:
         check_plan_options(shares, error, example_inputs, **options)
         layers = decomposable(self.layers)
         basis = self._basis(resolved_criterion(criterion, self.moments, method), bias_correction)
+        if self.world.size > 1:
+            basis.of_all(layers, self.world, basis.look_at)
         if criterion is None and method not in BASELINES:
             basis = self._basis_if_told(basis, layers)
         few = error is None and method not in BASELINES and basis.used and basis.goes_by_samples_kept_aside(layers)
@@ -223,9 +228,8 @@ class Analysis:
         """
         key = basis.criterion, basis.bias_correction, held_out
         if key not in self._errors:
-            self._errors[key] = [
-                layer_errors(self.spectra[layer.name], basis, self.max_groups, held_out) for layer in layers
-            ]
+            self._errors[key] = basis.of_all(layers, self.world, lambda layer: layer_errors(
+                self.spectra[layer.name], basis, self.max_groups, held_out))  # fmt: skip
         choices = []
         for layer, errors in zip(layers, self._errors[key], strict=True):
             by_fold = {key: weights[layer.name] * e for key, e in errors.items()}

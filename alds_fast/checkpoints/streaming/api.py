@@ -30,13 +30,13 @@ from ...planning import (
     resolved_norm,
     tell_nobody,
 )
+from ...processes import join_processes, own_device
 from ...version import __version__
 from ..safetensors_reader import CONFIG, Shards, Stored, open_shards
 from ..with_data import WithData
 from .factors_and_files import FACTORS, compress_streamed
 from .journal import JOB, PLAN, Journal
 from .output_files import companions
-from .processes import join_processes, own_device
 from .source_checksums import check_unchanged
 from .streamed_model import Settings, Work
 
@@ -207,7 +207,7 @@ def _run(
     batches: Sequence[Any] | None, sensitivity: Sensitivity,
 ) -> None:  # fmt: skip
     """Do what is not finished yet, together with the job's other processes."""
-    with join_processes() as world, ExitStack() as stack:
+    with join_processes(place) as world, ExitStack() as stack:
         finished = journal.check()
         work = None if finished else Work(shards, settings, world, place, journal, progress)
         if world.first and not finished:

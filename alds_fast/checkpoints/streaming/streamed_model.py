@@ -18,10 +18,10 @@ from ...integrations import stored_names
 from ...layers import DecomposableLayer, Layer, bad_values, check_weight, chosen_layers, label, matches
 from ...linalg import WeightShape
 from ...planning import Progress, check_is_possible
+from ...processes import World
 from ..safetensors_reader import DTYPES, Shards
 from .journal import Journal
 from .meta_model import check_stored, skeleton, untie
-from .processes import World
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...blocks import BlockChain, LeftChain, Room, find_chain
 from ...criteria import GRADIENTS, INPUTS, collect_by_blocks, collect_moments
+from ...errors import ModelError
 from ...layers import DecomposableLayer
 from ...measurement import Sensitivity, leaves_of, private_runs
 from ..streaming.streamed_model import Work
@@ -38,7 +39,18 @@ def kinds_of(batches: Iterable[Any]) -> list[tuple[int, Any]]:
 def tried_chain(work: Work, model: nn.Module, batches: Sequence[Any]) -> BlockChain:
     """The model's blocks, tried on one batch of every kind."""
     with one_block_at_a_time(model, work.shards.folder), private_runs(model) as run:
-        return find_chain(model, run, kinds_of(batches), "data=")
+        chain = find_chain(model, run, kinds_of(batches), "data=")
+    if not chain.blocks:
+        check_one_process(work, chain.reason)
+    return chain
+
+
+def check_one_process(work: Work, reason: str) -> None:
+    """ModelError for several, who share the batches of a block, where there are none for that reason."""
+    if work.world.size > 1:
+        raise ModelError(
+            f"data= with {work.world.size} processes needs a chain of blocks: {reason}; leave out torchrun"
+        )
 
 
 def collect(
@@ -56,12 +68,13 @@ def collect(
         try:
             collect_by_blocks(
                 model, batches, layers, chain, store, sensitivity=sensitivity, held_out=HELD_OUT,
-                room=lambda: room(work), done=done,
+                room=lambda: room(work), done=done, world=work.world,
             )  # fmt: skip
-            store.finish(len(chain.blocks) + 1)
+            if work.world.first:
+                store.finish(len(chain.blocks) + 1)
             return
         except LeftChain as e:
-            reason = str(e)
+            check_one_process(work, reason := str(e))
     warnings.warn(
         f"{type(model).__name__} is no chain of blocks ({reason}): the moments of all layers are collected together, "
         f"in memory",

@@ -55,7 +55,8 @@ def draft_factors(
 ) -> None:
     """Factors by the layers' moments, or by the weights alone where these serve, of layers that have none yet."""
     todo = [number for number in choices if not work.journal.has(DRAFT, number)]
-    for count, number in enumerate(todo, 1):
+    own = work.share(todo)
+    for count, number in enumerate(own, 1):
         choice = choices[number]
         layer, weighting = layers[choice.name], basis.weighting(layers[choice.name])
         if weighting is None:
@@ -64,7 +65,8 @@ def draft_factors(
             low, report, _ = weighted_layer(layer, choice, weighting)
         _put(work, DRAFT, number, low, report)
         let_go([work.shards.folder])
-        work.progress("factors", count, len(todo))
+        work.progress("factors", count, len(own))
+    work.world.together()
 
 
 class _Gradients(Mapping[str, Gradient]):
@@ -94,6 +96,7 @@ def refit_factors(
     """Factors fitted to what reaches the layers in the compressed network, see :func:`alds_fast.factors.refit`."""
     numbers = {choice.name: number for number, choice in choices.items()}
     known = {choice.name for number, choice in choices.items() if work.journal.has(REFITTED, number)}
+    work.world.together()
     if len(known) == len(choices):
         return
     small = load_small(work, choices)
@@ -106,7 +109,9 @@ def refit_factors(
         assert isinstance(low, LowRankLayer)
         if report is None:
             report = FactorReport(**work.journal.notes(DRAFT, number))
-        _put(work, REFITTED, number, low, report)
+        if work.world.first:
+            _put(work, REFITTED, number, low, report)
+        work.world.together()
         _take(work, REFITTED, number, low)
         let_go([work.shards.folder, work.journal.folder])
         work.progress("refit", count, len(choices))
@@ -115,6 +120,7 @@ def refit_factors(
         refit(
             small, model, [layers[name] for name in numbers], batches, gradients=_Gradients(basis, list(numbers)),
             bias_correction=False, mask=USUAL, chain=chain, known=known, done=done, room=lambda: room(work),
+            world=work.world,
         )  # fmt: skip
 
 

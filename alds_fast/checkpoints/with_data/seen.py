@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...criteria import MAX_DATA_GROUPS, Basis, LayerSpectra
 from ...errors import ArgumentError, FileFormatError, PlanError
 from ...factors import BATCHNORMS, Choice
 from ...files import write_whole
-from ...layers import Layer, count_params, decomposable, reader_reason
+from ...layers import DecomposableLayer, Layer, count_params, decomposable, is_linear, label, reader_reason
 from ...measurement import Sensitivity, weight_readers
 from ...planning import Analysis, Plan
 from ..streaming.journal import PLAN
@@ -32,10 +32,10 @@ class WithData:
     """The model of a checkpoint directory, and what its layers see of batches; loaded and run when asked for."""
 
     def __init__(self, work: Work, batches: Sequence[Any], sensitivity: Sensitivity) -> None:
-        if work.world.size > 1:
+        if len(batches) < work.world.size:
             raise ArgumentError(
-                f"data= with {work.world.size} processes: a checkpoint directory is compressed with data in one; leave "
-                f"out torchrun"
+                f"data= has {len(batches)} batches for {work.world.size} processes, of which each takes one at least: "
+                f"pass smaller ones, or start fewer processes"
             )
         self.work, self.batches, self.sensitivity = work, batches, sensitivity
         self.plan: Plan | None = None  # that was made here, with what it was made from
@@ -72,9 +72,23 @@ class WithData:
         """Of all layers, in the journal."""
         layers = {layer.name: layer for layer in decomposable(self.layers)}
         store = StoredMoments(self.work.journal, layers, bool(self.sensitivity), self._let_go)
-        if not store.complete:
+        complete = store.complete
+        self.work.world.together()
+        if not complete:
+            self._check_layers(layers.values())
             collect(self.work, self.model, self.chain, self.batches, list(layers.values()), self.sensitivity, store)
+            self.work.world.together()
         return store
+
+    def _check_layers(self, layers: Iterable[DecomposableLayer]) -> None:
+        """ArgumentError for convolutions, where there are several processes."""
+        other = next((layer for layer in layers if not is_linear(layer.module)), None)
+        if self.work.world.size > 1 and other is not None:
+            raise ArgumentError(
+                f"layer {label(other.name)} is a {other.kind}, and how many of its patches are drawn depends on the "
+                f"batches before, which {self.work.world.size} processes do not see: leave out torchrun, or the layer "
+                f"with exclude={[other.name]!r}"
+            )
 
     def _let_go(self) -> None:
         let_go([self.work.shards.folder])
@@ -89,16 +103,21 @@ class WithData:
             if layer.name in ready:
                 spectra[layer.name] = dataclasses.replace(spectra_of(work, number)[0], layer=ready[layer.name])
         most = MAX_DATA_GROUPS if work.settings.groups == "divisors" else None
-        return Analysis(tuple(layers), spectra, count_params(self.model), self.model, self.moments, most)  # type: ignore[arg-type]
+        moments: Any = self.moments  # a mapping
+        return Analysis(tuple(layers), spectra, count_params(self.model), self.model, moments, most, world=work.world)
 
     def find_plan(self) -> Plan:
         """The plan, out of the journal where it is there."""
-        path, s = self.work.journal.folder / PLAN, self.work.settings
-        if not path.exists():
+        path, s, world = self.work.journal.folder / PLAN, self.work.settings, self.work.world
+        known = path.exists()
+        world.together()
+        if not known:
             options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align}
             self.work.progress("plan", 0, 1)
             self.plan = self._analysis.plan(**options, bias_correction=False, pivots=s.pivots)
-            write_whole(path, [self.plan.to_json().encode()])
+            if world.first:
+                write_whole(path, [self.plan.to_json().encode()])
+            world.together()
             self.work.progress("plan", 1, 1)
             return self.plan
         try:
@@ -106,7 +125,7 @@ class WithData:
         except (PlanError, ValueError) as e:
             raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
-    def find_factors(self, plan: Plan, choices: Mapping[int, Choice], todo: Sequence[int]) -> None:
+    def find_factors(self, plan: Plan, choices: Mapping[int, Choice], todo: list[int]) -> None:
         """The factors of some of the layers that are factorised, by number, in the journal."""
         work, layers = self.work, {layer.name: layer for layer in decomposable(self.layers)}
         basis = plan.basis if plan is self.plan and plan.basis else Basis(plan.criterion, self.moments, False)
@@ -114,7 +133,11 @@ class WithData:
         if work.settings.refit:
             refit_factors(work, self.model, self.chain, self.batches, basis, layers, choices)
         refined: dict[str, Any] = {}
-        if work.settings.refine:
+        own = work.share(todo)
+        if work.settings.refine:  # steps one after the other, by one process
+            own = todo if work.world.first else []
+        if work.settings.refine and work.world.first:
             refined = refine_factors(work, self.model, self.chain, self.batches, choices, work.settings.refine)
-        for number in todo:
+        for number in own:
             put_final(work, number, choices[number], refined)
+        work.world.together()

@@ -4,6 +4,7 @@ Here belongs what runs a model to sum up rows. What is made of the sums belongs 
 """
 
 from .by_blocks import GRADIENTS, INPUTS, collect_by_blocks
+from .by_processes import add_up_sums
 from .collection import Moments, collect_moments
 from .hooks import rows_to_draw
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
@@ -14,6 +15,7 @@ __all__ = [
     "INPUTS",
     "Moments",
     "Wanted",
+    "add_up_sums",
     "by_side",
     "collect_by_blocks",
     "collect_moments",

@@ -15,15 +15,16 @@ from ...errors import ModelError
 from ...layers import DecomposableLayer, Routed, is_linear, label, routed_rows
 from ...linalg import WeightShape
 from ...measurement import Masks, first_input
+from .held_rows import HeldRows
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
-from .sums import DiagonalSums, HeldRows, ProductSums
+from .sums import DiagonalSums, ProductSums
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
 ENOUGH_ROWS = 512  # a call
 WIDEST_WHOLE = 2048  # of a layer, whose gradients' moment is kept whole
 MAX_OUTPUTS = 8192  # of a layer, whose own moment is kept where that of its input is too large
 ROWS_PER_COLUMN = 2  # of a moment, where the data has them
-SEEDS = 1 << 16  # of a batch's calls
+CALL_SEEDS = 1 << 16  # of a batch's calls
 
 
 class Form(NamedTuple):
@@ -90,7 +91,7 @@ class Collector:
 
     def begin(self, number: int, masks: Masks, aside: Tensor) -> None:
         """What is seen from here on is of the batch of that number."""
-        self.number, self.masks, self.aside, self.seed = number, masks, aside, (number - 1) * SEEDS
+        self.number, self.masks, self.aside, self.seed = number, masks, aside, (number - 1) * CALL_SEEDS
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -125,7 +126,7 @@ class Collector:
         seen, known, products, rows = self.last
         sums, linear = self.sums[layer.name], is_linear(layer.module)
         same = linear and seen() is x and known == key  # q, k and v read one tensor
-        if same and (sums.second is None or sums.shift is products[0].shift):
+        if same and (not sums.begun or sums.shift is products[0].shift):
             self.leaders[layer.name].add(self.last_name)
         else:
             keep, routed = fitting_mask(layer, x, self.masks, routed_rows()), routed_rows()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...blocks import LeftChain
 from ...layers import label
+from ...processes import World
 
 
 class Places:
@@ -62,6 +63,11 @@ class Places:
             self.part_of.setdefault(name, part)
             if self._inside[name] is None and count != self._calls.setdefault(name, count):
                 raise LeftChain(f"layer {label(name)} is called before and after the end of a block")
+
+    def join(self, world: World) -> None:
+        """All know where any has found a layer."""
+        for found in world.tell(self.part_of):
+            self.part_of = {**found, **self.part_of}
 
     @contextmanager
     def watching_gradients(self, part: int) -> Iterator[None]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 BLOCKS = 4  # of a symmetric product's columns, of which one triangle is computed
 MIRRORED = 256  # columns at once
 PART = 1 << 17  # entries of a product that are added at once
-MOST_ROWS, MOST_CALL_ROWS = 1024, 256  # of a layer that are kept aside, and of a call that are looked at
 SAME = 1e-6  # relative distance of what rounding keeps apart
 
 
@@ -91,10 +90,21 @@ def _in_float64(strip: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, strip[:, start : start + step].double()
 
 
+class Sums(Protocol):
+    """Float64 sums over rows, which several processes may have parts of."""
+
+    def parts(self) -> tuple[list[float], list[list[Tensor]]]:
+        """Numbers, and rows of tensors: a row is empty before anything was added to it."""
+
+    def take(self, numbers: Sequence[float], rows: Sequence[Sequence[Tensor]]) -> None:
+        """Others in their place."""
+
+
 class ProductSums:
     """Float64 sums of the products of all batches, each scaled up to all the rows that it was drawn from."""
 
     def __init__(self) -> None:
+        self.begun = False  # by a first call, in this process or another
         self.rows = self.drawn = 0
         self.distinct = self.fourth = 0.0
         self.second: Tensor | None = None
@@ -108,15 +118,15 @@ class ProductSums:
         In float64 for float64 rows, in float32 otherwise. A product of rows far from 0 would lose their spread in it:
         if they are to be ``centred``, the mean of the first call's is taken out of all rows before.
         """
-        x, first = plain_rows(rows), self.second is None
+        x, first = plain_rows(rows), not self.begun
         if centred and first and len(rows):
             self.shift = x.mean(1, keepdim=True, dtype=torch.float64).to(x.dtype)
-        return _products(x if self.shift is None else x - self.shift, 2 if first else 1, self.shift)
+        return _products(x if self.shift is None else x - self.shift.to(x.device), 2 if first else 1, self.shift)
 
     def add(self, products: Sequence[Product], rows: int) -> None:
         """Add the products of some of a call's ``rows``, scaled up to all of them."""
         if self.second is None or self.mean is None:
-            self.shift, self.mean = products[0].shift, torch.zeros_like(products[0].mean)
+            self.begun, self.shift, self.mean = True, products[0].shift, torch.zeros_like(products[0].mean)
             self.second = self.mean.new_zeros(*self.mean.shape, self.mean.shape[-1])
         used = sum(product.used for product in products)
         scale = rows / used if used else 0.0
@@ -132,6 +142,17 @@ class ProductSums:
             self.distinct += product.distinct
             self.fourth += scale**2 * product.fourth
         self.rows, self.drawn = self.rows + rows, self.drawn + used
+
+    def parts(self) -> tuple[list[float], list[list[Tensor]]]:
+        """See :class:`Sums`."""
+        numbers = [self.rows, self.drawn, self.distinct, self.fourth, self.squares, self.weights]
+        return numbers, [[] if self.second is None or self.mean is None else [self.second, self.mean]]
+
+    def take(self, numbers: Sequence[float], rows: Sequence[Sequence[Tensor]]) -> None:
+        """See :class:`Sums`."""
+        self.rows, self.drawn = map(int, numbers[:2])
+        self.distinct, self.fourth, self.squares, self.weights = numbers[2:]
+        self.second, self.mean = rows[0] or (None, None)
 
     def over(self, count: float, distinct_share: float = 1.0) -> Averages:
         """The sums over ``count``, on the CPU, and their noise; the sums are given up.
@@ -150,7 +171,7 @@ class ProductSums:
         noise, rows = self._noise(norm2, count, distinct_share)
         spread = float(second.diagonal(dim1=-2, dim2=-1).sum() - mean.square().sum())
         if self.shift is not None:
-            shift = self.shift.squeeze(1).double()
+            shift = self.shift.squeeze(1).to(mean)
             both = mean + shift
             for start in range(0, second.shape[-1], MIRRORED):
                 block = slice(start, start + MIRRORED)
@@ -197,6 +218,16 @@ class DiagonalSums:
         self.rows, self.drawn = self.rows + rows, self.drawn + len(samples)
         self.distinct += distinct_rows(x)
 
+    def parts(self) -> tuple[list[float], list[list[Tensor]]]:
+        """See :class:`Sums`."""
+        tensors = [] if self.squares is None or self.fourth is None else [self.squares, self.fourth]
+        return [self.rows, self.drawn, self.distinct], [tensors]
+
+    def take(self, numbers: Sequence[float], rows: Sequence[Sequence[Tensor]]) -> None:
+        """See :class:`Sums`."""
+        (self.rows, self.drawn), self.distinct = map(int, numbers[:2]), numbers[2]
+        self.squares, self.fourth = rows[0] or (None, None)
+
     def over(self, count: float, distinct_share: float = 1.0) -> tuple[Tensor, float]:
         """The sums over ``count`` (groups, n), on the CPU, and the expected squared distance from those of all data."""
         assert self.squares is not None and self.fourth is not None
@@ -221,39 +252,3 @@ class Averages(NamedTuple):
 
 def _norm2(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
-
-
-class HeldRows:
-    """A layer's rows on samples kept aside, (rows, groups, n): all, or evenly spread ones of more than 1,024.
-
-    Which these are does not depend on the order of the batches, or on which process has seen them.
-    """
-
-    def __init__(self) -> None:
-        self._places = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._parts: list[Tensor] = []
-        self._step = 1
-
-    @staticmethod
-    def wanted(rows: int) -> int:
-        """How many of a call's rows are looked at."""
-        return min(rows, MOST_CALL_ROWS)
-
-    def add(self, rows: Tensor, number: int) -> None:
-        """Take up rows of one more call, on the batch of that number."""
-        kind, first = rows.dtype if rows.dtype == torch.float64 else torch.float32, number * (MOST_CALL_ROWS + 1)
-        at = slice(-first % self._step, None, self._step)
-        places = torch.arange(first, first + len(rows), device="cpu")[at]
-        self._take(places, [rows.detach()[at].to("cpu", kind)])
-
-    def _take(self, places: Tensor, parts: Sequence[Tensor]) -> None:
-        self._places = torch.cat([self._places, places])
-        self._parts += parts
-        while len(self._places) > MOST_ROWS:
-            self._step *= 2
-            kept = self._places % self._step == 0
-            self._places, self._parts = self._places[kept], [torch.cat(self._parts)[kept]]
-
-    def rows(self) -> Tensor | None:
-        """What there is, in the order of the batches; None if nothing is."""
-        return torch.cat(self._parts)[self._places.argsort(stable=True)] if len(self._places) else None

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alds_fast.checkpoints.streaming.processes import World, join_processes, own_device
 from alds_fast.errors import ArgumentError, WorkerError
+from alds_fast.processes import World, join_processes, own_device
 
 
 @given(st.lists(st.floats(0.1, 100), max_size=30), st.integers(1, 5))
