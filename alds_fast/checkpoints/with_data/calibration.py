@@ -39,17 +39,14 @@ def kinds_of(batches: Iterable[Any]) -> list[tuple[int, Any]]:
 def tried_chain(work: Work, model: nn.Module, batches: Sequence[Any]) -> BlockChain:
     """The model's blocks, tried on one batch of every kind."""
     with one_block_at_a_time(model, work.shards.folder), private_runs(model) as run:
-        chain = find_chain(model, run, kinds_of(batches), "data=")
-    if not chain.blocks:
-        check_one_process(work, chain.reason)
-    return chain
+        return find_chain(model, run, kinds_of(batches), "data=")
 
 
-def check_one_process(work: Work, reason: str) -> None:
-    """ModelError for several, who share the batches of a block, where there are none for that reason."""
-    if work.world.size > 1:
+def check_one_process(work: Work, chain: BlockChain) -> None:
+    """ModelError for several, who share the batches of a block, where there is no chain of blocks."""
+    if work.world.size > 1 and not chain.blocks:
         raise ModelError(
-            f"data= with {work.world.size} processes needs a chain of blocks: {reason}; leave out torchrun"
+            f"data= with {work.world.size} processes needs a chain of blocks: {chain.reason}; leave out torchrun"
         )
 
 
@@ -74,7 +71,8 @@ def collect(
                 store.finish(len(chain.blocks) + 1)
             return
         except LeftChain as e:
-            check_one_process(work, reason := str(e))
+            reason = str(e)
+            check_one_process(work, BlockChain(reason=reason))
     warnings.warn(
         f"{type(model).__name__} is no chain of blocks ({reason}): the moments of all layers are collected together, "
         f"in memory",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,14 +14,14 @@ from ...criteria import MAX_DATA_GROUPS, Basis, LayerSpectra
 from ...errors import ArgumentError, FileFormatError, PlanError
 from ...factors import BATCHNORMS, Choice
 from ...files import write_whole
-from ...layers import DecomposableLayer, Layer, count_params, decomposable, is_linear, label, reader_reason
+from ...layers import Layer, count_params, decomposable, is_linear, label, reader_reason
 from ...measurement import Sensitivity, weight_readers
 from ...planning import Analysis, Plan
 from ..streaming.journal import PLAN
 from ..streaming.spectra_and_plan import find_spectra
 from ..streaming.stored_spectra import spectra_of
 from ..streaming.streamed_model import Work
-from .calibration import collect, tried_chain
+from .calibration import check_one_process, collect, tried_chain
 from .factors import draft_factors, put_final, refit_factors
 from .mapped import let_go, load_mapped, one_block_at_a_time
 from .refining import refine_factors
@@ -75,20 +75,22 @@ class WithData:
         complete = store.complete
         self.work.world.together()
         if not complete:
-            self._check_layers(layers.values())
             collect(self.work, self.model, self.chain, self.batches, list(layers.values()), self.sensitivity, store)
             self.work.world.together()
         return store
 
-    def _check_layers(self, layers: Iterable[DecomposableLayer]) -> None:
-        """ArgumentError for convolutions, where there are several processes."""
-        other = next((layer for layer in layers if not is_linear(layer.module)), None)
-        if self.work.world.size > 1 and other is not None:
+    def _check_shared(self) -> None:
+        """ArgumentError, ModelError for what several processes cannot share."""
+        if self.work.world.size == 1:
+            return
+        other = next((layer for layer in decomposable(self.layers) if not is_linear(layer.module)), None)
+        if other is not None:
             raise ArgumentError(
                 f"layer {label(other.name)} is a {other.kind}, and how many of its patches are drawn depends on the "
                 f"batches before, which {self.work.world.size} processes do not see: leave out torchrun, or the layer "
                 f"with exclude={[other.name]!r}"
             )
+        check_one_process(self.work, self.chain)
 
     def _let_go(self) -> None:
         let_go([self.work.shards.folder])
@@ -96,6 +98,7 @@ class WithData:
     @property
     def _analysis(self) -> Analysis:
         work, layers = self.work, self.layers
+        self._check_shared()
         find_spectra(work)
         ready = {layer.name: layer for layer in decomposable(layers)}
         spectra: dict[str, LayerSpectra] = {}
