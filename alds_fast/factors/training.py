@@ -181,7 +181,7 @@ def trained_reports(
     new = {}
     for name in inside:
         weight = oriented_weight(dense[name]).detach().double().flatten()
-        lost = float((low[name].dense_weight().detach().double().flatten() - weight).norm())
+        lost = float((low[name].dense_weight().detach().to(weight).flatten() - weight).norm())
         norm = float(weight.norm())
         new[name] = replace(reports[name], method=method, error=lost / norm if norm > 0 else 0.0, data_error=math.nan)
     return new

@@ -15,7 +15,7 @@ from ...errors import ModelError
 from ...layers import DecomposableLayer
 from ...measurement import Sensitivity, leaves_of, private_runs
 from ..streaming.streamed_model import Work
-from .mapped import let_go, one_block_at_a_time
+from .mapped import let_go, one_block_at_a_time, run_on
 from .stored_moments import StoredMoments
 
 IN_MEMORY = 1 << 26  # bytes of the blocks' outputs that are kept in memory; what is beyond lies in files of the journal
@@ -38,7 +38,8 @@ def kinds_of(batches: Iterable[Any]) -> list[tuple[int, Any]]:
 
 def tried_chain(work: Work, model: nn.Module, batches: Sequence[Any]) -> BlockChain:
     """The model's blocks, tried on one batch of every kind."""
-    with one_block_at_a_time(model, work.shards.folder), private_runs(model) as run:
+    folder = work.shards.folder
+    with one_block_at_a_time(model, folder), run_on(work.device, model, folder), private_runs(model) as run:
         return find_chain(model, run, kinds_of(batches), "data=")
 
 
@@ -63,10 +64,11 @@ def collect(
 
     if chain.blocks:
         try:
-            collect_by_blocks(
-                model, batches, layers, chain, store, sensitivity=sensitivity, held_out=HELD_OUT,
-                room=lambda: room(work), done=done, world=work.world,
-            )  # fmt: skip
+            with run_on(work.device, model, work.shards.folder, chain.blocks):
+                collect_by_blocks(
+                    model, batches, layers, chain, store, sensitivity=sensitivity, held_out=HELD_OUT,
+                    room=lambda: room(work), done=done, world=work.world,
+                )  # fmt: skip
             if work.world.first:
                 store.finish(len(chain.blocks) + 1)
             return
@@ -78,7 +80,7 @@ def collect(
         f"in memory",
         stacklevel=2,
     )
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), run_on(work.device, model, work.shards.folder, ()):
         moments = collect_moments(
             model, batches, layers, sensitivity=sensitivity, held_out=HELD_OUT,
             done=lambda count: work.progress("moments", count, len(batches)),

@@ -17,7 +17,7 @@ from ...planning import Plan
 from ..safetensors_reader import DTYPES
 from ..streaming.streamed_model import Work
 from .calibration import room
-from .mapped import let_go, load_mapped, one_block_at_a_time
+from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
 
 DRAFT, REFITTED = "draft", "refitted"
 FIELDS = ("method", "iterations", "error", "data_error")
@@ -116,7 +116,8 @@ def refit_factors(
         let_go([work.shards.folder, work.journal.folder])
         work.progress("refit", count, len(choices))
 
-    with one_block_at_a_time(model, work.shards.folder):
+    folder = work.shards.folder
+    with one_block_at_a_time(model, folder), run_on(work.device, model, folder), run_on(work.device, small, folder):
         refit(
             small, model, [layers[name] for name in numbers], batches, gradients=_Gradients(basis, list(numbers)),
             bias_correction=False, mask=USUAL, chain=chain, known=known, done=done, room=lambda: room(work),
@@ -129,7 +130,7 @@ def load_small(work: Work, choices: Mapping[int, Choice], wide: bool = False) ->
     small = load_mapped(work.shards, work.device, wide)
     for number, choice in choices.items():
         dense = small.get_submodule(choice.name)
-        low = low_rank_like(dense, choice.decomposition).to_empty(device=work.device).requires_grad_(False)
+        low = low_rank_like(dense, choice.decomposition).to_empty(device="cpu").requires_grad_(False)
         low.bias = dense.bias if isinstance(dense.bias, Tensor) else None
         _take(work, best_kind(work, number), number, low)
         small.set_submodule(choice.name, low.eval())
@@ -140,4 +141,4 @@ def _take(work: Work, kind: str, number: int, low: LowRankLayer) -> None:
     """Give a layer the factors that are in the journal, mapped, in the parameters that it has."""
     names = ("encoder", "decoder", *(["order"] if low.pivots else []))
     for name, tensor in work.journal.some(kind, number, {name: name for name in names}).items():
-        getattr(low, name).data = tensor.to(work.device, getattr(low, name).dtype)
+        getattr(low, name).data = tensor.to(getattr(low, name).dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from ...errors import ModelError
 from ...measurement import MAPPED
 from ..pretrained import class_of
 from ..safetensors_reader import Shards
+from .offloading import is_offloaded, offloaded
 
 _DONTNEED = 4  # of madvise
 
 
 def load_mapped(shards: Shards, device: torch.device, wide: bool = False) -> nn.Module:
-    """The dense model in the type that it is stored in, its weights mapped out of the files.
+    """The dense model in the type that it is stored in, its weights mapped out of the files, on the CPU.
 
-    ``wide``, and float16 on a CPU, as float32, in memory.
+    ``wide``, and float16 where a CPU computes with it, as float32, in memory.
     """
     cls = class_of(shards.config)
     fixed = {"dtype": "auto", "local_files_only": True, "trust_remote_code": False}
@@ -37,9 +38,11 @@ def load_mapped(shards: Shards, device: torch.device, wide: bool = False) -> nn.
     types = {p.dtype for p in model.parameters()}
     if (wide and types - {torch.float32, torch.float64}) or (device.type == "cpu" and torch.float16 in types):
         model = model.float()
-    elif device.type == "cpu":
+    else:
         setattr(model, MAPPED, True)
-    return model.to(device)
+    if is_offloaded(device):
+        setattr(model, MAPPED, True)  # its weights are where they are for a run only
+    return model
 
 
 def let_go(folders: Iterable[Path]) -> None:
@@ -66,3 +69,12 @@ def one_block_at_a_time(model: nn.Module, folder: Path) -> Iterator[None]:
             hook = model.get_submodule(block).register_forward_hook(lambda *_: let_go([folder]))
             stack.callback(hook.remove)
         yield
+
+
+def run_on(
+    device: torch.device, model: nn.Module, folder: Path, blocks: Sequence[str] | None = None
+) -> AbstractContextManager[None]:
+    """The model runs there, with one of its blocks at a time; ``blocks``: by default those that look like some."""
+    if not is_offloaded(device):
+        return nullcontext()
+    return offloaded(model, find_blocks(model) if blocks is None else blocks, device, lambda: let_go([folder]))

@@ -16,7 +16,7 @@ from ..streaming.journal import put_changed
 from ..streaming.streamed_model import Work
 from .calibration import room
 from .factors import FIELDS, best_kind, load_small
-from .mapped import let_go, load_mapped, one_block_at_a_time
+from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
 
 REFINED = "refined"
 Results = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # by layer: how, and its factors
@@ -58,7 +58,7 @@ class _Steps(Steps):
         """Mapped out of the journal."""
         names = self.work.journal.names(REFINED, position)
         for name, tensor in self.work.journal.some(REFINED, position, {name: name for name in names}).items():
-            self.small.get_parameter(name).data = tensor.to(self.work.device)
+            self.small.get_parameter(name).data = tensor
 
 
 def refine_factors(
@@ -71,7 +71,8 @@ def refine_factors(
     dense = load_mapped(work.shards, work.device, wide) if wide else model
     small = load_small(work, choices, wide)
     steps = _Steps(work, small, dense, chain.blocks, {choice.name: number for number, choice in choices.items()})
-    with one_block_at_a_time(dense, work.shards.folder):
+    folder = work.shards.folder
+    with one_block_at_a_time(dense, folder), run_on(work.device, dense, folder), run_on(work.device, small, folder):
         refine_blocks(
             small, dense, batches, epochs=passes, chain=chain, steps=steps, room=lambda: room(work),
             progress=work.progress,

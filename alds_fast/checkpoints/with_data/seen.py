@@ -23,7 +23,8 @@ from ..streaming.stored_spectra import spectra_of
 from ..streaming.streamed_model import Work
 from .calibration import check_one_process, collect, tried_chain
 from .factors import draft_factors, put_final, refit_factors
-from .mapped import let_go, load_mapped, one_block_at_a_time
+from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
+from .offloading import on_device
 from .refining import refine_factors
 from .stored_moments import StoredMoments
 
@@ -37,7 +38,7 @@ class WithData:
                 f"data= has {len(batches)} batches for {work.world.size} processes, of which each takes one at least: "
                 f"pass smaller ones, or start fewer processes"
             )
-        self.work, self.batches, self.sensitivity = work, batches, sensitivity
+        self.work, self.batches, self.sensitivity = work, on_device(batches, work.device), sensitivity
         self.plan: Plan | None = None  # that was made here, with what it was made from
 
     @cached_property
@@ -61,7 +62,8 @@ class WithData:
         """Those of the directory with their weights, but for those whose weights the model uses itself."""
         layers = [dataclasses.replace(layer, module=self.model.get_submodule(layer.name)) for layer in self.work.layers]
         modules = {layer.name: layer.module for layer in decomposable(layers)}
-        with one_block_at_a_time(self.model, self.work.shards.folder):
+        folder = self.work.shards.folder
+        with one_block_at_a_time(self.model, folder), run_on(self.work.device, self.model, folder):
             readers = weight_readers(self.model, modules, self.batches[0], "batch 1 of data=")
         return [
             layer.left_out(reader_reason(readers[layer.name])) if layer.name in readers else layer for layer in layers
