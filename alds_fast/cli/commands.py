@@ -205,7 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
     compress.add_argument("--no-pivots", dest="pivots", action="store_false", help="plain factors only")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
-    compress.add_argument("--device", default="cpu", help="for a checkpoint directory: cpu or cuda")
+    compress.add_argument(
+        "--device", default="cpu", help="for a checkpoint directory: cpu or cuda (with --data a block at a time)"
+    )
     compress.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of a checkpoint directory")
     compress.set_defaults(run=_run_compress)
     add_eval(commands, [model, output], _integers)

@@ -80,6 +80,11 @@ def test_one_of_two_is_killed(deep, tmp_path, rank, call):
 class Alone(World):
     """One of two whose other one does not come before something is refused."""
 
+    others = None
+
+    def tell(self, value):
+        return [value, self.others or value]
+
     def together(self):
         pass
 
@@ -100,6 +105,16 @@ def test_fewer_batches_than_processes(tmp_path, one_of_two):
     checkpoints.make("deep", tmp_path / "dense")
     with pytest.raises(ArgumentError, match="data= has 1 batches for 2 processes, of which each takes one at least"):
         alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", params=0.7, data=batches(1))
+
+
+def test_other_batches(tmp_path, one_of_two, monkeypatch):
+    checkpoints.make("deep", tmp_path / "dense")
+    monkeypatch.setattr(Alone, "others", {"data": "none"})
+    with pytest.raises(
+        ArgumentError, match="processes of this job are given different arguments .*data='.*' here, 'none' there"
+    ):
+        alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", params=0.7, data=batches(2))
+    assert not (tmp_path / "small").exists()
 
 
 def test_no_chain_of_blocks(tmp_path, one_of_two):

@@ -138,7 +138,8 @@ def compress_checkpoint(
         max_shard_bytes: most bytes of a file, unless one tensor alone is larger.
         precision: "float64", or "float32" for spectra in float32 where the plan can be checked to be the same, see
             :meth:`alds_fast.Analysis.plan`: under params= by the criterion "frobenius".
-        device: where it is computed, "cpu" or "cuda" (the GPU of LOCAL_RANK).
+        device: where it is computed, "cpu" or "cuda" (the GPU of LOCAL_RANK). With data, of the models one block at a
+            time is on a GPU, and errors and factors are computed on the CPU.
         progress: told (what, done, total) as the work goes on, in each process.
         data: batches of the model's inputs, dicts of ``input_ids`` for one, as for :func:`alds_fast.analyze`. The dense
             model is run block by block, its weights mapped out of the files; moments and what the blocks return lie in
@@ -151,8 +152,9 @@ def compress_checkpoint(
 
     A job that was interrupted, at any moment and in any way, goes on when it is started again with the same arguments;
     the result is the same to the byte, also for any number of threads and of processes. (With data for the same number
-    of threads.) Started by torchrun, all processes work on it together; they must see the
-    same directories. With data there is one process.
+    of threads and processes, for others but for rounding.) Started by torchrun, all processes work on it together; they
+    must see the same directories, and be given the same batches, which they share, one for each at least. Refinement is
+    the first one's work, for which the others wait.
 
     Raises:
         BudgetError, ArgumentError: an argument is out of range; the output directory holds something else, or another
@@ -160,7 +162,8 @@ def compress_checkpoint(
         MissingFileError, FileFormatError: a file of the checkpoint is missing, truncated, corrupt or of another model.
         WeightError: a weight is NaN or infinite.
         FileWriteError: the output cannot be written; what was finished is kept.
-        DependencyError, ModelError: transformers is not installed, or does not know the architecture.
+        DependencyError, ModelError: transformers is not installed, or does not know the architecture; several processes
+            have data, and the model is no chain of blocks.
         WorkerError: another process of the job failed.
     """
     if data is not None:
@@ -208,6 +211,7 @@ def _run(
 ) -> None:  # fmt: skip
     """Do what is not finished yet, together with the job's other processes."""
     with join_processes(place) as world, ExitStack() as stack:
+        journal.check_same(world.tell(journal.job))
         finished = journal.check()
         work = None if finished else Work(shards, settings, world, place, journal, progress)
         if world.first and not finished:

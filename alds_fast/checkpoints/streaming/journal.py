@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def _text(job: Mapping[str, Any]) -> str:
     return json.dumps(job, indent=1, sort_keys=True) + "\n"
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], here: str = "then", there: str = "now") -> str:
     keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-    return ", ".join(f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys)
+    return ", ".join(f"{k}={old.get(k)!r} {here}, {new.get(k)!r} {there}" for k in keys)
 
 
 class Journal:
@@ -48,6 +48,13 @@ class Journal:
 
     def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
         self.output, self.job, self.folder = output, job, output / FOLDER
+
+    def check_same(self, jobs: Sequence[Mapping[str, Any]]) -> None:
+        """ArgumentError unless those are this job: all processes must be given the same."""
+        other = next((job for job in jobs if job != self.job), None)
+        if other is not None:
+            apart = _differences(self.job, other, "here", "there")
+            raise ArgumentError(f"the processes of this job are given different arguments ({apart}); give all the same")
 
     def check(self) -> bool:
         """Whether the job is finished. ArgumentError if the directory holds anything but this job's work."""
