@@ -120,8 +120,11 @@ class WithData:
             options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align}
             self.work.progress("plan", 0, 1)
             self.plan = self._analysis.plan(**options, bias_correction=False, pivots=s.pivots)
+            text = world.told_by(0, self.plan.to_json() if world.first else None)
             if world.first:
-                write_whole(path, [self.plan.to_json().encode()])
+                write_whole(path, [text.encode()])
+            else:  # that of another machine may be another in ties
+                self.plan = dataclasses.replace(Plan.from_json(text), basis=self.plan.basis)
             world.together()
             self.work.progress("plan", 1, 1)
             return self.plan
