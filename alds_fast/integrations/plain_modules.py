@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import in_this_order
 from ..layers import AbsentWeight, LowRankConv, LowRankLayer
 
 
@@ -30,10 +31,8 @@ class SlicedLinear(nn.Module):
 
 
 def _ordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
-    """The entries of a dimension, counted from the end, in another order; of the last one row by row, which is fast."""
-    if dim != -1:
-        return x.index_select(dim, order)
-    return x.reshape(-1, x.shape[-1]).index_select(-1, order).view_as(x)
+    """The entries of a dimension, counted from the end, in another order."""
+    return in_this_order(x, order) if dim == -1 else x.index_select(dim, order)
 
 
 class OutputPivots(nn.Module):
