@@ -130,11 +130,13 @@ def test_refinement_cut_off_while_it_works(refined, tmp_path, monkeypatch, kind,
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(refined / "refined")
 
 
-def test_half_types_are_refined_in_float32(tmp_path):
+@pytest.mark.parametrize("way, methods", [("refine", {"refined", "weighted"}), ("refit", {"refitted"})])
+def test_half_types(tmp_path, way, methods):
+    """Refit goes through a network in that type, refinement trains in float32."""
     checkpoints.make("deep", tmp_path / "dense", dtype=torch.bfloat16)
-    options = {"params": 0.5, "data": batches(), "include": "model.layers.*", "refine": True}
+    options = {"params": 0.5, "data": batches(), "include": "model.layers.*", way: True}
     done = alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", **options)
-    assert {report.method for report in done.factors.values()} <= {"refined", "weighted"}
+    assert {report.method for report in done.factors.values()} <= methods
     small = alds.from_pretrained(tmp_path / "small", dtype="auto")
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
 

@@ -130,7 +130,8 @@ def load_small(work: Work, choices: Mapping[int, Choice], wide: bool = False) ->
     small = load_mapped(work.shards, work.device, wide)
     for number, choice in choices.items():
         dense = small.get_submodule(choice.name)
-        low = low_rank_like(dense, choice.decomposition).to_empty(device="cpu").requires_grad_(False)
+        low = low_rank_like(dense, choice.decomposition).to(dense.weight.dtype)  # type: ignore[arg-type]
+        low = low.to_empty(device="cpu").requires_grad_(False)
         low.bias = dense.bias if isinstance(dense.bias, Tensor) else None
         _take(work, best_kind(work, number), number, low)
         small.set_submodule(choice.name, low.eval())
