@@ -40,14 +40,16 @@ class Basis:
     _criteria: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _shares: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     _errors: dict[tuple[str, int, int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _triangle: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # the last one
-    _bases: dict[tuple[str, int, int], Bases] = field(default_factory=dict, repr=False, compare=False)  # the last ones
+    # what is kept of the last layer:
+    _triangle: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+    _weights: dict[tuple[str, float], Weighting] = field(default_factory=dict, repr=False, compare=False)
+    _bases: dict[tuple[str, int, int], Bases] = field(default_factory=dict, repr=False, compare=False)
     _apart: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
     _unknown: dict[str, float | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is kept for the last layer is not pickled with a plan."""
-        return {**vars(self), "_triangle": {}, "_bases": {}}
+        return {**vars(self), "_triangle": {}, "_weights": {}, "_bases": {}}
 
     def of_all(
         self, layers: Sequence[DecomposableLayer], world: World, find: Callable[[DecomposableLayer], Found]
@@ -103,7 +105,8 @@ class Basis:
         """
         if not CRITERIA[self.criterion_of(layer.name)].needs_data:
             return None
-        return self._weighting(layer, self._share(layer), for_errors)
+        share = self._share(layer)
+        return self._weights_for_errors(layer, share) if for_errors else self._weighting(layer, share)
 
     def untold(self, layers: Sequence[DecomposableLayer]) -> bool:
         """Whether the data tell next to nothing: what they show of the layers' inputs and gradients is noise."""
@@ -161,7 +164,7 @@ class Basis:
         """
         key = layer.name, scheme, groups, held_out
         if key not in self._errors:
-            weights = self._weighting(layer, self._share(layer), for_errors=True)
+            weights = self._weights_for_errors(layer, self._share(layer))
             rule = CRITERIA[self.criterion_of(layer.name)].rule
             if held_out:
                 worse = held_out_errors(weights, scheme, groups, self._known_bases(weights, *key[:3]))
@@ -180,16 +183,24 @@ class Basis:
             self._bases[key] = bases_of(weights, scheme, groups)
         return self._bases[key]
 
-    def _weighting(self, layer: DecomposableLayer, share: float, for_errors: bool = False) -> Weighting:
-        centred = self.bias_correction and layer.own_bias
-        sensitive = CRITERIA[self.criterion_of(layer.name)].needs_gradients
-        weight, moments, few = oriented_weight(layer.module), self.moments[layer.name], None
-        if for_errors:
-            if layer.name not in self._triangle:
-                self._triangle.clear()
-                self._triangle[layer.name] = triangle(layer.shape, weight, moments, sensitive)
-            few = self._triangle[layer.name]
-        return weighting(layer.shape, weight, moments, centred, sensitive, share, few)
+    def _weighting(self, layer: DecomposableLayer, share: float, few: Tensor | None = None) -> Weighting:
+        weight, centred = oriented_weight(layer.module), self.bias_correction and layer.own_bias
+        return weighting(layer.shape, weight, self.moments[layer.name], centred, self._sensitive(layer), share, few)
+
+    def _sensitive(self, layer: DecomposableLayer) -> bool:
+        return CRITERIA[self.criterion_of(layer.name)].needs_gradients
+
+    def _weights_for_errors(self, layer: DecomposableLayer, share: float) -> Weighting:
+        """No factors are to be made from them, see :func:`alds_fast.criteria.weights.triangle`."""
+        name = layer.name
+        if name not in self._triangle:
+            self._triangle.clear()
+            parts = layer.shape, oriented_weight(layer.module), self.moments[name], self._sensitive(layer)
+            self._triangle[name] = triangle(*parts)
+        if (name, share) not in self._weights:
+            self._weights.clear()
+            self._weights[name, share] = self._weighting(layer, share, self._triangle[name])
+        return self._weights[name, share]
 
     def _share(self, layer: DecomposableLayer) -> float:
         """How much of a layer's covariance goes to the identity: its share of noise or, if that does better, more.
@@ -200,7 +211,7 @@ class Basis:
         bases: dict[float, Bases] = {}
 
         def lost(share: float) -> float:
-            weights = self._weighting(layer, share, for_errors=True)
+            weights = self._weights_for_errors(layer, share)
             bases[share] = bases_of(weights, 0, 1)
             return float(held_out_errors(weights, 0, 1, bases[share]).clamp_min(1e-12).log().mean())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,23 +57,33 @@ def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) 
     Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
     Multivariate Analysis 88 (2004).
     """
-    spread = float((covariance - shrink(covariance, 1.0, alike)).square().sum())
+    if alike is not None:
+        spread = float((covariance - shrink(covariance, 1.0, alike)).square().sum())
+    else:  # ||C||^2 less that of its mean
+        spread = _norm2(covariance) - float(_trace(covariance).square().sum()) / covariance.shape[-1]
     return min(1.0, noise / spread) if spread > 0 else float(noise > 0)
 
 
-def shrink(covariance: Tensor, share: float, alike: Tensor | None = None) -> Tensor:
-    """(1 - share) C + share mu A, of (g0, n, n); A is ``alike`` or the identity, mu A has the trace of C.
+def _norm2(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x)) ** 2
+
+
+def shrink(covariance: Tensor, share: float, alike: Tensor | None = None, more: Tensor | float = 0.0) -> Tensor:
+    """(1 - share) C + (share tr C + ``more``) A / tr A, of (g0, n, n); A is ``alike`` or the identity.
 
     Of a diagonal (g0, n) too.
     """
-    if covariance.dim() == 2:
-        return (1.0 - share) * covariance + share * covariance.mean(-1, keepdim=True)
-    if alike is None:
-        mixed, mean = (1.0 - share) * covariance, covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        mixed.diagonal(dim1=-2, dim2=-1).add_(share * mean)
-        return mixed
-    traces = (m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for m in (covariance, alike))
-    return (1.0 - share) * covariance + share * next(traces) / next(traces).clamp_min(1e-300) * alike
+    mixed, size = (1.0 - share) * covariance, share * _trace(covariance) + more
+    if alike is not None:
+        return mixed.add_(alike * (size / _trace(alike).clamp_min(1e-300))[:, None, None])
+    diagonal = mixed if mixed.dim() == 2 else mixed.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(size.unsqueeze(-1) / mixed.shape[-1])
+    return mixed
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    """Of matrices (g0, n, n) or diagonals (g0, n)."""
+    return matrix.sum(-1) if matrix.dim() == 2 else matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def on_filters(matrix: Tensor | None, x: Tensor) -> Tensor:
@@ -83,37 +93,44 @@ def on_filters(matrix: Tensor | None, x: Tensor) -> Tensor:
     return matrix.unsqueeze(-1) * x if matrix.dim() == 2 else matrix @ x
 
 
-@functools.lru_cache(maxsize=1)  # a layer is weighted several times in a row
-def _root(gradient: Tensor, share: float) -> Tensor:
-    """H for a shrunk moment H^T H: its Cholesky factor, transposed.
+def _of_filters(moments: Moments) -> Tensor:
+    """H^T H (g0, f, f), or its diagonal (g0, f): the gradients' moment without its noise.
 
     1e-6 of its size is added to its diagonal. (A filter that the output does not depend on in the data still has to be
     approximated somehow.)
     """
-    gradient = shrink(gradient, share)
-    if gradient.dim() == 2:
-        top = gradient.amax(-1, keepdim=True).clamp_min(0)
-        return torch.where(top > 0, gradient.clamp_min(1e-6 * top), torch.ones_like(gradient)).sqrt()
-    identity = torch.eye(gradient.shape[-1], dtype=gradient.dtype, device=gradient.device)
-    size = torch.linalg.matrix_norm(gradient)[:, None, None]
-    lifted = gradient + torch.where(size > 0, 1e-6 * size, 1.0) * identity
-    return torch.stack([torch.linalg.cholesky(matrix, upper=True) for matrix in lifted])
-
-
-def _gradient_root(moments: Moments) -> Tensor:
     assert moments.gradient is not None
-    return _root(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise))
+    matrix = shrink(moments.gradient, shrinkage_of(moments.gradient, moments.gradient_noise))
+    if matrix.dim() == 2:
+        top = matrix.amax(-1, keepdim=True).clamp_min(0)
+        return torch.where(top > 0, matrix.clamp_min(1e-6 * top), torch.ones_like(matrix))
+    size = torch.linalg.matrix_norm(matrix)[:, None]
+    matrix.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, 1e-6 * size, 1.0))
+    return matrix
 
 
-def _outer(mean: Tensor) -> Tensor:
-    return mean.unsqueeze(-1) * mean.unsqueeze(-2)
+def _root(moments: Moments) -> Tensor:
+    """H: upper triangles, by Cholesky, or a diagonal."""
+    matrix = _of_filters(moments)
+    return matrix.sqrt() if matrix.dim() == 2 else _each(torch.linalg.cholesky, matrix).mT
+
+
+def _each(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """Of one matrix after the other; of a single one without a copy."""
+    results = [function(matrix) for matrix in matrices]
+    return results[0].unsqueeze(0) if len(results) == 1 else torch.stack(results)
+
+
+def _with_outer(matrix: Tensor, mean: Tensor, scale: float) -> Tensor:
+    """C + scale m m^T, of (g0, n, n) and (g0, n)."""
+    return torch.baddbmm(matrix, mean.unsqueeze(-1), mean.unsqueeze(-2), alpha=scale)
 
 
 def _covariance(moments: Moments) -> Tensor:
     """Of a layer's input, or of its output where only that is known."""
     whole = moments.output if moments.second is None else moments.second
     assert whole is not None
-    return whole - _outer(moments.mean)
+    return _with_outer(whole, moments.mean, -1.0)
 
 
 def noise_share(shape: WeightShape, weight: Tensor, moments: Moments) -> float:
@@ -128,17 +145,17 @@ def unknown_share(covariance: Tensor, noise: float) -> float:
     return min(1.0, noise / norm2) if norm2 > 0 else float(noise > 0)
 
 
-def _in_blocks(root: Tensor | None, x: Tensor) -> Iterator[Tensor]:
-    """:func:`on_filters` in float64, 8,192 filters at a time; all at once under a whole ``root``."""
-    size = x.shape[1] if root is not None and root.dim() == 3 else BLOCK
+def _in_blocks(matrix: Tensor | None, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """:func:`on_filters` in float64, 8,192 filters at a time; all at once under a whole matrix."""
+    size = x.shape[1] if matrix is not None and matrix.dim() == 3 else BLOCK
     for start in range(0, x.shape[1], size):
         at = slice(start, start + size)
-        yield on_filters(None if root is None else root[:, at], x[:, at].double().cpu())
+        yield at, on_filters(None if matrix is None else matrix[:, at], x[:, at].double().cpu())
 
 
 def carried(root: Tensor | None, matrix: Tensor, second: Tensor) -> float:
     """tr(H M C M^T H) of M (g0, f, n), C (g0, n, n)."""
-    return sum(float((part @ second * part).sum()) for part in _in_blocks(root, matrix))
+    return sum(float((part @ second * part).sum()) for _, part in _in_blocks(root, matrix))
 
 
 def _matrix(shape: WeightShape, weight: Tensor) -> Tensor:
@@ -147,14 +164,21 @@ def _matrix(shape: WeightShape, weight: Tensor) -> Tensor:
 
 
 def triangle(shape: WeightShape, weight: Tensor, moments: Moments, sensitive: bool) -> Tensor | None:
-    """R of H W = Q R (g0, n, n): all that errors depend on, of a layer with more filters than columns; else None."""
+    """R with R^T R = W^T H^T H W (g0, n, n): all that errors depend on, of more filters than columns; else None."""
     if shape.filters_per_group <= shape.columns or moments.second is None:
         return None
-    root = _gradient_root(moments) if sensitive else None
-    known: Tensor | None = None
-    for rows in _in_blocks(root, _matrix(shape, weight)):
-        known = torch.linalg.qr(rows if known is None else torch.cat([known, rows], 1), mode="r").R
-    return known
+    filters, matrix = _of_filters(moments) if sensitive else None, _matrix(shape, weight)
+    products = (matrix[:, at].double().cpu().mT @ rows for at, rows in _in_blocks(filters, matrix))
+    return _each(_square_root, functools.reduce(torch.add, products))
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    """R with R^T R = A for a matrix without negative eigenvalues: by Cholesky, or where some are 0 by these."""
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+    if not failed:
+        return factor
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
 
 
 def weighting(
@@ -179,21 +203,23 @@ def weighting(
     alike = None if moments.second is not None else w @ w.mT
     norm2 = float(moments.mean.square().sum())
     sure = max(0.0, 1.0 - moments.mean_noise / norm2) if norm2 > 0 else 1.0
-    covariance = _covariance(moments)
+    covariance, known = _covariance(moments), sure * moments.mean
     share = shrinkage_of(covariance, moments.noise, alike) if share is None else share
-    mixed = shrink(covariance, share, alike) + shrink((1.0 - sure**2) * _outer(moments.mean), 1.0, alike)
-    product = _outer(sure * moments.mean)
-    second = mixed if centred else mixed + product
+    unsure = (1.0 - sure**2) * moments.mean.square().sum(-1)  # of the products of means
+    second = shrink(covariance, share, alike, unsure)
+    if not centred:
+        second = _with_outer(second, known, 1.0)
     if alike is None:
-        mean_input: Tensor | None = sure * moments.mean
-        mean = (w @ (sure * moments.mean).unsqueeze(-1)).squeeze(-1)
-        output, energy = None, 1.0 if sensitive else carried(None, w, mixed + product)
+        mean_input: Tensor | None = known
+        mean = (w @ known.unsqueeze(-1)).squeeze(-1)
+        output, energy = None, 1.0 if sensitive else carried(None, w, second)
     else:
-        mean_input, mean, output = None, sure * moments.mean, second
-        energy = float((mixed + product).diagonal(dim1=-2, dim2=-1).sum())
+        mean_input, mean, output = None, known, second
+        energy = float(_trace(second).sum())
+    energy += float(mean.square().sum()) if centred else 0.0
     inner = None if alike is not None else second
     held = None if moments.held is None else moments.held.double().transpose(0, 1)
     if not sensitive:
         return Weighting(shape, w, inner, output, mean, mean_input, centred, None, energy, True, held)
-    root = _gradient_root(moments) if few is None else None
+    root = _root(moments) if few is None else None
     return Weighting(shape, w, inner, output, mean, mean_input, centred, root, 1.0, False, held)

@@ -67,7 +67,15 @@ def test_errors_are_those_of_the_truncated_weight(name, centred, sensitive):
             assert abs(float(stated[rank]) - true_error(w, scheme, groups, rank)) < 1e-7 * float(1 + stated[0])
 
 
+def unread(layer):
+    """The layer without two of its inputs: the product of its weight is singular."""
+    with torch.no_grad():
+        layer.weight[:, 2:4] = 0
+    return layer
+
+
 TALL = {
+    "unread": (lambda: unread(nn.Linear(7, 40)), (50, 3, 7), False),
     "head": (lambda: nn.Linear(7, 40, bias=False), (50, 3, 7), False),
     "diagonal": (lambda: nn.Linear(7, 40), (50, 3, 7), True),
     "taps": (lambda: nn.Conv2d(2, 60, 3), (5, 2, 9, 9), False),
