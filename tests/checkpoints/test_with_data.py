@@ -3,10 +3,12 @@
 import functools
 import itertools
 import json
+import logging
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +143,25 @@ def test_half_types(tmp_path, way, methods):
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
 
 
+def test_what_it_needs_is_said_before_the_work(tmp_path, caplog, monkeypatch):
+    checkpoints.make("deep", tmp_path / "dense")
+    small, sizes = tmp_path / "small", []
+
+    def told(*args):
+        sizes.append(sum(p.stat().st_size for p in small.rglob("*") if p.is_file()))
+
+    options = {**OPTIONS, "refit": True, "progress": told}
+    with monkeypatch.context() as patch, pytest.raises(errors.FileWriteError) as e:
+        patch.setattr("alds_fast.checkpoints.with_data.needs.shutil.disk_usage", lambda path: SimpleNamespace(free=5e5))
+        alds.compress_checkpoint(tmp_path / "dense", small, **options)
+    assert "GB are to be written there" in str(e.value) and "0.00 GB are free" in str(e.value) and not sizes
+    with caplog.at_level(logging.INFO, logger="alds_fast"):
+        alds.compress_checkpoint(tmp_path / "dense", small, **options)
+    (line,) = [r for r in caplog.records if "the job takes about" in r.getMessage()]
+    memory, disk = line.args[:2]
+    assert memory > 0.5 and 0.9 < disk / (max(sizes) / 1e9) < 1.25
+
+
 def test_refinement_needs_blocks(made, tmp_path):
     with pytest.raises(errors.ModelError, match="refine= needs a chain of blocks: the model has 2 modules"):
         alds.compress_checkpoint(made / "dense", tmp_path / "small", refine=True, **OPTIONS)
@@ -246,8 +267,9 @@ def run(folder, *options):
 def test_command_line_with_texts(directory, capsys):
     texts = "--data", directory / "a.txt", "--also", directory / "b.jsonl"
     assert run(directory, "--sensitivity", *texts, "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["plan"]["criterion"] == "sensitivity"
+    told = capsys.readouterr()
+    printed = json.loads(told.out)
+    assert printed["plan"]["criterion"] == "sensitivity" and "the job takes about" in told.err
     kept_aside, other = printed["perplexity"].values()
     for dense, small in (kept_aside, other):
         assert 1 < dense < 1000 and 1 < small < 5 * dense

@@ -16,9 +16,9 @@ from ...layers import DecomposableLayer
 from ...measurement import Sensitivity, leaves_of, private_runs
 from ..streaming.streamed_model import Work
 from .mapped import let_go, one_block_at_a_time, run_on
+from .needs import IN_MEMORY
 from .stored_moments import StoredMoments
 
-IN_MEMORY = 1 << 26  # bytes of the blocks' outputs that are kept in memory; what is beyond lies in files of the journal
 HELD_OUT = 1 / 8
 
 

@@ -24,6 +24,7 @@ from ..streaming.streamed_model import Work
 from .calibration import check_one_process, collect, tried_chain
 from .factors import draft_factors, put_final, refit_factors
 from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
+from .needs import tell_needs
 from .offloading import on_device
 from .refining import refine_factors
 from .stored_moments import StoredMoments
@@ -39,6 +40,7 @@ class WithData:
                 f"pass smaller ones, or start fewer processes"
             )
         self.work, self.batches, self.sensitivity = work, on_device(batches, work.device), sensitivity
+        tell_needs(work, batches, bool(sensitivity))
         self.plan: Plan | None = None  # that was made here, with what it was made from
 
     @cached_property

@@ -6,13 +6,14 @@ Here belongs what runs a model to sum up rows. What is made of the sums belongs 
 from .by_blocks import GRADIENTS, INPUTS, collect_by_blocks
 from .by_processes import add_up_sums
 from .collection import Moments, collect_moments
-from .hooks import rows_to_draw
+from .hooks import moment_forms, rows_to_draw
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
-from .sums import distinct_rows, exact_products, with_few_rows
+from .sums import MOST_ROWS, distinct_rows, exact_products, with_few_rows
 
 __all__ = [
     "GRADIENTS",
     "INPUTS",
+    "MOST_ROWS",
     "Moments",
     "Wanted",
     "add_up_sums",
@@ -22,6 +23,7 @@ __all__ = [
     "distinct_rows",
     "exact_products",
     "fitting_mask",
+    "moment_forms",
     "outputs",
     "patches",
     "rows_to_draw",
