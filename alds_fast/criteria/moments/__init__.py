@@ -6,9 +6,10 @@ Here belongs what runs a model to sum up rows. What is made of the sums belongs 
 from .by_blocks import GRADIENTS, INPUTS, collect_by_blocks
 from .by_processes import add_up_sums
 from .collection import Moments, collect_moments
+from .held_rows import MOST_ROWS
 from .hooks import moment_forms, rows_to_draw
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
-from .sums import MOST_ROWS, distinct_rows, exact_products, with_few_rows
+from .sums import distinct_rows, exact_products, with_few_rows
 
 __all__ = [
     "GRADIENTS",
