@@ -23,7 +23,7 @@ from .evaluation import Evaluation, evaluate, measured_importance
 from .factors import Distilled, Refined, distill, refine
 from .integrations import open_experts, to_plain
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
-from .planning import Analysis, LayerPlan, Plan, analyze, compress, plot_plan
+from .planning import Analysis, LayerPlan, Plan, Sweep, analyze, compress, plot_plan, plot_sweep
 from .retraining import Retrained, retrain
 from .version import __version__ as __version__
 
@@ -42,6 +42,7 @@ __all__ = [
     "Plan",
     "Refined",
     "Retrained",
+    "Sweep",
     "analyze",
     "compress",
     "compress_checkpoint",
@@ -54,6 +55,7 @@ __all__ = [
     "measured_importance",
     "open_experts",
     "plot_plan",
+    "plot_sweep",
     "refine",
     "retrain",
     "save",

@@ -5,7 +5,7 @@ Here belongs what chooses among errors and costs. What a user's options mean bel
 
 from .baselines import BASELINES, filter_threshold
 from .candidates import Candidates, candidates, least_error_of_pivots
-from .costs import SHARES, CostTable, flops_table, params_table, relax
+from .costs import SHARES, Calls, CostTable, amount_text, flops_table, memory_table, params_table, relax
 from .float32_check import curves_in_doubt, with_exact_values
 from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
 from .one_budget import allocate
@@ -17,6 +17,7 @@ __all__ = [
     "BASELINES",
     "MAX_LATENCY_GROUPS",
     "SHARES",
+    "Calls",
     "Candidates",
     "CostTable",
     "Front",
@@ -24,6 +25,7 @@ __all__ = [
     "LayerTimes",
     "Solution",
     "allocate",
+    "amount_text",
     "auto_groups",
     "candidates",
     "curves_in_doubt",
@@ -33,6 +35,7 @@ __all__ = [
     "flops_table",
     "largest_error",
     "least_error_of_pivots",
+    "memory_table",
     "params_table",
     "pareto_front",
     "prune_spectra",

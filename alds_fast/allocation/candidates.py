@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..layers import DecomposableLayer
@@ -26,7 +27,10 @@ LEAST_IN_HALF = 0.05  # error of truncation, beside which that of rounding to a 
 
 @dataclass(frozen=True)
 class Curve:
-    """Ranks align, 2 align, ... of one (scheme, groups, pivots): ``costs`` ascending; ``errors`` by rank."""
+    """Multiples of align, from ``first`` on, as ranks of one (scheme, groups, pivots).
+
+    ``costs`` ascending; ``errors`` by rank. ``first`` None stands for align.
+    """
 
     scheme: int
     groups: int
@@ -34,11 +38,19 @@ class Curve:
     costs: Ints
     errors: Floats
     pivots: Pivots = ""
+    first: int | None = None
 
     @property
     def ranks(self) -> Ints:
         """Ranks of its candidates."""
-        return self.align * np.arange(1, len(self.costs) + 1, dtype=np.int64)
+        first = self.align if self.first is None else self.first
+        return first + self.align * np.arange(len(self.costs), dtype=np.int64)
+
+    def part(self, kept: NDArray[np.bool_]) -> Curve:
+        """The candidates kept, which are neighbours and at least one."""
+        at = np.flatnonzero(kept)
+        span = slice(int(at[0]), int(at[-1]) + 1)
+        return replace(self, costs=self.costs[span], errors=self.errors[span], first=int(self.ranks[span][0]))
 
     def decomposition(self, rank: int) -> Decomposition:
         """What a rank of it stands for."""
@@ -47,24 +59,25 @@ class Curve:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Every choice of one layer, numbered curve after curve, the dense layer last."""
+    """Every choice of one layer, numbered curve after curve, the dense layer last where it ``may_stay_dense``."""
 
     curves: tuple[Curve, ...]
     dense_cost: int
+    may_stay_dense: bool = True
 
     @property
     def costs(self) -> Ints:
         """Costs of all candidates."""
-        return np.concatenate([*(c.costs for c in self.curves), [self.dense_cost]]).astype(np.int64)
+        return self.with_costs(lambda curve: curve.costs, self.dense_cost)
 
     @property
     def errors(self) -> Floats:
         """Errors of all candidates."""
-        return np.concatenate([*(c.errors for c in self.curves), [0.0]])
+        return np.concatenate([*(c.errors for c in self.curves), *([[0.0]] if self.may_stay_dense else [])])
 
     @property
     def starts(self) -> Ints:
-        """Number of the first candidate of every curve, then that of the dense layer."""
+        """Number of the first candidate of every curve, then that of the dense layer, there or not."""
         return np.cumsum([0, *(len(c.costs) for c in self.curves)])
 
     def front(self) -> Front:
@@ -74,7 +87,16 @@ class Candidates:
     def few_groups(self, limit: int) -> Candidates:
         """Only the curves of at most ``limit`` slices, or of the fewest there are."""
         limit = max(limit, min((c.groups for c in self.curves), default=0))
-        return Candidates(tuple(c for c in self.curves if c.groups <= limit), self.dense_cost)
+        return replace(self, curves=tuple(c for c in self.curves if c.groups <= limit))
+
+    def limit(self, ranks: tuple[int, int | None], costs: tuple[float, float], may_stay_dense: bool) -> Candidates:
+        """Only the candidates of ranks and costs in these ranges, ends included; None for no upper end."""
+        most, curves = np.inf if ranks[1] is None else ranks[1], []
+        for c in self.curves:
+            kept = (c.ranks >= ranks[0]) & (c.ranks <= most) & (c.costs >= costs[0]) & (c.costs <= costs[1])
+            if kept.any():
+                curves.append(c.part(kept))
+        return Candidates(tuple(curves), self.dense_cost, may_stay_dense)
 
     def restrict(self, costs: Ints, only: tuple[int, int] | None = None) -> tuple[Candidates, Ints]:
         """The choices at other costs, all or those of one (scheme, groups) and dense, with their numbers here."""
@@ -86,7 +108,8 @@ class Candidates:
 
     def with_costs(self, by_curve: Callable[[Curve], Ints], dense_cost: int) -> Ints:
         """Costs of all candidates of another kind: those of the ranks of every curve, and of dense."""
-        return np.concatenate([*map(by_curve, self.curves), [dense_cost]]).astype(np.int64)
+        dense = [[dense_cost]] if self.may_stay_dense else []
+        return np.concatenate([*map(by_curve, self.curves), *dense]).astype(np.int64)
 
     def decomposition(self, candidate: int) -> Decomposition | None:
         """What a candidate stands for, None for dense."""
@@ -94,7 +117,7 @@ class Candidates:
         if curve == len(self.curves):
             return None
         c = self.curves[curve]
-        return c.decomposition(c.align * (candidate - int(self.starts[curve]) + 1))
+        return c.decomposition(int(c.ranks[candidate - int(self.starts[curve])]))
 
 
 def candidates(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ArgumentError, BudgetError
 from ..layers import DecomposableLayer
-from ..linalg import WeightShape
+from ..linalg import WeightShape, index_count
 from ..measurement import InputSpec, dense_flops, flops_of_ranks
 from .candidates import Candidates, Curve
 from .pareto import Ints
@@ -18,20 +18,24 @@ Calls = Mapping[str, Mapping[InputSpec, int]]
 SHARES = {
     "params": "parameters kept",
     "flops": "floating-point operations kept",
+    "memory": "the bytes of parameters and buffers kept",
     "latency": "the dense model's latency that is left",
 }
+BYTES_PER_MB = 10**6
+BYTES_PER_INDEX = 8  # of pivots
 
 
 @dataclass(frozen=True)
 class CostTable:
     """One budget: integer costs of every candidate of every layer, of all the rest of the model, and what is allowed.
 
-    ``costs[i]`` are numbered like the candidates of layer i; ``fixed`` is what the model costs beside these layers,
-    ``total`` what the dense model costs and ``limit`` what the compressed one may. One ``unit`` is ``scale`` of them.
+    ``asked`` is a share of the dense model's cost, or above 1 a cost. ``costs[i]`` are numbered like the candidates of
+    layer i; ``fixed`` is what the model costs beside these layers, ``total`` what the dense model costs and ``limit``
+    what the compressed one may. One ``unit`` is ``scale`` of them.
     """
 
     name: str
-    share: float
+    asked: float
     costs: tuple[Ints, ...]
     fixed: int
     total: int
@@ -48,9 +52,15 @@ class CostTable:
         """What the model costs with these candidates."""
         return self.fixed + sum(int(c[i]) for c, i in zip(self.costs, picks, strict=True))
 
-    def share_text(self, cost: int) -> str:
-        """name=share of a cost, rounded up, as it would be asked for."""
-        return f"{self.name}={math.ceil(10_000 * cost / self.total) / 10_000:g}"
+    @property
+    def text(self) -> str:
+        """name=what was asked for."""
+        return f"{self.name}={amount_text(self.asked)}"
+
+    def text_of(self, cost: int) -> str:
+        """name=a cost, as a share rounded up where one was asked for, as it would be asked for."""
+        share = math.ceil(10_000 * cost / self.total) / 10_000
+        return f"{self.name}={amount_text(share if self.asked <= 1 else cost)}"
 
     def amount(self, cost: int) -> str:
         """The cost in its unit, without it."""
@@ -60,21 +70,51 @@ class CostTable:
         """What the layers may cost together; BudgetError if even the cheapest candidates (chosen ``how``) cost more."""
         if self.least > self.limit:
             raise BudgetError(
-                f"{self.name}={self.share:g} cannot be met{how}: the smallest reachable is "
-                f"{self.share_text(self.least)}, {self.amount(self.least)} of {self.amount(self.total)} {self.unit}; "
+                f"{self.text} cannot be met{how}: the smallest reachable is "
+                f"{self.text_of(self.least)}, {self.amount(self.least)} of {self.amount(self.total)} {self.unit}; "
                 f"{self.amount(self.fixed)} of them are not in weights that can be factorised"
             )
         return self.limit - self.fixed
 
 
-def params_table(choices: Sequence[Candidates], params: int, share: float) -> CostTable:
+def amount_text(amount: float) -> str:
+    """A share, or a whole number above 1 with all its digits."""
+    return f"{amount:g}" if amount <= 1 else str(int(amount))
+
+
+def _limit(asked: float, total: int) -> int:
+    """The cost allowed: a share of the total, or itself above 1."""
+    return math.floor(asked * total + 1e-9) if asked <= 1 else int(asked)
+
+
+def params_table(choices: Sequence[Candidates], params: int, asked: float) -> CostTable:
     """The budget on the model's parameters, of which there are ``params``."""
     costs, fixed = tuple(c.costs for c in choices), params - sum(c.dense_cost for c in choices)
-    return CostTable("params", share, costs, fixed, params, math.floor(share * params + 1e-9), "parameters")
+    return CostTable("params", asked, costs, fixed, params, _limit(asked, params), "parameters")
+
+
+def memory_table(
+    layers: Sequence[DecomposableLayer], choices: Sequence[Candidates], total: int, asked: float
+) -> CostTable:
+    """The budget on the bytes of the model's parameters and buffers, of which there are ``total``.
+
+    Factors are of their weight's type, indices of pivots are int64.
+    """
+    costs, fixed = [], total
+    for layer, choice in zip(layers, choices, strict=True):
+        size = int(layer.module.weight.element_size())  # type: ignore[operator]
+
+        def of_curve(curve: Curve, size: int = size, shape: WeightShape = layer.shape) -> Ints:
+            indices = index_count(shape, curve.pivots)
+            return size * (curve.costs - indices) + BYTES_PER_INDEX * indices
+
+        costs.append(choice.with_costs(of_curve, size * choice.dense_cost))
+        fixed -= size * choice.dense_cost
+    return CostTable("memory", asked, tuple(costs), fixed, total, _limit(asked, total), "MB", BYTES_PER_MB)
 
 
 def flops_table(
-    layers: Sequence[DecomposableLayer], choices: Sequence[Candidates], calls: Calls, total: int, share: float
+    layers: Sequence[DecomposableLayer], choices: Sequence[Candidates], calls: Calls, total: int, asked: float
 ) -> CostTable:
     """The budget on the floating-point operations of one run of the model, of which ``total`` were counted."""
     if total == 0:
@@ -91,7 +131,7 @@ def flops_table(
 
         costs.append(choice.with_costs(of_curve, dense))
         fixed -= dense
-    return CostTable("flops", share, tuple(costs), fixed, total, math.floor(share * total + 1e-9), "FLOPs")
+    return CostTable("flops", asked, tuple(costs), fixed, total, _limit(asked, total), "FLOPs")
 
 
 def relax(table: CostTable, limit: float) -> CostTable:

@@ -57,7 +57,7 @@ def _moves(choices: Candidates, spectra: LayerSpectra, taken: int) -> Floats:
             steps = VALUE * (values * values[..., :1]).flatten(0, -2).sum(0) / values.square().sum()
             reach = np.concatenate([[0.0], steps.cumsum(0).numpy()])[curve.ranks]
             moves[-1] = TAIL - np.minimum(np.abs(reach - reach[taken - start]), 2 * TAIL)
-    return np.concatenate([*moves, [0.0]])
+    return np.concatenate([*moves, [0.0] * choices.may_stay_dense])
 
 
 def _signs(count: int) -> Bools:

@@ -98,8 +98,8 @@ def _curve_key(d: Decomposition) -> tuple[int, int, str]:
 
 def _rank(curve: Curve, level: int) -> int:
     """The rank of a curve that is timed at a level, the last level being the largest rank."""
-    top = int(curve.ranks[-1])
-    return max(1, round(top / SPACING ** (LEVELS - 1 - level) / curve.align)) * curve.align
+    least, top = int(curve.ranks[0]), int(curve.ranks[-1])
+    return max(least, round(top / SPACING ** (LEVELS - 1 - level) / curve.align) * curve.align)
 
 
 def _survey(module: nn.Module, spec: InputSpec, curves: Iterable[Curve], known: Ratios) -> bool:

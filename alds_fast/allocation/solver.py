@@ -50,8 +50,8 @@ def _together(choices: Sequence[Candidates], tables: Sequence[CostTable], p: flo
     errors = [c.errors for c in choices]
     result = least_largest(costs, errors, limits)
     if result is None:
-        names = " and ".join(f"{t.name}={t.share:g}" for t in tables)
-        reach = [t.share_text(t.fixed + least_budget(costs, errors, limits, k)) for k, t in enumerate(tables)]
+        names = " and ".join(t.text for t in tables)
+        reach = [t.text_of(t.fixed + least_budget(costs, errors, limits, k)) for k, t in enumerate(tables)]
         raise BudgetError(
             f"{names} cannot be met at once: keeping the others, the smallest found is {' or '.join(reach)}"
         )

@@ -182,8 +182,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
             without arguments that builds it.
 
     Returns:
-        A new model with the file's structure, values and types, on the devices of ``model`` (CPU for meta), in its
-        training mode.
+        A new model with the file's structure, values and types, on the devices of ``model`` (CPU for meta), in
+        evaluation mode: ``.train()`` it to train it.
 
     Raises:
         MissingFileError, FileFormatError: no such file; truncated, corrupt, of another format or a newer version.
@@ -206,4 +206,4 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     keep_when_saved(small)
     if header["plan"] is not None:
         annotate(small, plan=header["plan"])
-    return small
+    return small.eval()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,26 @@ from ..planning import (
     METHODS,
     Analysis,
     Plan,
-    Progress,
     analysis_dict,
     analyze,
     check_plot,
     check_refinement,
     plot_plan,
     resolved_precision,
+    smallest_of_quality,
 )
+from ..progress import Progress, telling
 from ..version import __version__
+from .arguments import amount, as_pins, group_counts, integers, passes, pin, share_or_count
 from .directory import compress_directory, show_layers
 from .eval import add_eval, check_data_flags
-from .progress import progress_bars
 from .targets import ModelTarget, Target
 
 TARGET_HELP = (
     "package.module:function or file.py:function that returns the model; for compress also a checkpoint directory: "
     "config.json and safetensors files"
 )
-BUDGETS = (*SHARES, "error")
+BUDGETS = (*SHARES, "error", "quality")
 
 
 def _precision(args: argparse.Namespace) -> str:
@@ -67,7 +69,7 @@ def _analyze(args: argparse.Namespace, model: nn.Module, progress: Progress, **d
 
 
 def _run_analyze(args: argparse.Namespace) -> None:
-    with progress_bars() as progress:
+    with telling(None) as progress:
         analysis = _analyze(args, ModelTarget(args.target, args.weights)(), progress)
     print(json.dumps(analysis_dict(analysis)) if args.json else analysis)
 
@@ -91,6 +93,8 @@ def _run_compress(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     if (args.flops is not None or args.latency is not None) and args.input is None:
         raise ArgumentError("--flops and --latency need --input, the shape of an input, for example 1,3,224,224")
+    if (args.quality is None) != (args.evaluate is None):
+        raise ArgumentError("--quality and --evaluate go together: the least that the function of a model may return")
     if args.also:
         raise ArgumentError("--also goes with a checkpoint directory and a text as --data")
     check_data_flags(args)
@@ -101,15 +105,19 @@ def _run_compress(args: argparse.Namespace) -> None:
     model = ModelTarget(args.target, args.weights)()
     if args.refine:
         check_refinement(model, batches, args.refine, args.include, args.exclude)
-    with progress_bars() as progress:
+    with telling(None) as progress:
         example = None if args.input is None else torch.randn(args.input, device="cpu")
         seeing = {"data": batches, "sensitivity": args.sensitivity, "example_inputs": example}
         analysis = _analyze(args, model, progress, **seeing)
-        options = {name: getattr(args, name) for name in (*BUDGETS, "criterion", "p", "method", "align", "pivots")}
-        plan = analysis.plan(**options, example_inputs=example)
-        progress("factors", 0, 0)
-        fitting = {"refit": batches if args.refit else None, "refine": batches if args.refine else None}
-        small = plan.apply(model, **fitting, epochs=args.refine or PASSES, example_inputs=example)
+        options = {name: getattr(args, name) for name in ("criterion", "p", "method", "align", "pivots", "min_rank")}
+        plans = partial(analysis.plan, **options, pins=as_pins(args.pin), example_inputs=example)
+        fitting: dict[str, Any] = {"refit": batches if args.refit else None, "refine": batches if args.refine else None}
+        apply: Any = partial(Plan.apply, **fitting, epochs=args.refine or PASSES, example_inputs=example)
+        if args.quality is None:
+            plan = plans(**{name: getattr(args, name) for name in BUDGETS}, progress=progress)
+            small = apply(plan, model, progress=progress)
+        else:
+            plan, small = smallest_of_quality(model, plans, apply, Target(args.evaluate), args.quality, progress)
     save(small, args.output)
     if args.plot:
         plot_plan(analysis, plan, args.plot)
@@ -142,31 +150,17 @@ def _run_show(args: argparse.Namespace) -> None:
     print(plan.to_json() if args.json else plan)
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _passes(text: str) -> int:
-    if (passes := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of passes, 1 or more")
-    return passes
-
-
-def _groups(text: str) -> str | tuple[int, ...]:
-    return text if text == "divisors" else _integers(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("alds-fast", description="Low-rank compression of PyTorch models.")
     parser.add_argument("--version", action="version", version=f"alds_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("target", help=TARGET_HELP)
     model.add_argument("--weights", metavar="FILE", help="safetensors file with the model's state dict")
-    model.add_argument("--schemes", type=_integers, default=SCHEMES, help="folds to try, for example 0,3")
+    model.add_argument("--schemes", type=integers, default=SCHEMES, help="folds to try, for example 0,3")
     model.add_argument(
         "--groups",
-        type=_groups,
+        type=group_counts,
         help="channel slices to try: divisors (default), or 1,2,4; "
         "for a checkpoint directory divisors up to 16 (default)",
     )
@@ -177,11 +171,18 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("analyze", parents=[model, output], help="list the layers and what can be done")
     listing.set_defaults(run=_run_analyze)
     compress = commands.add_parser("compress", parents=[model, output], help="compress a model and save it")
-    compress.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
-    compress.add_argument("--flops", type=float, help="share of the FLOPs to keep, in (0, 1]; needs --input")
+    compress.add_argument(
+        "--params", type=share_or_count, help="share of the parameters to keep, in (0, 1], or their number"
+    )
+    compress.add_argument(
+        "--flops", type=share_or_count, help="share of the FLOPs to keep, or their number; needs --input"
+    )
+    compress.add_argument("--memory", type=amount, help="share of the bytes of weights to keep, or like 20MB")
     compress.add_argument("--latency", type=float, help="share of the measured latency, in (0, 1]; needs --input")
     compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
-    compress.add_argument("--input", type=_integers, metavar="SHAPE", help="shape of a float32 input, 1,3,224,224")
+    compress.add_argument("--quality", type=float, help="least that --evaluate may return, in the place of the above")
+    compress.add_argument("--evaluate", metavar="TARGET", help="function model -> number, higher is better")
+    compress.add_argument("--input", type=integers, metavar="SHAPE", help="shape of a float32 input, 1,3,224,224")
     compress.add_argument(
         "-o", "--output", required=True, metavar="PATH", help="file, or for a directory new directory, to write"
     )
@@ -195,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--sensitivity", action="store_true", help="with --data, also collect gradients")
     compress.add_argument("--refit", action="store_true", help="with --data, fit layer after layer to it in the end")
     compress.add_argument(
-        "--refine", type=_passes, nargs="?", const=PASSES, metavar="N",
+        "--refine", type=passes, nargs="?", const=PASSES, metavar="N",
         help=f"with --data, train block after block on it in the end, N passes for each ({PASSES})",
     )  # fmt: skip
     compress.add_argument("--criterion", choices=CRITERIA, default=None)
@@ -203,6 +204,11 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--method", choices=METHODS, default="alds")
     compress.add_argument("--precision", choices=("float32", "float64"), help="of the spectra (default: what will do)")
     compress.add_argument("--align", type=int, default=1, help="ranks are multiples of this")
+    compress.add_argument(
+        "--pin", type=pin, action="append", metavar="LAYERS=PIN", help="dense, or limits of these layers, joined by "
+        "commas: max_rank=64,min_keep=0.5 (may be repeated)",
+    )  # fmt: skip
+    compress.add_argument("--min-rank", type=int, default=1, help="least rank of what does not stay dense")
     compress.add_argument("--no-pivots", dest="pivots", action="store_false", help="plain factors only")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")
     compress.add_argument(
@@ -210,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of a checkpoint directory")
     compress.set_defaults(run=_run_compress)
-    add_eval(commands, [model, output], _integers)
+    add_eval(commands, [model, output], integers)
     show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
     show.add_argument("file", help="a model written by save, a compressed directory, or a plan in JSON")
     show.set_defaults(run=_run_show)
@@ -221,9 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     given = [name for name in BUDGETS if getattr(args, name, None) is not None]
-    if args.command == "compress" and (not given or ("error" in given and len(given) > 1)):
-        parser.error("give --error, or one or several of --params, --flops and --latency")
+    if args.command == "compress" and (not given or (len(given) > 1 and {"error", "quality"} & {*given})):
+        parser.error("give --error or --quality, or one or several of --params, --flops, --memory and --latency")
     try:
         args.run(args)
         sys.stdout.flush()

@@ -24,12 +24,13 @@ from ..checkpoints import (
 from ..errors import ArgumentError
 from ..integrations import transformers_name
 from ..measurement import KL
+from ..progress import telling
 from ..text import shape_text, table
 from .eval import check_data_flags
-from .progress import progress_bars
+from .log_lines import log_lines
 from .texts import calibration, perplexity, read_windows
 
-_MODEL_ONLY = ("weights", "flops", "latency", "input", "plot")
+_MODEL_ONLY = ("weights", "flops", "memory", "quality", "evaluate", "latency", "input", "plot")
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # models whose outputs are logits of tokens
 NO_DATA = (
     "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
@@ -58,6 +59,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     """Run it; the ``first`` of several processes prints the result."""
     other = [name for name in _MODEL_ONLY if getattr(args, name)]
     other += ["method"] if args.method in BASELINES else []
+    other += [name for name, value in (("pin", args.pin), ("min-rank", args.min_rank > 1)) if value]
     if other:
         raise ArgumentError(
             f"--{other[0]} does not go with a checkpoint directory; name a function that returns the model instead"
@@ -78,7 +80,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
         "device": args.device,
     }
     options |= {"precision": args.precision or "float32"}
-    with progress_bars() as progress:
+    with log_lines(), telling(None) as progress:
         done = compress_checkpoint(
             args.target, args.output, max_shard_bytes=round(args.max_shard_gb * 1e9), progress=progress, **options
         )

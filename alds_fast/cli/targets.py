@@ -50,7 +50,8 @@ class Target:
         self.name = name
         place, _, function = name.rpartition(":")
         if not place or not function:
-            raise ArgumentError(f"{name!r}: expected package.module:function or file.py:function, or a directory")
+            hint = "; a checkpoint directory goes to alds-fast compress" if Path(name).is_dir() else ""
+            raise ArgumentError(f"{name!r}: expected package.module:function or file.py:function{hint}")
 
     @property
     def function(self) -> Callable[..., Any]:

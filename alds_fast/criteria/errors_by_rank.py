@@ -24,7 +24,7 @@ NOT_NEAR = 1.25  # mean ratio of errors of calibration to those on samples kept 
 NO_ERROR = 1e-3  # below which ratios say nothing
 MAX_DATA_GROUPS = 8  # channel slices tried with data where groups= is "divisors"
 Errors = dict[tuple[int, int], Tensor]
-Found = TypeVar("Found")
+OfLayer = TypeVar("OfLayer")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Basis:
         return {**vars(self), "_triangle": {}, "_weights": {}, "_bases": {}}
 
     def of_all(
-        self, layers: Sequence[DecomposableLayer], world: World, find: Callable[[DecomposableLayer], Found]
-    ) -> list[Found]:
+        self, layers: Sequence[DecomposableLayer], world: World, find: Callable[[DecomposableLayer], OfLayer]
+    ) -> list[OfLayer]:
         """Something about each layer; of several processes one works it out, and what is kept here is told to all."""
         if self.used and world.size > 1:
             for layer in world.share(layers, lambda layer: float(layer.shape.numel * layer.shape.smaller_side)):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..checks import check_model, is_count
@@ -25,13 +26,23 @@ from ..measurement import (
     interleaved_ms,
     keeping_state,
     layer_inputs,
-    median_ratio,
     shared_inputs,
 )
-from .autotune import SEPARATE, TIE, Specs, autotune_layer, autotune_merged, calls_key, is_plain, module_for
+from .autotune import (
+    SEPARATE,
+    Specs,
+    autotune_layer,
+    autotune_merged,
+    best_model,
+    calls_key,
+    is_plain,
+    model_ratios,
+    module_for,
+)
 from .channel_orders import with_channels_in_order
-from .table import DeployRow, DeployTable
+from .table import DeployRow, DeployTable, known_rows
 
+_LOG = logging.getLogger(__name__)
 FORCED = ("dense", "two-op", "fused")  # what backend= may ask for
 Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
 MERGED = "merged"  # kind of a row that stands for several layers
@@ -136,12 +147,6 @@ def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[
     return result
 
 
-def _best(times: Mapping[str, Sequence[float]]) -> str:
-    """The deployed model, unless two calls everywhere are more than 2 % faster or the dense model is not slower."""
-    best = "deployed" if median_ratio(times, "two-op", "deployed") >= TIE else "two-op"
-    return "dense" if median_ratio(times, best, "dense") >= 1 else best
-
-
 def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: int) -> dict[str, list[float]]:
     device = device_of(next(iter(sides.values())))
 
@@ -155,16 +160,6 @@ def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds:
     example_inputs = copy_batch(example_inputs)
     with keeping_state(next(iter(sides.values()))):
         return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
-
-
-def _read_table(table: DeployTable | str | os.PathLike[str] | None, device: torch.device) -> dict[str, DeployRow]:
-    if table is None:
-        return {}
-    if isinstance(table, str | os.PathLike):
-        table = DeployTable.load(table)
-    if not isinstance(table, DeployTable):
-        raise ArgumentError(f"table is a {type(table).__name__}: expected a DeployTable or the path of a saved one")
-    return {call: replace(row, source="table") for call, row in table.known(environment(device)).items()}
 
 
 def deploy(
@@ -202,7 +197,8 @@ def deploy(
             in the example, and of which nobody reads values between layers. A warning says where that cannot be.
 
     Returns:
-        The deployed module, or (module, table). The table is also the module's ``alds_deployed``.
+        The deployed module, or (module, table). The table is also the module's ``alds_deployed``; its ``decided`` says
+        which model was kept and why, as the logger "alds_fast" does.
 
     Raises:
         ArgumentError: an argument is out of range. ModelError: the example does not run, or nothing can be copied.
@@ -221,10 +217,12 @@ def deploy(
         raise ArgumentError(f"reorder={reorder!r} is True or False, and goes with backend=None, not {backend!r}")
     if not is_count(rounds):
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
-    known = _read_table(table, device_of(model))
+    known = known_rows(table, environment(device_of(model)))
     given = model
     model = with_channels_in_order(given, example_inputs) if reorder else given
     layers = _low_rank(model)
+    if not layers:
+        warnings.warn("the model has no low-rank layer: what deploy gives is a copy of it", stacklevel=2)
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
     if backend is not None:
@@ -247,8 +245,10 @@ def deploy(
 
     times = _whole_model_ms({side: build(side) for side in sides}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
-    kept = _best(times) if backend is None and changed else "deployed"
-    deployed = DeployTable(tuple(rows), environment(device_of(model)), {n: median(ms) for n, ms in times.items()}, kept)
+    kept = best_model(times) if backend is None and changed else "deployed"
+    medians, ratios = {n: median(ms) for n, ms in times.items()}, model_ratios(times) if backend is None else {}
+    deployed = DeployTable(tuple(rows), environment(device_of(model)), medians, kept, ratios)
+    _LOG.info("deploy: %s", deployed.decided)
     result = build(kept)  # a fresh copy: those that were timed may have counted their calls
     annotate(result, deployed=deployed)
     return (result, deployed) if report else result

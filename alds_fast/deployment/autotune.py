@@ -158,3 +158,15 @@ def _double(layer: LowRankLayer) -> LowRankLayer:
         new.order = layer.order
     new.backend = "two-op"
     return new
+
+
+def best_model(times: Mapping[str, Sequence[float]]) -> str:
+    """The deployed model, unless two calls everywhere are more than 2 % faster or the dense model is not slower."""
+    best = "deployed" if median_ratio(times, "two-op", "deployed") >= TIE else "two-op"
+    return "dense" if median_ratio(times, best, "dense") >= 1 else best
+
+
+def model_ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """What decides between the whole models: by "deployed / two-op" and the like, medians of paired ratios."""
+    pairs = ("deployed", "two-op"), ("deployed", "dense"), ("two-op", "dense")
+    return {f"{a} / {b}": median_ratio(times, a, b) for a, b in pairs}

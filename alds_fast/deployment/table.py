@@ -7,10 +7,10 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..errors import FileFormatError, MissingFileError
+from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..files import target_file, write_text
 from ..text import shape_text, table
 
@@ -66,12 +66,21 @@ class DeployTable:
         model_ms: median milliseconds of one run of the whole model: "dense" (all low-rank layers recomposed), "two-op"
             (the model as it was given, as library calls) and "deployed".
         kept: "deployed", or "two-op" or "dense" where the deployed model as a whole was slower than that.
+        ratios: what decided it: by "deployed / two-op" and the like, medians of the ratios of runs side by side, which
+            need not be the ratios of the medians; empty where a backend was forced.
     """
 
     rows: tuple[DeployRow, ...]
     environment: dict[str, Any]
     model_ms: dict[str, float] = field(default_factory=dict)
     kept: str = "deployed"
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def decided(self) -> str:
+        """In words which of the three models was kept, and why."""
+        pairs = ", ".join(f"{name} {ratio:.3f}" for name, ratio in self.ratios.items())
+        return f"kept: {self.kept}" + (f", by the medians of paired ratios of times: {pairs}" if pairs else "")
 
     def known(self, environment: Mapping[str, Any]) -> dict[str, DeployRow]:
         """Measured rows by call, for this environment; none where it differs."""
@@ -83,7 +92,7 @@ class DeployTable:
         headers = ["layer", "shape", "structure", "dense ms", "two-op ms", "fused ms", "kept", "ratio", "error", "note"]
         lines = table(headers, [_cells(row) for row in self.rows], left=(0, 2, 6, 9))
         whole = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.model_ms.items())
-        return f"{lines}\n{self.environment.get('device')}: {whole or 'the model was not timed'}; kept: {self.kept}"
+        return f"{lines}\n{self.environment.get('device')}: {whole or 'the model was not timed'}; {self.decided}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, as a whole or not at all; MissingFileError or ArgumentError where that is no place for it."""
@@ -101,11 +110,26 @@ class DeployTable:
             rows = tuple(_row(fields) for fields in data["rows"])
             if data["kept"] not in ("dense", "two-op", "deployed"):
                 raise ValueError(f"kept is {data['kept']!r}")
-            return cls(rows, dict(data["environment"]), _times(data["model_ms"]), data["kept"])
+            return cls(
+                rows, dict(data["environment"]), _times(data["model_ms"]), data["kept"], _times(data.get("ratios", {}))
+            )
         except FileNotFoundError as e:
             raise MissingFileError(f"{os.fspath(path)!r} does not exist") from e
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise FileFormatError(f"{os.fspath(path)!r} is not a table that deploy saved: {e!r}") from e
+
+
+def known_rows(
+    table: DeployTable | str | os.PathLike[str] | None, environment: Mapping[str, Any]
+) -> dict[str, DeployRow]:
+    """What a table, or a saved one, knows for this environment, by call; ArgumentError for anything else."""
+    if table is None:
+        return {}
+    if isinstance(table, str | os.PathLike):
+        table = DeployTable.load(table)
+    if not isinstance(table, DeployTable):
+        raise ArgumentError(f"table is a {type(table).__name__}: expected a DeployTable or the path of a saved one")
+    return {call: replace(row, source="table") for call, row in table.known(environment).items()}
 
 
 def _times(fields: Mapping[str, Any]) -> dict[str, float]:

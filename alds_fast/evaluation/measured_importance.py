@@ -8,7 +8,7 @@ of sensitivity by one measurement each; here the curves stay exact and get a fac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,8 +18,18 @@ from ..blocks import Walk, find_chain, forwards
 from ..checks import check_model, is_number
 from ..errors import ArgumentError, LayerNotFoundError, ModelError
 from ..factors import names_logits, output_distance
-from ..measurement import USUAL, Run, check_batches, masks_of, naming_batch, private_runs, without_fast_paths
+from ..measurement import (
+    USUAL,
+    Run,
+    check_batches,
+    masks_of,
+    naming_batch,
+    private_runs,
+    without_fast_paths,
+    without_labels,
+)
 from ..planning import Plan
+from ..progress import ProgressOption, telling
 
 _NAME = "measured_importance()"
 
@@ -34,7 +44,7 @@ def measured_importance(
     kl: bool | None = None,
     mask: str | None = USUAL,
     limit: float = 4.0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: ProgressOption = None,
 ) -> dict[str, float]:
     """How much more each layer's error changes the output than the plan takes it to, for ``plan(importance=)``.
 
@@ -47,7 +57,7 @@ def measured_importance(
         kl: compare outputs as logits, as for :func:`alds_fast.distill`.
         mask: as for analyze: what is padding does not count.
         limit: most that a factor may be, and its inverse the least, > 1.
-        progress: told (what, done, total) after each layer.
+        progress: as for analyze.
 
     Returns:
         By layer name, d / e over the median of all, d being the square root of the mean Kullback-Leibler divergence
@@ -67,15 +77,15 @@ def measured_importance(
     for name in errors:
         if any(name not in modules for modules in made.values()):
             raise LayerNotFoundError(f"layer {name!r} of the plan is not in both models; give the plan's own two")
-    numbered = list(enumerate(data, 1))
+    numbered = list(enumerate(without_labels(model, data), 1))
     if not numbered:
         raise ArgumentError("data has no batches: give a list of one or more")
     found: dict[str, float] = {}
-    with private_runs(model) as run, without_fast_paths():
+    with telling(progress) as tell, private_runs(model) as run, without_fast_paths():
         work = _Runs(model, run, numbered, kl, mask)
         for name in work.in_order(errors):
             found[name] = math.sqrt(work.distance(name, made[small][name])) / errors[name]
-            progress("layers measured", len(found), len(errors))
+            tell("layers measured", len(found), len(errors))
     middle = sorted(found.values())[len(found) // 2] if found else 1.0
     if not middle > 0:
         raise ModelError("most layers of the plan change nothing in the output on this data: it tells nothing of them")

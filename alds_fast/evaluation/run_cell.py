@@ -130,14 +130,14 @@ class Runner:
         budget: dict[str, Any] = {self.task.kind: cell.share}
         if self.task.kind != "params":
             budget["example_inputs"] = self.task.example_inputs
-        plan = clock("plan", lambda: analysis.plan(**budget, **variant.planning))
+        plan = clock("plan", lambda: analysis.plan(**budget, **variant.planning, progress=False))
         record["error"] = None if math.isnan(plan.error) else plan.error
         record |= {"criterion": plan.criterion, "p": plan.p}  # what None stood for
         batches = self._batches(cell.seed) if variant.refit or variant.refine else None
         fitted: dict[str, Any] = {"refit": batches} if variant.refit else {}
         fitted |= {"refine": batches, "epochs": variant.refine} if variant.refine else {}
         fitted |= {"mask": variant.analysis["mask"]} if fitted else {}
-        small: nn.Module = clock("apply", lambda: plan.apply(dense, **fitted))
+        small: nn.Module = clock("apply", lambda: plan.apply(dense, **fitted, progress=False))
         return small
 
     def _batches(self, seed: int) -> Any:
@@ -154,7 +154,7 @@ class Runner:
             if variant.data:
                 options["data"] = self._batches(seed)
             begin = time.perf_counter()
-            analysis = analyze(dense, **options)
+            analysis = analyze(dense, **options, progress=False)
             self.analyses[key] = analysis, time.perf_counter() - begin
         return self.analyses[key]
 

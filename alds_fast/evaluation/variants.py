@@ -114,7 +114,7 @@ def read_variant(name: str, options: Mapping[str, Any] | Build, kind: str, examp
             raise ArgumentError(f"variants[{name!r}] is neither a dict of options nor a function (model, share, seed)")
         return Variant(name, build=options)
     analysis = _defaults(analyze, ("progress",))
-    planning = _defaults(Analysis.plan, (*SHARES, "error", "example_inputs"))
+    planning = _defaults(Analysis.plan, (*SHARES, "error", "quality", "evaluate", "example_inputs", "progress"))
     known = {**analysis, **planning, "refit": False, "refine": False}
     if unknown := sorted(str(option) for option in options if option not in known):
         raise ArgumentError(f"variants[{name!r}]: unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
 from ..layers import annotate
-from ..measurement import USUAL, Masks, Run, first_floating, masks_of, naming_batch, private_runs
+from ..measurement import USUAL, Masks, Run, first_floating, masks_of, naming_batch, private_runs, without_labels
+from ..progress import ProgressOption, telling
 from .training import (
-    Tell,
     asking,
     check_pair,
     check_schedule,
     kept_places,
     set_aside,
-    tell_none,
     train,
     trained_parameters,
     trained_reports,
@@ -117,7 +116,7 @@ def distill(
     lr: float = 5e-4,
     kl: bool | None = None,
     mask: str | None = USUAL,
-    progress: Tell = tell_none,
+    progress: ProgressOption = None,
 ) -> tuple[nn.Module, Distilled]:
     """A copy of a compressed model, all of whose layers were trained for the dense model's output, without labels.
 
@@ -134,7 +133,7 @@ def distill(
             model's probabilities and q the compressed one's; False by their squared distance; None as logits where the
             output has ``logits``, as those of language models and classifiers of transformers have.
         mask: as for analyze: what is padding does not count.
-        progress: told (what, done, total) after each pass.
+        progress: as for :func:`alds_fast.analyze`, after each pass.
 
     Returns:
         The model as it was after the pass that did best on the batches kept aside, or as it was before where none did
@@ -150,19 +149,21 @@ def distill(
     """
     check_pair(small, model, "distill")
     check_schedule(data, "data", epochs, lr)
+    data = without_labels(model, data)
     if kl is not None and not isinstance(kl, bool):
         raise ArgumentError(f"kl={kl!r} is not True, False or None")
     used, aside = set_aside(data, "data")
     small = copy.deepcopy(small)
     parameters = trained_parameters(small)
     with ExitStack() as stack:
+        tell = stack.enter_context(telling(progress))
         run_dense = stack.enter_context(private_runs(model))
         run_small = stack.enter_context(private_runs(small, parameters))
         stack.enter_context(asking(small, parameters))
         pair = _Pair(small, run_small, run_dense, kl, mask)
 
         def after_pass(done: int) -> None:
-            progress("passes of distill", done, epochs)
+            tell("passes of distill", done, epochs)
 
         before, after = train(pair.losses, parameters, used, aside, epochs, lr, after_pass)
     reports = getattr(small, "alds_factors", {})

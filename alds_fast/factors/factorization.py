@@ -41,13 +41,15 @@ def factorize(
     *,
     exact: bool = False,
     weighted: Callable[[DecomposableLayer], Weighting | None] = lambda layer: None,
+    done: Callable[[int], None] = lambda count: None,
 ) -> tuple[nn.Module, dict[str, FactorReport]]:
     """A new model with the chosen layers replaced by low-rank ones, and how their factors were computed.
 
     ``spectra[name]``, if given, holds the singular values (conv_groups, groups, r) of the layer's chosen slices; they
     serve as the certificate's optimum where their norms are those of the weight's slices, and are computed otherwise.
     ``exact`` asks for exact decompositions only. A layer for which ``weighted`` returns a weighting gets the factors
-    that are best for it, and a bias that takes up the mean of the error. ``model`` is not changed. Raises
+    that are best for it, and a bias that takes up the mean of the error. ``done`` is told how many
+    layers have theirs. ``model`` is not changed. Raises
     LayerNotFoundError, PlanError or WeightError where a choice does not fit the model.
     """
     work = list(zip(choices, _resolve(model, choices), strict=True))
@@ -63,8 +65,10 @@ def factorize(
             plain.append((choice, layer))
             continue
         new[choice.name], reports[choice.name], shifts[choice.name] = weighted_layer(layer, choice, weights)
+        done(len(new))
     for choice, low, report in plain_layers(plain, spectra or {}, exact):
         new[choice.name], reports[choice.name] = low, report
+        done(len(new))
     small = replace_layers(model, new)
     _shift_biases(new, shifts)
     return small, reports

@@ -23,16 +23,15 @@ from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, find_c
 from ..checks import is_count
 from ..errors import ArgumentError, ModelError
 from ..layers import LowRankLayer, annotate
-from ..measurement import USUAL, masks_of, naming_batch, private_runs
+from ..measurement import USUAL, masks_of, naming_batch, private_runs, without_labels
+from ..progress import Progress, ProgressOption, tell_nobody, telling
 from .training import (
     Numbered,
-    Tell,
     asking,
     check_pair,
     check_schedule,
     kept_places,
     set_aside,
-    tell_none,
     train,
     trained_parameters,
     trained_reports,
@@ -129,7 +128,7 @@ def refine(
     epochs: int = PASSES,
     lr: float = RATE,
     mask: str | None = USUAL,
-    progress: Tell = tell_none,
+    progress: ProgressOption = None,
 ) -> tuple[nn.Module, list[Refined]]:
     """A copy of a compressed model whose blocks were trained to return what the dense model's return.
 
@@ -142,7 +141,7 @@ def refine(
         lr: learning rate of AdamW at the beginning, as a share of each parameter's root mean square; it goes to 0
             along a cosine.
         mask: as for analyze: what is padding does not count.
-        progress: told (what, done, total) after each block.
+        progress: as for :func:`alds_fast.analyze`, after each block.
 
     Returns:
         The model, and for each block with low-rank layers the relative errors of its output on the batches kept aside.
@@ -157,8 +156,10 @@ def refine(
     """
     check_pair(small, model, "refine")
     check_schedule(data, "data", epochs, lr)
+    data = without_labels(model, data)
     small = copy.deepcopy(small)
-    done = refine_blocks(small, model, data, epochs=epochs, lr=lr, mask=mask, progress=progress)
+    with telling(progress) as tell:
+        done = refine_blocks(small, model, data, epochs=epochs, lr=lr, mask=mask, progress=tell)
     better = [block.block for block in done if block.after < block.before]
     reports = getattr(small, "alds_factors", {})
     annotate(small, factors=reports | trained_reports(reports, small, model, "refined", better))
@@ -194,8 +195,8 @@ class Steps:
 
 def refine_blocks(
     small: nn.Module, model: nn.Module, data: Iterable[Any], *, epochs: int = PASSES, lr: float = RATE,
-    mask: str | None = USUAL, progress: Tell = tell_none, chain: BlockChain | None = None, steps: Steps | None = None,
-    room: Callable[[], Room] = Room,
+    mask: str | None = USUAL, progress: Progress = tell_nobody, chain: BlockChain | None = None,
+    steps: Steps | None = None, room: Callable[[], Room] = Room,
 ) -> list[Refined]:  # fmt: skip
     """:func:`refine` of a compressed model in place, of arguments that were checked.
 
@@ -221,7 +222,7 @@ def refine_blocks(
 
 def _refine_all(
     dense: Walk, small: Walk, chain: BlockChain, used: Numbered, aside: Numbered, epochs: int, lr: float,
-    mask: str | None, reports: list[Refined], progress: Tell, steps: Steps,
+    mask: str | None, reports: list[Refined], progress: Progress, steps: Steps,
 ) -> None:  # fmt: skip
     for position, name in enumerate(chain.blocks):
         block = _Block(dense, small, name, mask)

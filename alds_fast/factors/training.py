@@ -27,11 +27,6 @@ SHARE_ASIDE = 1 / 8  # of the batches
 LEAST_SIZE = 1e-3  # that steps are taken by: biases may be 0
 Numbered = list[tuple[int, Any]]
 Losses = Callable[[int, Any], list[tuple[Tensor, float]]]  # (number, batch) -> of each tensor distance and divisor
-Tell = Callable[[str, int, int], None]  # (what, done, total)
-
-
-def tell_none(what: str, done: int, total: int) -> None:
-    """Progress that nobody asked for."""
 
 
 def check_schedule(data: Any, name: str, epochs: object, lr: object = 1.0) -> None:

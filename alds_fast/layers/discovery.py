@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +12,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..checks import check_model
-from ..errors import ArgumentError, BudgetError, LayerNotFoundError, WeightError
+from ..errors import BudgetError, WeightError
 from ..linalg import WeightShape
+from ..selection import ModuleNames, Selection, patterns
 from .base import LowRankLayer
 from .obstacles import SHARDED, Ancestors, held_past_the_model, is_quantised, readers, reasons_text, structural_reason
 from .registry import is_transposed, weight_shape
@@ -70,31 +69,15 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)) + indices
 
 
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers, shared ones once, those not initialised yet not at all."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values() if not isinstance(t, UninitializedParameter))
+
+
 def label(name: str) -> str:
     """How a layer is called in messages; the model itself has the empty name."""
     return repr(name) if name else "the model itself"
-
-
-def patterns(value: str | Iterable[str] | None, argument: str) -> tuple[str, ...] | None:
-    """Name patterns as a tuple, None for none given; ArgumentError for anything else."""
-    if value is None:
-        return None
-    several = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (0,)
-    if not all(isinstance(p, str) for p in several):
-        raise ArgumentError(f"{argument}={value!r}: expected a name pattern or several")
-    return several
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the shell-style patterns matches the name."""
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
-
-
-def _check_patterns(patterns: Iterable[str], names: Sequence[str], argument: str) -> None:
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
-            close = difflib.get_close_matches(pattern, names, n=3) or list(names[:3])
-            raise LayerNotFoundError(f"{argument}={pattern!r} matches no layer; layers are, for example, {close}")
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
@@ -129,13 +112,11 @@ def _sizes(module: nn.Module, weight: Tensor | None) -> tuple[int, ...]:
     return tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
 
 
-def find_layers(
-    model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
-) -> list[Layer]:
+def find_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> list[Layer]:
     """Every module with a weight of two or more dimensions, in the model's order, with the reason if it is left out.
 
-    ``include`` and ``exclude`` are shell-style name patterns (``"encoder.*"``). Raises ModelError if ``model`` is not
-    an ``nn.Module`` and LayerNotFoundError for a pattern that matches nothing.
+    ``include`` and ``exclude`` are names, patterns or classes, see :class:`alds_fast.selection.ModuleNames`.
+    Raises ModelError if ``model`` is not an ``nn.Module``, and LayerNotFoundError for what means no layer.
     """
     check_model(model)
     wanted, unwanted = patterns(include, "include") or (), patterns(exclude, "exclude") or ()
@@ -146,18 +127,18 @@ def find_layers(
         if "parametrizations" not in n.split(".")
         and ((w := _weight_of(m)) is not None or weight_shape(m) is not None or is_quantised(m))
     ]
-    names = [n for n, _, _ in weighted]
-    _check_patterns(wanted, names, "include")
-    _check_patterns(unwanted, names, "exclude")
+    names, selection = [n for n, _, _ in weighted], ModuleNames(model)
+    selection.check(wanted, names, "include")
+    selection.check(unwanted, names, "exclude")
     tied, held = tied_names(model), held_past_the_model(model)
 
     def reason(name: str, module: nn.Module, weight: Tensor | None) -> str | None:
         structural = structural_reason(module, places[id(module)])
         if structural:
             return structural
-        if include is not None and not matches(name, wanted):
+        if include is not None and not selection.match(wanted, name):
             return "not matched by include="
-        if matches(name, unwanted):
+        if selection.match(unwanted, name):
             return "matched by exclude="
         if id(weight) in tied:
             other = next(n for n in tied[id(weight)] if n != f"{name}.weight".lstrip("."))

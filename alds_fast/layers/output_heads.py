@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 
 from torch import nn
 
+from ..selection import Selection
 from .discovery import DecomposableLayer, Layer, find_layers
 
 _REASON = "output head of a language model; name it in include= to decompose it"
@@ -46,9 +46,7 @@ def _head_by_size(model: nn.Module) -> nn.Module | None:
     return last if 0 <= outputs - most < PADDING else None
 
 
-def chosen_layers(
-    model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
-) -> list[Layer]:
+def chosen_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> list[Layer]:
     """The layers as :func:`alds_fast.layers.find_layers` has them, output heads left out unless ``include`` is given.
 
     A pattern of ``include`` that matches a head, ``"*"`` too, asks for it.

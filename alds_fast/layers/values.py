@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightError
-from .discovery import DecomposableLayer, Layer, decomposable, label, matches, patterns
+from ..selection import ModuleNames, Selection, patterns
+from .discovery import DecomposableLayer, Layer, decomposable, label
 from .obstacles import SHARDED
 from .shared_weights import has_plain_memory, is_freed
 
@@ -70,7 +71,7 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor, bool]]:
             yield name, buffer, False
 
 
-def check_values(model: nn.Module, layers: Sequence[Layer], exclude: str | Iterable[str] | None = None) -> None:
+def check_values(model: nn.Module, layers: Sequence[Layer], exclude: Selection = None) -> None:
     """Raise WeightError, naming layer, tensor and count, for a value that would spoil the compressed model.
 
     That is what :func:`check_weight` refuses in layers that can be decomposed; NaN or infinity in any other parameter,
@@ -81,9 +82,9 @@ def check_values(model: nn.Module, layers: Sequence[Layer], exclude: str | Itera
     for layer in ready:
         check_weight(layer)
     checked = {id(layer.module.weight) for layer in ready}
-    unwanted = patterns(exclude, "exclude") or ()
+    unwanted, places = patterns(exclude, "exclude") or (), ModuleNames(model)
     for prefix, module in model.named_modules():
-        for name, tensor, is_parameter in () if matches(prefix, unwanted) else _tensors(module):
+        for name, tensor, is_parameter in () if places.match(unwanted, prefix) else _tensors(module):
             if is_freed(tensor):
                 raise WeightError(f"{label(prefix)}: the memory of its {name} is freed: {SHARDED}")
             if id(tensor) not in checked and (bad := bad_values(tensor, is_parameter)):

@@ -3,7 +3,7 @@
 Here belongs what observes models. What is decided by the observations belongs in allocation and deployment.
 """
 
-from .data_batches import check_batches, check_data, first_batch, naming_batch, numbered_batches
+from .data_batches import check_batches, check_data, first_batch, naming_batch, numbered_batches, without_labels
 from .flops import count_inputs, dense_flops, flops_of_ranks
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
@@ -70,4 +70,5 @@ __all__ = [
     "watching",
     "weight_readers",
     "without_fast_paths",
+    "without_labels",
 ]

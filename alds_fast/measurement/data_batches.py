@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,3 +67,46 @@ def check_batches(data: Any, name: str = "refit=") -> None:
         once = iter(data) is data
     if once:
         raise ArgumentError(f"{name} is an iterator, which can be used once only; give a list of the batches")
+
+
+def without_labels(model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
+    """The batches, those that are inputs and labels without the labels.
+
+    That is a tuple or list whose values are one more than the positional arguments that the model's forward takes, as
+    loaders of datasets with labels give them.
+
+    >>> without_labels(nn.Linear(2, 2), [(torch.ones(1, 2), torch.zeros(1)), torch.ones(1, 2)])
+    [tensor([[1., 1.]]), tensor([[1., 1.]])]
+    """
+    if isinstance(data, list | tuple):
+        return [_inputs_of(model, batch) for batch in data]
+    return map(partial(_inputs_of, model), data) if hasattr(data, "__next__") else _WithoutLabels(model, data)
+
+
+class _WithoutLabels:
+    """Batches of a loader that can be gone through again."""
+
+    def __init__(self, model: nn.Module, data: Iterable[Any]) -> None:
+        self._model, self._data = model, data
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(partial(_inputs_of, self._model), self._data)
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self._data)
+
+
+def _inputs_of(model: nn.Module, batch: Any) -> Any:
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or _takes(model, batch) or not _takes(model, batch[:-1]):
+        return batch
+    return batch[0] if len(batch) == 2 and isinstance(batch[0], Tensor) else batch[:-1]
+
+
+def _takes(model: nn.Module, values: Sequence[Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*values)
+    except ValueError:  # a forward that does not tell
+        return True
+    except TypeError:
+        return False
+    return True

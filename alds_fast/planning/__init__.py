@@ -5,21 +5,32 @@ Here belongs what ties the steps together and checks users' options. The steps t
 
 from .analysis import Analysis
 from .compression import check_refinement, compress
-from .defaults import check_is_possible, resolved_norm, resolved_precision
-from .options import METHODS, check_groups, check_plan_options, check_schemes, is_float32
+from .findings import Sweep, smallest_of_quality
+from .options import (
+    METHODS,
+    budget_amount,
+    check_groups,
+    check_is_possible,
+    check_plan_options,
+    check_schemes,
+    is_float32,
+    resolved_norm,
+    resolved_precision,
+)
 from .plan import Plan
 from .plan_rows import LayerPlan
-from .plots import analysis_dict, check_plot, plot_plan
-from .run_analysis import Progress, analyze, tell_nobody
+from .plots import analysis_dict, check_plot, plot_plan, plot_sweep
+from .run_analysis import analyze
 
 __all__ = [
     "METHODS",
     "Analysis",
     "LayerPlan",
     "Plan",
-    "Progress",
+    "Sweep",
     "analysis_dict",
     "analyze",
+    "budget_amount",
     "check_groups",
     "check_is_possible",
     "check_plan_options",
@@ -29,7 +40,8 @@ __all__ = [
     "compress",
     "is_float32",
     "plot_plan",
+    "plot_sweep",
     "resolved_norm",
     "resolved_precision",
-    "tell_nobody",
+    "smallest_of_quality",
 ]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..allocation import (
     BASELINES,
-    Candidates,
-    candidates,
+    amount_text,
     dense_reason,
-    least_error_of_pivots,
     with_exact_values,
 )
 from ..criteria import (
@@ -27,17 +26,31 @@ from ..criteria import (
     Moments,
     Recompute,
     exact_spectra,
-    layer_errors,
     with_outputs,
 )
-from ..layers import DecomposableLayer, Layer, decomposable, left_out_text, saying_what_is_left_out
+from ..layers import DecomposableLayer, Layer, count_bytes, decomposable, left_out_text, saying_what_is_left_out
+from ..measurement import count_inputs
 from ..processes import World
-from ..text import shape_text, table
-from .budget_loop import PlanProblem, solve_shares
-from .defaults import check_is_possible, resolved_criterion, resolved_norm
-from .options import check_importance, check_plan_options
+from ..progress import ProgressOption
+from .budget_loop import PlanProblem, errors_of_layers, solve_shares
+from .findings import SWEPT, Sweep, analysis_text, smallest_of_quality, sweep
+from .options import (
+    Pin,
+    budget_amount,
+    check_importance,
+    check_is_possible,
+    check_plan_options,
+    check_quality,
+    choices_of,
+    pins_of_layers,
+    read_pins,
+    resolved_criterion,
+    resolved_norm,
+    saying_what_is_pinned,
+    tell_too_little,
+)
 from .plan import Plan
-from .plan_rows import LayerPlan, plan_row, warn_if_apart
+from .plan_rows import plan_row, warn_if_apart, warn_of_lost
 
 
 @dataclass(frozen=True)
@@ -71,31 +84,40 @@ class Analysis:
         *,
         params: float | None = None,
         flops: float | None = None,
+        memory: float | str | None = None,
         latency: float | None = None,
         error: float | None = None,
+        quality: float | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
         example_inputs: Any = None,
         criterion: str | None = None,
         p: float | None = None,
         method: str = "alds",
         align: int = 1,
         bias_correction: bool = True,
-        importance: Mapping[str, float] | None = None,
+        importance: Mapping[Any, float] | None = None,
         cache: str | os.PathLike[str] | bool | None = None,
         pivots: bool = True,
+        pins: Mapping[Any, Any] | None = None,
+        min_rank: int = 1,
+        progress: ProgressOption = None,
     ) -> Plan:
         """Choose (scheme, groups, rank), or dense, for every layer.
 
         The least p-norm of the layers' errors within one budget or all of several:
 
         Args:
-            params: share of the whole model's parameters to keep, in (0, 1].
-            flops: share of the floating-point operations of one run of the whole model to keep, in (0, 1], as
+            params: share of the whole model's parameters to keep, in (0, 1], or their number, an integer above 1.
+            flops: the same of the floating-point operations of one run of the whole model, as
                 ``torch.utils.flop_counter`` counts them.
+            memory: the same of the bytes of parameters and buffers; also a text like "20MB" (10^6 bytes) or "20MiB".
             latency: share of the dense model's latency to keep, in (0, 1], on the device where model and inputs are;
                 measured, see :mod:`alds_fast.allocation.latency`. More than 8 channel slices are not tried under it.
             error: largest relative error allowed, >= 0; the fewest parameters within it. Alone.
-            example_inputs: what the model is run with for flops= and latency=: a tensor, a tuple or list of
-                positional arguments, or a dict of keyword arguments.
+            quality, evaluate: the least that ``evaluate(small)``, of the model in evaluation mode, may be; the fewest
+                parameters found with that, by bisection, every step of which is in ``Plan.quality``. Alone.
+            example_inputs: what the model is run with for flops= and latency=, and where operations are to be counted:
+                a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
             criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference", see
                 :mod:`alds_fast.criteria.spectral`; with data "output" (exact error of the layer's output on the data,
                 relative to that output), "output-bound" (an upper bound of it) or, with gradients, "sensitivity" (what
@@ -112,9 +134,15 @@ class Analysis:
                 that of the largest error.
             align: ranks are multiples of it.
             bias_correction: with data, a layer's bias takes up the mean of its error, where it has one of its own.
-            importance: by layer name, factors >= 0 of the errors; 1 for those not named.
+            importance: by name, pattern or class of layers, as for ``exclude`` of :func:`alds_fast.analyze`, factors
+                >= 0 of the errors; 1 for those not named, of several patterns the last.
             pivots: try factors without an identity too, smaller at the same rank (:mod:`alds_fast.linalg.pivots`); in
                 half types for errors of 5 % and more, as they round more coarsely. Baselines have plain factors.
+            pins: by name, pattern or class of layers, "dense" or a dict of "min_rank", "max_rank", "min_keep" and
+                "max_keep" (shares of the weight): what the layer may become. A dense layer has full rank and keeps 1.
+                All pins of a layer hold; with a baseline there is "dense" only.
+            min_rank: least rank of the slices of every layer that does not stay dense.
+            progress: as for :func:`alds_fast.analyze`.
             cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
                 ``~/.cache/alds_fast``, False for none.
 
@@ -126,42 +154,54 @@ class Analysis:
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
                 errors on samples kept aside and those stated differ by more than a factor of 1.5; ``data=`` told too
-                little to be used; no layer can be decomposed.
+                little to be used; no layer can be decomposed; errors above .9, which leave next to nothing of a layer.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
-            ArgumentError: another argument is out of range.
+            LayerNotFoundError: a key of importance= or pins= means no layer.
+            ArgumentError: another argument is out of range; pins contradict each other, or leave a layer no choice.
             ModelError: the model does not run with the example inputs, or has changed since its spectra were computed
                 in float32.
         """
-        shares = {"params": params, "flops": flops, "latency": latency}
+        shares: dict[str, Any] = {"params": params, "flops": flops, "memory": memory, "latency": latency}
         options: dict[str, Any] = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
         options |= {"bias_correction": bias_correction, "importance": importance, "pivots": pivots}
+        options |= {"pins": pins, "min_rank": min_rank}
+        if check_quality(quality, evaluate, {**shares, "error": error}):
+            plans = partial(self.plan, **options, example_inputs=example_inputs)
+            return smallest_of_quality(self.model, plans, Plan.apply, evaluate, quality, progress)[0]
         check_plan_options(shares, error, example_inputs, **options)
+        asked = {name: None if amount is None else budget_amount(amount) for name, amount in shares.items()}
         layers = decomposable(self.layers)
         basis = self._basis(resolved_criterion(criterion, self.moments, method), bias_correction)
         if self.world.size > 1:
             basis.of_all(layers, self.world, basis.look_at)
-        if criterion is None and method not in BASELINES:
-            basis = self._basis_if_told(basis, layers)
+        if criterion is None and method not in BASELINES and tell_too_little(basis, layers):
+            basis = self._basis(DEFAULT_CRITERION, bias_correction)
         few = error is None and method not in BASELINES and basis.used and basis.goes_by_samples_kept_aside(layers)
         p = resolved_norm(p, basis.criterion, shares, method, few)
         weights = {layer.name: 1.0 for layer in layers}
-        weights |= {name: float(w) for name, w in check_importance(importance, self.spectra).items()}
+        weights |= check_importance(importance, self.model, list(weights))
+        pinned = pins_of_layers(pins, min_rank, self.model, self.layers)
         budgets = [name for name, share in shares.items() if share is not None]
         if not check_is_possible(budgets, basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
+        counted = None
+        if example_inputs is not None:
+            counted = count_inputs(self.model, example_inputs, [layer.name for layer in layers])
+        sizes = self.params, count_bytes(self.model), counted
         while True:
-            choices = self._choices(layers, basis, align, weights, pivots and method not in BASELINES, few)
+            errors, pivoted = self._errors_of(layers, basis, few, progress), pivots and method not in BASELINES
+            choices = choices_of(layers, errors, weights, align, pivoted, pinned)
             spectra = [self.spectra[layer.name] for layer in layers]
             if method in BASELINES and BASELINES[method].needs_data:
                 spectra = [with_outputs(s, basis) for s in spectra]
-            problem = PlanProblem(self.model, self.params, layers, choices, spectra, method)
-            if error is not None:
-                outcome = problem.within(float(error))
-                break
-            with saying_what_is_left_out(self.layers):
-                outcome = solve_shares(problem, shares, example_inputs, p, cache)
+            problem = PlanProblem(self.model, *sizes, layers, choices, spectra, method)
+            with saying_what_is_left_out(self.layers), saying_what_is_pinned(read_pins(pins), min_rank):
+                if error is not None:
+                    outcome = problem.within(float(error))
+                    break
+                outcome = solve_shares(problem, asked, example_inputs, p, cache)
             doubt = problem.doubt(outcome, list(weights.values()), p)
             if not doubt:
                 break
@@ -170,45 +210,30 @@ class Analysis:
             warnings.warn(f"no layer can be decomposed: {left_out_text(self.layers)}", stacklevel=2)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
-        rows = tuple(
-            self._row(layer, chosen.get(layer.name), align, basis, weights.get(layer.name, 1.0))
-            for layer in self.layers
-        )
+        names = [layer.name for layer in self.layers]
+        special = [(chosen.get(n), align, pinned.get(n, Pin()), basis, weights.get(n, 1.0)) for n in names]
+        rows = tuple(plan_row(layer, *of) for layer, of in zip(self.layers, special, strict=True))
         warn_if_apart(rows)
-        budget = ", ".join(f"{k}={float(v):g}" for k, v in {**shares, "error": error}.items() if v is not None)
+        if error is None:
+            warn_of_lost(rows, basis.criterion, weights)
+        budget = ", ".join(f"{k}={amount_text(v)}" for k, v in asked.items() if v is not None) or f"error={error:g}"
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
-        return Plan(rows, self.params, budget, *made, basis.bias_correction, self._chosen_spectra(rows), basis)
+        held = basis.bias_correction, read_pins(pins), int(min_rank), outcome.costs
+        kept = {r.name: self.spectra[r.name].values[r.choice.decomposition.fold] for r in rows if r.choice}
+        return Plan(rows, self.params, budget, *made, *held, spectra=kept, basis=basis)
+
+    def sweep(self, budgets: Sequence[float] = SWEPT, *, budget: str = "params", **options: Any) -> Sweep:
+        """Plans for many budgets of one kind, "params", "flops" or "memory", from this one analysis.
+
+        ``options`` are those of :meth:`plan`. Budgets that cannot be met are named in ``Sweep.left_out``; BudgetError
+        if none can be met.
+        """
+        return sweep(self.plan, budgets, budget, options)
 
     def _basis(self, criterion: str, bias_correction: bool) -> Basis:
         """What errors are measured by, kept for the next plan."""
         key = criterion, bias_correction
         return self._bases.setdefault(key, Basis(criterion, self.moments, bias_correction))
-
-    def _basis_if_told(self, basis: Basis, layers: Sequence[DecomposableLayer]) -> Basis:
-        """The basis, or, with a warning, the one without data where these tell next to nothing."""
-        if not basis.used or not basis.untold(layers):
-            return basis
-        warnings.warn(
-            f"data= has too few samples that differ to tell what the layers see: the plan goes by the weights alone "
-            f"(criterion={DEFAULT_CRITERION!r}); pass more samples, or criterion={basis.criterion!r}",
-            stacklevel=3,
-        )
-        return self._basis(DEFAULT_CRITERION, basis.bias_correction)
-
-    def _row(self, layer: Layer, pick: Any, align: int, basis: Basis, weight: float) -> LayerPlan:
-        row = plan_row(layer, pick, align)
-        choice = row.choice
-        if choice is None or not isinstance(layer, DecomposableLayer):
-            return row
-        fold, rank = choice.decomposition.fold, choice.decomposition.rank
-        criterion = basis.criterion_of(layer.name)
-        if criterion != basis.criterion:
-            row = replace(row, criterion=criterion)
-        row = replace(row, remark=basis.remark(layer.name))
-        if not basis.has_kept_aside(layer):
-            return row
-        stated, held_out = (float(basis.fold_errors(layer, *fold, held_out=aside)[rank]) for aside in (False, True))
-        return replace(row, error=weight * stated, held_out=held_out)
 
     def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
         """These spectra in float64, in the place of those there are; without any, known errors stay."""
@@ -218,43 +243,18 @@ class Analysis:
             self.spectra[layer.name] = with_exact_values(self.spectra[layer.name], key, values)
         self._errors.clear()
 
-    def _choices(
-        self, layers: Sequence[DecomposableLayer], basis: Basis, align: int, weights: Mapping[str, float], pivots: bool,
-        held_out: bool = False,
-    ) -> list[Candidates]:  # fmt: skip
-        """Every choice of the layers; their errors are kept for the next plan.
-
-        If ``held_out``, those on samples kept aside, where there are some.
-        """
+    def _errors_of(
+        self, layers: Sequence[DecomposableLayer], basis: Basis, held_out: bool, progress: ProgressOption = False
+    ) -> list[Errors]:
+        """The layers' errors by rank, kept for the next plan; ``held_out``: on samples kept aside if there are."""
         key = basis.criterion, basis.bias_correction, held_out
         if key not in self._errors:
-            self._errors[key] = basis.of_all(layers, self.world, lambda layer: layer_errors(
-                self.spectra[layer.name], basis, self.max_groups, held_out))  # fmt: skip
-        choices = []
-        for layer, errors in zip(layers, self._errors[key], strict=True):
-            by_fold = {key: weights[layer.name] * e for key, e in errors.items()}
-            least = weights[layer.name] * least_error_of_pivots(layer) if pivots else None
-            choices.append(candidates(layer.shape, by_fold, align, least))
-        return choices
-
-    def _chosen_spectra(self, rows: Iterable[LayerPlan]) -> dict[str, Tensor]:
-        return {
-            row.name: self.spectra[row.name].values[row.scheme, row.groups]
-            for row in rows
-            if row.scheme is not None and row.groups is not None
-        }
+            spectra = [self.spectra[layer.name] for layer in layers]
+            self._errors[key] = errors_of_layers(spectra, basis, self.max_groups, held_out, self.world, progress)
+        return self._errors[key]
 
     def __repr__(self) -> str:
         return f"<Analysis of {len(self.layers)} layers, {len(self.spectra)} can be factorised; print() lists them>"
 
     def __str__(self) -> str:
-        headers = ["layer", "kind", "shape", "params", "folds x groups", "reason left out"]
-        rows = []
-        for layer in self.layers:
-            spectra = self.spectra.get(layer.name)
-            folds = f"{len(spectra.top)} x {len(spectra.values) // len(spectra.top)}" if spectra else "-"
-            cells = [layer.name or "(model)", layer.kind, shape_text(layer.weight), f"{layer.params:,}", folds]
-            rows.append([*cells, layer.reason or ""])
-        inside = sum(s.layer.shape.numel for s in self.spectra.values())
-        total = f"{self.params:,} parameters, {inside:,} of them in {len(self.spectra)} layers that can be factorised"
-        return table(headers, rows, left=(0, 1, 5)) + "\n" + total
+        return analysis_text(self.layers, self.spectra, self.params)

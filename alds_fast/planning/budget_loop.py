@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 from ..allocation import (
     BASELINES,
     MAX_LATENCY_GROUPS,
+    Calls,
     Candidates,
     CostTable,
     Front,
@@ -25,31 +27,74 @@ from ..allocation import (
     end_to_end,
     flops_table,
     largest_error,
+    memory_table,
     params_table,
     relax,
     solve,
     solve_baseline,
     solve_error,
 )
-from ..criteria import Key, LayerSpectra
+from ..criteria import Basis, Errors, Key, LayerSpectra, layer_errors
 from ..errors import BudgetError
-from ..layers import DecomposableLayer
-from ..measurement import Timings, count_inputs, device_name, device_of
+from ..layers import DecomposableLayer, label
+from ..measurement import Timings, device_name, device_of
+from ..processes import World
+from ..progress import ProgressOption, telling
 from .plan_rows import Latency
 
 MAX_REFINEMENTS = 4
+_LOG = logging.getLogger(__name__)
+
+
+def errors_of_layers(
+    spectra: Sequence[LayerSpectra], basis: Basis, max_groups: int | None, held_out: bool, world: World,
+    progress: ProgressOption,
+) -> list[Errors]:  # fmt: skip
+    """The layers' errors by rank, each computed by one of the processes."""
+    known, done = {one.layer.name: one for one in spectra}, 0
+    with telling(progress) as tell:
+
+        def find(layer: DecomposableLayer) -> Errors:
+            nonlocal done
+            errors, done = layer_errors(known[layer.name], basis, max_groups, held_out), min(done + 1, len(spectra))
+            tell("errors by rank", done, len(spectra))
+            return errors
+
+        return basis.of_all([one.layer for one in spectra], world, find)
 
 
 @dataclass(frozen=True)
 class PlanProblem:
-    """A model, and the layers of it that can be factorised with their candidates."""
+    """A model, and the layers of it that can be factorised with their candidates.
+
+    ``params`` and ``memory`` are what the model has of parameters, and of bytes of these and buffers; ``counted`` the
+    calls of layers and the operations in a run of it, None without example inputs.
+    """
 
     model: nn.Module
     params: int
+    memory: int
+    counted: tuple[Calls, int] | None
     layers: Sequence[DecomposableLayer]
     choices: Sequence[Candidates]
     spectra: Sequence[LayerSpectra] = ()
     method: str = "alds"
+
+    def tables(self, asked: Mapping[str, float | None]) -> list[CostTable]:
+        """The budgets that are counted, of "params", "flops" and "memory"."""
+        params, flops, memory = (asked.get(name) for name in ("params", "flops", "memory"))
+        tables = [] if params is None else [params_table(self.choices, self.params, params)]
+        if flops is not None and self.counted is not None:
+            tables.append(flops_table(self.layers, self.choices, *self.counted, flops))
+        if memory is not None:
+            tables.append(memory_table(self.layers, self.choices, self.memory, memory))
+        return tables
+
+    def costs(self, picks: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """What the model costs before and after, by name: "memory" and, if they were counted, "flops"."""
+        counted = self.counted is not None and self.counted[1] > 0
+        tables = self.tables({"flops": 1.0 if counted else None, "memory": 1.0})
+        return {t.name: (t.total, t.cost(picks)) for t in tables}
 
     def solve(self, tables: Sequence[CostTable], p: float) -> Solution:
         """By the method: exactly under any budgets, a baseline under one."""
@@ -59,9 +104,20 @@ class PlanProblem:
         return solve(self.choices, tables, p)
 
     def within(self, error: float) -> PlanOutcome:
-        """The fewest parameters with errors of at most ``error``."""
+        """The fewest parameters with errors of at most ``error``; BudgetError where pins allow none so small."""
+        least = {layer.name: float(c.errors.min()) for layer, c in zip(self.layers, self.choices, strict=True)}
+        worst = max(least, key=lambda name: least[name], default="")
+        if least and least[worst] > error:
+            reach = f"{1.0005 * least[worst]:.4g}"  # rounded, not less
+            raise BudgetError(
+                f"error={error:g} cannot be met: the smallest reachable is error={reach}, that of layer {label(worst)}"
+            )
         table = params_table(self.choices, self.params, 1.0)
-        return PlanOutcome(self.choices, solve_error(self.choices, error), [table])
+        return self.outcome(solve_error(self.choices, error), [table])
+
+    def outcome(self, solution: Solution, tables: Sequence[CostTable], latency: Latency | None = None) -> PlanOutcome:
+        """The solution as an outcome."""
+        return PlanOutcome(self.choices, solution, tables, self.costs(solution.picks), latency)
 
     def doubt(self, outcome: PlanOutcome, weights: Sequence[float], p: float) -> list[tuple[str, Key]]:
         """The float32 spectra, by layer, errors times ``weights``, that might not decide as float64 ones."""
@@ -77,44 +133,43 @@ class PlanProblem:
 
 @dataclass(frozen=True)
 class PlanOutcome:
-    """The solution in terms of ``choices``, the budgets' costs, and the latency where there is a budget on it."""
+    """The solution in terms of ``choices``, the budgets' costs, and the latency where there is a budget on it.
+
+    ``costs``: what the model costs before and after, by name, as :meth:`PlanProblem.costs` has it.
+    """
 
     choices: Sequence[Candidates]
     solution: Solution
     tables: Sequence[CostTable]
+    costs: dict[str, tuple[int, int]]
     latency: Latency | None = None
 
 
 def solve_shares(
     problem: PlanProblem,
-    shares: Mapping[str, float | None],
+    asked: Mapping[str, float | None],
     example_inputs: Any,
     p: float,
     cache: str | os.PathLike[str] | bool | None,
 ) -> PlanOutcome:
-    """Least p-norm of the errors within all the shares given, of "params", "flops" and "latency".
+    """Least p-norm of the errors within all that is asked for, of "params", "flops", "memory" and "latency".
 
     Raises BudgetError where they cannot be met and ModelError where the model does not run; warns where the latency
     measured in the end is not within 10 % of the one asked for.
     """
-    params, flops, latency = (shares[name] for name in ("params", "flops", "latency"))
+    latency = asked["latency"]
     if latency is not None:
         few = [c.few_groups(MAX_LATENCY_GROUPS) for c in problem.choices]
         problem = replace(problem, choices=few)
-    tables, layers, choices = [], problem.layers, problem.choices
-    if params is not None:
-        tables.append(params_table(choices, problem.params, float(params)))
-    if flops is None and latency is None:
-        return PlanOutcome(choices, problem.solve(tables, p), tables)
-    calls, operations = count_inputs(problem.model, example_inputs, [layer.name for layer in layers])
-    if flops is not None:
-        tables.append(flops_table(layers, choices, calls, operations, float(flops)))
+    tables, layers = problem.tables(asked), problem.layers
     if latency is None:
-        return PlanOutcome(choices, problem.solve(tables, p), tables)
+        return problem.outcome(problem.solve(tables, p), tables)
     if not layers and latency < 1:
         raise BudgetError(f"latency={latency:g} cannot be met: the smallest reachable is latency=1")
     device = device_of(problem.model)
-    times = LayerTimes(problem.model, example_inputs, layers, choices, calls, Timings(device, cache), device)
+    assert problem.counted is not None  # as latency= needs example inputs
+    calls, timings = problem.counted[0], Timings(device, cache)
+    times = LayerTimes(problem.model, example_inputs, layers, problem.choices, calls, timings, device)
     return _solve_within_latency(problem, tables, times, float(latency), example_inputs, p, device)
 
 
@@ -153,7 +208,8 @@ def _solve_within_latency(
                 raise
             break  # the corrected limit cannot be met together with the other budgets
         latency = _measure(problem, solution.picks, share, example_inputs, device, attempt)
-        outcomes.append(PlanOutcome(problem.choices, solution, [*tables, table], latency))
+        _LOG.info("latency: %s", latency)
+        outcomes.append(problem.outcome(solution, [*tables, table], latency))
         if _is_settled(outcomes, tables):
             break
         predicted = table.cost(solution.picks) / table.total

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,14 +12,24 @@ from torch import nn
 from ..errors import ArgumentError
 from ..factors import passes_of
 from ..layers import check_copyable, chosen_layers, decomposable
-from ..measurement import USUAL, check_batches, check_data, first_batch
+from ..measurement import USUAL, check_batches, check_data, first_batch, without_labels
+from ..progress import telling
+from ..selection import Selection
 from .analysis import Analysis
-from .defaults import check_needs, resolved_precision
-from .options import check_importance, check_plan_options
-from .plan import check_refining
+from .findings import smallest_of_quality
+from .options import (
+    check_importance,
+    check_needs,
+    check_plan_options,
+    check_quality,
+    check_refining,
+    pins_of_layers,
+    resolved_precision,
+)
+from .plan import Plan
 from .run_analysis import analyze
 
-_NAMED = ("params", "flops", "latency", "error", "example_inputs")
+_NAMED = ("params", "flops", "memory", "latency", "error", "quality", "evaluate", "example_inputs")
 
 
 def _options(function: Callable[..., Any], *without: str) -> set[str]:
@@ -27,13 +38,10 @@ def _options(function: Callable[..., Any], *without: str) -> set[str]:
     return {option.name for option in options if option.kind is option.KEYWORD_ONLY} - set(without)
 
 
-_ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze, "example_inputs"), _options(Analysis.plan, *_NAMED)
+_ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze, "example_inputs"), _options(Analysis.plan, *_NAMED, "progress")
 
 
-Patterns = str | Iterable[str] | None
-
-
-def check_refinement(model: nn.Module, data: Any, epochs: int, include: Patterns, exclude: Patterns) -> None:
+def check_refinement(model: nn.Module, data: Any, epochs: int, include: Selection, exclude: Selection) -> None:
     """Raises what refinement of the chosen layers would raise, as far as one batch tells, before the work."""
     layers = decomposable(chosen_layers(model, include, exclude))
     check_refining(model, [layer.name for layer in layers], data, epochs)
@@ -44,8 +52,11 @@ def compress(
     *,
     params: float | None = None,
     flops: float | None = None,
+    memory: float | str | None = None,
     latency: float | None = None,
     error: float | None = None,
+    quality: float | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     example_inputs: Any = None,
     refit: bool = False,
     refine: bool | int = False,
@@ -55,10 +66,11 @@ def compress(
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
     moment_order, held_out, moment_memory, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p,
-    method, align, bias_correction, importance, cache, pivots).
+    method, align, bias_correction, importance, cache, pivots, pins, min_rank).
     ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`, ``refine=True`` is ``refine=data``, and
     ``refine=5`` goes through the data five times.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
+    Under ``quality=`` it is models with refit and refinement that are evaluated.
     The result is run on ``example_inputs``, or else the first batch of ``data``, before it is given back.
     Raises what these raise, ArgumentError for an unknown option, and ModelError, before the work, for a model that
     cannot be copied.
@@ -80,30 +92,37 @@ def compress(
     for name, value in (("refit", refit), ("refine", refine)):
         if value:
             check_batches(options.get("data"), f"{name}={value}: data=")
-    shares = {"params": params, "flops": flops, "latency": latency}
-    check_plan_options(shares, error, example_inputs, **planning)  # before the work
+    shares: dict[str, Any] = {"params": params, "flops": flops, "memory": memory, "latency": latency}
+    searched = check_quality(quality, evaluate, {**shares, "error": error})
+    checked = {**shares, "params": 0.5} if searched else shares
+    check_plan_options(checked, error, example_inputs, **planning)  # before the work
     seen = options.get("data") is not None
     asked = planning.get("criterion"), planning.get("method", "alds")
     check_needs(*asked, seen, seen and bool(options.get("sensitivity")))
-    if planning.get("importance"):
+    if planning.get("importance") or planning.get("pins"):
         chosen = chosen_layers(model, options.get("include"), options.get("exclude"))
-        check_importance(planning["importance"], {layer.name for layer in decomposable(chosen)})
+        check_importance(planning.get("importance"), model, [layer.name for layer in decomposable(chosen)])
+        pins_of_layers(planning.get("pins"), planning.get("min_rank", 1), model, chosen)
     check_copyable(model)
     if refine:
         check_refinement(model, options["data"], passes, options.get("include"), options.get("exclude"))
-    analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS}
+    analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS - {"progress"}}
     if options.get("data") is None:
-        analysing.setdefault("precision", resolved_precision(shares, options.get("criterion"), options.get("method")))
+        analysing.setdefault("precision", resolved_precision(checked, options.get("criterion"), options.get("method")))
     inputs = example_inputs
     if options.get("data") is not None:
         check_data(options["data"])
+        options["data"] = without_labels(model, options["data"])
         first, analysing["data"] = first_batch(model, options["data"])
         inputs = first if example_inputs is None else example_inputs
-    analysis = analyze(model, example_inputs=example_inputs, **analysing)
-    budgets = {**shares, "error": error, "example_inputs": example_inputs}
-    plan = analysis.plan(**{**budgets, **planning})
     trained: dict[str, Any] = {"refit": options["data"]} if refit else {}
     trained |= {"refine": options["data"], "epochs": passes} if refine else {}
     if trained:
         trained["mask"] = options.get("mask", USUAL)
-    return plan.apply(model, example_inputs=inputs, **trained)
+    apply: Any = partial(Plan.apply, example_inputs=inputs, **trained)
+    with telling(options.get("progress")) as tell:
+        analysis = analyze(model, example_inputs=example_inputs, **analysing, progress=tell)
+        plans = partial(analysis.plan, **planning, example_inputs=example_inputs)
+        if searched:
+            return smallest_of_quality(model, plans, apply, evaluate, quality, tell)[1]
+        return apply(plans(**shares, error=error, progress=tell), model, progress=tell)

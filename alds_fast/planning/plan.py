@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,39 +15,18 @@ from ..criteria import CRITERIA, Basis, Moments
 from ..errors import PlanError
 from ..factors import (
     PASSES,
-    FactorReport,
-    check_chain,
-    check_schedule,
-    check_wide,
     factorize,
-    refine_blocks,
-    trained_reports,
 )
-from ..factors import refit as refit_layers
 from ..integrations import keep_when_saved, warn_of_lost_merging
-from ..layers import annotate, check_copyable, count_params, decomposable, find_layers, label, warn_of_holders
-from ..measurement import check_batches, first_batch
+from ..layers import annotate, check_copyable, count_params, label, warn_of_holders
+from ..measurement import check_batches, first_batch, without_labels
+from ..progress import ProgressOption, telling
 from ..text import table
+from .fitting import refine_steps, refit_steps
+from .options import check_refining
 from .plan_json import plan_text, read_plan
-from .plan_rows import Latency, LayerPlan, row_cells
+from .plan_rows import Latency, LayerPlan, Quality, costs_text, diff_text, row_cells
 from .result_check import check_result, check_run, check_way, naming_readers
-
-
-def check_refining(model: nn.Module, layers: Sequence[str], data: Iterable[Any], epochs: int) -> None:
-    """Raises what refinement of these layers would raise, as far as one batch tells, before the work."""
-    check_schedule(data, "refine=", epochs)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    check_wide({name: modules[name].weight for name in layers if name in modules}, "refine=")
-    check_chain(model, first_batch(model, data)[0])
-
-
-def _refine(
-    small: nn.Module, model: nn.Module, data: Iterable[Any], epochs: int, mask: str | None,
-    reports: Mapping[str, FactorReport],
-) -> dict[str, FactorReport]:  # fmt: skip
-    blocks = refine_blocks(small, model, data, epochs=epochs, mask=mask)
-    better = [block.block for block in blocks if block.after < block.before]
-    return trained_reports(reports, small, model, "refined", better)
 
 
 @dataclass(frozen=True)
@@ -63,6 +42,10 @@ class Plan:
             under one budget, which is solved exactly, NaN for a plan edited by hand.
         latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
         bias_correction: where factors are fitted to data, biases take up the means of the errors.
+        pins, min_rank: what single layers, and all, were held to.
+        costs: before and after, "memory", the bytes of parameters and buffers, and "flops", the operations of a run,
+            where there were example inputs; empty for a plan edited by hand.
+        quality: what was measured for a plan of enough quality; None without, and for a plan edited by hand.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -75,6 +58,10 @@ class Plan:
     gap: float
     latency: Latency | None = None
     bias_correction: bool = False
+    pins: dict[str, Any] = field(default_factory=dict)
+    min_rank: int = 1
+    costs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    quality: Quality | None = None
     spectra: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     basis: Basis | None = field(default=None, repr=False, compare=False)
 
@@ -85,8 +72,21 @@ class Plan:
 
     @property
     def budgets(self) -> dict[str, float]:
-        """What was asked for, by name: shares of "params", "flops" and "latency", or an "error"."""
+        """What was asked for, by name: of "params", "flops", "memory" and "latency", or an "error" or "quality".
+
+        Shares, and above 1 numbers of parameters, of operations and of bytes.
+        """
         return {name: float(value) for name, value in (part.split("=") for part in self.budget.split(", "))}
+
+    @property
+    def flops(self) -> int | None:
+        """Operations of a run of the compressed model; None where they were not counted."""
+        return self.costs["flops"][1] if "flops" in self.costs else None
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the compressed model's parameters and buffers; None for a plan edited by hand."""
+        return self.costs["memory"][1] if "memory" in self.costs else None
 
     @property
     def keep_ratio(self) -> float:
@@ -112,6 +112,15 @@ class Plan:
         """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
         return not CRITERIA[self.criterion].certified or "error" in self.budgets
 
+    def diff(self, other: Plan) -> str:
+        """Two plans side by side, as a table: the layers that they treat differently, this plan first, and the totals.
+
+        PlanError for a plan of another model.
+        """
+        if [(row.name, row.shape) for row in self.layers] != [(row.name, row.shape) for row in other.layers]:
+            raise PlanError("diff: the other plan has other layers; both must be plans of one model")
+        return diff_text((self.layers, other.layers), (self._total, other._total))
+
     @torch.inference_mode(False)  # or the result could not be trained
     def apply(
         self,
@@ -123,6 +132,7 @@ class Plan:
         epochs: int = PASSES,
         mask: str | None = "attention_mask",
         example_inputs: Any = None,
+        progress: ProgressOption = None,
     ) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
 
@@ -139,6 +149,7 @@ class Plan:
             mask: as for analyze.
             example_inputs: what the model is run with, as for flops=; by default the first batch of ``refit`` or of
                 ``refine``. The result is run on them before it is given back.
+            progress: as for analyze.
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
@@ -154,24 +165,28 @@ class Plan:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
         if refit is not None:
             check_batches(refit)
+            refit = without_labels(model, refit)
         check_copyable(model)
         if refine is not None:
             check_refining(model, [row.name for row in self.layers if row.choice], refine, epochs)
+            refine = without_labels(model, refine)
         chosen = [row.choice for row in self.layers if row.choice is not None]
-        weighting = self._basis(moments).weighting
-        small, reports = factorize(model, chosen, self.spectra, exact=self.exact, weighted=weighting)
-        names = [choice.name for choice in chosen]
+        names, basis = [choice.name for choice in chosen], self._basis(moments)
         inputs, called = example_inputs, "example_inputs"
         for name, data in (("refine=", refine), ("refit=", refit)):
             if example_inputs is None and data is not None:
                 inputs, called = first_batch(model, data)[0], f"batch 1 of {name}"
-        before = None if inputs is None else check_way(model, small, names, inputs, called)
-        if refit is not None:
+        with telling(progress) as tell:
+            small, reports = factorize(
+                model, chosen, self.spectra, exact=self.exact, weighted=basis.weighting,
+                done=lambda count: tell("factors", count, len(chosen)),
+            )  # fmt: skip
+            before = None if inputs is None else check_way(model, small, names, inputs, called)
             with naming_readers(small):
-                reports |= self._refit(small, model, refit, mask, moments)
-        if refine is not None and names:
-            with naming_readers(small):
-                reports |= _refine(small, model, refine, epochs, mask, reports)
+                if refit is not None:
+                    reports |= refit_steps(small, model, names, refit, mask, basis, tell)
+                if refine is not None and names:
+                    reports |= refine_steps(small, model, refine, epochs, mask, reports, tell)
         if before is not None:
             check_run(small, inputs, before)
         check_result(small, names, self.params)
@@ -180,21 +195,6 @@ class Plan:
         keep_when_saved(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
         return small
-
-    def _refit(
-        self, small: nn.Module, model: nn.Module, data: Iterable[Any], mask: str | None,
-        moments: Mapping[str, Moments] | None,
-    ) -> dict[str, FactorReport]:  # fmt: skip
-        basis = self._basis(moments)
-        gradients = {}
-        for name, m in basis.moments.items():
-            if CRITERIA[basis.criterion_of(name)].needs_gradients and m.gradient is not None:
-                gradients[name] = m.gradient, m.gradient_noise
-        names = [row.name for row in self.layers if row.choice]
-        layers = [layer for layer in decomposable(find_layers(model)) if layer.name in names]
-        return refit_layers(
-            small, model, layers, data, gradients=gradients, bias_correction=self.bias_correction, mask=mask
-        )
 
     def _basis(self, moments: Mapping[str, Moments] | None) -> Basis:
         """What the factors are fitted to; PlanError where that needs moments and there are none."""
@@ -212,8 +212,12 @@ class Plan:
         return basis
 
     def __repr__(self) -> str:
+        return f"<Plan for {self._total}; print() has layers>"
+
+    @property
+    def _total(self) -> str:
         sizes = f"{self.params_before:,} -> {self.params:,} parameters"
-        return f"<Plan for {self.budget}: {sizes}, largest {self.criterion} error {self.error:.4g}; print() has layers>"
+        return f"{self.budget}: {sizes}, largest {self.criterion} error {self.error:.4g}"
 
     def __str__(self) -> str:
         headers = ["layer", "kind", "shape", "scheme", "groups", "rank", "error", "params", "after", "reason"]
@@ -228,7 +232,8 @@ class Plan:
             f"{self.criterion} error {self.error:.4g}{held}; asked {self.budget}; method {self.method}, p={p}, "
             f"gap {self.gap:.2g}"
         )
-        return f"{lines}\n{total}" + (f"\n{self.latency}" if self.latency else "")
+        costs = [costs_text(self.costs)] if self.costs else []
+        return "\n".join([lines, total, *costs, *(str(m) for m in (self.latency, self.quality) if m)])
 
     def to_json(self) -> str:
         """The plan as JSON text; exact round trip with :meth:`from_json`."""

@@ -1,22 +1,23 @@
-"""The rows of a plan: one layer each, and how they are read back from JSON, every field checked."""
+"""The rows of a plan: one layer each."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..allocation import MAX_LATENCY_GROUPS, Candidates
-from ..criteria import CRITERIA
-from ..errors import ArgumentError, PlanError
+from ..criteria import CRITERIA, Basis
 from ..factors import Choice
-from ..layers import DecomposableLayer, Layer
+from ..layers import DecomposableLayer, Layer, label
 from ..linalg import Decomposition, Pivots, WeightShape
-from ..text import shape_text
+from ..text import shape_text, table
+from .options import Pin
 
+LOST = 0.9  # error above which next to nothing of a layer is left
+LOST_TEXT = "the budget leaves next to nothing of some layers"
 APART = 1.5  # times the stated errors, above which those on samples kept aside are warned of
 
 
@@ -57,10 +58,6 @@ class LayerPlan:
         return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank, self.pivots))
 
 
-_LATER = {"held_out", "criterion", "remark", "pivots"}  # fields that older plans do not have
-_FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} - _LATER | {"error_is_of"}
-
-
 @dataclass(frozen=True)
 class Latency:
     """What a budget on latency achieved, measured end to end with dense and compressed taking turns.
@@ -90,93 +87,48 @@ class Latency:
         return f"{asked}; up to {MAX_LATENCY_GROUPS} channel slices were tried"
 
 
-def read_latency(fields: Any) -> Latency | None:
-    """A plan's latency from its JSON fields, None for null."""
-    if fields is None:
-        return None
-    if not isinstance(fields, dict) or set(fields) != {field.name for field in dataclasses.fields(Latency)}:
-        raise PlanError(f"not a plan: latency={fields!r} does not have the fields of a measured latency")
-    shares = {n: read_number(fields, "latency", n) for n in ("asked", "measured", "dense_ms", "compressed_ms")}
-    if not all(0 < value < math.inf for value in shares.values()):
-        raise PlanError(f"not a plan: latency={fields!r} has shares or times that are not above 0")
-    device, refinements = (
-        read_field(fields, "latency", "device", str),
-        read_field(fields, "latency", "refinements", int),
-    )
-    return Latency(**shares, device=device, refinements=refinements)
+@dataclass(frozen=True)
+class Quality:
+    """What a search for the smallest plan of enough quality found.
+
+    ``asked`` and ``measured`` are what the plan's model was to have and has, ``dense`` what the dense model has;
+    ``steps`` are all that was measured, in order: (share of the parameters kept, quality).
+    """
+
+    asked: float
+    measured: float
+    dense: float
+    steps: tuple[tuple[float, float], ...]
+
+    def __str__(self) -> str:
+        steps = ", ".join(f"{quality:.6g} at {keep:.2%}" for keep, quality in self.steps)
+        return f"quality {self.asked:g} asked, {self.measured:.6g} measured, dense {self.dense:.6g}; tried {steps}"
 
 
-def read_field(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:
-    """A field of that type; integers must not be negative."""
-    value = fields[name]
-    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-        raise PlanError(f"{where}: {name}={value!r} is not {'a text' if kind is str else 'an integer >= 0'}")
-    return value
+def plan_row(
+    layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, pin: Pin, basis: Basis, weight: float
+) -> LayerPlan:
+    """The row of a layer: left out without a ``pick`` (candidates, the one chosen, why it stays dense if it does).
 
-
-def read_number(fields: dict[str, Any], where: str, name: str) -> float:
-    """A number >= 0; null is NaN, "inf" infinity."""
-    value = fields[name]
-    if value is None or value == "inf":
-        return math.nan if value is None else math.inf
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise PlanError(f"{where}: {name}={value!r} is not a number >= 0, null or 'inf'")
-    return float(value)
-
-
-def read_row(fields: dict[str, Any]) -> LayerPlan:
-    """A row from its JSON fields; where the choice was edited, the parameters are counted anew and the error is NaN."""
-    if not isinstance(fields, dict) or set(fields) - _LATER != _FIELDS:
-        raise PlanError(f"not a plan: a layer has the fields {sorted(fields)}, expected {sorted(_FIELDS)}")
-    where = f"layer {read_field(fields, 'a layer', 'name', str)!r}"
-    shape, triple = fields["shape"], [fields[name] for name in ("scheme", "groups", "rank")]
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise PlanError(f"{where}: shape={shape!r} is not a list of integers >= 0")
-    if any(v is None for v in triple) != all(v is None for v in triple):
-        raise PlanError(f"{where}: scheme, groups and rank must be all null or all integers, got {triple}")
-    for name in ("reason", "remark"):
-        if fields.get(name) is not None:
-            read_field(fields, where, name, str)
-    if fields.get("pivots", "") not in ("", "output", "input"):
-        raise PlanError(f"{where}: pivots={fields['pivots']!r} is neither 'output' nor 'input', nor ''")
-    counts = {n: read_field(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
-    held_out = None if fields.get("held_out") is None else read_number(fields, where, "held_out")
-    if fields.get("criterion") not in (None, *CRITERIA):
-        raise PlanError(f"{where}: criterion={fields['criterion']!r} is not one of {', '.join(CRITERIA)}")
-    known: dict[str, Any] = {
-        "held_out": held_out,
-        "kind": read_field(fields, where, "kind", str),
-        "error": read_number(fields, where, "error"),
-        **counts,
-    }
-    known |= {n: v for n, v in fields.items() if n != "error_is_of" and n not in known}
-    row = LayerPlan(**{**known, "shape": tuple(shape)})
-    if row.rank is not None:
-        _check_choice(row, where)
-    if choice_fields(fields) == fields["error_is_of"]:
+    ``weight`` is the factor of its errors, ``basis`` what they are measured by.
+    """
+    row = _chosen_row(layer, pick, align, pin)
+    choice = row.choice
+    if choice is None or not isinstance(layer, DecomposableLayer):
         return row
-    choice = row.choice
-    after = row.params_before - (choice.shape.numel - choice.decomposition.params(choice.shape) if choice else 0)
-    reason = None if choice else "kept dense by hand"
-    changed = {"params_after": after, "error": math.nan if choice else 0.0, "reason": reason, "held_out": None}
-    return LayerPlan(**{**vars(row), **changed})
+    fold, rank = choice.decomposition.fold, choice.decomposition.rank
+    criterion = basis.criterion_of(layer.name)
+    if criterion != basis.criterion:
+        row = replace(row, criterion=criterion)
+    remarks = [text for text in (basis.remark(layer.name), pin.remark if pin.said else None) if text]
+    row = replace(row, remark="; ".join(remarks) or None)
+    if not basis.has_kept_aside(layer):
+        return row
+    stated, held_out = (float(basis.fold_errors(layer, *fold, held_out=aside)[rank]) for aside in (False, True))
+    return replace(row, error=weight * stated, held_out=held_out)
 
 
-def _check_choice(row: LayerPlan, where: str) -> None:
-    if any(type(v) is not int for v in (row.scheme, row.groups, row.rank)):
-        raise PlanError(f"{where}: scheme, groups and rank must be integers")
-    if len(row.shape) < 2 or 0 in row.shape or row.conv_groups < 1 or row.shape[0] % row.conv_groups:
-        raise PlanError(f"{where}: shape={row.shape} with conv_groups={row.conv_groups} is not that of a layer")
-    choice = row.choice
-    assert choice is not None
-    try:
-        choice.decomposition.check(choice.shape)
-    except ArgumentError as e:
-        raise PlanError(f"{where}: {e}") from e
-
-
-def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int) -> LayerPlan:
-    """The row of a layer: left out without a ``pick`` (candidates, the one chosen, why it stays dense if it does)."""
+def _chosen_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int, pin: Pin) -> LayerPlan:
     groups = layer.shape.conv_groups if layer.shape else 1
     row: dict[str, Any] = {"name": layer.name, "kind": layer.kind, "shape": layer.weight, "conv_groups": groups}
     row |= {"scheme": None, "groups": None, "rank": None, "error": 0.0}
@@ -186,8 +138,13 @@ def plan_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: int)
     choices, candidate, reason = pick
     chosen = choices.decomposition(candidate)
     if chosen is None:
-        multiples = f" with ranks that are multiples of {align}" if align > 1 else ""
-        none = f"no factorisation{multiples} is smaller"
+        if pin.dense:
+            return LayerPlan(**{**row, "reason": pin.remark})
+        limits = [f"multiples of {align}"] if align > 1 else []
+        limits += [f"{pin.min_rank} at least"] if pin.min_rank > 1 else []
+        ranks = f" with ranks that are {' and '.join(limits)}" if limits else ""
+        pinned = f"; {pin.remark}" if pin.said else ""
+        none = f"no factorisation{ranks} is smaller{pinned}"
         return LayerPlan(**{**row, "reason": reason if choices.curves else none})
     row |= {**chosen.to_dict(), "error": float(choices.errors[candidate])}
     row["params_after"] -= layer.shape.numel - chosen.params(layer.shape)
@@ -225,11 +182,52 @@ def warn_if_apart(rows: Sequence[LayerPlan]) -> None:
         )
 
 
-def is_edited(rows: list[dict[str, Any]]) -> bool:
-    """Whether a row of a plan in JSON was edited by hand."""
-    return any(choice_fields(row) != row["error_is_of"] for row in rows)
+def warn_of_lost(rows: Sequence[LayerPlan], criterion: str, weights: Mapping[str, float]) -> None:
+    """Say so where a budget leaves next to nothing of layers, by a criterion whose errors are shares of what is there.
+
+    ``weights`` are the factors of the errors, by layer name.
+    """
+    lost = []
+    for row in rows:
+        weight = weights.get(row.name, 1.0)
+        relative = not CRITERIA[row.criterion or criterion].needs_gradients
+        if row.choice is not None and relative and weight > 0 and row.error / weight > LOST:
+            lost.append(label(row.name))
+    if lost:
+        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        warnings.warn(
+            f"{LOST_TEXT}: errors above {LOST:g} of {names}; a larger budget, or "
+            f"pins= with min_keep for these, keeps more, and training afterwards (retrain, distill) may bring it back",
+            stacklevel=3,
+        )
 
 
-def choice_fields(row: Mapping[str, Any]) -> list[Any]:
-    """Scheme, groups and rank; pivots where there are any, which older plans do not know."""
-    return [row["scheme"], row["groups"], row["rank"], *([row["pivots"]] if row.get("pivots") else [])]
+def costs_text(costs: Mapping[str, tuple[int, int]]) -> str:
+    """Operations and bytes before and after, as :attr:`alds_fast.Plan.costs` has them.
+
+    >>> costs_text({"memory": (2_000_000, 500_000), "flops": (1000, 400)})
+    'FLOPs 1,000 -> 400 (40.00% kept); weights 2 -> 0.5 MB (25.00% kept)'
+    """
+    parts = [f"FLOPs {before:,} -> {after:,} ({after / before:.2%} kept)" for before, after in
+             (costs[name] for name in ("flops",) if name in costs)]  # fmt: skip
+    if "memory" in costs:
+        before, after = costs["memory"]
+        kept = f" ({after / before:.2%} kept)" if before else ""
+        parts.append(f"weights {before / 1e6:.4g} -> {after / 1e6:.4g} MB{kept}")
+    return "; ".join(parts)
+
+
+def diff_text(rows: tuple[Sequence[LayerPlan], Sequence[LayerPlan]], totals: tuple[str, str]) -> str:
+    """Two plans of the same layers side by side: those that differ, and below the totals of each."""
+    pairs = [pair for pair in zip(*rows, strict=True) if pair[0] != pair[1]]
+    headers = ["layer", "shape", "scheme, groups, rank", "then", "error", "then", "after", "then", "change"]
+    lines = []
+    for pair in pairs:
+        chosen = [f"{r.scheme}, {r.groups}, {r.rank} {r.pivots[:-3]}".rstrip() if r.choice else "dense" for r in pair]
+        errors = ["?" if math.isnan(r.error) else _error_text(r.error) for r in pair]
+        after = [r.params_after for r in pair]
+        cells = [*chosen, *errors, *(f"{n:,}" for n in after), f"{after[1] - after[0]:+,}"]
+        lines.append([pair[0].name or "(model)", shape_text(pair[0].shape), *cells])
+    same = len(rows[0]) - len(pairs)
+    head = table(headers, lines, (0, 2, 3)) + "\n" if lines else ""
+    return f"{head}{len(pairs)} layers differ, {same} do not\nfirst: {totals[0]}\nthen:  {totals[1]}"

@@ -12,20 +12,27 @@ from ..errors import ArgumentError
 from ..files import replacing
 from ..linalg import max_rank
 from .analysis import Analysis
+from .findings import WITHIN, Sweep, fewest_within
 from .plan import Plan
 from .plan_rows import LayerPlan
 
+KEPT = {"params": "parameters", "flops": "FLOPs", "memory": "bytes"}
 MAX_LINES = 32  # slices drawn in one panel
 
 
 def analysis_dict(analysis: Analysis) -> dict[str, Any]:
-    """The analysis as JSON-ready data: every layer with its candidates (scheme, groups, full rank) or its reason."""
+    """The analysis as JSON-ready data: every layer with its candidates (scheme, groups, full rank) or its reason.
+
+    ``within``: by error of the weight, the fewest parameters that keep it, see :mod:`alds_fast.planning.findings`.
+    """
     layers = []
     for layer in analysis.layers:
         spectra = analysis.spectra.get(layer.name)
         triples = [[*fold, max_rank(spectra.layer.shape, *fold)] for fold in sorted(spectra.values)] if spectra else []
         row = {"name": layer.name, "kind": layer.kind, "shape": list(layer.weight), "params": layer.params}
-        layers.append({**row, "candidates": triples, "reason": layer.reason})
+        best = zip(WITHIN, fewest_within(spectra, WITHIN), strict=True) if spectra else ()
+        found = {str(e): {**f.decomposition.to_dict(), "keep": f.keep} if f else None for e, f in best}
+        layers.append({**row, "candidates": triples, "within": found, "reason": layer.reason})
     return {"params": analysis.params, "layers": layers}
 
 
@@ -50,6 +57,31 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         raise ArgumentError(f"{os.fspath(path)!r} does not end in .png, .pdf or .svg")
     if not Path(path).absolute().parent.is_dir():
         raise ArgumentError(f"the directory of {os.fspath(path)!r} does not exist")
+
+
+def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
+    """Write a picture (PNG, PDF or SVG by the ending) of the largest error over what is kept, with the knee.
+
+    Needs matplotlib (``pip install alds_fast[plot]``); raises ArgumentError without it.
+    """
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, knee = figure.add_subplot(), sweep.knee
+    criteria = sorted({plan.criterion for plan in sweep.plans})
+    axes.plot([100 * sweep.kept(plan) for plan in sweep.plans], [plan.error for plan in sweep.plans], marker="o")
+    if knee is not None:
+        axes.axvline(100 * sweep.kept(knee), color="tab:red", linewidth=1.2, label=f"knee: {knee.budget}")
+        axes.legend()
+    axes.set_xlabel(f"{KEPT[sweep.budget]} kept (% of the dense model)")
+    axes.set_ylabel(f"largest error of a layer ({', '.join(criteria)})")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=110)
 
 
 def plot_plan(analysis: Analysis, plan: Plan, path: str | os.PathLike[str]) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from ..checks import check_model
 from ..criteria import (
     MAX_DATA_GROUPS,
     Groups,
+    LayerSpectra,
     collect_moments,
     layer_spectra,
     total_work,
     with_groups,
 )
 from ..layers import (
+    DecomposableLayer,
     Layer,
     check_values,
     check_weights_are_there,
@@ -25,19 +29,18 @@ from ..layers import (
     chosen_layers,
     count_params,
     decomposable,
+    left_out_text,
     reader_reason,
     warn_of_questions,
 )
 from ..linalg import SCHEMES
-from ..measurement import Sensitivity, check_data, check_sensitivity, first_batch, weight_readers
+from ..measurement import Sensitivity, check_data, check_sensitivity, first_batch, weight_readers, without_labels
+from ..progress import Progress, ProgressOption, telling
+from ..selection import Selection
 from .analysis import Analysis
 from .options import check_groups, check_held_out, check_moment_memory, check_schemes, is_float32
 
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
-
-
-def tell_nobody(what: str, done: int, total: int) -> None:
-    """The progress that nobody asked for."""
+_LOG = logging.getLogger(__name__)
 
 
 def _without_used(model: nn.Module, layers: Sequence[Layer], inputs: Any, name: str) -> list[Layer]:
@@ -49,13 +52,26 @@ def _without_used(model: nn.Module, layers: Sequence[Layer], inputs: Any, name: 
     return [layer.left_out(reader_reason(readers[layer.name])) if layer.name in readers else layer for layer in layers]
 
 
+def _spectra(
+    layers: Sequence[DecomposableLayer], schemes: Sequence[int], groups: Groups, float32: bool, told: Progress
+) -> dict[str, LayerSpectra]:
+    weights, finished = total_work(layers, schemes), 0
+
+    def done(count: int) -> None:
+        nonlocal finished
+        finished += count
+        told("spectra", finished, weights)
+
+    return {s.layer.name: s for s in layer_spectra(layers, schemes, groups, done, float32=float32)}
+
+
 def analyze(
     model: nn.Module,
     *,
     schemes: Sequence[int] = SCHEMES,
     groups: Groups = "divisors",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
+    include: Selection = None,
+    exclude: Selection = None,
     data: Iterable[Any] | None = None,
     sensitivity: Sensitivity = False,
     mask: str | None = "attention_mask",
@@ -63,7 +79,7 @@ def analyze(
     held_out: float = 1 / 8,
     moment_memory: int | None = None,
     precision: str = "float64",
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     example_inputs: Any = None,
 ) -> Analysis:
     """Spectra of every layer under every fold and number of channel slices; the model is not changed.
@@ -73,9 +89,11 @@ def analyze(
             type.
         schemes: the folds to try, see :mod:`alds_fast.linalg.folding`.
         groups: numbers of channel slices to try: "divisors" for all divisors of a layer's channels, or a sequence.
-        include, exclude: shell-style patterns of layer names, one or several.
-        data: batches of the model's inputs, each a tensor, a tuple of positional or a mapping of keyword arguments;
-            the moments of the layers' inputs are collected on them, see :func:`alds_fast.criteria.collect_moments`.
+        include, exclude: layers, one or several: shell-style patterns of names, names of modules that hold layers, or
+            classes, of layers or of modules that hold them (:class:`alds_fast.selection.ModuleNames`).
+        data: batches of the model's inputs, each a tensor, a tuple of positional or a mapping of keyword arguments,
+            or inputs and labels (:func:`alds_fast.measurement.without_labels`); the moments of the layers' inputs are
+            collected on them, see :func:`alds_fast.criteria.collect_moments`.
         sensitivity: with data, also collect gradients: True for those of the model's first output, "kl" where that is
             logits (language models), or a function of (output, batch) that returns the tensor whose squared error
             matters, or a loss.
@@ -92,7 +110,8 @@ def analyze(
             that come to the same (:meth:`Analysis.plan`); leave the model as it is until these are made.
         example_inputs: what the model is run with once, to find layers whose weights its code uses without calling
             them: they stay dense. The first batch of ``data`` serves too. Without both the source code is looked at.
-        progress: told (what, done, total) as the work goes on; total is 0 where ``data`` has no length.
+        progress: bars on standard error and in notebooks: True, False, or None for these where it is a terminal; or a
+            function, told (what, done, total) as the work goes on, total being 0 where ``data`` has no length.
 
     Raises:
         WeightError: a parameter has NaN or infinite values, or a buffer NaN; or weights are not there (meta device,
@@ -107,35 +126,30 @@ def analyze(
     True
     """
     schemes, groups, float32 = check_schemes(schemes), check_groups(groups), is_float32(precision)
-    held_out, moment_memory = check_held_out(held_out), check_moment_memory(moment_memory)
+    held_out, moment_memory, batches = check_held_out(held_out), check_moment_memory(moment_memory), 0
     if data is not None:
         check_data(data)
+        check_model(model)
+        batches = operator.length_hint(data)  # a DataLoader may have __len__ and no length
+        data = without_labels(model, data)
     check_sensitivity(sensitivity)
     layers = chosen_layers(model, include, exclude)
     check_whole(model)
     check_weights_are_there(layers)
     check_values(model, layers, exclude)
-    batches = operator.length_hint(data) if data is not None else 0  # a DataLoader may have __len__ and no length
     first, data = first_batch(model, data)
     if data is None and example_inputs is None:
         warn_of_questions(model)
     named = (first, "batch 1 of data=") if example_inputs is None else (example_inputs, "example_inputs")
     layers = [with_groups(layer, groups) for layer in _without_used(model, layers, *named)]
     ready = decomposable(layers)
-    told = progress or tell_nobody
-    weights, finished = total_work(ready, schemes), 0
-
-    def done(count: int) -> None:
-        nonlocal finished
-        finished += count
-        told("spectra", finished, weights)
-
-    spectra = {s.layer.name: s for s in layer_spectra(ready, schemes, groups, done, float32=float32)}
-    analysis = Analysis(tuple(layers), spectra, count_params(model), model)
-    if data is None:
-        return analysis
-    moments = collect_moments(
-        model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order, held_out=held_out,
-        memory=moment_memory, done=lambda count: told("moments", count, batches),
-    ) if ready else {}  # fmt: skip
-    return dataclasses.replace(analysis, moments=moments, max_groups=MAX_DATA_GROUPS if groups == "divisors" else None)
+    _LOG.info("%d of %d layers can be decomposed; left out: %s", len(ready), len(layers), left_out_text(layers))
+    with telling(progress) as told:
+        spectra = _spectra(ready, schemes, groups, float32, told)
+        moments = collect_moments(
+            model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order, held_out=held_out,
+            memory=moment_memory, done=lambda count: told("moments", count, batches),
+        ) if ready and data is not None else {}  # fmt: skip
+    analysis = Analysis(tuple(layers), spectra, count_params(model), model, moments)
+    sliced = data is not None and groups == "divisors"
+    return dataclasses.replace(analysis, max_groups=MAX_DATA_GROUPS) if sliced else analysis

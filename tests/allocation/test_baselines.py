@@ -313,10 +313,10 @@ def test_layers_without_a_saving_rank_and_models_without_layers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"params": 0.5, "flops": 0.5}, "method='svd' needs params= or flops=, one alone"),
-        ({"latency": 0.5}, "method='svd' needs params= or flops=, one alone"),
-        ({"error": 0.5}, "method='svd' needs params= or flops=, one alone"),
-        ({"params": 0.5, "p": 2}, "p=2 applies to budgets of .* with method='alds' only"),
+        ({"params": 0.5, "flops": 0.5}, "method='svd' needs params=, flops= or memory=, one alone"),
+        ({"latency": 0.5}, "method='svd' needs params=, flops= or memory=, one alone"),
+        ({"error": 0.5}, "method='svd' needs params=, flops= or memory=, one alone"),
+        ({"params": 0.5, "p": 2}, "p=2 applies to budgets .* with method='alds' only"),
         ({"params": 0.5, "method": "pca"}, r"method='pca' needs data: analyze"),
     ],
 )

@@ -337,3 +337,11 @@ def test_files_and_directories_are_not_taken_for_each_other(tmp_path):
         alds.load(tmp_path, torch.nn.Linear(4, 4))
     with pytest.raises(ArgumentError, match=r"is a file, not a directory; load\(file, model\) loads"):
         alds.from_pretrained(tmp_path / "small.safetensors")
+
+
+def test_a_loaded_model_is_in_evaluation_mode(tmp_path):
+    """Or statistics of BatchNorms would move with the first batch."""
+    small = alds.compress(small_net(), params=0.6)
+    alds.save(small, tmp_path / "small.safetensors")
+    loaded = alds.load(tmp_path / "small.safetensors", lambda: small_net().train())
+    assert not any(module.training for module in loaded.modules())

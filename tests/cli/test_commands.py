@@ -26,6 +26,10 @@ def broken():
 def nothing():
     return None
 
+def closeness(model):
+    x, dense = torch.ones(2, 3, 12, 12), net()
+    return 1 - (model(x) - dense(x)).norm() / dense(x).norm()
+
 def leaves():
     raise SystemExit(5)
 
@@ -91,6 +95,42 @@ def test_plain_factors_and_an_input_to_run_on(model, capsys):
     assert code == 1 and "example_inputs did not run through the model" in err
 
 
+def test_without_a_command_it_tells_which_there_are(capsys):
+    code, out, err = _run(capsys)
+    assert code == 2 and out == "" and "{analyze,compress,eval,show}" in err
+
+
+def test_numbers_of_parameters_and_bytes(model, capsys):
+    for flags, budget in (("--params", "12000"), "params=12000"), (("--memory", "50kB"), "memory=50000"):
+        code, out, _ = _run(capsys, "compress", model, *flags, "-o", "s.safetensors", "--json")
+        assert code == 0 and json.loads(out)["plan"]["budget"] == budget
+
+
+def test_the_smallest_model_of_enough_quality(model, capsys):
+    options = "-o", "s.safetensors", "--groups", "1", "--json"
+    search = "--quality", "0.5", "--evaluate", "my_model.py:closeness"
+    code, out, _ = _run(capsys, "compress", model, *search, *options)
+    plan = alds.Plan.from_json(json.dumps(json.loads(out)["plan"]))
+    assert code == 0 and plan.quality.measured >= 0.5 and plan.keep_ratio < 1 and len(plan.quality.steps) > 3
+    code, _, err = _run(capsys, "compress", model, "--quality", "0.5", *options)
+    assert code == 1 and "--quality and --evaluate go together" in err
+    with pytest.raises(SystemExit):
+        _run(capsys, "compress", model, *search, "--params", "0.5", *options)
+
+
+def test_pins_and_least_ranks(model, capsys):
+    options = "--params", "0.6", "-o", "s.safetensors", "--json"
+    pins = "--pin", "0=dense", "--pin", "Linear=max_rank=3", "--pin", "Linear=max_keep=0.9", "--min-rank", "2"
+    plan = json.loads(_run(capsys, "compress", model, *options, *pins)[1])["plan"]
+    assert plan["layers"][0]["reason"] == "pinned: '0' dense" and plan["layers"][1]["rank"] in (2, 3)
+    assert plan["pins"] == {"0": "dense", "Linear": {"max_rank": 3, "max_keep": 0.9}} and plan["min_rank"] == 2
+    code, _, err = _run(capsys, "compress", model, *options, "--pin", "0=max_rank=0.5")
+    assert code == 1 and "pins['0']: max_rank=0.5 is not an integer >= 1" in err
+    with pytest.raises(SystemExit):
+        _run(capsys, "compress", model, *options, "--pin", "dense")
+    assert "'dense' is neither like 'layer4.*=dense' nor like" in capsys.readouterr().err
+
+
 def test_module_by_dotted_name_and_weights(model, capsys, tmp_path):
     torch.manual_seed(5)
     weights = {"0.weight": torch.randn(24, 3, 3, 3), "0.bias": torch.zeros(24)}
@@ -107,6 +147,7 @@ def test_module_by_dotted_name_and_weights(model, capsys, tmp_path):
     ("args", "message"),
     [
         (["analyze", "my_model.py"], "expected package.module:function or file.py:function"),
+        (["analyze", "."], "'.': expected package.module:function or file.py:function; a checkpoint directory goes to"),
         (["analyze", "nowhere.py:net"], "'nowhere.py' does not exist"),
         (["analyze", "no_such_module:net"], "No module named 'no_such_module'"),
         (["analyze", "my_model.py:missing"], "has no attribute 'missing'"),
@@ -146,7 +187,6 @@ def test_refusals_exit_with_one_and_a_message(model, capsys, tmp_path, args, mes
 @pytest.mark.parametrize(
     "args",
     [
-        [],
         ["melt"],
         ["compress", "m:f", "-o", "x"],
         ["compress", "m:f", "--params", "0.5", "--error", "0.5", "-o", "x"],

@@ -239,7 +239,8 @@ def test_example_that_does_not_run():
 
 
 def test_a_model_without_low_rank_layers():
-    fast, table = alds.deploy(small_net(), images(), rounds=1, report=True)
+    with pytest.warns(UserWarning, match="the model has no low-rank layer: what deploy gives is a copy of it"):
+        fast, table = alds.deploy(small_net(), images(), rounds=1, report=True)
     assert table.rows == () and table.kept == "deployed"
     torch.testing.assert_close(fast(images()), small_net()(images()))
 
@@ -317,6 +318,10 @@ def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
             monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
         fast, table = alds.deploy(model, x, report=True)
         assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
+        assert table.decided == f"kept: {kept}, by the medians of paired ratios of times: deployed / two-op " + (
+            f"{deployed / two_op:.3f}, deployed / dense {deployed / dense:.3f}, two-op / dense {two_op / dense:.3f}"
+        )
+        assert table.decided in str(table)
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def test_one_analysis_serves_all_cells_with_its_options(monkeypatch):
 def test_models_data_and_retraining_get_the_seed(monkeypatch):
     given = []
 
-    def analyze(model, *, groups="divisors", data=None):
+    def analyze(model, *, groups="divisors", data=None, progress=None):
         given.append((model[0].weight[0, 0].item(), data))
         return alds.analyze(model, groups=groups)
 

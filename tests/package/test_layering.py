@@ -18,7 +18,7 @@ WINGS = (
     *("blocks", "criteria", "allocation", "factors", "planning"),
     *("deployment", "checkpoints", "retraining", "evaluation", "cli"),
 )
-LEAVES = ("checks", "errors", "files", "import_hooks", "processes", "text", "version")
+LEAVES = ("checks", "errors", "files", "import_hooks", "processes", "progress", "selection", "text", "version")
 HEAVY = ("numba", "scipy", "triton", "transformers", "peft", "matplotlib", "rich", "torch._dynamo", "torch.export")
 LONGEST, MOST_FILES, DOOR_LINES = 260, 12, 12
 PACKAGE = ROOT / "alds_fast"

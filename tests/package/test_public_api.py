@@ -14,7 +14,8 @@ NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
     *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "retrain", "save", "to_plain"),
-    *("filter_threshold", "plot_plan", "refine", "Refined", "distill", "Distilled", "measured_importance"),
+    *("filter_threshold", "plot_plan", "plot_sweep", "Sweep", "refine", "Refined", "distill", "Distilled"),
+    "measured_importance",
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
 }
 
@@ -40,8 +41,15 @@ def test_signatures():
     running = {"precision": "float64", "progress": None, "example_inputs": None}
     assert _keywords(alds.analyze) == {**folds, **seeing, **running}
     planning = {"criterion": None, "p": None, "method": "alds", "align": 1, "cache": None}
-    planning |= {"bias_correction": True, "importance": None, "pivots": True}
-    budgets = dict.fromkeys(("params", "flops", "latency", "error", "example_inputs"))
+    planning |= {
+        "bias_correction": True,
+        "importance": None,
+        "pivots": True,
+        "pins": None,
+        "min_rank": 1,
+        "progress": None,
+    }
+    budgets = dict.fromkeys(("params", "flops", "memory", "latency", "error", "quality", "evaluate", "example_inputs"))
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
     assert _keywords(alds.compress) == {**budgets, "refit": False, "refine": False}
     assert _keywords(alds.deploy) == {"backend": None, "table": None, "rounds": 7, "report": False, "reorder": False}
@@ -64,6 +72,7 @@ def test_signatures():
         "epochs": 3,
         "mask": "attention_mask",
         "example_inputs": None,
+        "progress": None,
     }
 
 

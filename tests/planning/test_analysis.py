@@ -59,10 +59,14 @@ def test_error_budgets_trade_against_parameters(analysis):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "one budget or several of params=, flops= and latency=, or error= alone, got none"),
+        ({}, "one budget or several of params=, flops=, memory= and latency=, or error= alone, got none"),
         ({"params": 0.5, "error": 0.5}, "or error= alone, got error= with params"),
         ({"params": 0}, r"params=0 is outside \(0, 1\]"),
-        ({"params": 1.5}, r"params=1\.5 is outside \(0, 1\]"),
+        ({"params": 1.5}, r"params=1\.5 is outside \(0, 1\].*an integer above 1 is a number of them"),
+        ({"params": 5e6}, r"params=5000000\.0 is outside"),
+        ({"memory": "20 apples"}, "memory='20 apples' is not like '20MB', with a unit out of kB, kiB, MB"),
+        ({"memory": 2.5}, r"memory=2\.5 is outside \(0, 1\].*a text like '20MB' too"),
+        ({"memory": "0 MB"}, "memory=0 is outside"),
         ({"params": -1}, r"params=-1 is outside \(0, 1\]"),
         ({"params": math.nan}, r"params=nan is outside"),
         ({"params": "50%"}, r"params='50%' is outside \(0, 1\].*for example params=0\.5"),
@@ -106,7 +110,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_reachable_one(analysis):
         ({"align": 8.0}, r"align=8\.0 is not an integer"),
         (
             {"method": "alds-heuristic", "p": 2},
-            "p=2 applies to budgets of params=, flops= and latency= with method='alds' only",
+            "p=2 applies to budgets other than error= with method='alds' only",
         ),
     ],
 )

@@ -27,8 +27,9 @@ def test_plan_is_frozen(plan):
 def test_plan_prints_as_a_table(plan):
     lines = str(plan).splitlines()
     assert " ".join(lines[0].split()) == "layer kind shape scheme groups rank error params after reason"
-    assert len(lines) == 2 + len(plan.layers) + 1
-    assert f"-> {plan.params:,}" in lines[-1] and "largest frobenius error" in lines[-1]
+    assert len(lines) == 2 + len(plan.layers) + 2
+    assert f"-> {plan.params:,}" in lines[-2] and "largest frobenius error" in lines[-2]
+    assert lines[-1].startswith("weights ")
 
 
 def test_plan_totals(plan):

@@ -1,6 +1,7 @@
 """Plans under shares of operations and under several budgets, as a user asks for them."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_budgets_that_exclude_each_other_are_named():
         (
             {"latency": 0.5, "method": "svd", "example_inputs": images()},
             ArgumentError,
-            "needs params= or flops=, one alone",
+            "needs params=, flops= or memory=, one alone",
         ),
         ({"params": 0.5, "cache": 3}, ArgumentError, "cache=3: expected a folder"),
     ],
@@ -147,3 +148,22 @@ def test_bad_options_are_refused(analysis, options, error, message):
 def test_a_model_without_operations_is_refused():
     with pytest.raises(ArgumentError, match="torch counts none for this model"):
         alds.analyze(nn.ReLU()).plan(flops=0.5, example_inputs=torch.ones(2))
+
+
+def test_a_budget_that_leaves_next_to_nothing_of_layers_is_warned_of(analysis, recwarn):
+    analysis.plan(params=0.6)
+    analysis.plan(error=0.95)
+    analysis.sweep([0.6, 0.1])
+    assert not recwarn.list
+    message = r"next to nothing of some layers: errors above 0\.9 of .*'3'.*pins= with min_keep"
+    with pytest.warns(UserWarning, match=message) as caught:
+        plan = analysis.plan(params=0.1)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=message):
+        analysis.plan(params=0.1, importance={"*": 0.01})
+    assert plan.error > 0.9
+    by_gradients = alds.analyze(small_net(), data=[images()], sensitivity=True, groups=(1,))
+    with warnings.catch_warnings(record=True) as other:
+        warnings.simplefilter("always")
+        by_gradients.plan(params=0.1)
+    assert not any("next to nothing" in str(w.message) for w in other)

@@ -33,7 +33,7 @@ class Watched(nn.Module):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"importance": {"nope": 2.0}}, LayerNotFoundError, "importance= names 'nope'"),
+        ({"importance": {"nope": 2.0}}, LayerNotFoundError, "importance='nope' matches no layer"),
         ({"importance": {"a": float("nan")}}, ArgumentError, r"importance\['a'\]=nan is outside"),
         ({"criterion": "sensitivity"}, ArgumentError, "criterion='sensitivity' needs gradients"),
         ({"sensitivity": "loss"}, ArgumentError, "sensitivity='loss' is neither True or False nor 'kl'"),

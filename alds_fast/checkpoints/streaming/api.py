@@ -17,20 +17,20 @@ from ...checks import is_count
 from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
 from ...factors import FactorReport, check_schedule, passes_of
-from ...layers import patterns
 from ...linalg import SCHEMES
 from ...measurement import Sensitivity, check_data, check_sensitivity, digest_of
 from ...planning import (
     Plan,
-    Progress,
+    budget_amount,
     check_groups,
     check_plan_options,
     check_schemes,
     is_float32,
     resolved_norm,
-    tell_nobody,
 )
 from ...processes import join_processes, own_device
+from ...progress import Progress, ProgressOption, telling
+from ...selection import Selection, patterns
 from ...version import __version__
 from ..safetensors_reader import CONFIG, Shards, Stored, open_shards
 from ..with_data import WithData
@@ -72,7 +72,7 @@ def _settings(
     named = ONE_SLICE if named is None and data is not None else named
     if not is_count(max_shard_bytes):
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
-    budget = {name: float(v) for name, v in (("params", params), ("error", error)) if v is not None}
+    budget = {name: budget_amount(v) for name, v in (("params", params), ("error", error)) if v is not None}
     norm = p if criterion is None else float(resolved_norm(p, criterion, {"params": params}, "alds"))
     return Settings(
         budget, criterion, norm, int(align),
@@ -112,12 +112,12 @@ def compress_checkpoint(
     align: int = 1,
     schemes: Sequence[int] = SCHEMES,
     groups: str | Sequence[int] = "auto",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
+    include: Selection = None,
+    exclude: Selection = None,
     max_shard_bytes: int = 5 * 10**9,
     precision: str = "float32",
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     pivots: bool = True,
     data: Iterable[Any] | None = None,
     sensitivity: Sensitivity = False,
@@ -140,7 +140,7 @@ def compress_checkpoint(
             :meth:`alds_fast.Analysis.plan`: under params= by the criterion "frobenius".
         device: where it is computed, "cpu" or "cuda" (the GPU of LOCAL_RANK). With data, of the models one block at a
             time is on a GPU, and errors and factors are computed on the CPU.
-        progress: told (what, done, total) as the work goes on, in each process.
+        progress: as for :func:`alds_fast.analyze`, in each process.
         data: batches of the model's inputs, dicts of ``input_ids`` for one, as for :func:`alds_fast.analyze`. The dense
             model is run block by block, its weights mapped out of the files; moments and what the blocks return lie in
             the journal (docs/checkpoints.md). Language models are useless without: compressed by their weights alone
@@ -180,7 +180,8 @@ def compress_checkpoint(
     source, output = _folders(source, output)
     place, shards = own_device(device), open_shards(source)
     journal = Journal(output, _job(shards, settings))
-    _run(shards, settings, place, journal, progress or tell_nobody, data, sensitivity)
+    with telling(progress) as tell:
+        _run(shards, settings, place, journal, tell, data, sensitivity)
     return _result(output)
 
 

@@ -59,7 +59,8 @@ def find_plan(work: Work) -> Plan:
         parts = tuple(work.layers), spectra, count_params(work.model), work.model
         analysis = Analysis(*parts, recompute_in_float64=lambda wanted: _recompute_by_all(work, wanted))
         s = work.settings
-        plan = analysis.plan(**s.budget, criterion=s.criterion, p=s.p, align=s.align, pivots=s.pivots)  # type: ignore[arg-type]
+        options = {"criterion": s.criterion, "p": s.p, "align": s.align, "pivots": s.pivots, "progress": False}
+        plan = analysis.plan(**s.budget, **options)  # type: ignore[arg-type]
         write_whole(path, [plan.to_json().encode()])
     work.world.together()
     while not path.exists():

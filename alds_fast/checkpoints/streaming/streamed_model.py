@@ -15,10 +15,12 @@ from ...criteria import for_threads, with_groups
 from ...errors import WeightError
 from ...files import crc32
 from ...integrations import stored_names
-from ...layers import DecomposableLayer, Layer, bad_values, check_weight, chosen_layers, label, matches
+from ...layers import DecomposableLayer, Layer, bad_values, check_weight, chosen_layers, label
 from ...linalg import WeightShape
-from ...planning import Progress, check_is_possible
+from ...planning import check_is_possible
 from ...processes import World
+from ...progress import Progress
+from ...selection import ModuleNames
 from ..safetensors_reader import DTYPES, Shards
 from .journal import Journal
 from .meta_model import check_stored, skeleton, untie
@@ -80,9 +82,10 @@ class Work:
 
     def _check_biases(self) -> None:
         """WeightError for NaN or infinite values of what is copied in one dimension, as biases and scales are."""
+        places = ModuleNames(self.model)
         for name, stored in self.shards.tensors.items():
             place, _, kind = name.rpartition(".")
-            if len(stored.shape) != 1 or matches(place, self.settings.exclude or ()):
+            if len(stored.shape) != 1 or places.match(self.settings.exclude or (), place):
                 continue
             if bad := bad_values(stored.tensor(), infinite=True):
                 raise WeightError(

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from ..allocation import BASELINES, SHARES
-from ..checks import is_count, is_number, is_share
-from ..criteria import CRITERIA, DEFAULT_CRITERION, Groups
-from ..errors import ArgumentError, BudgetError, LayerNotFoundError
-from ..linalg import SCHEMES
+from torch import nn
+
+from ...allocation import BASELINES, SHARES
+from ...checks import is_count, is_number, is_share
+from ...criteria import CRITERIA, DEFAULT_CRITERION, Groups
+from ...errors import ArgumentError, BudgetError
+from ...factors import check_chain, check_schedule, check_wide
+from ...linalg import SCHEMES
+from ...measurement import first_batch, without_labels
+from ...selection import ModuleNames
 from .defaults import is_counted_alone
+from .pins import check_pins
 
+UNITS = {f"{letter}{i}B": (1024 if i else 1000) ** n for n, letter in ((1, "k"), (2, "M"), (3, "G")) for i in ("", "i")}
+UNITS |= {"KB": 1000, "KiB": 1024, "B": 1}
+_BYTES = re.compile(rf"(\d+\.?\d*) ?({'|'.join(UNITS)})")
 METHODS = ("alds", *BASELINES)
 
 
@@ -58,39 +69,86 @@ def is_float32(precision: str) -> bool:
     return precision == "float32"
 
 
-def check_importance(importance: Mapping[str, float] | None, names: Collection[str]) -> Mapping[str, float]:
-    """The factors of the layers' errors; LayerNotFoundError for a name that is none of ``names``, ArgumentError."""
-    importance = {} if importance is None else importance
-    for name, value in importance.items():
-        if name not in names:
-            raise LayerNotFoundError(f"importance= names {name!r}, which is no layer that can be factorised")
+def check_importance(
+    importance: Mapping[Any, float] | None, model: nn.Module, names: Sequence[str]
+) -> dict[str, float]:
+    """The factors of the errors of the layers ``names``, of those that are meant; of several patterns the last counts.
+
+    LayerNotFoundError for a pattern that means none of them, ArgumentError for a factor outside [0, inf).
+    """
+    for pattern, value in (importance or {}).items():
         if not (is_number(value) and 0 <= value < math.inf):
-            raise ArgumentError(f"importance[{name!r}]={value!r} is outside [0, inf)")
-    return importance
+            raise ArgumentError(f"importance[{pattern!r}]={value!r} is outside [0, inf)")
+    meant = ModuleNames(model).by_layer(importance or {}, names, "importance")
+    return {name: float(list(values.values())[-1]) for name, values in meant.items()}
+
+
+_COUNTS = {
+    "params": "; an integer above 1 is a number of them, for example params=5_000_000",
+    "flops": "; an integer above 1 is a number of them, for example flops=200_000_000",
+    "memory": "; an integer above 1 is a number of bytes, and a text like '20MB' too",
+    "latency": "",
+}
+
+
+def budget_amount(value: Any) -> float:
+    """A budget as a share, or above 1 as a whole number; bytes for texts like 20MB or 1.5 GiB.
+
+    BudgetError for a text that is none. Other values that are no budgets stay as they are.
+
+    >>> budget_amount("20MB"), budget_amount("1.5 GiB"), budget_amount(0.5)
+    (20000000, 1610612736, 0.5)
+    """
+    if isinstance(value, str):
+        amount = _BYTES.fullmatch(value.strip())
+        if amount is None:
+            raise BudgetError(f"memory={value!r} is not like '20MB', with a unit out of {', '.join(UNITS)}")
+        return int(float(amount[1]) * UNITS[amount[2]])
+    return int(value) if is_count(value, 2) else float(value) if is_number(value) else value
 
 
 def _check_budgets(shares: Mapping[str, object], error: object, example_inputs: object) -> list[str]:
     """The names of the budgets given, checked."""
     given = [name for name, share in shares.items() if share is not None]
     if bool(given) == (error is not None):
+        budgets = " and ".join((", ".join(f"{name}=" for name in [*SHARES][:-1]), f"{[*SHARES][-1]}="))
         text = f"error= with {', '.join(given)}" if given else "none"
         raise BudgetError(
-            f"give one budget or several of params=, flops= and latency=, or error= alone, got {text}; for example "
-            f"params=0.5 keeps half"
+            f"give one budget or several of {budgets}, or error= alone, got {text}; for example params=0.5 keeps half"
         )
     for name in given:
         share = shares[name]
-        if not is_share(share):
+        if name == "memory":
+            share = budget_amount(share)
+        if not is_share(share) and (name == "latency" or not is_count(share)):
             raise BudgetError(
                 f"{name}={share!r} is outside (0, 1]: it is the share of {SHARES[name]}, for example {name}=0.5"
+                f"{_COUNTS[name]}"
             )
-        if name != "params" and example_inputs is None:
+        if name in ("flops", "latency") and example_inputs is None:
             raise ArgumentError(f"{name}= needs example_inputs=, a tensor, tuple or dict as model(...) takes it")
     if error is not None and not (is_number(error) and 0 <= error < math.inf):
         raise BudgetError(
             f"error={error!r} is outside [0, inf): it is the largest relative error allowed, for example error=0.3"
         )
     return given
+
+
+def check_quality(quality: object, evaluate: object, budgets: Mapping[str, object]) -> bool:
+    """Whether a quality is asked for; BudgetError or ArgumentError where it is no number, or not alone."""
+    if quality is None and evaluate is None:
+        return False
+    if not is_number(quality) or not math.isfinite(quality):
+        raise BudgetError(
+            f"quality={quality!r} is not a number: it is the least that evaluate(model) may return, for example "
+            f"0.99 * evaluate(model)"
+        )
+    if not callable(evaluate):
+        raise ArgumentError("quality= needs evaluate=, a function of a model that returns a number, higher is better")
+    given = [f"{name}=" for name, budget in budgets.items() if budget is not None]
+    if given:
+        raise BudgetError(f"quality= stands alone: it finds the fewest parameters; leave {', '.join(given)} out")
+    return True
 
 
 def check_plan_options(
@@ -106,11 +164,13 @@ def check_plan_options(
     importance: object = None,
     cache: object = None,
     pivots: object = True,
+    pins: object = None,
+    min_rank: object = 1,
 ) -> None:
     """BudgetError or ArgumentError unless these are valid arguments of :meth:`alds_fast.Analysis.plan`.
 
-    ``shares`` are those of params=, flops= and latency=, None where not given. (The names in importance= are checked
-    where the layers are known.)
+    ``shares`` are those of params=, flops=, memory= and latency=, None where not given. (The layers that importance=
+    and pins= mean are checked where these are known.)
     """
     baseline = BASELINES.get(method) if isinstance(method, str) else None
     if baseline is not None and baseline.needs_data and criterion not in (None, baseline.criterion):
@@ -128,16 +188,29 @@ def check_plan_options(
     if not isinstance(pivots, bool):
         raise ArgumentError(f"pivots={pivots!r} is not True or False")
     if importance is not None and not isinstance(importance, Mapping):
-        raise ArgumentError(f"importance is a {type(importance).__name__}: expected numbers >= 0 by layer name")
+        raise ArgumentError(
+            f"importance is a {type(importance).__name__}: expected numbers >= 0 by name, pattern or class of layers"
+        )
     if not isinstance(method, str) or method not in METHODS:
         raise ArgumentError(f"method={method!r} is not one of {', '.join(METHODS)}")
+    check_pins(pins, min_rank, method)
     if not is_count(align):
         raise ArgumentError(f"align={align!r} is not an integer >= 1")
     if not math.isinf(p) and (not given or method in BASELINES):
         raise ArgumentError(
-            f"p={p!r} applies to budgets of params=, flops= and latency= with method='alds' only; leave it at math.inf"
+            f"p={p!r} applies to budgets other than error= with method='alds' only; leave it at math.inf"
         )
     if method in BASELINES and not is_counted_alone(given):
-        raise ArgumentError(f"method={method!r} needs params= or flops=, one alone; method='alds' solves the others")
+        raise ArgumentError(
+            f"method={method!r} needs params=, flops= or memory=, one alone; method='alds' solves the others"
+        )
     if not (cache is None or cache is False or (isinstance(cache, str | os.PathLike) and str(cache))):
         raise ArgumentError(f"cache={cache!r}: expected a folder, None for the default one or False for none")
+
+
+def check_refining(model: nn.Module, layers: Sequence[str], data: Iterable[Any], epochs: int) -> None:
+    """Raises what refinement of these layers would raise, as far as one batch tells, before the work."""
+    check_schedule(data, "refine=", epochs)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    check_wide({name: modules[name].weight for name in layers if name in modules}, "refine=")
+    check_chain(model, first_batch(model, without_labels(model, data))[0])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
-from ..allocation import BASELINES
-from ..criteria import CRITERIA, DEFAULT_CRITERION, Moments
-from ..errors import ArgumentError
+from ...allocation import BASELINES
+from ...criteria import CRITERIA, DEFAULT_CRITERION, Basis, Moments
+from ...errors import ArgumentError
+from ...layers import DecomposableLayer
 
 
 def check_needs(criterion: str | None, method: str, data: bool, gradients: bool) -> None:
@@ -35,6 +37,18 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
     return criterion
 
 
+def tell_too_little(basis: Basis, layers: Sequence[DecomposableLayer]) -> bool:
+    """Whether the data of a basis tell next to nothing of the layers, with a warning that is the caller's caller's."""
+    if not basis.used or not basis.untold(layers):
+        return False
+    warnings.warn(
+        f"data= has too few samples that differ to tell what the layers see: the plan goes by the weights alone "
+        f"(criterion={DEFAULT_CRITERION!r}); pass more samples, or criterion={basis.criterion!r}",
+        stacklevel=3,
+    )
+    return True
+
+
 def resolved_norm(
     p: float | None, criterion: str, shares: Mapping[str, float | None], method: str, few: bool = False
 ) -> float:
@@ -50,7 +64,7 @@ def resolved_norm(
 
 
 def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str) -> bool:
-    """Whether plans of this kind can be checked: one budget of params or flops, solved exactly, a certified criterion.
+    """Whether plans of this kind can be checked: one budget that is counted, solved exactly, a certified criterion.
 
     ``criterion`` None stands for the one without data.
     """
@@ -59,8 +73,8 @@ def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str
 
 
 def is_counted_alone(budgets: Sequence[str]) -> bool:
-    """Whether the budget is a single one of params or flops, whose costs are counted and not measured."""
-    return list(budgets) in (["params"], ["flops"])
+    """Whether the budget is a single one of params, flops or memory, whose costs are counted and not measured."""
+    return list(budgets) in (["params"], ["flops"], ["memory"])
 
 
 def resolved_precision(shares: Mapping[str, float | None], criterion: str | None, method: str | None) -> str:

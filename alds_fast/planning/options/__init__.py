@@ -1,0 +1,52 @@
+"""What users ask for: checks of options, what stands for those that are not given, and pins of single layers.
+
+Here belongs what an option means. What is done about it belongs in the files of planning.
+"""
+
+from .checks import (
+    METHODS,
+    budget_amount,
+    check_groups,
+    check_held_out,
+    check_importance,
+    check_moment_memory,
+    check_plan_options,
+    check_quality,
+    check_refining,
+    check_schemes,
+    is_float32,
+)
+from .defaults import (
+    check_is_possible,
+    check_needs,
+    resolved_criterion,
+    resolved_norm,
+    resolved_precision,
+    tell_too_little,
+)
+from .pins import Pin, choices_of, pins_of_layers, read_pins, saying_what_is_pinned
+
+__all__ = [
+    "METHODS",
+    "Pin",
+    "budget_amount",
+    "check_groups",
+    "check_held_out",
+    "check_importance",
+    "check_is_possible",
+    "check_moment_memory",
+    "check_needs",
+    "check_plan_options",
+    "check_quality",
+    "check_refining",
+    "check_schemes",
+    "choices_of",
+    "is_float32",
+    "pins_of_layers",
+    "read_pins",
+    "resolved_criterion",
+    "resolved_norm",
+    "resolved_precision",
+    "saying_what_is_pinned",
+    "tell_too_little",
+]

@@ -1,0 +1,91 @@
+"""Loaders of inputs and labels serve wherever batches of inputs do."""
+
+import operator
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import alds_fast as alds
+from alds_fast.errors import ModelError
+from alds_fast.measurement import without_labels
+
+
+class Pair(nn.Module):
+    """It takes two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, a, b):
+        return self.second(self.first(a).relu() + b)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+
+
+X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)), torch.arange(64)
+LOADER, INPUTS = DataLoader(TensorDataset(X, Y), 16), list(X.split(16))
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("data", [LOADER, list(LOADER), [tuple(batch) for batch in LOADER]])
+def test_labels_are_left_out_everywhere(data):
+    model, options = net(), {"params": 0.6, "groups": (1,)}
+    small = alds.compress(model, data=INPUTS, **options, refit=True)
+    assert same(small, alds.compress(model, data=data, **options, refit=True))
+    plan = alds.analyze(model, data=data, sensitivity=True).plan(params=0.6)
+    assert plan == alds.analyze(model, data=INPUTS, sensitivity=True).plan(params=0.6)
+    assert same(plan.apply(model, refit=data), plan.apply(model, refit=INPUTS))
+    trained = [alds.distill(small, model, batches, epochs=1)[0] for batches in (data, INPUTS)]
+    assert same(*trained)
+
+
+def test_blocks_are_refined_on_loaders_with_labels():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return x + self.down(self.up(x).relu())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block(), Block())
+    options = {"params": 0.6, "groups": (1,), "refine": 1}
+    smalls = [alds.compress(model, data=data, **options) for data in (LOADER, INPUTS)]
+    assert same(*smalls)
+    assert same(*(alds.refine(smalls[0], model, data, epochs=1)[0] for data in (LOADER, INPUTS)))
+
+
+def test_iterators_are_read_once_and_lengths_are_known():
+    model = net()
+    once = without_labels(model, iter(LOADER))
+    assert iter(once) is once and torch.equal(next(once), INPUTS[0])
+    again = without_labels(model, LOADER)
+    assert operator.length_hint(again) == 4 and all(map(torch.equal, again, INPUTS)) and len(list(again)) == 4
+    plan = alds.analyze(model, data=iter(LOADER)).plan(params=0.6)
+    assert plan == alds.analyze(model, data=INPUTS).plan(params=0.6)
+
+
+def test_what_the_model_takes_stays_whole():
+    pair = Pair()
+    assert without_labels(pair, [(X, X), [X, X]]) == [(X, X), [X, X]]
+    assert without_labels(pair, [(X, X, Y)]) == [(X, X)] and without_labels(pair, [X, {"a": X}]) == [X, {"a": X}]
+    taking_any = nn.Sequential(nn.Linear(2, 2))
+    taking_any.forward = lambda *values: values[0]
+    assert without_labels(taking_any, [(X, Y)]) == [(X, Y)]
+    plan = alds.analyze(pair, data=[(X, X, Y)]).plan(params=0.6)
+    assert plan == alds.analyze(pair, data=[(X, X)]).plan(params=0.6)
+
+
+def test_more_than_labels_is_refused_as_ever():
+    with pytest.raises(ModelError, match=r"batch 1 of data= did not run through the model .* without labels"):
+        alds.analyze(net(), data=[(X, Y, Y)])
