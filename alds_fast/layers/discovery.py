@@ -70,8 +70,11 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers, shared ones once, those not initialised yet not at all."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """Bytes of the parameters and persistent buffers, shared ones once, those not initialised yet not at all."""
+    tensors: dict[int, Tensor] = {id(t): t for t in model.parameters()}
+    for module in model.modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        tensors |= {id(b): b for name in kept if (b := module._buffers[name]) is not None}
     return sum(t.numel() * t.element_size() for t in tensors.values() if not isinstance(t, UninitializedParameter))
 
 

@@ -12,12 +12,14 @@ from support import checkpoints
 from support.checkpoints import OPTIONS
 from support.marks import slow
 from support.models import count
+from torch import nn
 
 import alds_fast as alds
 from alds_fast import errors
 from alds_fast.checkpoints.streaming import spectra_and_plan
 from alds_fast.checkpoints.streaming.journal import FOLDER, Journal
 from alds_fast.cli import commands
+from alds_fast.layers import count_bytes
 
 
 def tensors(folder):
@@ -53,6 +55,17 @@ def test_one_file(tmp_path):
     alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", params=0.7)
     assert [p.name for p in (tmp_path / "small").glob("*.safetensors*")] == ["model.safetensors"]
     assert isinstance(alds.from_pretrained(tmp_path / "small").model.layers[0].mlp.up_proj, alds.LowRankLinear)
+
+
+def test_a_number_of_parameters_and_the_bytes_that_the_plan_tells(tmp_path):
+    """In the types that tensors are stored in, whatever config.json says."""
+    dense = checkpoints.make("llama", tmp_path / "dense", torch.bfloat16)
+    asked = count(dense) * 2 // 3
+    plan = alds.compress_checkpoint(tmp_path / "dense", tmp_path / "small", params=asked, include=nn.Linear).plan
+    assert plan.budget == f"params={asked}" and plan.params <= asked
+    small = alds.from_pretrained(tmp_path / "small", dtype="auto")
+    assert plan.costs == {"memory": tuple(count_bytes(model.to(torch.bfloat16)) for model in (dense, small))}
+    assert "weights" in str(plan)
 
 
 def test_options(tmp_path, llama):

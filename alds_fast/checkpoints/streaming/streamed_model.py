@@ -73,12 +73,20 @@ class Work:
         check_stored(self.model, self.shards, names, assembled)
         untie(self.model, self.shards, names)
         self.names = dict(names)
+        self._take_stored_types()
         self.sources = {name.removesuffix(".weight"): source for name, source in names.items()
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         layers = chosen_layers(self.model, self.settings.include, self.settings.exclude)
         self.layers = [self._check(layer) for layer in layers]
         if self.world.first:
             self._check_biases()
+
+    def _take_stored_types(self) -> None:
+        """The parameters are of the types that they are stored in, by which a plan counts bytes."""
+        for name, parameter in self.model.named_parameters():
+            stored = self.shards.tensors.get(self.names.get(name, ""))
+            if stored is not None and stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point:
+                parameter.data = parameter.data.to(DTYPES[stored.dtype])
 
     def _check_biases(self) -> None:
         """WeightError for NaN or infinite values of what is copied in one dimension, as biases and scales are."""
