@@ -4,7 +4,7 @@ Here belongs what goes through a model block by block. What is done with a block
 """
 
 from .chain import BlockChain, find_chain
-from .discovery import find_blocks
+from .discovery import check_lists, find_blocks
 from .gradients import BackwardWalk
 from .states import Kept, Room
 from .walk import Forward, LeftChain, Reached, Walk, forwards
@@ -18,6 +18,7 @@ __all__ = [
     "Reached",
     "Room",
     "Walk",
+    "check_lists",
     "find_blocks",
     "find_chain",
     "forwards",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import ArgumentError
 from ..measurement import Run, naming_batch
 from .discovery import find_blocks
 from .walk import Forward, LeftChain, Walk, forwards
@@ -95,7 +96,9 @@ def _ends(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def find_chain(model: nn.Module, run: Run, batches: Iterable[tuple[int, Any]], name: str) -> BlockChain:
+def find_chain(
+    model: nn.Module, run: Run, batches: Iterable[tuple[int, Any]], name: str, lists: Sequence[str] | None = None
+) -> BlockChain:
     """The model's chain of blocks, tried on all batches: every block must return what it returns in a whole run.
 
     Args:
@@ -103,8 +106,17 @@ def find_chain(model: nn.Module, run: Run, batches: Iterable[tuple[int, Any]], n
         run: how it is run, see :func:`alds_fast.measurement.private_runs`.
         batches: with their numbers. It is run with each as a whole and block by block.
         name: what errors call the data.
+        lists: where the blocks are, if users say so; ArgumentError if these are no chain.
     """
-    likely = find_blocks(model)
+    chain = _tried_chain(model, run, batches, name, find_blocks(model, lists))
+    if lists is not None and not chain.blocks:
+        raise ArgumentError(f"blocks={','.join(lists)!r} are no chain: {chain.reason}; leave out blocks=")
+    return chain
+
+
+def _tried_chain(
+    model: nn.Module, run: Run, batches: Iterable[tuple[int, Any]], name: str, likely: list[str]
+) -> BlockChain:
     if len(likely) < LEAST:
         return BlockChain(reason=f"the model has {len(likely)} modules that look like blocks, and {LEAST} are needed")
     chain: BlockChain | None = None

@@ -104,7 +104,7 @@ def _run_compress(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     model = ModelTarget(args.target, args.weights)()
     if args.refine:
-        check_refinement(model, batches, args.refine, args.include, args.exclude)
+        check_refinement(model, batches, args.refine, args.include, args.exclude, args.blocks)
     with telling(None) as progress:
         example = None if args.input is None else torch.randn(args.input, device="cpu")
         seeing = {"data": batches, "sensitivity": args.sensitivity, "example_inputs": example}
@@ -112,7 +112,9 @@ def _run_compress(args: argparse.Namespace) -> None:
         options = {name: getattr(args, name) for name in ("criterion", "p", "method", "align", "pivots", "min_rank")}
         plans = partial(analysis.plan, **options, pins=as_pins(args.pin), example_inputs=example)
         fitting: dict[str, Any] = {"refit": batches if args.refit else None, "refine": batches if args.refine else None}
-        apply: Any = partial(Plan.apply, **fitting, epochs=args.refine or PASSES, example_inputs=example)
+        apply: Any = partial(
+            Plan.apply, **fitting, epochs=args.refine or PASSES, example_inputs=example, blocks=args.blocks
+        )
         if args.quality is None:
             plan = plans(**{name: getattr(args, name) for name in BUDGETS}, progress=progress)
             small = apply(plan, model, progress=progress)
@@ -199,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         "--refine", type=passes, nargs="?", const=PASSES, metavar="N",
         help=f"with --data, train block after block on it in the end, N passes for each ({PASSES})",
     )  # fmt: skip
+    compress.add_argument(
+        "--blocks",
+        metavar="LISTS",
+        help="with --data, the lists of blocks, model.layers for one, if they are not found",
+    )
     compress.add_argument("--criterion", choices=CRITERIA, default=None)
     compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
     compress.add_argument("--method", choices=METHODS, default="alds")

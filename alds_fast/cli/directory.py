@@ -70,7 +70,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     config = open_shards(args.target).config
     kind = str((config.get("architectures") or [""])[0])
     batches, texts = _data(args, config, kind)
-    same = ("params", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit")
+    same = ("params", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit", "blocks")
     options: dict[str, Any] = {name: getattr(args, name) for name in same}
     options |= {
         "data": batches,

@@ -104,9 +104,9 @@ def in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
     return first, halves
 
 
-def chain_of(model: nn.Module, run: Run, data: Iterable[Any]) -> BlockChain:
+def chain_of(model: nn.Module, run: Run, data: Iterable[Any], lists: Sequence[str] | None = None) -> BlockChain:
     """The model's blocks; none, as the log says, where it is no chain, or batches are others in every pass."""
-    chain = find_chain(model, run, numbered_batches(data), "refit=")
+    chain = find_chain(model, run, numbered_batches(data), "refit=", lists)
     if chain.blocks and not isinstance(data, list | tuple):
         passes = [[digest_of(batch) for batch in data] for _ in range(2)]
         chain = chain if passes[0] == passes[1] else BlockChain(reason="a second pass gave other batches; pass a list")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, find_chain, forwards
+from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, check_lists, find_chain, forwards
 from ..checks import is_count
 from ..errors import ArgumentError, ModelError
 from ..layers import LowRankLayer, annotate
@@ -129,6 +129,7 @@ def refine(
     lr: float = RATE,
     mask: str | None = USUAL,
     progress: ProgressOption = None,
+    blocks: str | Sequence[str] | None = None,
 ) -> tuple[nn.Module, list[Refined]]:
     """A copy of a compressed model whose blocks were trained to return what the dense model's return.
 
@@ -142,6 +143,8 @@ def refine(
             along a cosine.
         mask: as for analyze: what is padding does not count.
         progress: as for :func:`alds_fast.analyze`, after each block.
+        blocks: names of the lists that hold the blocks, "model.layers" for one, where these are not found; several as a
+            sequence or with commas.
 
     Returns:
         The model, and for each block with low-rank layers the relative errors of its output on the batches kept aside.
@@ -156,26 +159,25 @@ def refine(
     """
     check_pair(small, model, "refine")
     check_schedule(data, "data", epochs, lr)
-    data = without_labels(model, data)
+    data, lists = without_labels(model, data), check_lists(blocks)
     small = copy.deepcopy(small)
     with telling(progress) as tell:
-        done = refine_blocks(small, model, data, epochs=epochs, lr=lr, mask=mask, progress=tell)
+        done = refine_blocks(small, model, data, epochs=epochs, lr=lr, mask=mask, progress=tell, lists=lists)
     better = [block.block for block in done if block.after < block.before]
     reports = getattr(small, "alds_factors", {})
     annotate(small, factors=reports | trained_reports(reports, small, model, "refined", better))
     return small, done
 
 
-def check_chain(model: nn.Module, batch: Any) -> None:
+def check_chain(model: nn.Module, batch: Any, lists: Sequence[str] | None = None) -> None:
     """ModelError unless a model is a chain of blocks, as far as one batch tells."""
     with private_runs(model) as run:
-        _needed_chain(find_chain(model, run, [(1, batch)], _NAME))
+        _needed_chain(find_chain(model, run, [(1, batch)], _NAME, lists))
 
 
-def _needed_chain(chain: BlockChain) -> BlockChain:
+def _needed_chain(chain: BlockChain) -> None:
     if not chain.blocks:
         raise ModelError(f"refine() needs a chain of blocks: {chain.reason}; alds_fast.distill trains any model")
-    return chain
 
 
 class Steps:
@@ -196,11 +198,12 @@ class Steps:
 def refine_blocks(
     small: nn.Module, model: nn.Module, data: Iterable[Any], *, epochs: int = PASSES, lr: float = RATE,
     mask: str | None = USUAL, progress: Progress = tell_nobody, chain: BlockChain | None = None,
-    steps: Steps | None = None, room: Callable[[], Room] = Room,
+    lists: Sequence[str] | None = None, steps: Steps | None = None, room: Callable[[], Room] = Room,
 ) -> list[Refined]:  # fmt: skip
     """:func:`refine` of a compressed model in place, of arguments that were checked.
 
-    ``chain``: the blocks, if they have been found; ``room`` makes what keeps their outputs.
+    ``chain``: the blocks, if they have been found, ``lists`` where users say that they are;
+    ``room`` makes what keeps their outputs.
     """
     used, aside = set_aside(data, "data")
     reports: list[Refined] = []
@@ -208,7 +211,8 @@ def refine_blocks(
         changing = [p for p in small.parameters() if p.dim() == 1]
         run_dense = stack.enter_context(private_runs(model))
         run_small = stack.enter_context(private_runs(small, changing))
-        chain = _needed_chain(find_chain(model, run_dense, [*used, *aside], _NAME) if chain is None else chain)
+        chain = find_chain(model, run_dense, [*used, *aside], _NAME, lists) if chain is None else chain
+        _needed_chain(chain)
         dense, low = (
             Walk(net, run, chain.blocks, chain.ends, room=room())
             for net, run in ((model, run_dense), (small, run_small))

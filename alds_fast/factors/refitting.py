@@ -99,6 +99,7 @@ def refit(
     bias_correction: bool,
     mask: str | None,
     chain: BlockChain | None = None,
+    lists: Sequence[str] | None = None,
     known: Container[str] = (),
     done: Callable[[str, FactorReport | None], None] = lambda name, report: None,
     room: Callable[[], Room] = Room,
@@ -112,10 +113,11 @@ def refit(
     rows in the compressed network than in the dense one (experts, say), and, with a warning, those of which the batches
     show more noise than anything else.
     ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some;
-    ``chain`` the model's blocks, if these have been found; ``known`` the layers that are fitted already; ``room`` makes
-    what keeps the blocks' outputs. ``done`` is told every layer, once it is fitted or left, and its report.
-    ``world``: processes that share the batches, by their numbers, and the layers that are fitted together; all get all
-    factors. All must pass the same arguments and a chain of blocks; each takes one batch at least.
+    ``chain`` the model's blocks, if these have been found, ``lists`` where users say that they are; ``known`` the
+    layers that are fitted already; ``room`` makes what keeps the blocks' outputs. ``done`` is told every layer, once it
+    is fitted or left, and its report. ``world``: processes that share the batches, by their numbers, and the layers
+    that are fitted together; all get all factors. All must pass the same arguments and a chain of blocks; each takes
+    one batch at least.
 
     Raises ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
@@ -152,7 +154,7 @@ def refit(
             return reports
 
         try:
-            fitted = fit_all(chain_of(model, run_dense, data) if chain is None else chain)
+            fitted = fit_all(chain_of(model, run_dense, data, lists) if chain is None else chain)
         except LeftChain as e:  # the compressed model goes another way than the dense one
             if world.size > 1:
                 raise ModelError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from ..blocks import check_lists
 from ..errors import ArgumentError
 from ..factors import passes_of
 from ..layers import check_copyable, chosen_layers, decomposable
@@ -41,10 +42,15 @@ def _options(function: Callable[..., Any], *without: str) -> set[str]:
 _ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze, "example_inputs"), _options(Analysis.plan, *_NAMED, "progress")
 
 
-def check_refinement(model: nn.Module, data: Any, epochs: int, include: Selection, exclude: Selection) -> None:
+Lists = str | Sequence[str] | None
+
+
+def check_refinement(
+    model: nn.Module, data: Any, epochs: int, include: Selection, exclude: Selection, blocks: Lists = None
+) -> None:
     """Raises what refinement of the chosen layers would raise, as far as one batch tells, before the work."""
     layers = decomposable(chosen_layers(model, include, exclude))
-    check_refining(model, [layer.name for layer in layers], data, epochs)
+    check_refining(model, [layer.name for layer in layers], data, epochs, check_lists(blocks))
 
 
 def compress(
@@ -60,6 +66,7 @@ def compress(
     example_inputs: Any = None,
     refit: bool = False,
     refine: bool | int = False,
+    blocks: Lists = None,
     **options: Any,
 ) -> nn.Module:
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
@@ -68,7 +75,7 @@ def compress(
     moment_order, held_out, moment_memory, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p,
     method, align, bias_correction, importance, cache, pivots, pins, min_rank).
     ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`, ``refine=True`` is ``refine=data``, and
-    ``refine=5`` goes through the data five times.
+    ``refine=5`` goes through the data five times; ``blocks`` is for these two.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
     Under ``quality=`` it is models with refit and refinement that are evaluated.
     The result is run on ``example_inputs``, or else the first batch of ``data``, before it is given back.
@@ -104,8 +111,10 @@ def compress(
         check_importance(planning.get("importance"), model, [layer.name for layer in decomposable(chosen)])
         pins_of_layers(planning.get("pins"), planning.get("min_rank", 1), model, chosen)
     check_copyable(model)
+    if check_lists(blocks) and not (refit or refine):
+        raise ArgumentError(f"blocks={blocks!r} goes with refit= or refine=: nothing else goes block by block")
     if refine:
-        check_refinement(model, options["data"], passes, options.get("include"), options.get("exclude"))
+        check_refinement(model, options["data"], passes, options.get("include"), options.get("exclude"), blocks)
     analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS - {"progress"}}
     if options.get("data") is None:
         analysing.setdefault("precision", resolved_precision(checked, options.get("criterion"), options.get("method")))
@@ -118,7 +127,7 @@ def compress(
     trained: dict[str, Any] = {"refit": options["data"]} if refit else {}
     trained |= {"refine": options["data"], "epochs": passes} if refine else {}
     if trained:
-        trained["mask"] = options.get("mask", USUAL)
+        trained |= {"mask": options.get("mask", USUAL), "blocks": blocks}
     apply: Any = partial(Plan.apply, example_inputs=inputs, **trained)
     with telling(options.get("progress")) as tell:
         analysis = analyze(model, example_inputs=example_inputs, **analysing, progress=tell)

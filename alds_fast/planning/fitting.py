@@ -15,17 +15,17 @@ from ..progress import Progress
 
 def refine_steps(
     small: nn.Module, model: nn.Module, data: Iterable[Any], epochs: int, mask: str | None,
-    reports: Mapping[str, FactorReport], tell: Progress,
+    reports: Mapping[str, FactorReport], tell: Progress, lists: Sequence[str] | None,
 ) -> dict[str, FactorReport]:  # fmt: skip
     """Train block after block of the compressed model, see :func:`alds_fast.refine`; reports of what became better."""
-    blocks = refine_blocks(small, model, data, epochs=epochs, mask=mask, progress=tell)
+    blocks = refine_blocks(small, model, data, epochs=epochs, mask=mask, progress=tell, lists=lists)
     better = [block.block for block in blocks if block.after < block.before]
     return trained_reports(reports, small, model, "refined", better)
 
 
 def refit_steps(
     small: nn.Module, model: nn.Module, names: Sequence[str], data: Iterable[Any], mask: str | None, basis: Basis,
-    tell: Progress,
+    tell: Progress, lists: Sequence[str] | None,
 ) -> dict[str, FactorReport]:  # fmt: skip
     """Fit layer after layer of these names, see :mod:`alds_fast.factors.refitting`; reports by name."""
     gradients = {}
@@ -40,5 +40,6 @@ def refit_steps(
         tell("refit", len(fitted), len(layers))
 
     return refit(
-        small, model, layers, data, gradients=gradients, bias_correction=basis.bias_correction, mask=mask, done=done
-    )
+        small, model, layers, data, gradients=gradients, bias_correction=basis.bias_correction, mask=mask, done=done,
+        lists=lists,
+    )  # fmt: skip

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import check_lists
 from ..checks import check_model
 from ..criteria import CRITERIA, Basis, Moments
-from ..errors import PlanError
+from ..errors import ArgumentError, PlanError
 from ..factors import (
     PASSES,
     factorize,
@@ -133,6 +134,7 @@ class Plan:
         mask: str | None = "attention_mask",
         example_inputs: Any = None,
         progress: ProgressOption = None,
+        blocks: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """A new model with the layers replaced; ``model`` is not changed.
 
@@ -150,6 +152,8 @@ class Plan:
             example_inputs: what the model is run with, as for flops=; by default the first batch of ``refit`` or of
                 ``refine``. The result is run on them before it is given back.
             progress: as for analyze.
+            blocks: with ``refit`` or ``refine``, names of the lists that hold the model's blocks, "model.layers" for
+                one, where these are not found; ArgumentError if they are no chain.
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
@@ -163,12 +167,15 @@ class Plan:
         check_model(model)
         if count_params(model) != self.params_before:
             raise PlanError(f"the plan is for {self.params_before:,} parameters, the model has {count_params(model):,}")
+        lists = check_lists(blocks)
+        if lists and refit is None and refine is None:
+            raise ArgumentError(f"blocks={blocks!r} goes with refit= or refine=: nothing else goes block by block")
         if refit is not None:
             check_batches(refit)
             refit = without_labels(model, refit)
         check_copyable(model)
         if refine is not None:
-            check_refining(model, [row.name for row in self.layers if row.choice], refine, epochs)
+            check_refining(model, [row.name for row in self.layers if row.choice], refine, epochs, lists)
             refine = without_labels(model, refine)
         chosen = [row.choice for row in self.layers if row.choice is not None]
         names, basis = [choice.name for choice in chosen], self._basis(moments)
@@ -184,9 +191,9 @@ class Plan:
             before = None if inputs is None else check_way(model, small, names, inputs, called)
             with naming_readers(small):
                 if refit is not None:
-                    reports |= refit_steps(small, model, names, refit, mask, basis, tell)
+                    reports |= refit_steps(small, model, names, refit, mask, basis, tell, lists)
                 if refine is not None and names:
-                    reports |= refine_steps(small, model, refine, epochs, mask, reports, tell)
+                    reports |= refine_steps(small, model, refine, epochs, mask, reports, tell, lists)
         if before is not None:
             check_run(small, inputs, before)
         check_result(small, names, self.params)

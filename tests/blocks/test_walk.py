@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from alds_fast.blocks import Walk, find_blocks, find_chain
+from alds_fast.blocks import Walk, check_lists, find_blocks, find_chain
 from alds_fast.blocks import states as states_module
 from alds_fast.blocks.states import Room, blank, keep, restored
+from alds_fast.errors import ArgumentError
 from alds_fast.measurement import private_runs
 
 
@@ -257,3 +258,21 @@ def test_batches_that_run_other_blocks_are_no_chain():
     model = tower(Optional)
     with private_runs(model) as run:
         assert "batch 2 runs other blocks" in find_chain(model, run, [(1, IDS), (2, IDS % 5)], "").reason
+
+
+def test_blocks_in_lists_that_users_name():
+    two = nn.ModuleDict({"a": tower(), "b": nn.ModuleList(), "c": nn.Linear(2, 2)})
+    assert find_blocks(two, ["a.blocks"]) == [f"a.blocks.{i}" for i in range(4)]
+    for name, text in (("b", "is empty"), ("c", "is no list of the model; it has a.blocks"), ("d", "no list")):
+        with pytest.raises(ArgumentError, match=text):
+            find_blocks(two, [name])
+    assert check_lists("x, y") == check_lists(["x", "y"]) == ("x", "y") and check_lists(None) is None
+    for wrong in ("", [], 3, ["x", 3], "x,,y"):
+        with pytest.raises(ArgumentError, match="expected names of lists"):
+            check_lists(wrong)
+    model = tower()
+    with private_runs(model) as run:
+        assert find_chain(model, run, [(1, (IDS,))], "", ["blocks"]) == chain_of(model, IDS)
+    model = tower(Skipping)
+    with private_runs(model) as run, pytest.raises(ArgumentError, match="blocks='blocks' are no chain: .* depends"):
+        find_chain(model, run, [(1, (IDS,))], "", ["blocks"])

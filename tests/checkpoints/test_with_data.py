@@ -162,6 +162,17 @@ def test_what_it_needs_is_said_before_the_work(tmp_path, caplog, monkeypatch):
     assert memory > 0.5 and 0.9 < disk / (max(sizes) / 1e9) < 1.25
 
 
+def test_lists_of_blocks_by_hand(deep, tmp_path):
+    by_hand = {**OPTIONS, "refit": True, "blocks": "model.layers"}
+    alds.compress_checkpoint(deep / "dense", tmp_path / "small", **by_hand)
+    names = [n for n in checkpoints.contents(deep / "small") if n.endswith(".safetensors")]
+    assert names and all((tmp_path / "small" / n).read_bytes() == (deep / "small" / n).read_bytes() for n in names)
+    with pytest.raises(errors.ArgumentError, match="blocks='layers' is no list of the model; it has model.layers"):
+        alds.compress_checkpoint(deep / "dense", tmp_path / "other", **{**by_hand, "blocks": "layers"})
+    with pytest.raises(errors.ArgumentError, match="blocks= needs data="):
+        alds.compress_checkpoint(deep / "dense", tmp_path / "other", params=0.7, blocks="model.layers")
+
+
 def test_refinement_needs_blocks(made, tmp_path):
     with pytest.raises(errors.ModelError, match="refine= needs a chain of blocks: the model has 2 modules"):
         alds.compress_checkpoint(made / "dense", tmp_path / "small", refine=True, **OPTIONS)

@@ -76,6 +76,9 @@ class Unseen(nn.Module):
         ({"refine": "yes"}, ArgumentError, "refine='yes' is neither"),
         ({"refine": True, "data": None}, ArgumentError, "refine=True: data= is a NoneType"),
         ({"refine": 2, "data": iter(batches())}, ArgumentError, "refine=2: data= is an iterator"),
+        ({"blocks": "net"}, ArgumentError, "blocks='net' goes with refit= or refine="),
+        ({"refine": True, "blocks": "blocks"}, ArgumentError, "blocks='blocks' is no list of the model; it has net"),
+        ({"refine": True, "blocks": 3}, ArgumentError, "blocks=3: expected names of lists"),
         ({"refine": True, "data": batches(1)}, ArgumentError, "refine= has 1 batches; give two"),
         ({"refine": True}, ModelError, "refine() needs a chain of blocks: the model has 0 modules"),
     ],
@@ -84,6 +87,23 @@ def test_refusals_before_the_work(options, error, text):
     data = [torch.randn(8, 16), torch.randn(9, 16)]
     with pytest.raises(error, match=re.escape(text)):
         alds.compress(Unseen(), params=0.6, **{"data": data, **options})
+
+
+def test_lists_of_blocks_by_hand():
+    model, data = encoder(), batches()
+    expected = alds.compress(model, params=0.6, data=data, refit=True, refine=True)
+    assert same(alds.compress(model, params=0.6, data=data, refit=True, refine=True, blocks="layers"), expected)
+    plan = alds.analyze(model).plan(params=0.6)
+    small = plan.apply(model, refit=data)
+    for go in (
+        lambda name: plan.apply(model, refit=data, blocks=name),
+        lambda name: alds.refine(small, model, data, blocks=[name]),
+    ):
+        with pytest.raises(ArgumentError, match="'layer' is no list of the model; it has layers"):
+            go("layer")
+        go("layers")
+    with pytest.raises(ArgumentError, match="blocks='layers' goes with refit= or refine="):
+        plan.apply(model, blocks="layers")
 
 
 def test_half_types_and_wrong_numbers_are_refused_before_the_factors():

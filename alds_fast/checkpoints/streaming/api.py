@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...blocks import check_lists
 from ...checks import is_count
 from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
@@ -56,12 +57,15 @@ def _settings(
     params: float | None, error: float | None, criterion: str | None, p: float | None, align: int,
     schemes: Sequence[int], groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int,
     precision: str, pivots: bool, data: Any, sensitivity: Sensitivity, refit: bool, refine: bool | int,
+    blocks: str | Sequence[str] | None,
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
     check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align, pivots=pivots)
     check_sensitivity(sensitivity)
-    passes = passes_of(refine)
-    asked = [n for n, v in (("sensitivity=", sensitivity), ("refit=", refit), ("refine=", refine)) if v]
+    passes, lists = passes_of(refine), check_lists(blocks)
+    asked = [
+        n for n, v in (("sensitivity=", sensitivity), ("refit=", refit), ("refine=", refine), ("blocks=", lists)) if v
+    ]
     if data is None and (criterion not in (None, *WEIGHT_CRITERIA) or asked):
         what = asked[0] if asked else f"criterion={criterion!r}"
         raise ArgumentError(f"{what} needs data=, batches of the model's inputs; criteria without data are "
@@ -78,7 +82,7 @@ def _settings(
         budget, criterion, norm, int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
         patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, pivots, is_float32(precision),
-        *() if data is None else (_digest(data), _name(sensitivity), bool(refit), passes or None),
+        *() if data is None else (_digest(data), _name(sensitivity), bool(refit), passes or None, lists),
     )  # fmt: skip
 
 
@@ -123,6 +127,7 @@ def compress_checkpoint(
     sensitivity: Sensitivity = False,
     refit: bool = False,
     refine: bool | int = False,
+    blocks: str | Sequence[str] | None = None,
 ) -> CompressedCheckpoint:
     """Compress a checkpoint directory into another one, with a few layers, or with ``data`` one block, in memory.
 
@@ -149,6 +154,8 @@ def compress_checkpoint(
         refit: with data, fit the factors to it layer after layer, see :meth:`alds_fast.Plan.apply`.
         refine: with data, in the end train block after block, with that many passes over the data, to return what the
             dense model's return, see :func:`alds_fast.refine`. Half types are trained in float32, in memory.
+        blocks: with data, names of the lists that hold the model's blocks, "model.layers" for one, where these are not
+            found; several as a sequence or with commas. ArgumentError if they are no chain.
 
     A job that was interrupted, at any moment and in any way, goes on when it is started again with the same arguments;
     the result is the same to the byte, also for any number of threads and of processes. (With data for the same number
@@ -173,7 +180,7 @@ def compress_checkpoint(
             raise ArgumentError("data= has no batches; an iterator can be used once only")
     settings = _settings(
         params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision, pivots,
-        data, sensitivity, refit, refine,
+        data, sensitivity, refit, refine, blocks,
     )  # fmt: skip
     if refine:
         check_schedule(data, "refine=", settings.refine)
@@ -203,7 +210,11 @@ def _job(shards: Shards, settings: Settings) -> dict[str, Any]:
               for name, path in companions(shards.folder, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
     job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
     fields: dict[str, Any] = json.loads(json.dumps({**job, **asdict(settings)}))
-    return {k: v for k, v in fields.items() if v is not None or k not in ("data", "sensitivity", "refit", "refine")}
+    return {
+        k: v
+        for k, v in fields.items()
+        if v is not None or k not in ("data", "sensitivity", "refit", "refine", "blocks")
+    }
 
 
 def _run(

@@ -45,6 +45,7 @@ class Settings:
     sensitivity: str | None = None
     refit: bool | None = None
     refine: int | None = None  # passes over the batches
+    blocks: tuple[str, ...] | None = None  # the lists that hold them, where users say so
 
     @property
     def float32_first(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...blocks import BlockChain, LeftChain, Room, find_chain
+from ...blocks import BlockChain, LeftChain, Room, find_blocks, find_chain
 from ...criteria import GRADIENTS, INPUTS, collect_by_blocks, collect_moments
 from ...errors import ModelError
 from ...layers import DecomposableLayer
@@ -38,9 +38,12 @@ def kinds_of(batches: Iterable[Any]) -> list[tuple[int, Any]]:
 
 def tried_chain(work: Work, model: nn.Module, batches: Sequence[Any]) -> BlockChain:
     """The model's blocks, tried on one batch of every kind."""
-    folder = work.shards.folder
-    with one_block_at_a_time(model, folder), run_on(work.device, model, folder), private_runs(model) as run:
-        return find_chain(model, run, kinds_of(batches), "data=")
+    folder, lists = work.shards.folder, work.settings.blocks
+    with (
+        one_block_at_a_time(model, folder, lists), run_on(work.device, model, folder, find_blocks(model, lists)),
+        private_runs(model) as run,
+    ):  # fmt: skip
+        return find_chain(model, run, kinds_of(batches), "data=", lists)
 
 
 def check_one_process(work: Work, chain: BlockChain) -> None:

@@ -116,8 +116,11 @@ def refit_factors(
         let_go([work.shards.folder, work.journal.folder])
         work.progress("refit", count, len(choices))
 
-    folder = work.shards.folder
-    with one_block_at_a_time(model, folder), run_on(work.device, model, folder), run_on(work.device, small, folder):
+    folder, blocks = work.shards.folder, chain.blocks or None
+    with (
+        one_block_at_a_time(model, folder, work.settings.blocks), run_on(work.device, model, folder, blocks),
+        run_on(work.device, small, folder, blocks),
+    ):  # fmt: skip
         refit(
             small, model, [layers[name] for name in numbers], batches, gradients=_Gradients(basis, list(numbers)),
             bias_correction=False, mask=USUAL, chain=chain, known=known, done=done, room=lambda: room(work),

@@ -62,10 +62,10 @@ def let_go(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def one_block_at_a_time(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Runs of the model let its mapped weights go after every block."""
+def one_block_at_a_time(model: nn.Module, folder: Path, lists: Sequence[str] | None = None) -> Iterator[None]:
+    """Runs of the model let its mapped weights go after every block, found or in ``lists``."""
     with ExitStack() as stack:
-        for block in find_blocks(model):
+        for block in find_blocks(model, lists):
             hook = model.get_submodule(block).register_forward_hook(lambda *_: let_go([folder]))
             stack.callback(hook.remove)
         yield

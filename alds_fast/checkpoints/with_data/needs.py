@@ -102,7 +102,7 @@ def needs_of(work: Work, batches: Sequence[Any], gradients: bool) -> Needs:
 
     Layers that read one tensor are counted as if each read its own, error= as if nothing was left out.
     """
-    blocks, rows = find_blocks(work.model), [tokens_of(batch) for batch in batches]
+    blocks, rows = find_blocks(work.model, work.settings.blocks), [tokens_of(batch) for batch in batches]
     layers, parts = _layers(work, blocks, sum(rows), gradients), _checkpoint(work, blocks)
     if not layers:
         return Needs(_in_use() + LIBRARIES, parts.size)
@@ -130,7 +130,7 @@ def _largest_stage(
     stages = [parts.block + max(moments, logits, planned)]
     if work.settings.refit:
         outputs = min(IN_MEMORY, 4 * sum(rows) * of_block("filters"))
-        stages.append(2 * parts.block + outputs + 8 * max(x.inputs + x.weight for x in layers))
+        stages.append(2 * parts.block + outputs + max(14 * x.inputs + 10 * x.weight for x in layers))
     if work.settings.refine:
         models = 2 * parts.block if parts.item >= 4 else 2 * 4 * parts.numbers
         trained = 5 * 4 * parts.block // parts.item  # parameters, gradients, two of AdamW, the best ones

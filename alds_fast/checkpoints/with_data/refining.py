@@ -71,8 +71,11 @@ def refine_factors(
     dense = load_mapped(work.shards, work.device, wide) if wide else model
     small = load_small(work, choices, wide)
     steps = _Steps(work, small, dense, chain.blocks, {choice.name: number for number, choice in choices.items()})
-    folder = work.shards.folder
-    with one_block_at_a_time(dense, folder), run_on(work.device, dense, folder), run_on(work.device, small, folder):
+    folder, blocks = work.shards.folder, chain.blocks
+    with (
+        one_block_at_a_time(dense, folder, work.settings.blocks), run_on(work.device, dense, folder, blocks),
+        run_on(work.device, small, folder, blocks),
+    ):  # fmt: skip
         refine_blocks(
             small, dense, batches, epochs=passes, chain=chain, steps=steps, room=lambda: room(work),
             progress=work.progress,

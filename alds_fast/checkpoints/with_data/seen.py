@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...blocks import BlockChain
+from ...blocks import BlockChain, find_blocks
 from ...criteria import MAX_DATA_GROUPS, Basis, LayerSpectra
 from ...errors import ArgumentError, FileFormatError, PlanError
 from ...factors import BATCHNORMS, Choice
@@ -64,8 +64,9 @@ class WithData:
         """Those of the directory with their weights, but for those whose weights the model uses itself."""
         layers = [dataclasses.replace(layer, module=self.model.get_submodule(layer.name)) for layer in self.work.layers]
         modules = {layer.name: layer.module for layer in decomposable(layers)}
-        folder = self.work.shards.folder
-        with one_block_at_a_time(self.model, folder), run_on(self.work.device, self.model, folder):
+        folder, lists = self.work.shards.folder, self.work.settings.blocks
+        found = find_blocks(self.model, lists)
+        with one_block_at_a_time(self.model, folder, lists), run_on(self.work.device, self.model, folder, found):
             readers = weight_readers(self.model, modules, self.batches[0], "batch 1 of data=")
         return [
             layer.left_out(reader_reason(readers[layer.name])) if layer.name in readers else layer for layer in layers

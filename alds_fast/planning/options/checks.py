@@ -208,9 +208,11 @@ def check_plan_options(
         raise ArgumentError(f"cache={cache!r}: expected a folder, None for the default one or False for none")
 
 
-def check_refining(model: nn.Module, layers: Sequence[str], data: Iterable[Any], epochs: int) -> None:
+def check_refining(
+    model: nn.Module, layers: Sequence[str], data: Iterable[Any], epochs: int, lists: Sequence[str] | None
+) -> None:
     """Raises what refinement of these layers would raise, as far as one batch tells, before the work."""
     check_schedule(data, "refine=", epochs)
     modules = dict(model.named_modules(remove_duplicate=False))
     check_wide({name: modules[name].weight for name in layers if name in modules}, "refine=")
-    check_chain(model, first_batch(model, without_labels(model, data))[0])
+    check_chain(model, first_batch(model, without_labels(model, data))[0], lists)
