@@ -22,7 +22,18 @@ from .errors import AldsError
 from .evaluation import Evaluation, evaluate, measured_importance
 from .factors import Distilled, Refined, distill, refine
 from .integrations import open_experts, to_plain
-from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
+from .layers import (
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    LowRankEmbedding,
+    LowRankEmbeddingBag,
+    LowRankLinear,
+    register,
+)
 from .planning import Analysis, LayerPlan, Plan, Sweep, analyze, compress, plot_plan, plot_sweep
 from .retraining import Retrained, retrain
 from .version import __version__ as __version__
@@ -38,6 +49,11 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankEmbedding",
+    "LowRankEmbeddingBag",
     "LowRankLinear",
     "Plan",
     "Refined",
@@ -57,6 +73,7 @@ __all__ = [
     "plot_plan",
     "plot_sweep",
     "refine",
+    "register",
     "retrain",
     "save",
     "to_plain",

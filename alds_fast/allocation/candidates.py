@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,30 +122,35 @@ class Candidates:
 
 
 def candidates(
-    shape: WeightShape, by_fold: Mapping[tuple[int, int], Tensor], align: int, pivots_from: float | None = None
+    shape: WeightShape,
+    by_fold: Mapping[tuple[int, int], Tensor],
+    align: int,
+    pivots_from: float | None = None,
+    stored: int | None = None,
 ) -> Candidates:
     """All choices of a layer that are smaller than dense, with ranks that are multiples of ``align``, and dense.
 
     ``by_fold[scheme, groups]`` holds the errors of ranks 0, 1, ... Choices with pivots are those with errors of
-    ``pivots_from`` at least; None for none.
+    ``pivots_from`` at least; None for none. ``stored``: parameters of the layer as it is, where these are not those of
+    a dense weight.
     """
-    curves = []
+    curves, dense = [], shape.numel if stored is None else stored
     for (scheme, groups), values in by_fold.items():
         for pivots in forms_of_fold(shape, scheme, groups) if pivots_from is not None else ("",):
             costs, errors = costs_of_ranks(shape, scheme, groups, pivots)[: len(values)], values.numpy()
-            last = int(np.searchsorted(costs, shape.numel)) - 1
+            last = int(np.searchsorted(costs, min(dense, shape.numel))) - 1
             if pivots and pivots_from:
                 last = min(last, int((np.minimum.accumulate(errors) >= pivots_from).sum()) - 1)
             ranks = np.arange(align, last + 1, align, dtype=np.int64)
             if len(ranks):
                 curves.append(Curve(scheme, groups, align, costs[ranks], errors[ranks], pivots))
-    return Candidates(tuple(curves), shape.numel)
+    return Candidates(tuple(curves), dense)
 
 
 def least_error_of_pivots(layer: DecomposableLayer) -> float:
     """From which error on factors with pivots serve: rounding to half types costs them up to .8 % of the weight."""
-    weight = layer.module.weight
-    return LEAST_IN_HALF if isinstance(weight, Tensor) and weight.dtype.itemsize < 4 else 0.0
+    weight: Any = layer.module.weight
+    return LEAST_IN_HALF if weight.dtype.itemsize < 4 else 0.0
 
 
 def forms_of_fold(shape: WeightShape, scheme: int, groups: int) -> tuple[Pivots, ...]:

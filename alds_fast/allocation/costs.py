@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ArgumentError, BudgetError
-from ..layers import DecomposableLayer
+from ..layers import DecomposableLayer, LowRankLayer
 from ..linalg import WeightShape, index_count
 from ..measurement import InputSpec, dense_flops, flops_of_ranks
 from .candidates import Candidates, Curve
@@ -102,7 +102,8 @@ def memory_table(
     """
     costs, fixed = [], total
     for layer, choice in zip(layers, choices, strict=True):
-        size = int(layer.module.weight.element_size())  # type: ignore[operator]
+        low = isinstance(layer.module, LowRankLayer)
+        size = int((layer.module.encoder if low else layer.module.weight).element_size())  # type: ignore[operator]
 
         def of_curve(curve: Curve, size: int = size, shape: WeightShape = layer.shape) -> Ints:
             indices = index_count(shape, curve.pivots)

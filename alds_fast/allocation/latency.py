@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..layers import DecomposableLayer, LowRankLayer, low_rank_like, replace_layers
+from ..layers import DecomposableLayer, LowRankLayer, low_rank_like, oriented_weight, replace_layers
 from ..linalg import Decomposition
 from ..measurement import (
     InputSpec,
@@ -54,10 +54,9 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
 
     (So activations keep their scale through a deep model, and no denormal numbers distort the time.)
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight: Any = module.weight
     layer = low_rank_like(module, decomposition).to(weight.dtype).to_empty(device=weight.device)
-    scale = (float(weight.detach().float().square().mean()) / decomposition.rank) ** 0.25
+    scale = (float(oriented_weight(module).float().square().mean()) / decomposition.rank) ** 0.25
     layer.reset_order()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -71,10 +70,20 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
 def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
     """Everything that the time of a layer's call depends on beside the hardware, as JSON."""
     module: Any = layer.module
-    names = ("stride", "padding", "dilation", "padding_mode")
+    names = ["stride", "padding", "dilation", "padding_mode"]
+    names += ["output_padding"] if getattr(module, "transposed", False) else []
     options = {n: getattr(module, n) for n in names if hasattr(module, n)}
-    weight = {"shape": layer.weight, "dtype": str(module.weight.dtype), "strides": module.weight.stride()}
-    fields = {"kind": layer.kind, "weight": weight, "bias": module.bias is not None, "options": options}
+    weight: dict[str, Any] = {"shape": layer.weight, "dtype": str(module.weight.dtype)}
+    if isinstance(module, LowRankLayer):
+        weight["factors"] = module.decomposition.to_dict()
+    else:
+        weight["strides"] = module.weight.stride()
+    fields = {
+        "kind": layer.kind,
+        "weight": weight,
+        "bias": getattr(module, "bias", None) is not None,
+        "options": options,
+    }
     fields |= {"conv_groups": layer.shape.conv_groups if layer.shape else 1, "input": spec.to_dict()}
     return json.dumps(fields, sort_keys=True)
 

@@ -24,6 +24,7 @@ from ..layers import (
     holds_experts,
     label,
     low_rank_like,
+    opened_for,
     overlaps,
     replace_layers,
 )
@@ -111,6 +112,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """A copy of the dense model with empty low-rank layers where the file has them."""
+    model = opened_for(model, layers)
     dense_layers = {layer.name: layer for layer in find_layers(model)}
     new = {}
     for name, spec in layers.items():

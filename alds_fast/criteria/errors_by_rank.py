@@ -234,7 +234,7 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, he
     layer, criterion = spectra.layer, CRITERIA[basis.criterion_of(spectra.layer.name)]
     if not criterion.needs_data:
         return {key: spectra.errors(*key, criterion.rule) for key in spectra.values}
-    keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups]
+    keys = [k for k in spectra.values if max_groups is None or k[1] <= max_groups or layer.fold]
     keys = [k for k in keys if basis.moments[layer.name].second is not None or k == (0, 1)]
     held_out = held_out and basis.compares_aside(layer)
     return {key: basis.fold_errors(layer, *key, held_out=held_out) for key in keys}

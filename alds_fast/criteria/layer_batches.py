@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def _weight(layer: DecomposableLayer) -> Tensor:
 
 def place(layer: DecomposableLayer) -> tuple[torch.device, torch.dtype]:
     """Where and in which type a layer is worked on: float64 if its weight is, else float32, which holds half types."""
-    weight = _weight(layer)
+    weight: Any = layer.module.weight
     return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 

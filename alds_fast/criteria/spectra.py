@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .. import linalg
-from ..layers import DecomposableLayer, Layer, check_weight
+from ..layers import DecomposableLayer, Layer, LowRankLayer, check_weight
 from ..linalg import distinct_schemes, divisors
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 
@@ -61,8 +62,13 @@ def candidate_groups(channels: int, groups: Groups) -> tuple[int, ...]:
 
 
 def with_groups(layer: Layer, groups: Groups) -> Layer:
-    """The layer, left out if none of the groups divides its channels."""
-    if not isinstance(layer, DecomposableLayer) or candidate_groups(layer.shape.slice_channels, groups):
+    """The layer, left out if none of the groups divides its channels; a low-rank one keeps the slices that it has."""
+    if (
+        not isinstance(layer, DecomposableLayer)
+        or layer.fold
+        or layer.is_table
+        or candidate_groups(layer.shape.slice_channels, groups)
+    ):
         return layer
     return layer.left_out(f"none of groups={groups} divides its {layer.shape.slice_channels} channels")
 
@@ -70,8 +76,8 @@ def with_groups(layer: Layer, groups: Groups) -> Layer:
 def _problems(layers: Sequence[DecomposableLayer], schemes: Sequence[int], groups: Groups) -> list[_FoldedLayer]:
     problems = []
     for layer in layers:
-        candidates = candidate_groups(layer.shape.slice_channels, groups)
-        for scheme in distinct_schemes(schemes, layer.shape.kernel):
+        candidates = (1,) if layer.is_table else candidate_groups(layer.shape.slice_channels, groups)
+        for scheme in (0,) if layer.is_table else distinct_schemes(schemes, layer.shape.kernel):
             computed = candidates if 1 in candidates else (1, *candidates)  # 1 gives the norm of the whole weight
             problems.append(_FoldedLayer(layer, scheme, candidates, layer.shape.numel, computed))
     return problems
@@ -93,12 +99,29 @@ def layer_spectra(
     ``done`` is told the number of weights finished after each batch. ``float32``: so, where the weight is no wider.
     """
     results = {layer.name: LayerSpectra(layer, {}, {}) for layer in layers}
-    for problem, values in _solve(_problems(layers, schemes, groups), done, limit, float32):
+    for layer in layers:
+        if isinstance(layer.module, LowRankLayer):
+            results[layer.name] = _of_low_rank(layer, layer.module)
+            done(layer.shape.numel)
+    dense = [layer for layer in layers if layer.fold is None]
+    for problem, values in _solve(_problems(dense, schemes, groups), done, limit, float32):
         result = results[problem.layer.name]
         by_groups = dict(zip(problem.computed, values, strict=True))
         result.top[problem.scheme] = float(by_groups[1].max())
         result.values.update({(problem.scheme, k): by_groups[k] for k in problem.groups})
-    return [mark_float32(s) if float32 and computed_in_float32(s.layer) else s for s in results.values()]
+    marked = {layer.name for layer in dense if float32 and computed_in_float32(layer)}
+    return [mark_float32(s) if name in marked else s for name, s in results.items()]
+
+
+def _of_low_rank(layer: DecomposableLayer, module: LowRankLayer) -> LayerSpectra:
+    """The spectra of a low-rank layer's slices, of its own fold, from its factors."""
+    left, right = module.slice_factors()
+    values = linalg.product_values(left, right)
+    top = values
+    if module.slices > 1:
+        blocks = torch.stack([torch.block_diag(*slices) for slices in right])
+        top = linalg.product_values(left.transpose(1, 2).flatten(2), blocks)
+    return LayerSpectra(layer, {module.decomposition.fold: values}, {module.scheme: float(top.max())})
 
 
 def mark_float32(spectra: LayerSpectra) -> LayerSpectra:
@@ -136,4 +159,7 @@ def exact_spectra(wanted: Sequence[tuple[DecomposableLayer, Key]]) -> Iterator[t
 
 def total_work(layers: Sequence[DecomposableLayer], schemes: Sequence[int]) -> int:
     """The number that the ``done`` reports of :func:`layer_spectra` add up to."""
-    return sum(layer.shape.numel * len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers)
+    folds = (
+        1 if layer.fold or layer.is_table else len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers
+    )
+    return sum(layer.shape.numel * n for layer, n in zip(layers, folds, strict=True))

@@ -18,6 +18,7 @@ from ..blocks import Walk, find_chain, forwards
 from ..checks import check_model, is_number
 from ..errors import ArgumentError, LayerNotFoundError, ModelError
 from ..factors import names_logits, output_distance
+from ..layers import opened_for
 from ..measurement import (
     USUAL,
     Run,
@@ -73,6 +74,7 @@ def measured_importance(
     if not is_number(limit) or not 1.0 < limit < math.inf:
         raise ArgumentError(f"limit={limit!r} is outside (1, inf); 4 is usual")
     errors = {row.name: row.error for row in plan.layers if row.rank is not None and row.error > 0}
+    model = opened_for(model, list(errors))
     made = {net: dict(net.named_modules(remove_duplicate=False)) for net in (small, model)}
     for name in errors:
         if any(name not in modules for modules in made.values()):

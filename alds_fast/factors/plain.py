@@ -46,7 +46,7 @@ def _report(factors: linalg.Factors) -> FactorReport:
 
 def low_rank_layer(layer: DecomposableLayer, choice: Choice, left: Tensor, right: Tensor) -> LowRankLayer:
     """The layer with factors left (conv_groups, groups, rows, rank) and right (conv_groups, groups, rank, columns)."""
-    weight = layer.module.weight
+    weight = layer.module.encoder if isinstance(layer.module, LowRankLayer) else layer.module.weight
     assert isinstance(weight, Tensor)
     new = low_rank_like(layer.module, choice.decomposition)
     new.set_factors(left, right, weight)
@@ -60,6 +60,11 @@ def plain_layers(
 
     As many are computed together as :func:`alds_fast.criteria.layer_spectra` does.
     """
+    for choice, layer in work:
+        if isinstance(layer.module, LowRankLayer):
+            cut = linalg.cut_product(*layer.module.slice_factors(), choice.decomposition.rank)
+            yield choice, low_rank_layer(layer, choice, cut.left, cut.right), FactorReport("exact", 0, cut.error)
+    work = [(choice, layer) for choice, layer in work if layer.fold is None]
     room, limit = FoldRoom(), limit or for_threads([choice.shape.numel for choice, _ in work])
     for batch in batches(work, lambda w: w[0].shape.numel, lambda w: place(w[1]), limit):
         matrices = room.matrices([(layer, choice.decomposition.scheme) for choice, layer in batch])

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, check_lists, find_chain, forwards
 from ..checks import is_count
 from ..errors import ArgumentError, ModelError
-from ..layers import LowRankLayer, annotate
+from ..layers import LowRankLayer, annotate, opened_for
 from ..measurement import USUAL, masks_of, naming_batch, private_runs, without_labels
 from ..progress import Progress, ProgressOption, tell_nobody, telling
 from .training import (
@@ -161,6 +161,7 @@ def refine(
     check_schedule(data, "data", epochs, lr)
     data, lists = without_labels(model, data), check_lists(blocks)
     small = copy.deepcopy(small)
+    model = opened_for(model, [name for name, m in small.named_modules() if isinstance(m, LowRankLayer)])
     with telling(progress) as tell:
         done = refine_blocks(small, model, data, epochs=epochs, lr=lr, mask=mask, progress=tell, lists=lists)
     better = [block.block for block in done if block.after < block.before]

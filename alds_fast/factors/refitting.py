@@ -123,7 +123,8 @@ def refit(
     """
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
     world = world or World()
-    fitting = {layer.name: layer for layer in layers if layer.name in low and layer.shape.columns <= ORDER}
+    fitted_here = [x for x in layers if x.name in low and x.shape.columns <= ORDER and not x.is_table]
+    fitting = {layer.name: layer for layer in fitted_here}
     with ExitStack() as stack:
         run_dense, run_small = (stack.enter_context(private_runs(net)) for net in (model, small))
         first, halves = in_halves(data)

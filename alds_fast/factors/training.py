@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_model, is_count, is_number
 from ..errors import ArgumentError, ModelError
-from ..layers import LowRankLayer, label, oriented_weight
+from ..layers import LowRankLayer, label, opened_for, oriented_weight
 from ..measurement import Masks, check_batches
 from .choice import FactorReport
 
@@ -53,7 +53,7 @@ def check_pair(small: nn.Module, model: nn.Module, caller: str) -> None:
     if not low:
         raise ModelError(f"the model has no low-rank layers: there is nothing that {caller} could train")
     check_wide({name: layer.encoder for name, layer in low.items()}, caller)
-    dense = dict(model.named_modules(remove_duplicate=False))
+    dense = dict(opened_for(model, list(low)).named_modules(remove_duplicate=False))
     missing = [name for name in low if not isinstance(dense.get(name), nn.Module)]
     if missing or any(isinstance(m, LowRankLayer) for m in model.modules()):
         raise ModelError(f"{caller}(small, model, data): the second model is not the dense one that the first is of")
@@ -171,6 +171,7 @@ def trained_reports(
     reports: Mapping[str, FactorReport], small: nn.Module, model: nn.Module, method: str, blocks: Sequence[str] = ("",)
 ) -> dict[str, FactorReport]:
     """The reports of the low-rank layers within these blocks, after training by that method."""
+    model = opened_for(model, list(reports))
     dense, low = (dict(net.named_modules(remove_duplicate=False)) for net in (model, small))
     inside = [name for name in reports if any(not block or name.startswith(f"{block}.") for block in blocks)]
     new = {}

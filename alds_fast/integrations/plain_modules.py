@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import in_this_order
-from ..layers import AbsentWeight, LowRankConv, LowRankLayer
+from ..layers import AbsentWeight, LowRankConv, LowRankEmbedding, LowRankLayer
 
 
 class SlicedLinear(nn.Module):
@@ -87,6 +87,8 @@ def _linear(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Linear:
 def _halves(layer: LowRankLayer, bias: Tensor | None) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder, without what pivots add to them."""
     encoder, decoder = layer.encoder, layer.decoder
+    if isinstance(layer, LowRankEmbedding):
+        return layer.narrow_module(), _linear(decoder)
     if isinstance(layer, LowRankConv):
         return layer.half_modules(bias)
     if layer.slices == 1:
@@ -111,5 +113,5 @@ def plain_module(layer: LowRankLayer) -> nn.Sequential:
     plain: Any = nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder)).train(layer.training)
     for name in layer.dense_attributes:
         setattr(plain, name, getattr(layer, name))
-    plain.weight = AbsentWeight(f"the plain form of {type(layer).__name__}", layer.weight_shape.weight, plain)
+    plain.weight = AbsentWeight(f"the plain form of {type(layer).__name__}", layer.stored_shape, plain)
     return plain

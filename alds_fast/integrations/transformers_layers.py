@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..layers import Layer, OpenedExperts, find_layers, holds_experts, label, low_rank_like, why_experts_stay
+from ..layers import (
+    Layer,
+    OpenedExperts,
+    find_layers,
+    holds_experts,
+    label,
+    low_rank_like,
+    put_opened,
+    why_experts_stay,
+)
 from ..linalg import Decomposition
 from .transformers_keys import stored_names
 
@@ -41,6 +50,7 @@ def put_low_rank_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]
     in another size, are left out. Raises PlanError if a layer cannot be replaced, or if all are left out though some
     look like the model's.
     """
+    put_opened(model, layers)
     dense_layers = {layer.name: layer for layer in find_layers(model)}
     places = _places(model, dense_layers, layers)
     unknown = [stored for stored in layers if stored not in places]

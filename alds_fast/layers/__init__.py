@@ -20,6 +20,13 @@ from .discovery import (
 )
 from .experts import OpenedExperts, Routed, routed_rows
 from .linear import LowRankLinear
+from .low_rank import (
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    LowRankEmbedding,
+    LowRankEmbeddingBag,
+)
 from .merged_linears import MergedLinears, MergedPart
 from .obstacles import (
     attributes,
@@ -30,13 +37,15 @@ from .obstacles import (
     warn_of_questions,
     why_experts_stay,
 )
+from .opening import OpenedAttention, opened, opened_for, put_opened, register
 from .output_heads import chosen_layers
-from .registry import LOW_RANK, is_linear, low_rank_like, oriented_weight, weight_shape
+from .registry import CONVOLUTIONS, LOW_RANK, is_linear, is_table, low_rank_like, oriented_weight, weight_shape
 from .replacement import annotate, check_copyable, replace_layers
 from .shared_weights import has_plain_memory, is_freed, overlaps, tied_names
 from .values import bad_values, check_values, check_weight, check_whole
 
 __all__ = [
+    "CONVOLUTIONS",
     "LOW_RANK",
     "AbsentWeight",
     "DecomposableLayer",
@@ -45,10 +54,16 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankEmbedding",
+    "LowRankEmbeddingBag",
     "LowRankLayer",
     "LowRankLinear",
     "MergedLinears",
     "MergedPart",
+    "OpenedAttention",
     "OpenedExperts",
     "Routed",
     "annotate",
@@ -69,12 +84,17 @@ __all__ = [
     "holds_experts",
     "is_freed",
     "is_linear",
+    "is_table",
     "label",
     "left_out_text",
     "low_rank_like",
+    "opened",
+    "opened_for",
     "oriented_weight",
     "overlaps",
+    "put_opened",
     "reader_reason",
+    "register",
     "replace_layers",
     "routed_rows",
     "saying_what_is_left_out",

@@ -22,6 +22,7 @@ from ..linalg import (
     own_memory,
     permute_weight,
     pivot_factors,
+    slice_factors,
     weights_to_dense,
     with_identity,
 )
@@ -95,7 +96,7 @@ class LowRankLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            return AbsentWeight(type(self).__name__, self.weight_shape.weight, self)
+            return AbsentWeight(type(self).__name__, self.stored_shape, self)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -130,11 +131,25 @@ class LowRankLayer(nn.Module):
             return factors
         return with_identity(*factors, self.order, self.weight_shape, self.decomposition.fold, self.pivots)
 
+    def slice_factors(self) -> tuple[Tensor, Tensor]:
+        """Without pivots, (conv_groups, slices, rows, rank) and (conv_groups, slices, rank, columns of a slice)."""
+        encoder, decoder = self.plain_factors()
+        return slice_factors(encoder.detach(), decoder.detach(), self.weight_shape, self.scheme, self.slices)
+
     def dense_weight(self) -> Tensor:
         """The dense weight that the factors stand for, of shape ``weight_shape.weight``, in their dtype."""
         encoder, decoder = self.plain_factors()
         dense = weights_to_dense(encoder.double(), decoder.double(), self.weight_shape, self.scheme, self.slices)
         return dense.to(self.encoder.dtype)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the weight as the dense module has it."""
+        return self.weight_shape.weight
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A weight with the filters first as the dense module has it, and the other way round."""
+        return weight
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` or ``nn.ConvNd`` that the layer stands for, on the meta device."""
@@ -171,7 +186,8 @@ class LowRankLayer(nn.Module):
     def to_dense(self) -> nn.Module:
         """The ``nn.Linear`` or ``nn.ConvNd`` with the recomposed weight and a copy of the bias."""
         dense = self.dense_module()
-        dense.weight = nn.Parameter(self.dense_weight().detach(), self.encoder.requires_grad)
+        weight = self.as_stored(self.dense_weight().detach()).contiguous()
+        dense.weight = nn.Parameter(weight, self.encoder.requires_grad)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return dense.train(self.training)
@@ -221,13 +237,14 @@ class LowRankLayer(nn.Module):
         assert isinstance(weight, Tensor)
         if weight.is_meta or not bool(torch.isfinite(weight).all()):
             raise WeightError(f"{module}: its weight has NaN, infinite or, on the meta device, no values")
-        wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        wide = self.as_stored(weight.detach()).to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         matrix = permute_weight(wide, shape, self.scheme).reshape(matrix_shape(shape, self.scheme))
         (factors,) = batched_rsvd([matrix], [self.slices], [self.rank], exact=True)
         left, right = (f.unflatten(0, (shape.conv_groups, self.slices)) for f in (factors.left, factors.right))
         self.set_factors(left, right, weight)
-        if isinstance(module.bias, Tensor):
-            self.bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
+        bias = getattr(module, "bias", None)  # tables have none
+        if isinstance(bias, Tensor):
+            self.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         self.train(module.training)
 
     def _structure(self) -> str:

@@ -14,7 +14,6 @@ from ..linalg import Decomposition, Pivots, WeightShape, decoder_axes
 from .base import LowRankLayer
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_OPTIONS = ("stride", "padding", "dilation", "padding_mode")
 
 
 def _tuple(value: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -71,6 +70,7 @@ class LowRankConv(LowRankLayer):
 
     ndim: int
     _dense: Any
+    _options: tuple[str, ...] = ("stride", "padding", "dilation", "padding_mode")
     transposed = False
     dense_attributes = (
         *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
@@ -109,10 +109,12 @@ class LowRankConv(LowRankLayer):
         self.stride, self.dilation = _tuple(stride, self.ndim), _tuple(dilation, self.ndim)
         self.padding = padding if isinstance(padding, str) else _tuple(padding, self.ndim)
         self.padding_mode = padding_mode
-        decoder = decoder_axes(scheme, shape.kernel)
+        self._encode, self._decode = self._halves()
+
+    def _halves(self) -> tuple[Any, Any]:
+        decoder = decoder_axes(self.scheme, self.kernel_size)
         encoder = tuple(a for a in range(self.ndim) if a not in decoder)
-        self._encode = _HalfConv(self, encoder, conv_groups * groups)
-        self._decode = _HalfConv(self, decoder, conv_groups)
+        return _HalfConv(self, encoder, self.groups_of_encoder), _HalfConv(self, decoder, self.groups)
 
     @property
     def in_channels(self) -> int:
@@ -142,7 +144,7 @@ class LowRankConv(LowRankLayer):
     @classmethod
     def shaped_like(cls, conv: Any, decomposition: Decomposition) -> LowRankConv:
         """The layer that replaces ``conv``, its factors and bias on the meta device."""
-        options = {name: getattr(conv, name) for name in _OPTIONS} | decomposition.to_dict()
+        options = {name: getattr(conv, name) for name in cls._options} | decomposition.to_dict()
         options |= {"conv_groups": conv.groups, "bias": conv.bias is not None, "device": "meta"}
         return cls(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
 
@@ -186,7 +188,7 @@ class LowRankConv(LowRankLayer):
         return f"there is no kernel for {self.ndim}-d convolutions"
 
     def _conv_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _OPTIONS}
+        return {name: getattr(self, name) for name in self._options}
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Conv1d``, 2d or 3d that the layer stands for, on the meta device."""
@@ -198,13 +200,13 @@ class LowRankConv(LowRankLayer):
         return self._encode.module(self, self.encoder, None), self._decode.module(self, self.decoder, bias)
 
     def extra_repr(self) -> str:
-        defaults = ((1,) * self.ndim, (0,) * self.ndim, (1,) * self.ndim, "zeros")
-        options = zip(self._conv_options().items(), defaults, strict=True)
+        defaults = ((1,) * self.ndim, (0,) * self.ndim, (1,) * self.ndim, "zeros", (0,) * self.ndim)
+        options = zip(self._conv_options().items(), defaults, strict=False)
         shown = [f"{k}={v!r}" for (k, v), default in options if v != default]
         if self.groups > 1:
             shown.append(f"conv_groups={self.groups}")
-        head = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        return ", ".join([head, *shown, self._structure()])
+        sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        return ", ".join([sizes, *shown, self._structure()])
 
 
 class LowRankConv1d(LowRankConv):
@@ -228,26 +230,24 @@ class LowRankConv2d(LowRankConv):
     ndim, _dense = 2, nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if self.pivots or self._two_op(x):
-            return super().forward(x)
+        if self.pivots or self._two_op(input):
+            return super().forward(input)
         pad = self._encode.pad or self._decode.pad
         late = self._decode.pad and (self._encode.pad or "fused" not in self.backend)
         if self._structural_reason() is not None or late:
-            return super().forward(x)
-        batch = x if x.dim() == 4 else x[None]
+            return super().forward(input)
+        batch = input if input.dim() == 4 else input[None]
         if pad:  # before the decoder it would be less work, but the 1 x 1 encoder, without a bias, commutes with it
             batch = F.pad(batch, pad, self._encode.mode)
         padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
         options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
         options |= {"groups": self.slices, "backend": self.backend}
         y = lowrank_conv2d(batch, self.encoder, self.decoder, self.bias, **options)
-        return y if x.dim() == 4 else y[0]
+        return y if input.dim() == 4 else y[0]
 
     def _structural_reason(self) -> str | None:
-        if self.groups > 1:
-            return "the convolution is grouped itself (conv_groups > 1)"
-        return self._why_pivots_are_not_fused()
+        grouped = "the convolution is grouped itself (conv_groups > 1)" if self.groups > 1 else None
+        return grouped or self._why_pivots_are_not_fused()
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the 2-d kernel cannot run this layer on ``x``; None if it can."""

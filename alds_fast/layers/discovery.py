@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -17,7 +18,7 @@ from ..linalg import WeightShape
 from ..selection import ModuleNames, Selection, patterns
 from .base import LowRankLayer
 from .obstacles import SHARDED, Ancestors, held_past_the_model, is_quantised, readers, reasons_text, structural_reason
-from .registry import is_transposed, weight_shape
+from .registry import STORED, filters_first, is_table, stored_params, weight_shape
 from .shared_weights import tied_names
 
 
@@ -25,9 +26,10 @@ from .shared_weights import tied_names
 class Layer:
     """A module with a weight of two or more dimensions, under its first name in the model.
 
-    ``shape`` is None unless it is a Linear (transformers' Conv1D too) or Conv1d/2d/3d; ``reason`` says in words why it
-    is left out, None for a :class:`DecomposableLayer`; ``params`` counts its own parameters (weight and bias);
-    ``own_bias`` is true for a bias that it shares with no other module, and that no code around it reads.
+    ``shape`` is None unless it is a Linear (transformers' Conv1D too), a convolution or a low-rank layer; ``reason``
+    says in words why it is left out, None for a :class:`DecomposableLayer`; ``params`` counts its own parameters
+    (weight and bias); ``own_bias`` is true for a bias that it shares with no other module, and that no code around it
+    reads.
     """
 
     name: str
@@ -49,6 +51,21 @@ class DecomposableLayer(Layer):
     """A layer that a low-rank one can take the place of: its shape is known and its ``reason`` is None."""
 
     shape: WeightShape
+
+    @property
+    def stored(self) -> int:
+        """Parameters of its weight, in the form that the model has it in."""
+        return stored_params(self.module)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows are looked up in its weight: it has fold 0 with one slice, and is judged by its outputs."""
+        return is_table(self.module)
+
+    @property
+    def fold(self) -> tuple[int, int] | None:
+        """(scheme, slices) of a low-rank layer, which is cut in no other; None for a dense one."""
+        return self.module.decomposition.fold if isinstance(self.module, LowRankLayer) else None
 
 
 def decomposable(layers: Iterable[Layer]) -> list[DecomposableLayer]:
@@ -73,7 +90,7 @@ def count_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and persistent buffers, shared ones once, those not initialised yet not at all."""
     tensors: dict[int, Tensor] = {id(t): t for t in model.parameters()}
     for module in model.modules():
-        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        kept = set(module._buffers.keys()) - set(module._non_persistent_buffers_set)
         tensors |= {id(b): b for name in kept if (b := module._buffers[name]) is not None}
     return sum(t.numel() * t.element_size() for t in tensors.values() if not isinstance(t, UninitializedParameter))
 
@@ -95,7 +112,7 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     return next((p for p in weights if isinstance(p, UninitializedParameter) or p.dim() >= 2), None)
 
 
-def _places(model: nn.Module) -> dict[int, list[Ancestors]]:
+def places_of(model: nn.Module) -> dict[int, list[Ancestors]]:
     """For each module (by id) where it stands: under every module that holds it."""
     places: dict[int, list[Ancestors]] = {id(model): [()]}
     waiting: list[tuple[nn.Module, Ancestors]] = [(model, ())]
@@ -112,7 +129,12 @@ def _sizes(module: nn.Module, weight: Tensor | None) -> tuple[int, ...]:
     """The weight's shape with the filters first; () without one, or before its first forward pass."""
     if weight is None or isinstance(weight, UninitializedParameter) or weight.is_nested:
         return ()
-    return tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
+    shape = weight_shape(module)
+    if isinstance(module, LowRankLayer):
+        return module.weight_shape.weight
+    if shape is None or weight.dim() != len(shape.weight) or not weight.numel():  # of a sharded layer
+        return tuple(weight.shape)
+    return tuple(filters_first(module, torch.empty(weight.shape, device="meta")).shape)
 
 
 def find_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> list[Layer]:
@@ -123,7 +145,7 @@ def find_layers(model: nn.Module, include: Selection = None, exclude: Selection 
     """
     check_model(model)
     wanted, unwanted = patterns(include, "include") or (), patterns(exclude, "exclude") or ()
-    places = _places(model)
+    places = places_of(model)
     weighted = [
         (n, m, w)
         for n, m in model.named_modules()
@@ -143,8 +165,10 @@ def find_layers(model: nn.Module, include: Selection = None, exclude: Selection 
             return "not matched by include="
         if selection.match(unwanted, name):
             return "matched by exclude="
-        if id(weight) in tied:
-            other = next(n for n in tied[id(weight)] if n != f"{name}.weight".lstrip("."))
+        weights = [module.encoder, module.decoder] if isinstance(module, LowRankLayer) else [weight]
+        shared = next((w for w in weights if id(w) in tied), None)
+        if shared is not None:
+            other = next(n for n in tied[id(shared)] if n.rpartition(".")[0] != name)
             return f"its weight is shared with {other!r} and stays tied"
         holder = held.get(id(module)) or held.get(id(weight))
         return holder and f"{holder} holds it in a function, past the model; use it as a part of the model there"
@@ -155,6 +179,8 @@ def find_layers(model: nn.Module, include: Selection = None, exclude: Selection 
         shape = weight_shape(module) if ready else None
         sizes = _sizes(module, weight)
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
+        params += module.order.numel() if isinstance(module, LowRankLayer) and module.pivots else 0
+        params += vars(module).get(STORED, shape.numel) - shape.numel if shape else 0
         own_bias = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
         own_bias = own_bias and not any(next(readers(place, "biases"), None) for place in places[id(module)])
         why = reason(name, module, weight)

@@ -6,10 +6,13 @@ import contextlib
 
 from torch import nn
 
-from ..selection import Selection
+from ..selection import ModuleNames, Selection, patterns
 from .discovery import DecomposableLayer, Layer, find_layers
+from .opening import why_closed
+from .registry import is_table
 
 _REASON = "output head of a language model; name it in include= to decompose it"
+_TABLE = "a table of which rows are looked up; name it in include= to decompose it"
 PADDING = 64  # outputs beyond an embedding's entries, by which vocabularies are padded
 _BY_SIZE = "has an output for every entry of an embedding, as an " + _REASON
 
@@ -47,15 +50,19 @@ def _head_by_size(model: nn.Module) -> nn.Module | None:
 
 
 def chosen_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> list[Layer]:
-    """The layers as :func:`alds_fast.layers.find_layers` has them, output heads left out unless ``include`` is given.
+    """The layers as :func:`alds_fast.layers.find_layers` has them, output heads and tables left out unless ``include``
+    is given.
 
-    A pattern of ``include`` that matches a head, ``"*"`` too, asks for it.
+    A pattern of ``include`` that means one asks for it; ``"*"`` asks for heads, not for tables.
     """
-    layers = find_layers(model, include, exclude)
-    if include is not None:
-        return layers
-    reasons = {id(module): _REASON for module in output_heads(model)}
-    head = _head_by_size(model)
+    layers, closed = find_layers(model, include, exclude), why_closed(model, exclude)
+    layers = [layer.left_out(closed[id(layer.module)]) if id(layer.module) in closed else layer for layer in layers]
+    named, places = [p for p in patterns(include, "include") or () if p != "*"], ModuleNames(model)
+    tables = [layer for layer in layers if is_table(layer.module) and not places.match(named, layer.name)]
+    reasons = {id(layer.module): _TABLE for layer in tables}
+    if include is None:
+        reasons |= {id(module): _REASON for module in output_heads(model)}
+    head = _head_by_size(model) if include is None else None
     if head is not None:
         reasons[id(head)] = _BY_SIZE
     stays = [isinstance(layer, DecomposableLayer) and id(layer.module) in reasons for layer in layers]

@@ -13,7 +13,18 @@ from ..linalg import Decomposition, WeightShape
 from .base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .linear import LowRankLinear
+from .low_rank import (
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    LowRankEmbedding,
+    LowRankEmbeddingBag,
+    swap_channels,
+)
 
+STORED = "_alds_stored"  # set on a layer that stands for a module with more parameters, its bias aside
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 
 
@@ -22,16 +33,30 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether rows are looked up in its weight."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag | LowRankEmbedding)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether it multiplies the last dimension of its input with a matrix."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    """Whether it multiplies the last dimension of its input with a matrix; tables are not meant."""
+    return isinstance(module, nn.Linear | LowRankLinear) or is_transposed(module)
 
 
 def oriented_weight(module: nn.Module) -> Tensor:
     """A layer's weight with the filters first, (out_channels, in_channels / conv_groups, *kernel), detached."""
+    if isinstance(module, LowRankLayer):
+        return module.dense_weight().detach()
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().mT if is_transposed(module) else weight.detach()
+    return filters_first(module, weight.detach())
+
+
+def filters_first(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight, or one of its shape, with the filters first."""
+    if isinstance(module, TRANSPOSED):
+        return swap_channels(weight, module.groups)
+    return weight.mT if is_transposed(module) or is_table(module) else weight
 
 
 def _shape_of(module: nn.Module) -> WeightShape:
@@ -40,7 +65,9 @@ def _shape_of(module: nn.Module) -> WeightShape:
     if is_transposed(module):
         conv1d: Any = module
         return WeightShape(conv1d.nf, conv1d.nx)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return WeightShape(module.embedding_dim, module.num_embeddings)
+    assert isinstance(module, CONVOLUTIONS)
     return WeightShape(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
 
 
@@ -49,6 +76,11 @@ LOW_RANK: dict[type[nn.Module], type[LowRankLayer]] = {
     nn.Conv1d: LowRankConv1d,
     nn.Conv2d: LowRankConv2d,
     nn.Conv3d: LowRankConv3d,
+    nn.ConvTranspose1d: LowRankConvTranspose1d,
+    nn.ConvTranspose2d: LowRankConvTranspose2d,
+    nn.ConvTranspose3d: LowRankConvTranspose3d,
+    nn.Embedding: LowRankEmbedding,
+    nn.EmbeddingBag: LowRankEmbeddingBag,
 }
 
 
@@ -58,8 +90,20 @@ def dense_type(module: nn.Module) -> type[nn.Module] | None:
 
 
 def weight_shape(module: nn.Module) -> WeightShape | None:
-    """The weight shape of a Linear or ``nn.Conv1d/2d/3d`` (subclasses included), None for anything else."""
+    """The weight shape of a Linear or convolution, transposed or not, subclasses and low-rank ones included."""
+    if isinstance(module, LowRankLayer):
+        return module.weight_shape
     return _shape_of(module) if dense_type(module) or is_transposed(module) else None
+
+
+def stored_params(module: nn.Module) -> int:
+    """Parameters, beside the bias, that go when a low-rank layer takes the place of the layer."""
+    shape = weight_shape(module)
+    assert shape is not None
+    if isinstance(module, LowRankLayer):
+        return module.decomposition.params(shape)
+    stored: int = vars(module).get(STORED, shape.numel)
+    return stored
 
 
 def low_rank_like(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
@@ -87,11 +131,11 @@ def _own_values(module: nn.Module) -> dict[str, Any]:
 
 def _like(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
     if is_linear(module):
-        shape, bias = _shape_of(module), getattr(module, "bias", None) is not None
+        shape, bias = weight_shape(module), getattr(module, "bias", None) is not None
+        assert shape is not None
         options: dict[str, Any] = {**decomposition.to_dict(), "bias": bias, "device": "meta"}
         return LowRankLinear(shape.in_channels, shape.out_channels, **options).train(module.training)
     dense = dense_type(module)
-    assert dense is not None
-    cls: Any = LOW_RANK[dense]
+    cls: Any = type(module) if dense is None else LOW_RANK[dense]
     layer: LowRankLayer = cls.shaped_like(module, decomposition)
     return layer.train(module.training)

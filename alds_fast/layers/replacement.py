@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..linalg import Decomposition
+from .absent_weight import AbsentWeight
 from .base import LowRankLayer
 from .discovery import decomposable, find_layers, label
 from .obstacles import attributes, uncopied
@@ -81,17 +82,20 @@ def check_copyable(model: nn.Module) -> None:
     _copy(model, memo | {id(layer.module): new[layer.name] for layer in layers}, new)
 
 
-def replace_layers(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
+def replace_layers(model: nn.Module, new: Mapping[str, nn.Module], *, share: bool = False) -> nn.Module:
     """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied
     along.
 
     The dense weights are not copied on the way. Tensors that stand in a graph (activations that a model keeps, weights
-    under a pruning mask) are copied outside of it. Raises ModelError if the model cannot be deep-copied, or makes its
-    copies in a way of its own that drops the new layers.
+    under a pruning mask) are copied outside of it. With ``share`` no tensor is copied: the copy holds the model's own.
+    Raises ModelError if the model cannot be deep-copied, or makes its copies in a way of its own that drops the new
+    layers.
     """
     modules = dict(model.named_modules())
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _tensors(model) if not t.is_leaf}
-    copy_shared_memory(model, memo)
+    memo: dict[int, Any] = {id(t): t for t in _tensors(model)} if share else {}
+    if not share:
+        memo |= {id(t): t.detach().clone() for t in _tensors(model) if not t.is_leaf}
+        copy_shared_memory(model, memo)
     for name, layer in new.items():
         bias = getattr(modules[name], "bias", None)
         if bias is not None and hasattr(layer, "bias"):
@@ -113,9 +117,12 @@ def _return_to_fast_path(model: nn.Module) -> None:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether it is an encoder layer of torch, one of whose linear layers is low-rank or in its plain form."""
+    """Whether it is an encoder layer of torch, a linear layer of which is low-rank or in its plain form, or whose
+    attention is opened.
+    """
     children = list(module.children()) if isinstance(module, nn.TransformerEncoderLayer) else []
-    return any(isinstance(m, LowRankLayer | nn.Sequential) for m in children)
+    opened = any(isinstance(getattr(m, "in_proj_weight", None), AbsentWeight) for m in children)
+    return opened or any(isinstance(m, LowRankLayer | nn.Sequential) for m in children)
 
 
 def _leave_fast_path(model: nn.Module) -> None:

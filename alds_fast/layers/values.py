@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightError
 from ..selection import ModuleNames, Selection, patterns
+from .base import LowRankLayer
 from .discovery import DecomposableLayer, Layer, decomposable, label
 from .obstacles import SHARDED
 from .shared_weights import has_plain_memory, is_freed
@@ -30,11 +31,18 @@ def check_whole(model: nn.Module) -> None:
 
 def check_weight(layer: DecomposableLayer) -> None:
     """Raise WeightError unless the layer's weight has finite values."""
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
+    if isinstance(layer.module, LowRankLayer):
+        tensors = {name: getattr(layer.module, name) for name in ("encoder", "decoder")}
+    else:
+        tensors = {"weight": layer.module.weight}
+    for name, tensor in tensors.items():
+        _check_tensor(layer, name, tensor)
+
+
+def _check_tensor(layer: DecomposableLayer, name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise WeightError(
-            f"layer {label(layer.name)}: its weight is on the meta device and has no values; load the weights first "
+            f"layer {label(layer.name)}: its {name} is on the meta device and has no values; load the weights first "
             f"(for example with load_state_dict(..., assign=True))"
         )
     weight, limit = weight.detach(), 1e150  # squares of larger values would overflow

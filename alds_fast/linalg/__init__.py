@@ -17,11 +17,13 @@ from .folding import (
     max_rank,
     params_per_rank,
     permute_weight,
+    slice_factors,
     unfold,
     weights_to_dense,
 )
 from .own_memory import own_memory
 from .pivots import Pivots, index_count, pivot_factors, pivots_of_fold, saved_by_pivots, with_identity
+from .products import cut_product, product_values
 from .rsvd_op import batched_rsvd
 from .spectra_op import spectra
 from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors, solve_each
@@ -34,6 +36,7 @@ __all__ = [
     "Pivots",
     "WeightShape",
     "batched_rsvd",
+    "cut_product",
     "decoder_axes",
     "decoder_weight",
     "distinct_schemes",
@@ -48,7 +51,9 @@ __all__ = [
     "permute_weight",
     "pivot_factors",
     "pivots_of_fold",
+    "product_values",
     "saved_by_pivots",
+    "slice_factors",
     "solve_each",
     "spectra",
     "unfold",

@@ -209,14 +209,25 @@ def decoder_weight(left: Tensor, shape: WeightShape, scheme: int) -> Tensor:
     return own_memory(decoder.contiguous())
 
 
-def weights_to_dense(encoder: Tensor, decoder: Tensor, shape: WeightShape, scheme: int, groups: int) -> Tensor:
-    """The dense weight that encoder and decoder stand for (inverse of :func:`factors_to_weights`, then the product)."""
+def slice_factors(
+    encoder: Tensor, decoder: Tensor, shape: WeightShape, scheme: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The factors of the slices, left (conv_groups, groups, rows, rank) and right (conv_groups, groups, rank, columns).
+
+    Inverse of :func:`factors_to_weights`.
+    """
     g0, rows, cols = matrix_shape(shape, scheme)
     rank = encoder.shape[0] // (g0 * groups)
     kernel = [shape.kernel[a] for a in decoder_axes(scheme, shape.kernel)]
     split = decoder.reshape(g0, shape.filters_per_group, groups, rank, *kernel)
     axes = range(4, 4 + len(kernel))
     left = split.permute(0, 2, 1, *axes, 3).reshape(g0, groups, rows, rank)
-    right = encoder.reshape(g0, groups, rank, cols // groups)
+    return left, encoder.reshape(g0, groups, rank, cols // groups)
+
+
+def weights_to_dense(encoder: Tensor, decoder: Tensor, shape: WeightShape, scheme: int, groups: int) -> Tensor:
+    """The dense weight that encoder and decoder stand for."""
+    left, right = slice_factors(encoder, decoder, shape, scheme, groups)
+    g0, rows, cols = matrix_shape(shape, scheme)
     matrix = (left @ right).permute(0, 2, 1, 3).reshape(g0, rows, cols)
     return unfold(matrix, shape, scheme)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..layers import LowRankLayer, is_table
 from ..linalg import Decomposition, WeightShape, decoder_axes, saved_by_pivots
 from .inputs import InputSpec, layer_inputs
 from .run_model import without_fast_paths
@@ -36,6 +37,8 @@ def _output_size(size: int, axis: int, module: nn.Module) -> int:
     """Length of an axis after a convolution along it."""
     conv: Any = module
     reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+    if conv.transposed:
+        return int((size - 1) * conv.stride[axis] - 2 * conv.padding[axis] + reach + conv.output_padding[axis] + 1)
     padding = conv.padding if isinstance(conv.padding, str) else 2 * conv.padding[axis]
     added = {"same": reach, "valid": 0}.get(padding, padding)
     return int((size + added - reach - 1) // conv.stride[axis] + 1)
@@ -44,9 +47,12 @@ def _output_size(size: int, axis: int, module: nn.Module) -> int:
 def _sites(module: nn.Module, shape: WeightShape, spec: InputSpec, scheme: int | None) -> tuple[int, int]:
     """Places where the two layers' weights are applied: positions after the encoder and after the decoder.
 
-    For ``scheme`` None the positions after the dense layer, twice.
+    For ``scheme`` None the positions after the dense layer, twice. Transposed layers apply theirs where they get them:
+    positions before the encoder, between both, and before the dense layer.
     """
     axes = len(shape.kernel)
+    if is_table(module):
+        return 0, math.prod(spec.shape[: 1 if isinstance(module, nn.EmbeddingBag) else None])
     if axes == 0:
         rows = math.prod(spec.shape[:-1])
         return rows, rows
@@ -55,11 +61,20 @@ def _sites(module: nn.Module, shape: WeightShape, spec: InputSpec, scheme: int |
     done = [_output_size(n, a, module) for a, n in enumerate(sizes)]
     late = () if scheme is None else decoder_axes(scheme, shape.kernel)
     between = [sizes[a] if a in late else done[a] for a in range(axes)]
+    if module.transposed:
+        return batch * math.prod(sizes), batch * math.prod(sizes if scheme is None else between)
     return batch * math.prod(between), batch * math.prod(done)
 
 
 def dense_flops(module: nn.Module, shape: WeightShape, calls: Mapping[InputSpec, int]) -> int:
-    """Operations of the dense layer over all its calls: 2 numel(W) per position of the output."""
+    """Operations of the layer as it is over all its calls: of a dense one 2 numel(W) per position of the output.
+
+    Per position of the input of a transposed one.
+    """
+    if is_table(module) and not isinstance(module, LowRankLayer):
+        return 0
+    if isinstance(module, LowRankLayer):
+        return int(flops_of_ranks(module, shape, calls, module.decomposition, np.array([module.rank]))[0])
     return sum(count * 2 * shape.numel * _sites(module, shape, spec, None)[1] for spec, count in calls.items())
 
 

@@ -43,10 +43,11 @@ class InputSpec:
         return cls(tuple(x.shape), x.dtype, str(x.device), last, torch.get_autocast_dtype(kind) if on else None)
 
     def make(self, seed: int = 0) -> Tensor:
-        """A tensor like that, drawn from the standard normal distribution (whole numbers for an integer type)."""
+        """A tensor like that, drawn from the standard normal distribution (0 or 1 for an integer type)."""
         generator = torch.Generator().manual_seed(seed)
         kind = self.dtype if self.dtype.is_floating_point or self.dtype.is_complex else torch.float32
-        x = torch.randn(self.shape, generator=generator, dtype=kind, device="cpu").to(self.device, self.dtype)
+        x = torch.randn(self.shape, generator=generator, dtype=kind, device="cpu")
+        x = (x if kind == self.dtype else x > 0).to(self.device, self.dtype)
         return x.contiguous(memory_format=_FORMATS[x.dim()]) if self.channels_last else x
 
     def empty(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from ..blocks import check_lists
 from ..errors import ArgumentError
 from ..factors import passes_of
-from ..layers import check_copyable, chosen_layers, decomposable
+from ..layers import check_copyable, chosen_layers, decomposable, opened
 from ..measurement import USUAL, check_batches, check_data, first_batch, without_labels
 from ..progress import telling
 from ..selection import Selection
@@ -49,6 +49,7 @@ def check_refinement(
     model: nn.Module, data: Any, epochs: int, include: Selection, exclude: Selection, blocks: Lists = None
 ) -> None:
     """Raises what refinement of the chosen layers would raise, as far as one batch tells, before the work."""
+    model = opened(model, exclude)
     layers = decomposable(chosen_layers(model, include, exclude))
     check_refining(model, [layer.name for layer in layers], data, epochs, check_lists(blocks))
 
@@ -107,9 +108,10 @@ def compress(
     asked = planning.get("criterion"), planning.get("method", "alds")
     check_needs(*asked, seen, seen and bool(options.get("sensitivity")))
     if planning.get("importance") or planning.get("pins"):
-        chosen = chosen_layers(model, options.get("include"), options.get("exclude"))
-        check_importance(planning.get("importance"), model, [layer.name for layer in decomposable(chosen)])
-        pins_of_layers(planning.get("pins"), planning.get("min_rank", 1), model, chosen)
+        whole = opened(model, options.get("exclude"))
+        chosen = chosen_layers(whole, options.get("include"), options.get("exclude"))
+        check_importance(planning.get("importance"), whole, [layer.name for layer in decomposable(chosen)])
+        pins_of_layers(planning.get("pins"), planning.get("min_rank", 1), whole, chosen)
     check_copyable(model)
     if check_lists(blocks) and not (refit or refine):
         raise ArgumentError(f"blocks={blocks!r} goes with refit= or refine=: nothing else goes block by block")

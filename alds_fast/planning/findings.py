@@ -65,7 +65,7 @@ def analysis_text(layers: Sequence[Layer], spectra: Mapping[str, LayerSpectra], 
         if known is None:
             rows.append([*cells, "-", *["-"] * 3 * len(WITHIN), layer.reason or ""])
             continue
-        numel = known.layer.shape.numel
+        numel = known.layer.stored
         inside += numel
         cells.append(f"{len(known.top)} x {len(known.values) // len(known.top)}")
         for i, best in enumerate(fewest_within(known, WITHIN)):

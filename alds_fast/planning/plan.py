@@ -19,7 +19,7 @@ from ..factors import (
     factorize,
 )
 from ..integrations import keep_when_saved, warn_of_lost_merging
-from ..layers import annotate, check_copyable, count_params, label, warn_of_holders
+from ..layers import annotate, check_copyable, count_params, label, opened_for, warn_of_holders
 from ..measurement import check_batches, first_batch, without_labels
 from ..progress import ProgressOption, telling
 from ..text import table
@@ -174,6 +174,7 @@ class Plan:
             check_batches(refit)
             refit = without_labels(model, refit)
         check_copyable(model)
+        model = opened_for(model, [row.name for row in self.layers if row.choice])
         if refine is not None:
             check_refining(model, [row.name for row in self.layers if row.choice], refine, epochs, lists)
             refine = without_labels(model, refine)

@@ -17,7 +17,7 @@ from .plan_rows import Latency, LayerPlan, Quality
 
 FORMAT = "alds_fast.plan"
 VERSION = 1
-_LATER = {"held_out", "criterion", "remark", "pivots"}  # fields that older plans do not have
+_LATER = {"held_out", "criterion", "remark", "pivots", "stored"}  # fields that older plans do not have
 _FIELDS = {field.name for field in dataclasses.fields(LayerPlan)} - _LATER | {"error_is_of"}
 _BUDGET = re.compile(
     r"(error|quality)=[^=, ]+|(params|flops|memory|latency)=[^=, ]+(, (flops|memory|latency)=[^=, ]+)*"
@@ -157,6 +157,8 @@ def _read_row(fields: dict[str, Any]) -> LayerPlan:
     for name in ("reason", "remark"):
         if fields.get(name) is not None:
             _read_field(fields, where, name, str)
+    if fields.get("stored") is not None:
+        _read_field(fields, where, "stored", int)
     if fields.get("pivots", "") not in ("", "output", "input"):
         raise PlanError(f"{where}: pivots={fields['pivots']!r} is neither 'output' nor 'input', nor ''")
     counts = {n: _read_field(fields, where, n, int) for n in ("conv_groups", "params_before", "params_after")}
@@ -176,7 +178,8 @@ def _read_row(fields: dict[str, Any]) -> LayerPlan:
     if _choice_fields(fields) == fields["error_is_of"]:
         return row
     choice = row.choice
-    after = row.params_before - (choice.shape.numel - choice.decomposition.params(choice.shape) if choice else 0)
+    stored = row.stored or (choice.shape.numel if choice else 0)
+    after = row.params_before - (stored - choice.decomposition.params(choice.shape) if choice else 0)
     reason = None if choice else "kept dense by hand"
     changed = {"params_after": after, "error": math.nan if choice else 0.0, "reason": reason, "held_out": None}
     return LayerPlan(**{**vars(row), **changed})

@@ -30,7 +30,8 @@ class LayerPlan:
     the layer's own, bias included. ``held_out`` is the error on samples that were kept aside, None without any;
     ``criterion`` what the layer was judged by, None for that of the plan, and ``remark`` says why, or what else is
     special about it, None for nothing. ``pivots``: "output" or "input" for factors without an identity, "" for plain
-    ones (:mod:`alds_fast.linalg.pivots`).
+    ones (:mod:`alds_fast.linalg.pivots`). ``stored``: parameters of the weight as the model has it, None where these
+    are those of a dense one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerPlan:
     criterion: str | None = None
     remark: str | None = None
     pivots: Pivots = ""
+    stored: int | None = None
 
     @property
     def choice(self) -> Choice | None:
@@ -135,6 +137,7 @@ def _chosen_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: i
     row |= {"params_before": layer.params, "params_after": layer.params, "reason": layer.reason}
     if pick is None or not isinstance(layer, DecomposableLayer):
         return LayerPlan(**row)
+    row["stored"] = None if layer.stored == layer.shape.numel else layer.stored
     choices, candidate, reason = pick
     chosen = choices.decomposition(candidate)
     if chosen is None:
@@ -145,9 +148,10 @@ def _chosen_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: i
         ranks = f" with ranks that are {' and '.join(limits)}" if limits else ""
         pinned = f"; {pin.remark}" if pin.said else ""
         none = f"no factorisation{ranks} is smaller{pinned}"
+        reason = reason.replace("stay dense", "stay as it is") if layer.fold else reason
         return LayerPlan(**{**row, "reason": reason if choices.curves else none})
     row |= {**chosen.to_dict(), "error": float(choices.errors[candidate])}
-    row["params_after"] -= layer.shape.numel - chosen.params(layer.shape)
+    row["params_after"] -= layer.stored - chosen.params(layer.shape)
     return LayerPlan(**row)
 
 

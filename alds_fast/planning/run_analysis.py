@@ -30,6 +30,7 @@ from ..layers import (
     count_params,
     decomposable,
     left_out_text,
+    opened,
     reader_reason,
     warn_of_questions,
 )
@@ -133,6 +134,7 @@ def analyze(
         batches = operator.length_hint(data)  # a DataLoader may have __len__ and no length
         data = without_labels(model, data)
     check_sensitivity(sensitivity)
+    given, model = model, opened(model, exclude)
     layers = chosen_layers(model, include, exclude)
     check_whole(model)
     check_weights_are_there(layers)
@@ -150,6 +152,6 @@ def analyze(
             model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order, held_out=held_out,
             memory=moment_memory, done=lambda count: told("moments", count, batches),
         ) if ready and data is not None else {}  # fmt: skip
-    analysis = Analysis(tuple(layers), spectra, count_params(model), model, moments)
+    analysis = Analysis(tuple(layers), spectra, count_params(given), model, moments)
     sliced = data is not None and groups == "divisors"
     return dataclasses.replace(analysis, max_groups=MAX_DATA_GROUPS) if sliced else analysis

@@ -82,7 +82,7 @@ def test_they_are_pickled_saved_and_loaded(small, tmp_path):
 
 
 def test_they_are_fitted_to_data_with_fixed_pivots_or_new_ones(small):
-    batches = [torch.randn(32, 8, 8, 8) for _ in range(4)]
+    batches = [torch.randn(32, 8, 8, 8) for _ in range(32)]  # 1,024 samples for 216 columns
     analysis = alds.analyze(net(), data=batches, **FORMS[low_rank(small)[0].pivots])
     plan = analysis.plan(params=0.6)
     refitted = plan.apply(net(), refit=batches)

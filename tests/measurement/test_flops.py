@@ -92,7 +92,7 @@ def test_torchs_transformer_layers_are_counted(monkeypatch):
     layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(3, 6, 32)
     analysis = alds.analyze(model)
-    _, total = count_inputs(model, x, list(analysis.spectra))
+    _, total = count_inputs(analysis.model, x, list(analysis.spectra))
     small = analysis.plan(flops=0.8, example_inputs=x).apply(model)
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)  # there torch counts nothing either
     assert counted(model, x) == total

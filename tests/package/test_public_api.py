@@ -13,10 +13,12 @@ from alds_fast import errors, kernels
 NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
-    *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "retrain", "save", "to_plain"),
+    *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "register", "retrain", "save", "to_plain"),
     *("filter_threshold", "plot_plan", "plot_sweep", "Sweep", "refine", "Refined", "distill", "Distilled"),
     "measured_importance",
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
+    *("LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d"),
+    *("LowRankEmbedding", "LowRankEmbeddingBag"),
 }
 
 
@@ -66,6 +68,7 @@ def test_signatures():
     assert _keywords(kernels.lowrank_linear) == {**common, "order": None}
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
     assert _keywords(alds.Plan.apply) == {
+        "blocks": None,
         "moments": None,
         "refit": None,
         "refine": None,

@@ -38,6 +38,8 @@ def test_it_is_what_the_three_calls_make(refit):
     assert {r.method for r in small.alds_factors.values()} == {"refitted" if refit else "weighted"}
     assert str(refined.alds_factors) == str(expected.alds_factors)
     for name, factors in refined.alds_factors.items():
+        if "self_attn" in name:  # opened in the compressed model alone
+            continue
         dense, low = model.get_submodule(name).weight, refined.get_submodule(name).dense_weight()
         if name.rpartition(".")[0].startswith(tuple(better)):
             assert factors.method == "refined" and math.isnan(factors.data_error)

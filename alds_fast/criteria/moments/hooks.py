@@ -16,7 +16,7 @@ from ...layers import DecomposableLayer, Routed, is_linear, label, routed_rows
 from ...linalg import WeightShape
 from ...measurement import Masks, first_input
 from .held_rows import HeldRows
-from .rows import Wanted, by_side, fitting_mask, outputs, patches
+from .rows import Wanted, by_side, fitting_mask, gives_tokens, outputs, patches
 from .sums import DiagonalSums, ProductSums
 
 LEAST_SHARE = 1 / 64  # of a convolution's patches, even where their product then costs more than the layer
@@ -52,8 +52,8 @@ def moment_forms(
     Gradients of more than 2,048 filters are kept as a diagonal. Where all together is too much, those of the widest
     layers are too, and then the largest layers are left out, as is a layer with too many inputs and outputs.
     """
-    shapes = {layer.name: layer.shape for layer in layers}
-    forms = {n: Form(s.columns > order, s.filters_per_group > WIDEST_WHOLE) for n, s in shapes.items()}
+    shapes, tables = {layer.name: layer.shape for layer in layers}, {la.name for la in layers if la.is_table}
+    forms = {n: Form(s.columns > order or n in tables, s.filters_per_group > WIDEST_WHOLE) for n, s in shapes.items()}
     forms = {n: form for n, form in forms.items() if not (form.by_output and shapes[n].filters_per_group > MAX_OUTPUTS)}
     if memory is None:
         return forms
@@ -162,10 +162,10 @@ class Collector:
 
     def _add_output(self, layer: DecomposableLayer, y: Tensor) -> None:
         keep, routed = fitting_mask(layer, y, self.masks, routed_rows()), routed_rows()
-        self.tokens, self.masked = self.tokens or is_linear(layer.module), self.masked or keep is not None
+        self.tokens, self.masked = self.tokens or gives_tokens(layer.module), self.masked or keep is not None
         used, aside = by_side(layer.module, y, keep, self.aside, routed)
         samples, rows = outputs(layer.module, *used)
-        bias: Any = layer.module.bias
+        bias: Any = getattr(layer.module, "bias", None)
         shift = 0.0 if bias is None else bias.detach().view(samples.shape[1:])
         sums = self.sums[layer.name]
         sums.add(sums.products(samples - shift), rows)
@@ -196,7 +196,7 @@ def _rows_to_draw(layer: DecomposableLayer, width: int, other: int, drawn: int) 
     the least share at least, but no more than the width, or 512; as long as fewer than two for every entry have been
     ``drawn`` before, as many more as are there.
     """
-    if is_linear(layer.module):
+    if gives_tokens(layer.module):
         return lambda rows: rows
     share, most = max(LEAST_SHARE, other / width), max(width, ENOUGH_ROWS)
     return lambda rows: min(rows, max(min(round(rows * share), most), ROWS_PER_COLUMN * width - drawn))
@@ -209,6 +209,6 @@ def rows_to_draw(layer: DecomposableLayer, drawn: int) -> Wanted:
 
 def _geometry(layer: DecomposableLayer) -> tuple[Any, ...]:
     """Layers that agree in it make the same rows of the same input."""
-    names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "groups")
+    names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "output_padding", "groups")
     options = tuple(getattr(layer.module, name, None) for name in names)
     return layer.kind, options, 0 if is_linear(layer.module) else layer.shape.filters_per_group

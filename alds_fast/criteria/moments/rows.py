@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers import DecomposableLayer, Routed, is_linear, label
+from ...layers import CONVOLUTIONS, DecomposableLayer, LowRankLayer, Routed, is_linear, is_table, label
 from ...measurement import Masks
 
 Wanted = Callable[[int], int]
@@ -22,12 +22,18 @@ def all_rows(rows: int) -> int:
     return rows
 
 
+def gives_tokens(module: nn.Module) -> bool:
+    """Whether the last dimension of its output is all of a token."""
+    return is_linear(module) or is_table(module)
+
+
 def with_batch_dimension(module: nn.Module, x: Tensor) -> Tensor:
     """The input or output of a convolution with its batch dimension, which may have been left out."""
-    if is_linear(module):
+    if gives_tokens(module):
         return x
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return x if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
+    assert isinstance(module, (*CONVOLUTIONS, LowRankLayer))
+    axes = len(module.weight_shape.kernel if isinstance(module, LowRankLayer) else module.kernel_size)
+    return x if x.dim() == axes + 2 else x.unsqueeze(0)
 
 
 def fitting_mask(layer: DecomposableLayer, x: Tensor, masks: Masks, routed: Routed | None = None) -> Tensor | None:
@@ -37,7 +43,7 @@ def fitting_mask(layer: DecomposableLayer, x: Tensor, masks: Masks, routed: Rout
     masks say otherwise. Of an expert's input the mask is that of the tokens ``routed`` to it. None, with a warning,
     where several that differ fit.
     """
-    if not is_linear(layer.module):
+    if not gives_tokens(layer.module):
         return None
     for alike in masks.of(layer.name):
         turned = ((keep.mT, keep) if masks.tokens_first else (keep, keep.mT) for keep in alike)
@@ -87,7 +93,7 @@ def by_side(
     """
     if aside is None or not bool(aside.any()):
         return (x, keep), None
-    if not is_linear(module):
+    if not gives_tokens(module):
         batch = with_batch_dimension(module, x)
         flags = _by_row(batch.shape[:1], aside.to(x.device), None)
         return (batch[~flags], None), (batch[flags], None)
@@ -98,12 +104,30 @@ def by_side(
 
 def _windows(module: Any, x: Tensor) -> Tensor:
     """View (samples, *positions, channels, *kernel) of a convolution's padded input."""
-    pad, axes = module._reversed_padding_repeated_twice, len(module.kernel_size)
+    axes = len(module.kernel_size)
+    if module.transposed:
+        return _windows_under(module, x)
+    pad = module._reversed_padding_repeated_twice
     if any(pad):
         x = F.pad(x, pad, "constant" if module.padding_mode == "zeros" else module.padding_mode)
     for axis in range(axes):
         reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
         x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+    return x.movedim(1, 1 + axes)
+
+
+def _windows_under(module: Any, x: Tensor) -> Tensor:
+    """The same of a transposed convolution: of its input with zeros between, over which its kernel goes backwards."""
+    axes = len(module.kernel_size)
+    sizes = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], module.stride, strict=True)]
+    spread = x.new_zeros([*x.shape[:2], *sizes])
+    between: Any = (..., *(slice(None, None, stride) for stride in module.stride))
+    spread[between] = x
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    around = [(r - p, r - p + last) for r, p, last in zip(reach, module.padding, module.output_padding, strict=True)]
+    x = F.pad(spread, [n for pair in reversed(around) for n in pair])
+    for axis in range(axes):
+        x = x.unfold(2 + axis, reach[axis] + 1, 1)[..., :: module.dilation[axis]]
     return x.movedim(1, 1 + axes)
 
 
@@ -113,7 +137,8 @@ def patches(
     """Rows (rows, conv_groups, columns of the encode fold) that the layer's weight is multiplied with.
 
     Args:
-        module: a Linear or ``nn.Conv1d/2d/3d``.
+        module: a Linear or a convolution; of a transposed one a row has what lies under a position of the output, and
+            zeros.
         x: its input.
         keep: for a Linear, a mask of the input's leading dimensions; rows where it is False are left out.
         wanted: how many of that many rows to return, drawn at random from ``seed``; at least one is.
@@ -125,14 +150,17 @@ def patches(
     tensor([[1., 2.],
             [2., 3.]])
     """
-    if is_linear(module):
+    if gives_tokens(module):
         rows = x[keep] if keep is not None else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
         return rows[_drawn(len(rows), wanted, seed, x.device)].unsqueeze(1), len(rows)
+    module = module.dense_module() if isinstance(module, LowRankLayer) else module  # of the same settings
     windows: Any = _windows(module, with_batch_dimension(module, x))
     sizes = windows.shape[: windows.dim() - len(module.kernel_size) - 1]  # type: ignore[arg-type]
     drawn = _drawn(sizes.numel(), wanted, seed, x.device)
     at = drawn if isinstance(drawn, Tensor) else torch.arange(sizes.numel(), device=x.device)
     rows = windows[torch.unravel_index(at, tuple(sizes))]
+    if module.transposed:
+        rows = rows.flip([*range(2, rows.dim())])
     entries = math.prod(rows.shape[1:]) // module.groups
     return rows.reshape(len(rows), module.groups, entries), sizes.numel()
 
@@ -141,7 +169,7 @@ def outputs(
     module: nn.Module, y: Tensor, keep: Tensor | None = None, wanted: Wanted = all_rows, seed: int = 0
 ) -> tuple[Tensor, int]:
     """Rows (rows, conv_groups, filters of a group) of the layer's output or of a gradient at it, as :func:`patches`."""
-    if is_linear(module):
+    if gives_tokens(module):
         return patches(module, y, keep, wanted, seed)
     channels_last = with_batch_dimension(module, y).movedim(1, -1)
     drawn = _drawn(channels_last.shape[:-1].numel(), wanted, seed, y.device)

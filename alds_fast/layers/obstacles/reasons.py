@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize, prune
 
-from ..absent_weight import AbsentWeight
-from ..registry import dense_type, is_transposed, oriented_weight, weight_shape
+from ..base import LowRankLayer
+from ..registry import LOW_RANK, dense_type, is_table, is_transposed, oriented_weight, weight_shape
 from ..shared_weights import has_plain_type, is_freed
 from .stacked_experts import holds_experts, why_not_opened
 from .weight_reads import readers
@@ -30,6 +31,10 @@ _HARMLESS = {
 _MOVED = (
     "accelerate moves its weight about (device_map=, offload); load the model without device_map=, or take the hooks "
     "off by accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+)
+_RECURRENT = (
+    "torch runs its matrices in one packed kernel, which takes no product of two in the place of one; a cell by cell "
+    "loop of nn.Linear layers is decomposed"
 )
 _NORMS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # the old ones, which are hooks
 _CALLS_BASE = ("lora", "ia3", "loha", "lokr", "adalora")  # of peft's layers, those whose forward calls the base layer
@@ -56,9 +61,9 @@ def is_quantised(module: nn.Module) -> bool:
 
 def structural_reason(module: nn.Module, places: Iterable[Ancestors]) -> str | None:
     """Why this module, which stands at these places, cannot be replaced whatever its values are; None if it can."""
-    around = (reason for place in places if (reason := _reason_around(module, place)))
+    around = (reason for place in places if (reason := reason_around(place)))
     first = _reason_of_kind(module) or next(around, None) or _reason_of_size(module)
-    return first or _reason_of_hooks(module) or _reason_of_weight(module)
+    return first or reason_of_hooks(module) or _reason_of_weight(module)
 
 
 def _reason_of_kind(module: nn.Module) -> str | None:
@@ -70,28 +75,38 @@ def _reason_of_kind(module: nn.Module) -> str | None:
         return "it is a bare module without a forward, as in exported programs; compress the model before torch.export"
     if is_quantised(module):
         return f"{type(module).__name__} is quantised by torch.ao; compress first, then quantise alds_fast.to_plain()"
-    if isinstance(getattr(module, "weight", None), AbsentWeight):
-        return (
-            f"{type(module).__name__} is low-rank already; compress the dense model to the smaller budget, or put "
-            f"layer.to_dense() in its place"
-        )
+    if isinstance(module, LowRankLayer):
+        known = type(module) in LOW_RANK.values()
+        return None if known else f"{type(module).__name__} is a subclass of a low-rank layer"
     if holds_experts(module):
         return why_experts_stay(module) or (
             f"its {module.num_experts} experts lie in one parameter; alds_fast.open_experts(model) makes layers of them"
         )
     if dense is None and not is_transposed(module):
-        return f"{type(module).__name__} is not decomposed (Linear, Conv1d, Conv2d and Conv3d are)"
+        why = f": {_RECURRENT}" if isinstance(module, nn.RNNBase) else "; docs/layers.md names the types that are"
+        return f"{type(module).__name__} is not decomposed{why}"
     if parametrize.is_parametrized(module):
         name = next(iter(module.parametrizations))  # type: ignore[arg-type]
         return f"its {name} is parametrized; parametrize.remove_parametrizations(layer, {name!r}) first"
     if isinstance(getattr(module, "weight", None), UninitializedParameter):
         return "its weight is not initialised yet; run one forward pass first"
+    if is_table(module) and (reason := _reason_of_table(module)):
+        return reason
     return None if dense is None else _reason_of_subclass(module, dense)
+
+
+def _reason_of_table(table: Any) -> str | None:
+    """What of its settings a low-rank table does not have."""
+    if table.max_norm is not None:
+        return "max_norm= changes its rows in every call"
+    if table.sparse:
+        return "its gradients are sparse; set sparse=False first"
+    return "the largest of several rows is no product (mode='max')" if getattr(table, "mode", "") == "max" else None
 
 
 def why_experts_stay(module: nn.Module) -> str | None:
     """Why the experts that a module holds in one parameter cannot be made layers; None if they can."""
-    return why_not_opened(module) or _reason_of_hooks(module)
+    return why_not_opened(module) or reason_of_hooks(module)
 
 
 def _reason_of_subclass(module: nn.Module, dense: type[nn.Module]) -> str | None:
@@ -113,8 +128,8 @@ def reader_reason(kind: str) -> str:
     return f"the forward of {kind} computes with its weight instead of calling it"
 
 
-def _reason_around(module: nn.Module, place: Ancestors) -> str | None:
-    """What a module that the layer lies in does with its weight."""
+def reason_around(place: Ancestors) -> str | None:
+    """What a module that a layer lies in does with its weight."""
     if place and isinstance(place[-1][0], nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight directly"
     of_peft = [(i, m, child) for i, (m, child) in enumerate(place) if type(m).__module__.split(".")[0] == "peft"]
@@ -148,7 +163,7 @@ def _reason_of_size(module: nn.Module) -> str | None:
     return f"its weight is {state}, {tuple(weight.shape)} in the place of {shape.weight}: {SHARDED}"
 
 
-def _reason_of_hooks(module: nn.Module) -> str | None:
+def reason_of_hooks(module: nn.Module) -> str | None:
     """What hangs on it that a replacement would drop."""
     if hasattr(module, "_hf_hook"):
         return _MOVED
@@ -168,13 +183,15 @@ def _reason_of_hooks(module: nn.Module) -> str | None:
 
 def _reason_of_weight(module: nn.Module) -> str | None:
     """What is not as in a dense layer about its tensors."""
+    if isinstance(module, LowRankLayer):
+        return _reason_of_factors(module)
     weight, shape = module._parameters.get("weight"), weight_shape(module)
     assert shape is not None
     if weight is None:
         return f"its weight is not a parameter of it, as in a sharded model: {SHARDED}"
-    if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
+    if module._buffers or module._modules or not {"weight"} <= set(module._parameters) <= {"weight", "bias"}:
         return "it has parameters, buffers or modules beside weight and bias"
-    bias = module._parameters["bias"]
+    bias = module._parameters.get("bias")
     if bias is not None and (bias.is_meta != weight.is_meta or bias.shape != (shape.out_channels,)):
         return f"its bias, {tuple(bias.shape)} on {bias.device}, is not there: {SHARDED}"
     if weight.dtype not in _TYPES:
@@ -187,6 +204,19 @@ def _reason_of_weight(module: nn.Module) -> str | None:
     if tuple(oriented_weight(module).shape) != shape.weight:
         return f"its weight has shape {tuple(oriented_weight(module).shape)}, not the {shape.weight} of its settings"
     return None if weight.numel() else "its weight is empty"
+
+
+def _reason_of_factors(layer: LowRankLayer) -> str | None:
+    """What is not as in a low-rank layer about its tensors."""
+    if layer._modules or layer._buffers.keys() - {"order"} or set(layer._parameters) != {"encoder", "decoder", "bias"}:
+        return "it has parameters, buffers or modules beside encoder, decoder and bias"
+    for name in ("encoder", "decoder"):
+        factor = layer._parameters[name]
+        if factor is None or is_freed(factor) or not factor.numel():
+            return f"its {name} is empty: {SHARDED}"
+        if not has_plain_type(factor) or factor.dtype not in _TYPES:
+            return f"its {name} is a {_of_another_type(factor)}"
+    return None
 
 
 def _of_another_type(tensor: Tensor) -> str:

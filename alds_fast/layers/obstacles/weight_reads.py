@@ -28,7 +28,8 @@ _HARMLESS = {
 }
 _ASKING = {"isinstance", "hasattr", "type", "next"}  # next(layer.parameters()) is asked for its type
 _TENSORS = {"weight", "parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}
-_TYPES = {"Linear", "Conv1d", "Conv2d", "Conv3d"}
+_TENSORS |= {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}  # of attention
+_TYPES = {"Linear", *(f"Conv{kind}{axes}d" for kind in ("", "Transpose") for axes in (1, 2, 3))}
 _FORWARDS = {"forward", "_conv_forward"}
 
 Attributes = tuple[str, ...]  # attributes from a module down to a child

@@ -170,6 +170,6 @@ def choices_of(
     choices = []
     for layer, of_folds in zip(layers, errors, strict=True):
         by_fold = {key: weights[layer.name] * e for key, e in of_folds.items()}
-        least = weights[layer.name] * least_error_of_pivots(layer) if pivots else None
-        choices.append(pins[layer.name].limit(layer, candidates(layer.shape, by_fold, align, least)))
+        least = weights[layer.name] * least_error_of_pivots(layer) if pivots and not layer.is_table else None
+        choices.append(pins[layer.name].limit(layer, candidates(layer.shape, by_fold, align, least, layer.stored)))
     return choices
