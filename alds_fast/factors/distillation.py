@@ -113,7 +113,7 @@ def distill(
     data: Iterable[Any],
     *,
     epochs: int = 3,
-    lr: float = 5e-4,
+    lr: float = 1e-4,
     kl: bool | None = None,
     mask: str | None = USUAL,
     progress: ProgressOption = None,
