@@ -204,7 +204,7 @@ def deploy(
         ArgumentError: an argument is out of range. ModelError: the example does not run, or nothing can be copied.
         BackendError: backend="fused" where the kernel cannot run a layer. FileFormatError: the table is not one.
 
-    >>> import alds_fast as alds
+    >>> import torch, alds_fast as alds
     >>> small = alds.compress(torch.nn.Sequential(torch.nn.Linear(256, 256)), params=0.25)
     >>> fast, table = deploy(small, torch.randn(64, 256), rounds=3, report=True)
     >>> sorted(table.model_ms), table.rows[0].won in table.rows[0].times_ms

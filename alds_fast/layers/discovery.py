@@ -71,7 +71,7 @@ class DecomposableLayer(Layer):
 def decomposable(layers: Iterable[Layer]) -> list[DecomposableLayer]:
     """Those of the layers that are not left out.
 
-    >>> [layer.name for layer in decomposable(find_layers(nn.Sequential(nn.Linear(4, 2), nn.Embedding(5, 2))))]
+    >>> [layer.name for layer in decomposable(find_layers(nn.Sequential(nn.Linear(4, 2), nn.RNN(5, 2))))]
     ['0']
     """
     return [layer for layer in layers if isinstance(layer, DecomposableLayer)]

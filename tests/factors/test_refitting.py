@@ -374,7 +374,7 @@ def test_compress_and_evaluate_take_it():
     table = alds.evaluate(net, quality, budgets=[0.4], variants=variants, data=lambda seed: iter(data))
     assert table.rows[1]["quality"] > table.rows[0]["quality"] and table.rows[2]["status"] == "done"
     assert table.rows[1]["quality"] == pytest.approx(quality(fitted), abs=1e-6)
-    with pytest.raises(ArgumentError, match="refit=True: give data="):
+    with pytest.raises(ArgumentError, match="refit=True or refine=: give data="):
         alds.evaluate(net, quality, variants={"free": {"refit": True}})
     with pytest.raises(ArgumentError, match="refit=1"):
         alds.evaluate(net, quality, variants={"free": {"refit": 1}}, data=lambda seed: data)

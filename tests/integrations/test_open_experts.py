@@ -220,12 +220,20 @@ def test_compressed_with_data_saved_and_loaded(kind, tmp_path):
         alds.load(tmp_path / "small.safetensors", model)
 
 
+def same(loaded, model):
+    """The same weights to the bit; the outputs but for rounding, as products of weights that lie elsewhere may be
+    summed up in another order (seen on an AMD EPYC)."""
+    states = loaded.state_dict(), model.state_dict()
+    alike = states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][n]) for n, v in states[0].items())
+    return alike and relative(logits(loaded), logits(model)) < 1e-6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_opened_experts_are_saved_as_such(kind, tmp_path):
     opened = alds.open_experts(build(kind))
     opened.save_pretrained(tmp_path / "opened")
     loaded = alds.from_pretrained(tmp_path / "opened")
-    assert mixtures(loaded).keys() == mixtures(opened).keys() and torch.equal(logits(loaded), logits(opened))
+    assert mixtures(loaded).keys() == mixtures(opened).keys() and same(loaded, opened)
     small = alds.compress(opened, params=0.5)
     small.save_pretrained(tmp_path / "small")
     dense = alds.from_pretrained(tmp_path / "small").dequantize()
@@ -233,7 +241,7 @@ def test_opened_experts_are_saved_as_such(kind, tmp_path):
     again = type(opened).from_pretrained(tmp_path / "dense")
     assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
     assert not mixtures(again) and not any(isinstance(m, LowRankLayer) for m in again.modules())
-    assert torch.equal(logits(again), logits(dense)) and relative(logits(dense), logits(small.eval())) < 1e-4
+    assert same(again, dense) and relative(logits(dense), logits(small.eval())) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,7 +258,7 @@ def test_opened_and_stacked_again_it_is_the_model(kind, tmp_path):
         assert torch.equal(stored[name], parameter) and stored[name].requires_grad == parameter.requires_grad
     assert torch.equal(logits(opened), logits(model))
     opened.save_pretrained(tmp_path)
-    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+    assert same(type(model).from_pretrained(tmp_path), model)
 
 
 def test_copies_and_pickles_are_whole():

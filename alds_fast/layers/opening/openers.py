@@ -87,8 +87,8 @@ def register(kind: type[nn.Module], open: _Function | None = None) -> Callable[[
     ...     linear.weight = nn.Parameter(module.matrix.detach().T)
     ...     return linear
     >>> import alds_fast as alds
-    >>> alds.compress(nn.Sequential(MyLinear(32, 32)), params=0.5)[0]
-    LowRankLinear(in_features=32, out_features=32, scheme=0, groups=1, rank=9, pivots='output', bias=False)
+    >>> type(alds.compress(nn.Sequential(MyLinear(32, 32)), params=0.5)[0]).__name__
+    'LowRankLinear'
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or kind in (*LOW_RANK, nn.Module):
         raise ArgumentError(f"kind={kind!r} is no type of modules of your own; pass the class of your layers")
