@@ -62,6 +62,7 @@ class _Bars:
         return bars
 
     def tell(self, what: str, done: int, total: int) -> None:
+        """Move the bar of that part of the work."""
         if self._bars is None:
             self._bars = self._open()
         if what not in self._tasks:
@@ -69,5 +70,6 @@ class _Bars:
         self._bars.update(self._tasks[what], completed=done)
 
     def close(self) -> None:
+        """Leave the bars as they are."""
         if self._bars is not None:
             self._bars.stop()

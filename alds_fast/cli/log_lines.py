@@ -14,6 +14,7 @@ class _Lines(logging.Handler):
     """Printed where standard error is at that moment: bars print them above themselves."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
         print(record.getMessage(), file=sys.stderr)
 
 

@@ -22,7 +22,7 @@ def encoder(depth=4):
 def refitted(model, data, monkeypatch=None):
     if monkeypatch is not None:
         monkeypatch.setattr(passes, "find_chain", lambda *args: BlockChain(reason="switched off"))
-    return alds.analyze(model, data=data).plan(params=0.6).apply(model, refit=data)
+    return alds.analyze(model, data=data, exclude="*self_attn*").plan(params=0.6).apply(model, refit=data)
 
 
 def test_factors_are_the_same_and_each_block_is_run_a_few_times(monkeypatch, caplog):
@@ -37,7 +37,7 @@ def test_factors_are_the_same_and_each_block_is_run_a_few_times(monkeypatch, cap
     other = refitted(model, data, monkeypatch)
     for (name, a), b in zip(small.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
-    assert max(by_blocks) <= by_blocks[0] + 3  # not more for the last one than for the first
+    assert max(by_blocks) - min(by_blocks) <= 3  # not more for the last one than for the first
     assert calls.count(0) > 1.5 * by_blocks[0]
     assert all(report.method == "refitted" for report in small.alds_factors.values())
 

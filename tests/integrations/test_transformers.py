@@ -220,6 +220,11 @@ def row(scheme=0, groups=1, rank=4, shape=(64, 64)):
         ({"layers": {"bert.pooler.dense": row(rank="4")}}, errors.FileFormatError, "'bert.pooler.dense' is damaged"),
         ({"only": {"x.layer.0.output.dense": row(shape=(64, 128))}}, errors.PlanError, "whose layer .* may be meant"),
         ({"layers": {"bert.pooler.dense": row(rank=4000)}}, errors.ArgumentError, "rank=4000"),
+        (
+            {"layers": {"bert.embeddings.word_embeddings": row(shape=(64, 96))}},
+            errors.FileFormatError,
+            "lacks 'bert.emb",
+        ),
         ({"layers": {"classifier": row(rank=1, shape=(2, 64))}}, errors.FileFormatError, "lacks 'classifier.decoder'"),
         ({"without": "bert.pooler.dense"}, errors.FileFormatError, "has factors of 'bert.pooler.dense', of which"),
     ],
