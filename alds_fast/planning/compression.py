@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,9 +15,11 @@ from ..layers import check_copyable, chosen_layers, decomposable, opened
 from ..measurement import USUAL, check_batches, check_data, first_batch, without_labels
 from ..progress import telling
 from ..selection import Selection
-from .analysis import Analysis
 from .findings import smallest_of_quality
 from .options import (
+    AnalysisOptions,
+    CompressOptions,
+    PlanOptions,
     check_importance,
     check_needs,
     check_plan_options,
@@ -30,16 +31,10 @@ from .options import (
 from .plan import Plan
 from .run_analysis import analyze
 
-_NAMED = ("params", "flops", "memory", "latency", "error", "quality", "evaluate", "example_inputs")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing from Python 3.11 on
 
-
-def _options(function: Callable[..., Any], *without: str) -> set[str]:
-    """The names of a function's keyword options."""
-    options = inspect.signature(function).parameters.values()
-    return {option.name for option in options if option.kind is option.KEYWORD_ONLY} - set(without)
-
-
-_ANALYSIS_OPTIONS, _PLAN_OPTIONS = _options(analyze, "example_inputs"), _options(Analysis.plan, *_NAMED, "progress")
+_ANALYSIS_OPTIONS, _PLAN_OPTIONS = set(AnalysisOptions.__annotations__), set(PlanOptions.__annotations__)
 
 
 Lists = str | Sequence[str] | None
@@ -68,7 +63,7 @@ def compress(
     refit: bool = False,
     refine: bool | int = False,
     blocks: Lists = None,
-    **options: Any,
+    **options: Unpack[CompressOptions],
 ) -> nn.Module:
     """Analyse, plan and apply in one call: a new, smaller model; ``model`` is not changed.
 
@@ -91,7 +86,7 @@ def compress(
     if unknown:
         known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
         raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
-    planning = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
+    planning: dict[str, Any] = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
     if not isinstance(refit, bool):
         raise ArgumentError(
             f"refit is a {type(refit).__name__}: True or False; other batches than data= go to Plan.apply(refit=)"
@@ -117,17 +112,18 @@ def compress(
         raise ArgumentError(f"blocks={blocks!r} goes with refit= or refine=: nothing else goes block by block")
     if refine:
         check_refinement(model, options["data"], passes, options.get("include"), options.get("exclude"), blocks)
-    analysing = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS - {"progress"}}
+    analysing: dict[str, Any] = {k: v for k, v in options.items() if k in _ANALYSIS_OPTIONS - {"progress"}}
     if options.get("data") is None:
         analysing.setdefault("precision", resolved_precision(checked, options.get("criterion"), options.get("method")))
     inputs = example_inputs
-    if options.get("data") is not None:
-        check_data(options["data"])
-        options["data"] = without_labels(model, options["data"])
-        first, analysing["data"] = first_batch(model, options["data"])
+    data = options.get("data")
+    if data is not None:
+        check_data(data)
+        data = without_labels(model, data)
+        first, analysing["data"] = first_batch(model, data)
         inputs = first if example_inputs is None else example_inputs
-    trained: dict[str, Any] = {"refit": options["data"]} if refit else {}
-    trained |= {"refine": options["data"], "epochs": passes} if refine else {}
+    trained: dict[str, Any] = {"refit": data} if refit else {}
+    trained |= {"refine": data, "epochs": passes} if refine else {}
     if trained:
         trained |= {"mask": options.get("mask", USUAL), "blocks": blocks}
     apply: Any = partial(Plan.apply, example_inputs=inputs, **trained)

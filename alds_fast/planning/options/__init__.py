@@ -25,10 +25,14 @@ from .defaults import (
     tell_too_little,
 )
 from .pins import Pin, choices_of, pins_of_layers, read_pins, saying_what_is_pinned
+from .typed import AnalysisOptions, CompressOptions, PlanOptions
 
 __all__ = [
     "METHODS",
+    "AnalysisOptions",
+    "CompressOptions",
     "Pin",
+    "PlanOptions",
     "budget_amount",
     "check_groups",
     "check_held_out",
