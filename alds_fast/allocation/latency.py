@@ -15,6 +15,7 @@ curves, thin slices run badly, and each would have to be timed.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median
@@ -27,8 +28,10 @@ from torch import nn
 from ..layers import DecomposableLayer, LowRankLayer, low_rank_like, oriented_weight, replace_layers
 from ..linalg import Decomposition
 from ..measurement import (
+    STEADY,
     InputSpec,
     Ratios,
+    Timed,
     Timings,
     call_model,
     copy_batch,
@@ -36,6 +39,8 @@ from ..measurement import (
     interleaved_ms,
     keeping_state,
     median_ratio,
+    paired_ratios,
+    quartile_spread,
 )
 from .candidates import Candidates, Curve
 from .costs import Calls, CostTable
@@ -45,7 +50,7 @@ MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
 
 
 LEVELS, SPACING = 4, 3
-ROUNDS = 5
+ROUNDS, REPEATS = 5, 3
 NS_PER_MS = 1_000_000
 
 
@@ -89,15 +94,22 @@ def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
 
 
 def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Decomposition], known: Ratios) -> None:
-    """Add the ratios of these choices to what is known."""
-    if not wanted:
-        return
+    """Add the ratios of these choices to what is known: of more rounds where rounds are far apart."""
     x = spec.make()
-    calls = {"dense": spec.caller(module, x)}
-    calls |= {str(d): spec.caller(random_low_rank(module, d), x) for d in wanted}
-    times = interleaved_ms(calls, spec.device, rounds=ROUNDS)
-    for d in wanted:
-        known.setdefault(_curve_key(d), {})[d.rank] = median_ratio(times, str(d), "dense")
+    dense = spec.caller(module, x)
+    left = {str(d): (d, spec.caller(random_low_rank(module, d), x)) for d in wanted}
+    ratios: dict[str, list[float]] = {name: [] for name in left}
+    for _ in range(REPEATS):
+        if not left:
+            break
+        sides = {"dense": dense} | {name: call for name, (_, call) in left.items()}
+        times = interleaved_ms(sides, spec.device, rounds=ROUNDS)
+        for name, (d, _) in list(left.items()):
+            ratios[name] += paired_ratios(times, name, "dense")
+            timed = Timed(median(ratios[name]), quartile_spread(ratios[name]))
+            known.setdefault(_curve_key(d), {})[d.rank] = timed
+            if timed.steady:
+                del left[name]
 
 
 def _curve_key(d: Decomposition) -> tuple[int, int, str]:
@@ -119,7 +131,7 @@ def _survey(module: nn.Module, spec: InputSpec, curves: Iterable[Curve], known: 
         for curve in curves:
             rank = _rank(curve, level)
             ratios = known.get(_curve_key(curve.decomposition(rank)), {})
-            if rank not in ratios and not any(ratio >= 1 for r, ratio in ratios.items() if r < rank):
+            if rank not in ratios and not any(timed.ratio >= 1 for r, timed in ratios.items() if r < rank):
                 wanted.append(curve.decomposition(rank))
         _time(module, spec, sorted(set(wanted)), known)
         timed = timed or bool(wanted)
@@ -164,7 +176,18 @@ class LayerTimes:
         for text, (module, spec, curves) in self._sites.items():
             if _survey(module, spec, curves, timings.of(text)):
                 timings.save()
+        self._warn_if_unsteady()
         self._time_dense(model, example_inputs, device)
+
+    def _warn_if_unsteady(self) -> None:
+        timed = [t for text in self._sites for known in self._timings.of(text).values() for t in known.values()]
+        unsteady = sum(not t.steady for t in timed)
+        if unsteady:
+            warnings.warn(
+                f"latency=: {unsteady} of {len(timed)} timings of layers have rounds that are more than {STEADY:.0%} "
+                f"apart after {REPEATS * ROUNDS} of them: the machine is busy; they are not kept for other plans",
+                stacklevel=2,
+            )
 
     def _time_dense(self, model: nn.Module, example_inputs: Any, device: torch.device) -> None:
         sides = {text: spec.caller(module, spec.make()) for text, (module, spec, _) in self._sites.items()}
@@ -187,7 +210,8 @@ class LayerTimes:
         for spec, count in self._calls[layer.name].items():
             text = call_key(layer, spec)
             known = self._timings.of(text)[_curve_key(curve.decomposition(1))]
-            total += count * self._dense_ns[text] * interpolate(known, curve.ranks)
+            ratios = {rank: timed.ratio for rank, timed in known.items()}
+            total += count * self._dense_ns[text] * interpolate(ratios, curve.ranks)
         return np.rint(total).astype(np.int64)
 
     def table(self, share: float) -> CostTable:

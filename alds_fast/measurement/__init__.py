@@ -18,13 +18,14 @@ from .run_model import (
     without_fast_paths,
 )
 from .samples import Samples, digest_of, leaves_of
-from .timer import interleaved_ms, median_ratio
-from .timing_cache import Ratios, Timings, device_name, environment
+from .timer import interleaved_ms, median_ratio, paired_ratios, quartile_spread
+from .timing_cache import STEADY, Ratios, Timed, Timings, device_name, environment
 from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
 
 __all__ = [
     "KL",
     "MAPPED",
+    "STEADY",
     "USUAL",
     "InputSpec",
     "LayerCall",
@@ -33,6 +34,7 @@ __all__ = [
     "Run",
     "Samples",
     "Sensitivity",
+    "Timed",
     "Timings",
     "Watch",
     "as_written",
@@ -64,7 +66,9 @@ __all__ = [
     "median_ratio",
     "naming_batch",
     "numbered_batches",
+    "paired_ratios",
     "private_runs",
+    "quartile_spread",
     "shared_inputs",
     "signs_of",
     "watching",

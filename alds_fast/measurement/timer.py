@@ -94,10 +94,27 @@ def interleaved_ms(
     return times
 
 
+def paired_ratios(times: Mapping[str, Sequence[float]], side: str, baseline: str) -> list[float]:
+    """side / baseline of every round."""
+    return [a / b for a, b in zip(times[side], times[baseline], strict=True)]
+
+
 def median_ratio(times: Mapping[str, Sequence[float]], side: str, baseline: str) -> float:
     """Median over the rounds of side / baseline: each ratio is of neighbours in time, so drift cancels.
 
     >>> median_ratio({"a": [1.0, 2.0, 8.0], "b": [2.0, 4.0, 8.0]}, "a", "b")
     0.5
     """
-    return statistics.median(a / b for a, b in zip(times[side], times[baseline], strict=True))
+    return statistics.median(paired_ratios(times, side, baseline))
+
+
+def quartile_spread(ratios: Sequence[float]) -> float:
+    """The distance of the quartiles over the median; 0 for one number.
+
+    >>> quartile_spread([1.0, 1.0, 1.5, 0.5, 8.0])
+    0.5
+    """
+    if len(ratios) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return (high - low) / middle

@@ -10,18 +10,31 @@ import os
 import platform
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..files import write_text
 
 FORMAT = "alds_fast.timings"
-VERSION = 2  # to be raised when the low-rank layers run differently: what was measured before is then not read
+VERSION = 3  # to be raised when the low-rank layers run differently: what was measured before is then not read
 
-Ratios = dict[
-    tuple[int, int, str], dict[int, float]
-]  # (scheme, groups, pivots) to rank to latency over that of the dense layer
+STEADY = 0.2  # the largest spread of timings that are kept for other plans
+
+
+class Timed(NamedTuple):
+    """Latency over that of the dense layer: the median of the rounds, and the distance of their quartiles over it."""
+
+    ratio: float
+    spread: float
+
+    @property
+    def steady(self) -> bool:
+        """Whether the rounds were near enough to one another to be trusted later."""
+        return self.spread <= STEADY
+
+
+Ratios = dict[tuple[int, int, str], dict[int, Timed]]  # (scheme, groups, pivots) to rank to what was measured
 
 
 def device_name(device: torch.device) -> str:
@@ -59,7 +72,8 @@ class Timings:
     """What is known of every kind of layer call, by a text that describes it; read at once, written by :meth:`save`.
 
     ``cache`` is a folder, None for ``$ALDS_FAST_CACHE`` or ``~/.cache/alds_fast``, False for none. A file that is not
-    what :meth:`save` writes, or a folder that cannot be written, is warned about and what is missing measured anew.
+    what :meth:`save` writes, or a folder that cannot be written, is warned about and what is missing measured anew, as
+    are timings of rounds that were far apart: of a busy hour.
     """
 
     def __init__(self, device: torch.device, cache: str | os.PathLike[str] | bool | None = None) -> None:
@@ -96,7 +110,7 @@ class Timings:
         for call, ratios in written.items():
             for curve, known in ratios.items():
                 self.of(call)[curve] = known | self.of(call).get(curve, {})
-        rows = {call: [[*curve, *pair] for curve, known in ratios.items() for pair in known.items()]
+        rows = {call: [[*curve, rank, *timed] for curve, known in ratios.items() for rank, timed in known.items()]
                 for call, ratios in self._calls.items()}  # fmt: skip
         data = {"format": FORMAT, "version": VERSION, "environment": self.environment, "calls": rows}
         try:
@@ -107,12 +121,17 @@ class Timings:
 
 
 def _ratios(rows: Any) -> Ratios:
+    """Those that are to be trusted."""
     ratios: Ratios = {}
-    for scheme, groups, pivots, rank, ratio in rows:
+    for scheme, groups, pivots, rank, ratio, spread in rows:
         whole = all(type(n) is int and n >= 0 for n in (scheme, groups, rank))
         if not whole or not isinstance(ratio, float) or not 0 < ratio < math.inf:
             raise ValueError(f"{[scheme, groups, rank, ratio]} is not scheme, groups, rank and a ratio above 0")
+        if not isinstance(spread, float) or not 0 <= spread < math.inf:
+            raise ValueError(f"the spread {spread!r} is not a number of at least 0")
         if pivots not in ("", "output", "input"):
             raise ValueError(f"pivots are {pivots!r}")
-        ratios.setdefault((scheme, groups, pivots), {})[rank] = ratio
+        timed = Timed(ratio, spread)
+        if timed.steady:
+            ratios.setdefault((scheme, groups, pivots), {})[rank] = timed
     return ratios

@@ -19,7 +19,7 @@ from alds_fast.criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.layers import LowRankLayer
 from alds_fast.linalg import Decomposition, index_count
-from alds_fast.measurement import InputSpec, Timings, layer_inputs
+from alds_fast.measurement import InputSpec, Timed, Timings, layer_inputs
 
 CPU = torch.device("cpu")
 
@@ -160,8 +160,8 @@ def test_the_default_folder_is_the_environments(timer, tmp_path, monkeypatch):
         slow(lambda text: "[" * 100_000),
         slow(lambda text: "3"),
         lambda text: json.dumps({**json.loads(text), "environment": {}}),
-        slow(lambda text: json.dumps({**json.loads(text), "calls": {"x": [[0, 1, 4, -1.0]]}})),
-        lambda text: json.dumps({**json.loads(text), "calls": {"x": [[0, 1, 4, float("nan")]]}}),
+        slow(lambda text: json.dumps({**json.loads(text), "calls": {"x": [[0, 1, "", 4, -1.0, 0.0]]}})),
+        lambda text: json.dumps({**json.loads(text), "calls": {"x": [[0, 1, "", 4, 0.5, float("nan")]]}}),
         slow(lambda text: json.dumps({**json.loads(text), "calls": [3]})),
     ],
 )
@@ -194,11 +194,40 @@ def test_timings_of_other_settings_are_not_used(tmp_path, monkeypatch):
 
 def test_two_processes_keep_each_others_timings(tmp_path):
     one, two = Timings(CPU, tmp_path), Timings(CPU, tmp_path)
-    one.of("a")[0, 1, ""] = {4: 0.5}
-    two.of("a")[0, 1, ""] = {8: 0.7}
+    one.of("a")[0, 1, ""] = {4: Timed(0.5, 0.0)}
+    two.of("a")[0, 1, ""] = {8: Timed(0.7, 0.1)}
     one.save()
     two.save()
-    assert Timings(CPU, tmp_path).of("a") == {(0, 1, ""): {4: 0.5, 8: 0.7}}
+    assert Timings(CPU, tmp_path).of("a") == {(0, 1, ""): {4: (0.5, 0.0), 8: (0.7, 0.1)}}
+
+
+class Busy(Timer):
+    """Every third round of low-rank layers takes twice as long as it should; ``calm`` puts an end to it."""
+
+    calm = False
+
+    def __call__(self, calls, device, *, rounds=7, min_ms=2.0):
+        times = super().__call__(calls, device, rounds=rounds, min_ms=min_ms)
+        for name, call in calls.items():
+            if isinstance(call.func, LowRankLayer) and not self.calm:
+                times[name] = [t * (2 if i % 3 == 0 else 1) for i, t in enumerate(times[name])]
+        return times
+
+
+def test_timings_of_a_busy_hour_are_repeated_and_not_kept(tmp_path, monkeypatch):
+    timer = Busy()
+    monkeypatch.setattr(latency, "interleaved_ms", timer)
+    with pytest.warns(UserWarning, match=r"timings of layers have rounds that are more than 20% apart after 15 of"):
+        plan(timer, tmp_path)
+    shapes = [t[0] for t in timer.timed]
+    assert len(shapes) > 2 * len(set(timer.timed))
+    rows = [row for call in json.loads(next(tmp_path.iterdir()).read_text())["calls"].values() for row in call]
+    assert rows and all(row[-1] > 0.2 for row in rows)
+    timer.calm = True
+    timer.timed.clear()
+    _, calm = plan(timer, tmp_path)
+    assert timer.timed
+    assert calm == plan(timer, tmp_path / "never busy")[1]
 
 
 # ----------------------------------------------------------------------------------------- refinement
