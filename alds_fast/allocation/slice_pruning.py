@@ -10,7 +10,7 @@ no larger error that is known already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 
@@ -83,13 +83,15 @@ def prune_spectra(
     pivots_from: Mapping[str, float] | None = None,
     done: Callable[[int], None] = lambda n: None,
     float32: bool = False,
+    whole: Container[str] = (),
 ) -> list[LayerSpectra]:
     """Spectra of layers under the folds and slice counts that can be on the Pareto front.
 
     ``groups``: "divisors" for all divisors of a layer's channels, None for :func:`auto_groups`, or a sequence. Budgets
     on parameters, and on the error, have the same solutions as with the spectra of all of them, by every criterion but
     "reference", for which nothing is left out. ``pivots_from``: by layer from which error on it may have pivots, see
-    :func:`alds_fast.allocation.candidates.candidates`; None for nowhere. All layers are worked on together; ``done``
+    :func:`alds_fast.allocation.candidates.candidates`; None for nowhere. Of layers in ``whole`` nothing is left out:
+    those that may not have every rank, or whose cost is no number of parameters. All are worked on together; ``done``
     and ``float32`` as for :func:`alds_fast.criteria.layer_spectra`.
     """
     shapes = {layer.name: layer.shape for layer in layers if layer.shape}
@@ -103,7 +105,8 @@ def prune_spectra(
     for k in sorted(set(named) - set(first)):
         folds = [
             (layer, scheme) for layer in layers if k in wanted[layer.name] for scheme in results[layer.name].top
-            if may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align, least.get(layer.name))
+            if layer.name in whole
+            or may_win(shapes[layer.name], results[layer.name], scheme, k, criterion, align, least.get(layer.name))
         ]  # fmt: skip
         for batch in batches(folds, lambda w: shapes[w[0].name].numel, lambda w: place(w[0]), limit):
             solved = linalg.spectra(

@@ -26,11 +26,12 @@ from ..integrations import transformers_name
 from ..measurement import KL
 from ..progress import telling
 from ..text import shape_text, table
+from .arguments import as_pins
 from .eval import check_data_flags
 from .log_lines import log_lines
 from .texts import calibration, perplexity, read_windows
 
-_MODEL_ONLY = ("weights", "flops", "memory", "quality", "evaluate", "latency", "input", "plot")
+_MODEL_ONLY = ("weights", "flops", "quality", "evaluate", "latency", "input", "plot")
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # models whose outputs are logits of tokens
 NO_DATA = (
     "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
@@ -59,7 +60,6 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     """Run it; the ``first`` of several processes prints the result."""
     other = [name for name in _MODEL_ONLY if getattr(args, name)]
     other += ["method"] if args.method in BASELINES else []
-    other += [name for name, value in (("pin", args.pin), ("min-rank", args.min_rank > 1)) if value]
     if other:
         raise ArgumentError(
             f"--{other[0]} does not go with a checkpoint directory; name a function that returns the model instead"
@@ -70,10 +70,11 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     config = open_shards(args.target).config
     kind = str((config.get("architectures") or [""])[0])
     batches, texts = _data(args, config, kind)
-    same = ("params", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit", "blocks")
-    options: dict[str, Any] = {name: getattr(args, name) for name in same}
+    same = ("params", "memory", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit")
+    options: dict[str, Any] = {name: getattr(args, name) for name in (*same, "blocks", "min_rank")}
     options |= {
         "data": batches,
+        "pins": as_pins(args.pin),
         "sensitivity": args.sensitivity and (KL if kind.endswith(_LANGUAGE) else True),
         "groups": args.groups or "auto",
         "refine": args.refine or False,

@@ -76,6 +76,40 @@ def test_options(tmp_path, llama):
     assert plan.error <= 0.3 and plan.criterion == "operator"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": 0.6},
+        {"memory": "300kB", "groups": (1, 2, 4)},
+        {"memory": 0.7, "params": 0.6},
+        {"params": 0.6, "min_rank": 9},
+        {"params": 0.6, "pins": {"*.q_proj": "dense", "*.down_proj": {"max_rank": 6, "min_keep": 0.1}}},
+    ],
+)
+def test_pins_and_memory_as_in_memory(tmp_path, llama, options):
+    """No spectrum is left out that they need: the plan is that of the whole model, all of whose spectra are there."""
+    plan = alds.compress_checkpoint(llama / "dense", tmp_path / "small", **options).plan
+    model = checkpoints.dense("llama").from_pretrained(llama / "dense", dtype="auto")
+    groups = {"groups": options.get("groups", (1, 2, 4, 8, 16))}
+    whole = {name: value for name, value in options.items() if name != "groups"}
+    expected = alds.analyze(model, **groups, precision="float32").plan(**whole)
+    assert [row.choice for row in plan.layers] == [row.choice for row in expected.layers]
+    assert (
+        plan.error == pytest.approx(expected.error, rel=1e-9)
+        and plan.budget == expected.budget
+        and plan.costs == expected.costs
+    )
+    assert plan.pins == expected.pins and plan.min_rank == expected.min_rank
+    assert alds.from_pretrained(tmp_path / "small", dtype="auto")(**checkpoints.inputs("llama")).logits.isfinite().all()
+
+
+def test_spectra_left_out_for_parameters_do_not_serve_memory(llama, tmp_path):
+    with pytest.raises(errors.BudgetError, match="the smallest reachable is params="):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", params=0.01)
+    with pytest.raises(errors.ArgumentError, match=r"budget of=None then, 'memory' now"):
+        alds.compress_checkpoint(llama / "dense", tmp_path / "small", memory=0.6)
+
+
 def test_threads_change_nothing(tmp_path, llama):
     threads = torch.get_num_threads()
     try:
@@ -181,6 +215,11 @@ def test_groups_that_divide_nothing(llama, tmp_path):
         ({"params": 0.5, "max_shard_bytes": 0}, errors.ArgumentError, "max_shard_bytes=0"),
         ({"params": 0.5, "include": "nothing"}, errors.LayerNotFoundError, "matches no layer"),
         ({"params": 0.5, "device": "tpu"}, errors.ArgumentError, "device='tpu'"),
+        ({"memory": "20 apples"}, errors.BudgetError, "memory='20 apples' is not like '20MB'"),
+        ({"params": 0.5, "min_rank": 0}, errors.ArgumentError, "min_rank=0"),
+        ({"params": 0.5, "pins": {"nothing": "dense"}}, errors.LayerNotFoundError, "'nothing'"),
+        ({"params": 0.5, "pins": {"*.q_proj": {"max_rank": 0}}}, errors.ArgumentError, "max_rank=0 is not an integer"),
+        ({"params": 0.5, "pins": {"*": "dense"}}, errors.BudgetError, "that is with pins"),
     ],
 )
 def test_bad_arguments(llama, tmp_path, options, error, text):
@@ -213,6 +252,10 @@ def test_command_line(llama, tmp_path, capsys):
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(llama / "small")
     assert commands.main(["show", str(tmp_path / "small")]) == 0
     assert "parameters 98,624 -> " in capsys.readouterr().out
+    pinned = [*arguments[:3], str(tmp_path / "pinned"), "--memory", "0.8", "--pin", "*.q_proj=dense", "--min-rank", "3"]
+    assert commands.main([*pinned, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["budget"], plan["pins"], plan["min_rank"]) == ("memory=0.8", {"*.q_proj": "dense"}, 3)
     assert commands.main([*arguments, "--flops", "0.5"]) == 1
     assert "--flops does not go with a checkpoint directory" in capsys.readouterr().err
     assert commands.main([*arguments, "--max-shard-gb", "nan"]) == 1

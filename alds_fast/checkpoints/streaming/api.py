@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from ...planning import (
     check_plan_options,
     check_schemes,
     is_float32,
+    read_pins,
     resolved_norm,
 )
 from ...processes import join_processes, own_device
@@ -57,10 +58,12 @@ def _settings(
     params: float | None, error: float | None, criterion: str | None, p: float | None, align: int,
     schemes: Sequence[int], groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int,
     precision: str, pivots: bool, data: Any, sensitivity: Sensitivity, refit: bool, refine: bool | int,
-    blocks: str | Sequence[str] | None,
+    blocks: str | Sequence[str] | None, memory: float | str | None, pins: Mapping[Any, Any] | None, min_rank: int,
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
-    check_plan_options({"params": params}, error, None, criterion=criterion, p=p, align=align, pivots=pivots)
+    shares: dict[str, Any] = {"params": params, "memory": memory}
+    options: dict[str, Any] = {"criterion": criterion, "p": p, "align": align, "pivots": pivots}
+    check_plan_options(shares, error, None, **options, pins=pins, min_rank=min_rank)
     check_sensitivity(sensitivity)
     passes, lists = passes_of(refine), check_lists(blocks)
     asked = [
@@ -76,13 +79,14 @@ def _settings(
     named = ONE_SLICE if named is None and data is not None else named
     if not is_count(max_shard_bytes):
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
-    budget = {name: budget_amount(v) for name, v in (("params", params), ("error", error)) if v is not None}
-    norm = p if criterion is None else float(resolved_norm(p, criterion, {"params": params}, "alds"))
+    budget = {name: budget_amount(v) for name, v in {**shares, "error": error}.items() if v is not None}
+    norm = p if criterion is None else float(resolved_norm(p, criterion, shares, "alds"))
+    seen: Any = () if data is None else (_digest(data), _name(sensitivity), bool(refit), passes or None, lists)
     return Settings(
         budget, criterion, norm, int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
         patterns(include, "include"), patterns(exclude, "exclude"), max_shard_bytes, pivots, is_float32(precision),
-        *() if data is None else (_digest(data), _name(sensitivity), bool(refit), passes or None, lists),
+        read_pins(pins) or None, min_rank if min_rank > 1 else None, *seen,
     )  # fmt: skip
 
 
@@ -128,6 +132,9 @@ def compress_checkpoint(
     refit: bool = False,
     refine: bool | int = False,
     blocks: str | Sequence[str] | None = None,
+    memory: float | str | None = None,
+    pins: Mapping[Any, Any] | None = None,
+    min_rank: int = 1,
 ) -> CompressedCheckpoint:
     """Compress a checkpoint directory into another one, with a few layers, or with ``data`` one block, in memory.
 
@@ -136,7 +143,8 @@ def compress_checkpoint(
         output: a new directory. It gets the compressed shards, their index, config.json, the plan
             (``alds_plan.json``), how the factors were computed (``alds_factors.json``), and copies of all other files
             (tokenizer, ...). Load it with :func:`alds_fast.from_pretrained`.
-        params, error, criterion, p, align, pivots: as for :meth:`alds_fast.Analysis.plan`. Biases stay as they are.
+        params, memory, error, criterion, p, align, pivots, pins, min_rank: as for :meth:`alds_fast.Analysis.plan`;
+            memory is that of the parameters as they are stored. Biases stay as they are.
         schemes, include, exclude: as for :func:`alds_fast.analyze`.
         groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16, with data for one,
             "divisors" for all.
@@ -180,7 +188,7 @@ def compress_checkpoint(
             raise ArgumentError("data= has no batches; an iterator can be used once only")
     settings = _settings(
         params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision, pivots,
-        data, sensitivity, refit, refine, blocks,
+        data, sensitivity, refit, refine, blocks, memory, pins, min_rank,
     )  # fmt: skip
     if refine:
         check_schedule(data, "refine=", settings.refine)
@@ -209,12 +217,10 @@ def _job(shards: Shards, settings: Settings) -> dict[str, Any]:
     others = {name: Stored(path, "U8", (), 0, path.stat().st_size).crc32()
               for name, path in companions(shards.folder, {CONFIG, PLAN, FACTORS, JOB}).items()}  # fmt: skip
     job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
-    fields: dict[str, Any] = json.loads(json.dumps({**job, **asdict(settings)}))
-    return {
-        k: v
-        for k, v in fields.items()
-        if v is not None or k not in ("data", "sensitivity", "refit", "refine", "blocks")
-    }
+    kind = "memory" if "memory" in settings.budget else None  # spectra for params= lack some that it needs
+    fields: dict[str, Any] = json.loads(json.dumps({**job, "budget of": kind, **asdict(settings)}))
+    optional = "data", "sensitivity", "refit", "refine", "blocks", "pins", "min_rank", "budget of"
+    return {k: v for k, v in fields.items() if v is not None or k not in optional}
 
 
 def _run(

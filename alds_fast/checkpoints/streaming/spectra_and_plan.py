@@ -27,7 +27,9 @@ def find_spectra(work: Work) -> None:
         least = {layer.name: least_error_of_pivots(layer) for layer in layers} if settings.pivots else None
         with work.weights(layers) as sums:
             if settings.data is None:
-                results: Iterable[LayerSpectra] = prune_spectra(layers, *options, least, float32=settings.float32_first)
+                pinned = {n for n, pin in work.pins.items() if pin.limits or "memory" in settings.budget}
+                float32 = settings.float32_first
+                results: Iterable[LayerSpectra] = prune_spectra(layers, *options, least, float32=float32, whole=pinned)
             else:  # what is best by the weights alone need not be so by data
                 results = layer_spectra(layers, settings.schemes, settings.groups or "divisors")
         for number, spectra in zip(batch, results, strict=True):
@@ -60,7 +62,7 @@ def find_plan(work: Work) -> Plan:
         analysis = Analysis(*parts, recompute_in_float64=lambda wanted: _recompute_by_all(work, wanted))
         s = work.settings
         options = {"criterion": s.criterion, "p": s.p, "align": s.align, "pivots": s.pivots, "progress": False}
-        plan = analysis.plan(**s.budget, **options)  # type: ignore[arg-type]
+        plan = analysis.plan(**s.budget, **options, **s.pinned)  # type: ignore[arg-type]
         write_whole(path, [plan.to_json().encode()])
     work.world.together()
     while not path.exists():

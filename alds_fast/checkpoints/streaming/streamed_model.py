@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ...files import crc32
 from ...integrations import stored_names
 from ...layers import DecomposableLayer, Layer, bad_values, check_weight, chosen_layers, label
 from ...linalg import WeightShape
-from ...planning import check_is_possible
+from ...planning import Pin, check_is_possible, pins_of_layers
 from ...processes import World
 from ...progress import Progress
 from ...selection import ModuleNames
@@ -41,11 +42,18 @@ class Settings:
     max_shard_bytes: int
     pivots: bool
     float32: bool  # spectra, where that can be checked
+    pins: Mapping[str, Any] | None = None
+    min_rank: int | None = None
     data: str | None = None  # a digest of the batches
     sensitivity: str | None = None
     refit: bool | None = None
     refine: int | None = None  # passes over the batches
     blocks: tuple[str, ...] | None = None  # the lists that hold them, where users say so
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """Options of a plan."""
+        return {"pins": self.pins, "min_rank": self.min_rank or 1}
 
     @property
     def float32_first(self) -> bool:
@@ -67,6 +75,7 @@ class Work:
     layers: list[Layer] = field(init=False)
     sources: dict[str, str] = field(init=False)
     names: dict[str, str] = field(init=False)  # of all parameters, those that they are stored by
+    pins: dict[str, Pin] = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = skeleton(self.shards)
@@ -79,6 +88,8 @@ class Work:
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         layers = chosen_layers(self.model, self.settings.include, self.settings.exclude)
         self.layers = [self._check(layer) for layer in layers]
+        s = self.settings
+        self.pins = pins_of_layers(s.pins, s.min_rank or 1, self.model, self.layers)
         if self.world.first:
             self._check_biases()
 

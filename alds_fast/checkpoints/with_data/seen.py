@@ -120,7 +120,7 @@ class WithData:
         known = path.exists()
         world.together()
         if not known:
-            options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align}
+            options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align, **s.pinned}
             self.work.progress("plan", 0, 1)
             self.plan = self._analysis.plan(**options, bias_correction=False, pivots=s.pivots, progress=False)
             text = world.told_by(0, self.plan.to_json() if world.first else None)

@@ -44,6 +44,11 @@ class Pin:
         """Whether the layer may stay dense."""
         return self.max_rank is None and self.max_keep == 1
 
+    @property
+    def limits(self) -> bool:
+        """Whether some ranks are not allowed: then what is best of all ranks need not be the best of what is left."""
+        return self != Pin(self.said, self.dense)
+
     def limit(self, layer: DecomposableLayer, choices: Candidates) -> Candidates:
         """The choices that the pin allows; ArgumentError where there are none."""
         if self.dense:
