@@ -40,6 +40,7 @@ def factorize(
     spectra: Mapping[str, Tensor] | None = None,
     *,
     exact: bool = False,
+    constants: bool = False,
     weighted: Callable[[DecomposableLayer], Weighting | None] = lambda layer: None,
     done: Callable[[int], None] = lambda count: None,
 ) -> tuple[nn.Module, dict[str, FactorReport]]:
@@ -47,9 +48,10 @@ def factorize(
 
     ``spectra[name]``, if given, holds the singular values (conv_groups, groups, r) of the layer's chosen slices; they
     serve as the certificate's optimum where their norms are those of the weight's slices, and are computed otherwise.
-    ``exact`` asks for exact decompositions only. A layer for which ``weighted`` returns a weighting gets the factors
-    that are best for it, and a bias that takes up the mean of the error. ``done`` is told how many
-    layers have theirs. ``model`` is not changed. Raises
+    ``exact`` asks for exact decompositions only. With ``constants`` convolutions without a weighting keep what they
+    return for a constant input (:func:`alds_fast.factors.plain.keep_constants`). A layer for which ``weighted`` returns
+    a weighting gets the factors that are best for it, and a bias that takes up the mean of the error. ``done`` is told
+    how many layers have theirs. ``model`` is not changed. Raises
     LayerNotFoundError, PlanError or WeightError where a choice does not fit the model.
     """
     work = list(zip(choices, _resolve(model, choices), strict=True))
@@ -66,7 +68,7 @@ def factorize(
             continue
         new[choice.name], reports[choice.name], shifts[choice.name] = weighted_layer(layer, choice, weights)
         done(len(new))
-    for choice, low, report in plain_layers(plain, spectra or {}, exact):
+    for choice, low, report in plain_layers(plain, spectra or {}, exact, constants=constants):
         new[choice.name], reports[choice.name] = low, report
         done(len(new))
     small = replace_layers(model, new)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import linalg
 from ..criteria import FoldRoom, batches, for_threads, place
-from ..layers import DecomposableLayer, LowRankLayer, low_rank_like
+from ..layers import DecomposableLayer, LowRankLayer, low_rank_like, oriented_weight
 from .choice import Choice, FactorReport
+
+RECTIFIED = 1 / (math.pi - 1)  # mean^2 / variance of max(0, z), z normal: (1 / 2 pi) / (1 / 2 - 1 / 2 pi)
+SLIDING = nn.Conv1d, nn.Conv2d, nn.Conv3d  # whose inputs are mostly rectified, or images: alike from place to place
 
 
 def _factors(
@@ -34,13 +38,13 @@ def _factors(
     return results
 
 
-def _report(factors: linalg.Factors) -> FactorReport:
+def _report(factors: linalg.Factors, added: float) -> FactorReport:
     if bool((factors.iterations == linalg.EXACT_BY_FALLBACK).any()):
         method = "exact-fallback"
     else:
         method = "randomized" if bool((factors.iterations > 0).any()) else "exact"
     norm = float(factors.norm.sum())
-    error = (float(factors.error.sum()) / norm) ** 0.5 if norm > 0 else 0.0
+    error = ((float(factors.error.sum()) + added) / norm) ** 0.5 if norm > 0 else 0.0
     return FactorReport(method, max(0, int(factors.iterations.max())), error)
 
 
@@ -53,12 +57,41 @@ def low_rank_layer(layer: DecomposableLayer, choice: Choice, left: Tensor, right
     return new
 
 
+def keep_constants(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
+    """The decoder that is best for these encoders if all inputs have one mean; and what that adds to the squared error.
+
+    ``weight`` (conv_groups, filters, n), ``left`` (conv_groups, slices, filters * taps, rank) and ``right``
+    (conv_groups, slices, rank, columns) with orthogonal rows, as of a singular value decomposition. For inputs of
+    covariance I and mean sqrt(b) 1, b = ``RECTIFIED``, the least E ||(W - L' R) x||^2 is at
+
+        L' = L + b / (1 + b ||P 1||^2) (W - L R) 1 (R^+T 1)^T,   P = R^+ R,
+
+    of rank one more than L at most, in the same shape: what the truncation loses of the response to a constant input,
+    spread over the hidden channels by how much of it they see. Frobenius errors grow by
+    b^2 / (1 + b ||P 1||^2)^2 ||(W - L R) 1||^2 ||P 1||^2, as the rows of W - L R are orthogonal to those of R.
+    """
+    taps = left.shape[2] // weight.shape[1]
+    sums, norms2 = right.double().sum(-1), right.double().square().sum(-1)
+    along = torch.where(norms2 > 0, sums / norms2, 0.0)  # R^+T 1
+    seen = taps * (along * sums).sum((1, 2))  # ||P 1||^2, (conv_groups,)
+    response = (left.double() @ sums.unsqueeze(-1)).sum((1, 3)).unflatten(1, (-1, taps)).sum(-1)
+    step = (weight.double().sum(-1) - response) * (RECTIFIED / (1 + RECTIFIED * seen)).unsqueeze(-1)
+    rows = step.repeat_interleave(taps, 1)[:, None, :, None]
+    added = float((step.square().sum(-1) * seen).sum())
+    return (left.double() + rows * along.unsqueeze(2)).to(left.dtype), added
+
+
 def plain_layers(
-    work: Sequence[tuple[Choice, DecomposableLayer]], spectra: Mapping[str, Tensor], exact: bool, limit: int = 0
+    work: Sequence[tuple[Choice, DecomposableLayer]],
+    spectra: Mapping[str, Tensor],
+    exact: bool,
+    limit: int = 0,
+    constants: bool = False,
 ) -> Iterator[tuple[Choice, LowRankLayer, FactorReport]]:
     """The low-rank layer of every choice, without its bias, and how its factors were computed; as for factorize.
 
-    As many are computed together as :func:`alds_fast.criteria.layer_spectra` does.
+    As many are computed together as :func:`alds_fast.criteria.layer_spectra` does. With ``constants`` convolutions
+    :func:`keep_constants`.
     """
     for choice, layer in work:
         if isinstance(layer.module, LowRankLayer):
@@ -70,5 +103,8 @@ def plain_layers(
         matrices = room.matrices([(layer, choice.decomposition.scheme) for choice, layer in batch])
         for (choice, layer), factors in zip(batch, _factors(batch, matrices, spectra, exact), strict=True):
             split = (choice.shape.conv_groups, choice.decomposition.groups)
-            pair = factors.left.unflatten(0, split), factors.right.unflatten(0, split)
-            yield choice, low_rank_layer(layer, choice, *pair), _report(factors)
+            left, right, added = factors.left.unflatten(0, split), factors.right.unflatten(0, split), 0.0
+            if constants and isinstance(layer.module, SLIDING):
+                weight = oriented_weight(layer.module).detach().reshape(split[0], choice.shape.filters_per_group, -1)
+                left, added = keep_constants(weight, left, right)
+            yield choice, low_rank_layer(layer, choice, left, right), _report(factors, added)

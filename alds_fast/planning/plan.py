@@ -14,17 +14,14 @@ from ..blocks import check_lists
 from ..checks import check_model
 from ..criteria import CRITERIA, Basis, Moments
 from ..errors import ArgumentError, PlanError
-from ..factors import (
-    PASSES,
-    factorize,
-)
+from ..factors import PASSES, factorize
 from ..integrations import keep_when_saved, warn_of_lost_merging
 from ..layers import annotate, check_copyable, count_params, label, opened_for, warn_of_holders
 from ..measurement import check_batches, first_batch, without_labels
 from ..progress import ProgressOption, telling
 from ..text import table
 from .fitting import refine_steps, refit_steps
-from .options import check_refining
+from .options import check_refining, keeps_constants
 from .plan_json import plan_text, read_plan
 from .plan_rows import Latency, LayerPlan, Quality, costs_text, diff_text, row_cells
 from .result_check import check_result, check_run, check_way, naming_readers
@@ -42,7 +39,7 @@ class Plan:
         gap: certified relative distance of the p-norm of the errors from its optimum; 0 for method "alds" with p = inf
             under one budget, which is solved exactly, NaN for a plan edited by hand.
         latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
-        bias_correction: where factors are fitted to data, biases take up the means of the errors.
+        bias_correction: biases take up the means of the errors on data; without it, see :attr:`keeps_constants`.
         pins, min_rank: what single layers, and all, were held to.
         costs: before and after, "memory", the bytes of parameters and buffers, and "flops", the operations of a run,
             where there were example inputs; empty for a plan edited by hand.
@@ -112,6 +109,11 @@ class Plan:
     def exact(self) -> bool:
         """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
         return not CRITERIA[self.criterion].certified or "error" in self.budgets
+
+    @property
+    def keeps_constants(self) -> bool:
+        """Whether convolutions without data keep what they return for a constant input, at a larger error."""
+        return self.bias_correction and keeps_constants(self.criterion, self.method, self.budgets)
 
     def diff(self, other: Plan) -> str:
         """Two plans side by side, as a table: the layers that they treat differently, this plan first, and the totals.
@@ -186,7 +188,7 @@ class Plan:
                 inputs, called = first_batch(model, data)[0], f"batch 1 of {name}"
         with telling(progress) as tell:
             small, reports = factorize(
-                model, chosen, self.spectra, exact=self.exact, weighted=basis.weighting,
+                model, chosen, self.spectra, exact=self.exact, constants=self.keeps_constants, weighted=basis.weighting,
                 done=lambda count: tell("factors", count, len(chosen)),
             )  # fmt: skip
             before = None if inputs is None else check_way(model, small, names, inputs, called)

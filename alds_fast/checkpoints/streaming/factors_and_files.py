@@ -61,7 +61,8 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
     with work.weights(layers.values()) as sums:
         check_sums(work, {i: crc for i, (_, crc) in known.items()}, sums)
         limit = sum(layer.shape.numel for layer in layers.values())
-        for choice, low, report in plain_layers([(choices[i], layers[i]) for i in choices], spectra, plan.exact, limit):
+        chosen = [(choices[i], layers[i]) for i in choices]
+        for choice, low, report in plain_layers(chosen, spectra, plan.exact, limit, plan.keeps_constants):
             number = numbers[choice.name]
             dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
             tensors = {name: getattr(low, name).detach().to("cpu", dtype) for name in ("encoder", "decoder")}

@@ -19,6 +19,7 @@ from .checks import (
 from .defaults import (
     check_is_possible,
     check_needs,
+    keeps_constants,
     resolved_criterion,
     resolved_norm,
     resolved_precision,
@@ -46,6 +47,7 @@ __all__ = [
     "check_schemes",
     "choices_of",
     "is_float32",
+    "keeps_constants",
     "pins_of_layers",
     "read_pins",
     "resolved_criterion",
