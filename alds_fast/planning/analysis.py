@@ -133,7 +133,7 @@ class Analysis:
                 :mod:`alds_fast.allocation.baselines`: under one budget, of params= or flops=. Their ``Plan.gap`` is
                 that of the largest error.
             align: ranks are multiples of it.
-            bias_correction: with data, a layer's bias takes up the mean of its error, where it has one of its own.
+            bias_correction: with data, a layer's own bias takes up the error's mean; without, ``Plan.keeps_constants``.
             importance: by name, pattern or class of layers, as for ``exclude`` of :func:`alds_fast.analyze`, factors
                 >= 0 of the errors; 1 for those not named, of several patterns the last.
             pivots: try factors without an identity too, smaller at the same rank (:mod:`alds_fast.linalg.pivots`); in

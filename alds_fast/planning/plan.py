@@ -159,12 +159,12 @@ class Plan:
 
         Errors hold before rounding to the weights' type: exactly, but for criterion "frobenius" under a budget other
         than error=, where large layers of low rank are factorised by a randomized SVD within 0.05 % of the stated
-        error. The result carries this plan, without moments and spectra, as ``alds_plan`` and, per replaced layer, how
-        its factors were computed as ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises
-        LayerNotFoundError, PlanError or WeightError where the plan does not fit the model, ModelError if the model
-        cannot be copied, is no chain of blocks that ``refine`` needs, or the result is not what it must be. Warns of
-        optimizers and functions that hang on the model and hold dense layers, and of adapters that can no longer be
-        merged.
+        error, and convolutions give a little of it up if the plan ``keeps_constants``. The result carries this plan,
+        without moments and spectra, as ``alds_plan`` and, per replaced layer, how its factors were computed as
+        ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises LayerNotFoundError, PlanError or
+        WeightError where the plan does not fit the model, ModelError if the model cannot be copied, is no chain of
+        blocks that ``refine`` needs, or the result is not what it must be. Warns of optimizers and functions that hang
+        on the model and hold dense layers, and of adapters that can no longer be merged.
         """
         check_model(model)
         if count_params(model) != self.params_before:

@@ -67,6 +67,49 @@ def resnet20(width: int = 16) -> nn.Module:
     return nn.Sequential(*layers, head(channels))
 
 
+def resnet18() -> nn.Module:
+    """ResNet-18 (He et al., 2016) for one channel: a stem of stride 4, four stages of two residual blocks."""
+    layers: list[nn.Module] = [conv_bn(1, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    channels = 64
+    for stage in range(4):
+        for block in range(2):
+            filters = 64 * 2**stage
+            layers.append(Residual(channels, filters, 2 if stage and not block else 1))
+            channels = filters
+    return nn.Sequential(*layers, head(channels))
+
+
+class PaddedResidual(nn.Module):
+    """Two convolutions and a shortcut without parameters: every other position, zeros in the new channels."""
+
+    def __init__(self, channels: int, filters: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(channels, filters, 3, stride)
+        self.conv2, self.bn2 = conv_bn(filters, filters)
+        self.stride, self.new = stride, (filters - channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new, self.new)))
+
+
+class CifarResNet20(nn.Module):
+    """ResNet-20 for 32 x 32 colour images (He et al., 2016, section 4.2, option A)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(3, 16)
+        for stage, (channels, filters) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            first = PaddedResidual(channels, filters, 1 if stage == 1 else 2)
+            rest = (PaddedResidual(filters, filters, 1) for _ in range(2))
+            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        self.linear = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
 class WideBlock(nn.Module):
     """Pre-activation residual block of a wide residual network (Zagoruyko & Komodakis, 2016)."""
 
