@@ -11,10 +11,11 @@ again, the command goes on. Then it writes benchmarks/results/quality/data_free.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -131,19 +132,22 @@ def budgets_of(network: Network, model: nn.Module) -> dict[str, dict[str, Any]]:
     return shares | {"FLOPs .6": {"flops": 0.6}}
 
 
-def wanted(network: Network, budget: str) -> Iterable[str]:
-    """All variants at one half; three of them elsewhere."""
-    return variants() if budget.endswith(".5") else FEW
+def wanted(budget: str, patterns: Sequence[str]) -> list[str]:
+    """The variants that match a pattern at one half; three of all elsewhere."""
+    names = variants() if budget.endswith(".5") else FEW
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
-def run(network: Network, known: dict[Cell, float], keep: Callable[[Cell, float], None]) -> None:
-    """The cells of a network that are not known yet."""
+def run(
+    network: Network, known: dict[Cell, float], keep: Callable[[Cell, float], None], patterns: Sequence[str] = ("*",)
+) -> None:
+    """The cells of a network that are not known yet, of variants that match a pattern."""
     model, quality = network.build(0), quality_of(network)
     if (cell := (network.name, "", "dense")) not in known:
         keep(cell, quality(model))
     analysis = alds.analyze(model, include=network.include, progress=False)
     for budget, share in budgets_of(network, model).items():
-        for name in wanted(network, budget):
+        for name in wanted(budget, patterns):
             if (cell := (network.name, budget, name)) in known:
                 continue
             options, constants = variants()[name]
@@ -195,6 +199,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with resnet20_cifar10.safetensors")
     parser.add_argument("--out", type=Path, default=Path("quality_results"))
     parser.add_argument("--only", nargs="*", help="names of networks; by default all")
+    parser.add_argument("--variants", nargs="*", default=["*"], help="shell-style patterns; by default all")
     parser.add_argument("--commit", help="that made the results; the present one by default")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -215,7 +220,7 @@ def main() -> None:
             missing.append(f"{name}: left out, {reason}")
             print(missing[-1], flush=True)
         else:
-            run(every[name], known, keep)
+            run(every[name], known, keep, args.variants)
     head = (
         f"{described(environment(args.commit), timed=False)}; `python -m benchmarks.quality.data_free`. Seed 0, "
         f"without retraining. Bold: within .002 of the network's best. CIFAR-10: {IMAGES} test images, SmolLM2: "
