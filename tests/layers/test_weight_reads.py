@@ -78,6 +78,31 @@ def test_asking_is_not_reading():
     assert all(layer.reason is None for layer in alds.analyze(Asks()).layers)
 
 
+def walked(x, part):
+    return walked(F.linear(x, part.b.weight), part.a) if hasattr(part, "a") else x
+
+
+def scaled(layer, x):
+    return F.linear(x, 2 * layer.weight)
+
+
+class Recursive(Direct):
+    """Functions that call themselves, one inside and one outside, and a method that calls a function of its name."""
+
+    def forward(self, x):
+        def doubled(x, times):
+            return x if times == 0 else doubled(2 * x, times - 1)
+
+        return walked(self.scaled(doubled(x, 3)), self)
+
+    def scaled(self, x):
+        return scaled(self.a, x)
+
+
+def test_functions_that_call_themselves():
+    assert [layer.reason for layer in alds.analyze(Recursive()).layers] == [f"the forward of Recursive {REASON}"] * 2
+
+
 def made_at_run_time():
     space = {"nn": nn, "F": F}
     exec(

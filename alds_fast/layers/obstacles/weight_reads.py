@@ -31,6 +31,7 @@ _TENSORS = {"weight", "parameters", "named_parameters", "get_parameter", "state_
 _TENSORS |= {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}  # of attention
 _TYPES = {"Linear", *(f"Conv{kind}{axes}d" for kind in ("", "Transpose") for axes in (1, 2, 3))}
 _FORWARDS = {"forward", "_conv_forward"}
+_MOST = 16  # times that a function is read with other arguments: one that calls itself goes no further down
 
 Attributes = tuple[str, ...]  # attributes from a module down to a child
 Given = tuple[tuple[int | str, Attributes], ...]  # by position or name, which arguments are modules
@@ -52,7 +53,9 @@ class _Reads(ast.NodeVisitor):
         self.calls: list[tuple[str, Given]] = []
         self.names: dict[str, Attributes] = {}
         self._give(function, given)
-        self.inside = {node.name: node for node in ast.walk(function) if isinstance(node, ast.FunctionDef)}
+        self.entered: list[ast.AST] = []
+        inside = (node for node in ast.walk(function) if isinstance(node, ast.FunctionDef) and node is not function)
+        self.inside = {node.name: node for node in inside}
         for statement in function.body if isinstance(function, ast.FunctionDef) else [function.body]:
             self.visit(statement)
 
@@ -120,8 +123,11 @@ class _Reads(ast.NodeVisitor):
         if isinstance(node.func, ast.Attribute) and node.func.attr in _FORWARDS and self.chain(node.func) is None:
             self.weights |= {where for key, where in given if key == 0 and where}  # nn.Linear.forward(self.child, x)
         if isinstance(called, ast.FunctionDef | ast.Lambda):
-            self._give(called, given)
-            self.visit(called)
+            if called not in self.entered:  # one that calls itself
+                self._give(called, given)
+                self.entered.append(called)
+                self.visit(called)
+                self.entered.pop()
         elif name and given:
             self.calls.append((name, given))
         self.generic_visit(node)
@@ -199,11 +205,13 @@ def _read_by(kind: type) -> _Read:
     """What the forward of a class, and what that calls, use and ask."""
     itself: Given = ((0, ()),)
     waiting: list[tuple[Any, Given]] = [(inspect.getattr_static(kind, "forward", None), itself)]
-    seen, weights, biases, asks = set(), set(), set(), False
+    seen: dict[FunctionType, set[Given]] = {}
+    weights, biases, asks = set(), set(), False
     for attribute, given in waiting:  # it grows
         for function in _functions(attribute):
-            source = None if (function, given) in seen else _source(function)
-            seen.add((function, given))
+            read = seen.setdefault(function, set())
+            source = None if given in read or len(read) == _MOST else _source(function)
+            read.add(given)
             if source is None:
                 continue
             reads = _Reads(source, given)
