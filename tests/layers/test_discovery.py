@@ -45,7 +45,7 @@ def test_every_layer_left_out_has_a_reason_in_words():
     assert reasons.pop("plain") is None and reasons.pop("embedding") is None
     for name, words in {
         "recurrent": "RNN is not decomposed",
-        "attention": "MultiheadAttention is not decomposed",
+        "attention": "MultiheadAttention is not decomposed, its in_proj_weight stays",
         "attention.out_proj": "nn.MultiheadAttention reads this weight directly",
         "mine": "subclass with a forward of its own",
         "normed": "parametrized",

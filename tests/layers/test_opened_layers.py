@@ -54,8 +54,14 @@ def padded(x, conv):
     return F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
 
 
+class FalconLinear(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
 for kind in (StdConv2d, ScaledStdConv2d, Conv2dSame):
     kind.__module__ = "timm.layers"
+FalconLinear.__module__ = "transformers.models.falcon.modeling_falcon"
 
 
 class MyLinear(nn.Module):
@@ -128,6 +134,16 @@ def test_they_are_compressed_saved_and_loaded(kind, tmp_path):
     assert torch.equal(alds.load(tmp_path / "small.st", net(kind))(x), small(x))
     whole = alds.analyze(model).plan(params=1.0).apply(model)
     assert type(whole[0]) is type(model[0]) and torch.equal(whole(x), model(x))
+
+
+def test_a_linear_whose_forward_is_written_out_is_decomposed(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(FalconLinear(32, 64), nn.ReLU(), FalconLinear(64, 8)).eval(), torch.randn(3, 32)
+    small = alds.compress(model, params=0.5, pins={"2": "dense"})
+    assert [type(small[0]), type(small[2])] == [alds.LowRankLinear, FalconLinear]
+    alds.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(alds.load(tmp_path / "small.safetensors", model)(x), small(x))
+    torch.testing.assert_close(alds.compress(model, params=1.0)(x), model(x))
 
 
 def test_a_plan_edited_by_hand_counts_what_a_norm_takes_along():

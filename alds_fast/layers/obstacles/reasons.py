@@ -83,16 +83,25 @@ def _reason_of_kind(module: nn.Module) -> str | None:
             f"its {module.num_experts} experts lie in one parameter; alds_fast.open_experts(model) makes layers of them"
         )
     if dense is None and not is_transposed(module):
-        why = f": {_RECURRENT}" if isinstance(module, nn.RNNBase) else "; docs/layers.md names the types that are"
+        names = [n for n, p in module._parameters.items() if p is not None and (_is_waiting(p) or p.dim() >= 2)]
+        stays = f", its {names[0]} stays" if names else ""
+        why = (
+            f": {_RECURRENT}" if isinstance(module, nn.RNNBase) else f"{stays}; docs/layers.md names the types that are"
+        )
         return f"{type(module).__name__} is not decomposed{why}"
     if parametrize.is_parametrized(module):
         name = next(iter(module.parametrizations))  # type: ignore[arg-type]
         return f"its {name} is parametrized; parametrize.remove_parametrizations(layer, {name!r}) first"
-    if isinstance(getattr(module, "weight", None), UninitializedParameter):
+    if _is_waiting(getattr(module, "weight", None)):
         return "its weight is not initialised yet; run one forward pass first"
     if is_table(module) and (reason := _reason_of_table(module)):
         return reason
     return None if dense is None else _reason_of_subclass(module, dense)
+
+
+def _is_waiting(parameter: object) -> bool:
+    """Whether it gets its shape in the first forward pass."""
+    return isinstance(parameter, UninitializedParameter)
 
 
 def _reason_of_table(table: Any) -> str | None:

@@ -69,6 +69,13 @@ def with_weight(module: nn.Module, kind: type[nn.Module], weight: Tensor) -> nn.
     return plain
 
 
+def with_parameters(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A module of that kind with the attributes and the very parameters of this one."""
+    plain: Any = with_weight(module, kind, module.weight)  # type: ignore[arg-type]
+    plain.weight = module.weight
+    return plain
+
+
 def is_standardised(module: nn.Module) -> bool:
     """Whether it is a convolution of timm that standardises its weight."""
     return of_timm(module, _STANDARDISED)

@@ -10,7 +10,7 @@ from torch import nn
 from ...errors import ArgumentError, ModelError
 from ..obstacles import reason_of_hooks
 from ..registry import LOW_RANK, STORED, stored_params, weight_shape
-from . import attention, folded, same_padding
+from . import attention, folded, own_forward, same_padding
 
 Open = Callable[[nn.Module], nn.Module]
 _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
@@ -36,6 +36,7 @@ OPENERS: list[Opener] = [
     Opener(folded.has_weight_norm, folded.why_norm_stays, folded.without_norm),
     Opener(same_padding.pads_to_same, reason_of_hooks, same_padding.same_padded),
     Opener(folded.is_standardised, reason_of_hooks, folded.with_standardised_weight),
+    Opener(own_forward.computes_the_same, reason_of_hooks, own_forward.as_linear),
 ]
 
 

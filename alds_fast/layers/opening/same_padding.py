@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .folded import is_standardised, of_timm, with_standardised_weight, with_weight
+from .folded import is_standardised, of_timm, with_parameters, with_standardised_weight
 
 _KEPT = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
 
@@ -49,6 +49,4 @@ def same_padded(module: nn.Module) -> SamePadded:
     conv: Any = module
     if is_standardised(conv):
         return SamePadded(with_standardised_weight(conv))
-    plain = with_weight(conv, nn.Conv2d, conv.weight)
-    plain.weight = conv.weight
-    return SamePadded(plain)
+    return SamePadded(with_parameters(conv, nn.Conv2d))
