@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check lint bench quality peers clean
+.PHONY: demo test check lint bench quality peers zoo clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,11 @@ quality: $(VENV)/.installed
 # the Brown corpus: make peers ALSO="--also wikitext2_test.txt.gz".
 peers: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.peers $(ALSO)
+
+# Two hundred architectures of timm, torchvision, transformers and torch, about half an hour; it goes on where it was.
+zoo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info alds_fast/linalg/_core*.so demo_output
