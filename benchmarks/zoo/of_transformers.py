@@ -170,7 +170,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Tensor]]]] =
     "siglip": ("SiglipModel", TWO_TOWERS, _described),
     "detr": ("DetrForObjectDetection", HEADED | {"use_timm_backbone": False, "backbone": None, "num_queries": 10},
              _seen),
-    "llava": ("LlavaForConditionalGeneration", {}, _described),
 }  # fmt: skip
 MIXTURES = "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe"
 GIVEN = [(DECODERS, _read), (ENCODERS, _read), (SEQUENCES, _translated), (PICTURES, _seen)]
