@@ -17,17 +17,17 @@ def import_libraries() -> None:
     A torchvision that was built for GPUs cannot be imported beside a torch for the CPU, as two operators that it names
     are not there. These are declared here then, ``nms`` with code; detectors need no more.
     """
-    if importlib.util.find_spec("torchvision"):
+    for name in ("torchvision", "timm", "transformers"):
+        if not importlib.util.find_spec(name):
+            continue
         try:
-            _declare()
-            import torchvision
-
-            torchvision.extension._has_ops = lambda: True  # detectors ask for all operators, and need nms alone
-        except RuntimeError:  # they are there
-            import torchvision
-    for name in ("timm", "transformers"):
-        if importlib.util.find_spec(name):
             importlib.import_module(name)
+        except RuntimeError as e:
+            if "torchvision::" not in str(e):
+                raise
+            _declare()
+            torchvision = importlib.import_module(name)
+            torchvision.extension._has_ops = lambda: True  # detectors ask for all operators, and need nms alone
 
 
 def _declare() -> None:
