@@ -17,8 +17,8 @@ def import_libraries() -> None:
     A torchvision that was built for GPUs cannot be imported beside a torch for the CPU, as two operators that it names
     are not there. These are declared here then, ``nms`` with code; detectors need no more.
     """
-    for name in ("torchvision", "timm", "transformers"):
-        if not importlib.util.find_spec(name):
+    for name in ("torchvision", "timm", "transformers.modeling_utils"):  # of transformers what all its models import
+        if not importlib.util.find_spec(name.partition(".")[0]):
             continue
         try:
             importlib.import_module(name)
