@@ -40,7 +40,7 @@ def _pictures(size: int) -> tuple[list[torch.Tensor]]:
 
 
 def _clip(name: str) -> torch.Tensor:
-    frames, size = {"s3d": (14, 64), "mvit_v2_s": (16, 224)}.get(name, (8, 64))
+    frames, size = {"s3d": (16, 224), "mvit_v2_s": (16, 224)}.get(name, (8, 64))
     return torch.randn(1, 3, frames, size, size, device="cpu")
 
 
