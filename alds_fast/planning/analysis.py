@@ -11,12 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..allocation import (
-    BASELINES,
-    amount_text,
-    dense_reason,
-    with_exact_values,
-)
+from ..allocation import BASELINES, amount_text, dense_reason, with_exact_values
 from ..criteria import (
     DEFAULT_CRITERION,
     Basis,
@@ -42,6 +37,7 @@ from .options import (
     check_plan_options,
     check_quality,
     choices_of,
+    keeps_constants,
     pins_of_layers,
     read_pins,
     resolved_criterion,
@@ -218,9 +214,9 @@ class Analysis:
             warn_of_lost(rows, basis.criterion, weights)
         budget = ", ".join(f"{k}={amount_text(v)}" for k, v in asked.items() if v is not None) or f"error={error:g}"
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
-        held = basis.bias_correction, read_pins(pins), int(min_rank), outcome.costs
+        held = basis.bias_correction, keeps_constants(basis, method, error), read_pins(pins), int(min_rank)
         kept = {r.name: self.spectra[r.name].values[r.choice.decomposition.fold] for r in rows if r.choice}
-        return Plan(rows, self.params, budget, *made, *held, spectra=kept, basis=basis)
+        return Plan(rows, self.params, budget, *made, *held, outcome.costs, spectra=kept, basis=basis)
 
     def sweep(self, budgets: Sequence[float] = SWEPT, *, budget: str = "params", **options: Any) -> Sweep:
         """Plans for many budgets of one kind, "params", "flops" or "memory", from this one analysis.

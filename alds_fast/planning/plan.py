@@ -21,7 +21,7 @@ from ..measurement import check_batches, first_batch, without_labels
 from ..progress import ProgressOption, telling
 from ..text import table
 from .fitting import refine_steps, refit_steps
-from .options import check_refining, keeps_constants
+from .options import check_refining
 from .plan_json import plan_text, read_plan
 from .plan_rows import Latency, LayerPlan, Quality, costs_text, diff_text, row_cells
 from .result_check import check_result, check_run, check_way, naming_readers
@@ -39,7 +39,8 @@ class Plan:
         gap: certified relative distance of the p-norm of the errors from its optimum; 0 for method "alds" with p = inf
             under one budget, which is solved exactly, NaN for a plan edited by hand.
         latency: what was measured for a budget on latency; None without one, and for a plan edited by hand.
-        bias_correction: biases take up the means of the errors on data; without it, see :attr:`keeps_constants`.
+        bias_correction: where factors are fitted to data, biases take up the means of the errors.
+        keeps_constants: convolutions without data keep what they return for a constant input, at a larger error.
         pins, min_rank: what single layers, and all, were held to.
         costs: before and after, "memory", the bytes of parameters and buffers, and "flops", the operations of a run,
             where there were example inputs; empty for a plan edited by hand.
@@ -56,6 +57,7 @@ class Plan:
     gap: float
     latency: Latency | None = None
     bias_correction: bool = False
+    keeps_constants: bool = False
     pins: dict[str, Any] = field(default_factory=dict)
     min_rank: int = 1
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -109,11 +111,6 @@ class Plan:
     def exact(self) -> bool:
         """Whether factors must reach the stated errors exactly, so that no sketch may serve."""
         return not CRITERIA[self.criterion].certified or "error" in self.budgets
-
-    @property
-    def keeps_constants(self) -> bool:
-        """Whether convolutions without data keep what they return for a constant input, at a larger error."""
-        return self.bias_correction and keeps_constants(self.criterion, self.method, self.budgets)
 
     def diff(self, other: Plan) -> str:
         """Two plans side by side, as a table: the layers that they treat differently, this plan first, and the totals.

@@ -35,6 +35,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     head |= {
         "bias_correction": plan["bias_correction"],
+        "keeps_constants": plan["keeps_constants"],
         "params_before": plan["params_before"],
         "latency": vars(plan["latency"]) if plan["latency"] else None,
         "pins": plan["pins"],
@@ -76,9 +77,10 @@ def _read(data: Any) -> dict[str, Any]:
     if any(math.isnan(row.error) for row in layers):
         fields["gap"] = math.nan
     fields["latency"] = None if _is_edited(data["layers"]) else _read_latency(data.get("latency"))
-    fields["bias_correction"] = data.get("bias_correction", False)
-    if not isinstance(fields["bias_correction"], bool):
-        raise PlanError(f"plan: bias_correction={fields['bias_correction']!r} is not true or false")
+    for name in ("bias_correction", "keeps_constants"):  # older plans do not have these
+        fields[name] = data.get(name, False)
+        if not isinstance(fields[name], bool):
+            raise PlanError(f"plan: {name}={fields[name]!r} is not true or false")
     try:
         fields["pins"] = read_pins(data.get("pins"))
     except ArgumentError as e:

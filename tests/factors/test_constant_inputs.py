@@ -1,5 +1,6 @@
 """Convolutions that are factorised without data keep what they return for a constant input."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.criteria import WEIGHT_CRITERIA
+from alds_fast.errors import PlanError
 from alds_fast.factors import Choice, factorize
 from alds_fast.layers import weight_shape
 from alds_fast.linalg import Decomposition
@@ -102,3 +104,17 @@ def test_a_plan_that_was_read_does_the_same():
     assert plan.keeps_constants
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_plans_of_before_and_damaged_ones():
+    """A plan that was written without the field gives the factors that it gave."""
+    model = small_net()
+    text = alds.analyze(model).plan(params=0.5).to_json()
+    old = {name: value for name, value in json.loads(text).items() if name != "keeps_constants"}
+    before = alds.analyze(model).plan(params=0.5, bias_correction=False).apply(model)
+    plan = alds.Plan.from_json(json.dumps(old))
+    assert not plan.keeps_constants
+    for a, b in zip(plan.apply(model).parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(PlanError, match="keeps_constants=1 is not true or false"):
+        alds.Plan.from_json(json.dumps({**old, "keeps_constants": 1}))

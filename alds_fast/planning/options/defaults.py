@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ...allocation import BASELINES
 from ...criteria import CRITERIA, DEFAULT_CRITERION, Basis, Moments
@@ -63,12 +63,13 @@ def resolved_norm(
     return 2.0 if few else CRITERIA[criterion].p
 
 
-def keeps_constants(criterion: str, method: str, budgets: Iterable[str]) -> bool:
+def keeps_constants(basis: Basis, method: str, error: float | None) -> bool:
     """Whether factors may give up some of the weight's error for what layers return for a constant input.
 
     They do by default (docs/defaults.md); not where another criterion, a baseline or error= says what they are to be.
     """
-    return criterion == DEFAULT_CRITERION and method not in BASELINES and "error" not in budgets
+    plain = basis.criterion == DEFAULT_CRITERION and method not in BASELINES and error is None
+    return basis.bias_correction and plain
 
 
 def check_is_possible(budgets: Sequence[str], criterion: str | None, method: str) -> bool:
