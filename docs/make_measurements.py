@@ -69,8 +69,6 @@ BY_HAND = [  # what, figure, commit where it is known
     ("`examples/retrain.py` at 15 %, one seed, 450 images: dense, compressed, six epochs, three cycles of six",
      ".987, .956, .993, .993", ""),
     ("The same at 5 %: compressed, six epochs, three cycles", ".178, .891, .920", ""),
-    ("VGG-11, 133 M parameters, `compress(params=0.5)` on one thread, CPU-seconds: analyze, plan, apply",
-     "37, 0.5, 28", "6572fbf"),
     ("Queries, keys and values of SmolLM2 / MiniLM stacked, relative Frobenius error with pivots over that of three "
      "matrices of as many parameters, median of the layers, at 80, 60, 50, 30 %",
      "1.06, 1.04, 1.05, 1.04 / 1.14, 1.05, 1.04, 1.03", "6572fbf"),

@@ -95,13 +95,13 @@ def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
 
 def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Decomposition], known: Ratios) -> None:
     """Add the ratios of these choices to what is known: of more rounds where rounds are far apart."""
+    if not wanted:
+        return
     x = spec.make()
     dense = spec.caller(module, x)
     left = {str(d): (d, spec.caller(random_low_rank(module, d), x)) for d in wanted}
     ratios: dict[str, list[float]] = {name: [] for name in left}
     for _ in range(REPEATS):
-        if not left:
-            break
         sides = {"dense": dense} | {name: call for name, (_, call) in left.items()}
         times = interleaved_ms(sides, spec.device, rounds=ROUNDS)
         for name, (d, _) in list(left.items()):
@@ -110,6 +110,8 @@ def _time(module: nn.Module, spec: InputSpec, wanted: Sequence[Decomposition], k
             known.setdefault(_curve_key(d), {})[d.rank] = timed
             if timed.steady:
                 del left[name]
+        if not left:
+            break
 
 
 def _curve_key(d: Decomposition) -> tuple[int, int, str]:
@@ -176,17 +178,17 @@ class LayerTimes:
         for text, (module, spec, curves) in self._sites.items():
             if _survey(module, spec, curves, timings.of(text)):
                 timings.save()
-        self._warn_if_unsteady()
         self._time_dense(model, example_inputs, device)
 
-    def _warn_if_unsteady(self) -> None:
+    def warn_if_unsteady(self) -> None:
+        """A UserWarning that says how many of the timings have rounds that are far apart, if there are any."""
         timed = [t for text in self._sites for known in self._timings.of(text).values() for t in known.values()]
         unsteady = sum(not t.steady for t in timed)
         if unsteady:
             warnings.warn(
                 f"latency=: {unsteady} of {len(timed)} timings of layers have rounds that are more than {STEADY:.0%} "
-                f"apart after {REPEATS * ROUNDS} of them: the machine is busy; they are not kept for other plans",
-                stacklevel=2,
+                f"apart after {REPEATS * ROUNDS} of them: the machine is busy; other plans will measure these anew",
+                stacklevel=3,
             )
 
     def _time_dense(self, model: nn.Module, example_inputs: Any, device: torch.device) -> None:

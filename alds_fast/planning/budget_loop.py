@@ -216,6 +216,7 @@ def _solve_within_latency(
         times.look_closer(solution.picks)
         table = times.table(share)
         table = relax(table, share * predicted / latency.measured * table.total)
+    times.warn_if_unsteady()
     best = min(outcomes, key=_distance)
     _warn_if_off(best, tables)
     return best

@@ -88,8 +88,7 @@ class Work:
                         if name.endswith(".weight") and source.endswith("weight")}  # fmt: skip
         layers = chosen_layers(self.model, self.settings.include, self.settings.exclude)
         self.layers = [self._check(layer) for layer in layers]
-        s = self.settings
-        self.pins = pins_of_layers(s.pins, s.min_rank or 1, self.model, self.layers)
+        self.pins = pins_of_layers(model=self.model, layers=self.layers, **self.settings.pinned)
         if self.world.first:
             self._check_biases()
 
