@@ -12,6 +12,7 @@ from .one_budget import allocate
 from .pareto import Front, Ints, pareto_front
 from .slice_pruning import auto_groups, prune_spectra
 from .solver import Solution, dense_reason, largest_error, solve, solve_baseline, solve_error
+from .widths import Width, widths_at_one_price
 
 __all__ = [
     "BASELINES",
@@ -24,6 +25,7 @@ __all__ = [
     "Ints",
     "LayerTimes",
     "Solution",
+    "Width",
     "allocate",
     "amount_text",
     "auto_groups",
@@ -43,5 +45,6 @@ __all__ = [
     "solve",
     "solve_baseline",
     "solve_error",
+    "widths_at_one_price",
     "with_exact_values",
 ]

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..files import crc32
+from ..integrations import check_narrowed
 from ..linalg import Decomposition, own_memory
 from ..planning import Plan
 
 FORMAT = "alds_fast.checkpoint"
-VERSION = 1
+VERSION = 2  # 1 where no layer lost hidden units, so that older versions of the library read it
 
 
 def memory_order(tensor: Tensor) -> list[int] | None:
@@ -46,7 +47,7 @@ def own_storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a saved model, parsed: format, version, layers, aliases, orders, crc32, plan (Plan or None).
+    """The metadata of a saved model, parsed: layers, narrowed, aliases, orders, crc32, plan (Plan or None).
 
     Raises MissingFileError, or FileFormatError if the file is truncated, not safetensors, not of this package, or
     newer.
@@ -69,6 +70,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{os.fspath(path)!r} has format version {metadata['version']}, newer than {VERSION}; update alds_fast"
             )
         parsed: dict[str, Any] = {k: json.loads(metadata[k]) for k in ("layers", "aliases", "orders", "crc32")}
+        parsed["narrowed"] = json.loads(metadata.get("narrowed", "{}"))
         parsed["plan"] = Plan.from_json(metadata["plan"]) if metadata["plan"] else None
         _check_header(parsed)
     except (KeyError, TypeError, ValueError) as e:
@@ -80,6 +82,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_header(header: dict[str, Any]) -> None:
     """ValueError unless every part has its type."""
+    check_narrowed(header["narrowed"])
     for name in ("layers", "aliases", "orders", "crc32"):
         if not isinstance(header[name], dict):
             raise ValueError(f"{name} is not an object")

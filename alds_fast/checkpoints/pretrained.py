@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError, FileFormatError, ModelError, PlanError
-from ..integrations import METHOD, quantization_config, read_layers, transformers_name
+from ..integrations import METHOD, quantization_config, read_layers, read_narrowed, transformers_name
 from ..layers import LowRankLayer
 from .safetensors_reader import Shards, open_shards
 
@@ -56,7 +56,8 @@ def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: A
     layers = _layers_in(shards)
     model_class = class_of(shards.config) if cls is None else cls
     opened = bool(shards.config["quantization_config"].get("opened_experts"))
-    described = quantization_config(layers, opened)
+    narrowed = read_narrowed(shards.config["quantization_config"].get("narrowed"))
+    described = quantization_config(layers, opened, narrowed)
     kwargs |= _config_for(model_class, shards, kwargs.pop("config", None), described)
     wants_info, new_where_sizes_differ = (
         kwargs.pop(k, False) for k in ("output_loading_info", "ignore_mismatched_sizes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from ..layers import (
     holds_experts,
     label,
     low_rank_like,
+    narrowed_sizes,
     opened_for,
     overlaps,
     replace_layers,
+    with_sizes,
 )
 from ..linalg import Decomposition
 from ..planning import Plan
@@ -90,16 +92,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_model(model)
     target = target_file(path)
     _refuse_merged(model)
-    layers, plan = structure(model), getattr(model, "alds_plan", None)
-    if not layers and not isinstance(plan, Plan):
+    layers, narrowed, plan = structure(model), narrowed_sizes(model), getattr(model, "alds_plan", None)
+    if not layers and not narrowed and not isinstance(plan, Plan):
         raise ModelError("the model has no low-rank layer and no plan: it was not made by compress() or Plan.apply()")
     tensors, aliases = unique_tensors(model)
     orders = {n: order for n, t in tensors.items() if (order := memory_order(t)) is not None}
     stored = own_storages({n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()})
     metadata = {
-        "format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers), "aliases": json.dumps(aliases),
+        "format": FORMAT, "version": str(VERSION if narrowed else 1),
+        "layers": json.dumps(layers), "aliases": json.dumps(aliases),
         "orders": json.dumps(orders), "crc32": json.dumps({n: crc32(t) for n, t in stored.items()}),
         "plan": plan.to_json() if isinstance(plan, Plan) else "",
+        **({"narrowed": json.dumps(narrowed)} if narrowed else {}),
     }  # fmt: skip
     try:
         with replacing(target) as temporary:
@@ -110,9 +114,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileWriteError(f"{str(target)!r} could not be written ({e}); what stood there before is unchanged") from e
 
 
-def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
-    """A copy of the dense model with empty low-rank layers where the file has them."""
-    model = opened_for(model, layers)
+def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]], narrowed: Mapping[str, Any]) -> nn.Module:
+    """A copy of the dense model with empty low-rank layers, and narrower ones, where the file has them."""
+    model = with_sizes(opened_for(model, {**layers, **narrowed}), narrowed)
     dense_layers = {layer.name: layer for layer in find_layers(model)}
     new = {}
     for name, spec in layers.items():
@@ -198,7 +202,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
         raise ModelError(f"model: the function that builds it failed: {e}") from e
     if not isinstance(dense, nn.Module):
         raise ModelError("model: pass the dense torch.nn.Module or a function without arguments that returns it")
-    small = rebuild(dense, header["layers"])
+    small = rebuild(dense, header["layers"], header["narrowed"])
     assign(small, read_tensors(path, header))
     without_values = [n for n, t in [*small.named_parameters(), *small.named_buffers()] if t.is_meta]
     if without_values:

@@ -109,7 +109,8 @@ def _run_compress(args: argparse.Namespace) -> None:
         example = None if args.input is None else torch.randn(args.input, device="cpu")
         seeing = {"data": batches, "sensitivity": args.sensitivity, "example_inputs": example}
         analysis = _analyze(args, model, progress, **seeing)
-        options = {name: getattr(args, name) for name in ("criterion", "p", "method", "align", "pivots", "min_rank")}
+        same = "criterion", "p", "method", "align", "pivots", "min_rank", "hidden_units"
+        options = {name: getattr(args, name) for name in same}
         plans = partial(analysis.plan, **options, pins=as_pins(args.pin), example_inputs=example)
         fitting: dict[str, Any] = {"refit": batches if args.refit else None, "refine": batches if args.refine else None}
         apply: Any = partial(
@@ -215,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
         "--pin", type=pin, action="append", metavar="LAYERS=PIN", help="dense, or limits of these layers, joined by "
         "commas: max_rank=64,min_keep=0.5 (may be repeated)",
     )  # fmt: skip
+    compress.add_argument(
+        "--hidden-units", action="store_true", help="also remove hidden units of MLPs (with --sensitivity)"
+    )
     compress.add_argument("--min-rank", type=int, default=1, help="least rank of what does not stay dense")
     compress.add_argument("--no-pivots", dest="pivots", action="store_false", help="plain factors only")
     compress.add_argument("--plot", metavar="FILE", help="also draw spectra and ranks (PNG, PDF, SVG)")

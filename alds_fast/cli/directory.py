@@ -31,7 +31,7 @@ from .eval import check_data_flags
 from .log_lines import log_lines
 from .texts import calibration, perplexity, read_windows
 
-_MODEL_ONLY = ("weights", "flops", "quality", "evaluate", "latency", "input", "plot")
+_MODEL_ONLY = ("weights", "flops", "quality", "evaluate", "latency", "input", "plot", "hidden_units")
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # models whose outputs are logits of tokens
 NO_DATA = (
     "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
@@ -61,8 +61,9 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     other = [name for name in _MODEL_ONLY if getattr(args, name)]
     other += ["method"] if args.method in BASELINES else []
     if other:
+        flag = other[0].replace("_", "-")
         raise ArgumentError(
-            f"--{other[0]} does not go with a checkpoint directory; name a function that returns the model instead"
+            f"--{flag} does not go with a checkpoint directory; name a function that returns the model instead"
         )
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")

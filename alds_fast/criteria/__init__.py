@@ -3,7 +3,8 @@
 Here belongs what turns a layer into errors by rank. What chooses among ranks belongs in allocation.
 """
 
-from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors, with_outputs
+from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors
+from .hidden_units import HiddenUnits, compensated, find_hidden_units, kept_units, removal_errors, removal_order
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moments import (
     GRADIENTS,
@@ -36,6 +37,7 @@ from .spectra import (
     mark_float32,
     total_work,
     with_groups,
+    with_outputs,
 )
 from .weighted_errors import EIGEN_NOISE, fold_matrix, slice_bases, tap_blocks
 from .weights import Weighting, carried, on_filters, unknown_share, weighting
@@ -53,6 +55,7 @@ __all__ = [
     "Errors",
     "FoldRoom",
     "Groups",
+    "HiddenUnits",
     "Key",
     "LayerSpectra",
     "Moments",
@@ -66,13 +69,16 @@ __all__ = [
     "carried",
     "collect_by_blocks",
     "collect_moments",
+    "compensated",
     "computed_in_float32",
     "distinct_rows",
     "exact_products",
     "exact_spectra",
+    "find_hidden_units",
     "fitting_mask",
     "fold_matrix",
     "for_threads",
+    "kept_units",
     "layer_errors",
     "layer_spectra",
     "mark_float32",
@@ -81,6 +87,8 @@ __all__ = [
     "outputs",
     "patches",
     "place",
+    "removal_errors",
+    "removal_order",
     "rows_to_draw",
     "slice_bases",
     "tap_blocks",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..layers import DecomposableLayer, oriented_weight
@@ -70,6 +69,19 @@ class Basis:
             self._unknown[layer.name] = self._unknown_share(layer)
         if layer.name not in self._apart:
             self._apart[layer.name] = self._distance(layer)
+
+    def of_parts(self, moments: Mapping[str, Moments], names: Collection[str]) -> Basis:
+        """That of a model in which the layers ``names`` are parts of what they were, with their moments.
+
+        How much of these is noise, and how near errors are to those kept aside, is what it was of the whole layers.
+        """
+        errors = {key: known for key, known in self._errors.items() if key[0] not in names}
+        return replace(self, moments=moments, _errors=errors, _shares={**self._shares}, _apart={**self._apart},
+                       _unknown={**self._unknown}, _triangle={}, _weights={}, _bases={})  # fmt: skip
+
+    def learn(self, other: Basis, names: Collection[str]) -> None:
+        """Errors of these layers that are known there, which are the same here."""
+        self._errors.update({key: known for key, known in other._errors.items() if key[0] in names})
 
     @property
     def used(self) -> bool:
@@ -238,16 +250,3 @@ def layer_errors(spectra: LayerSpectra, basis: Basis, max_groups: int | None, he
     keys = [k for k in keys if basis.moments[layer.name].second is not None or k == (0, 1)]
     held_out = held_out and basis.compares_aside(layer)
     return {key: basis.fold_errors(layer, *key, held_out=held_out) for key in keys}
-
-
-def with_outputs(spectra: LayerSpectra, basis: Basis) -> LayerSpectra:
-    """The spectra with the eigenvalues of the output's covariance."""
-    layer = spectra.layer
-    w = basis.weighting(layer, for_errors=True)
-    if w is None:
-        return replace(spectra, output=torch.zeros(1, dtype=torch.float64, device="cpu"))
-    output = w.weight @ w.second @ w.weight.mT if w.second is not None else w.output
-    assert output is not None
-    values = torch.linalg.eigvalsh(output).sum(0).flip(0).clamp_min(0)
-    missing = layer.shape.filters_per_group - len(values)  # of more filters than columns the others are 0
-    return replace(spectra, output=torch.cat([values, values.new_zeros(missing)]))

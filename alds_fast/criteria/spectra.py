@@ -12,6 +12,7 @@ from .. import linalg
 from ..layers import DecomposableLayer, Layer, LowRankLayer, check_weight
 from ..linalg import distinct_schemes, divisors
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
+from .weights import Weighting
 
 Groups = str | Sequence[int]
 
@@ -163,3 +164,14 @@ def total_work(layers: Sequence[DecomposableLayer], schemes: Sequence[int]) -> i
         1 if layer.fold or layer.is_table else len(distinct_schemes(schemes, layer.shape.kernel)) for layer in layers
     )
     return sum(layer.shape.numel * n for layer, n in zip(layers, folds, strict=True))
+
+
+def with_outputs(spectra: LayerSpectra, w: Weighting | None) -> LayerSpectra:
+    """The spectra with the eigenvalues of the output's covariance, 0 where nothing weights the layer's errors."""
+    if w is None:
+        return replace(spectra, output=torch.zeros(1, dtype=torch.float64, device="cpu"))
+    output = w.weight @ w.second @ w.weight.mT if w.second is not None else w.output
+    assert output is not None
+    values = torch.linalg.eigvalsh(output).sum(0).flip(0).clamp_min(0)
+    missing = spectra.layer.shape.filters_per_group - len(values)  # of more filters than columns the others are 0
+    return replace(spectra, output=torch.cat([values, values.new_zeros(missing)]))

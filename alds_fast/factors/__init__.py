@@ -11,6 +11,7 @@ from .plain import plain_layers
 from .refinement import PASSES, Refined, Steps, check_chain, passes_of, refine, refine_blocks
 from .refitting import Gradient, refit
 from .training import check_schedule, check_wide, trained_reports
+from .widths import FewerUnits, narrow_model, narrow_moments, read_spans, rows_kept, spans_text
 
 __all__ = [
     "BATCHNORMS",
@@ -18,6 +19,7 @@ __all__ = [
     "Choice",
     "Distilled",
     "FactorReport",
+    "FewerUnits",
     "Gradient",
     "Refined",
     "Steps",
@@ -27,12 +29,17 @@ __all__ = [
     "distill",
     "factorize",
     "names_logits",
+    "narrow_model",
+    "narrow_moments",
     "output_distance",
     "passes_of",
     "plain_layers",
+    "read_spans",
     "refine",
     "refine_blocks",
     "refit",
+    "rows_kept",
+    "spans_text",
     "trained_reports",
     "weighted_layer",
 ]

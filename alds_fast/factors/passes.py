@@ -126,17 +126,18 @@ class _Batch:
     """Hooks that sum up what one batch shows of a layer: first the dense network's outputs, then what reaches it."""
 
     def __init__(
-        self, layer: DecomposableLayer, masks: Masks, halves: Tensor, seed: int, drawn: int, room: Room | None
-    ) -> None:
-        """``drawn``: rows of the batches before; ``room`` keeps the outputs, if that is for long."""
+        self, layer: DecomposableLayer, masks: Masks, halves: Tensor, seed: int, drawn: int, room: Room | None,
+        rows: Tensor | None,
+    ) -> None:  # fmt: skip
+        """``drawn``: rows of batches before; ``room`` keeps the outputs, if that is for long; ``rows``: which ones."""
         self.layer, self.halves, self.seed, self.masks, self.room = layer, halves, seed, masks, room
         self.outputs: list[list[tuple[Tensor | Kept, Wanted]]] = []
         self.routed: list[Routed | None] = []
-        self.drawn = drawn
+        self.drawn, self.rows = drawn, rows
 
     def dense(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         """After a call of the dense layer."""
-        bias: Any = module.bias
+        bias: Any = self.layer.module.bias  # of a layer that lost outputs or inputs its own
         routed = routed_rows()
         self.outputs.append([])
         self.routed.append(routed)
@@ -144,6 +145,7 @@ class _Batch:
             if part is not None:
                 wanted = rows_to_draw(self.layer, self.drawn)
                 samples, _ = outputs(module, *part, wanted, self.seed)
+                samples = samples if self.rows is None else samples[..., self.rows.to(samples.device)]
                 samples = samples.clone() if bias is None else samples - bias.view(samples.shape[1:])
                 self.outputs[-1].append((samples if self.room is None else self.room.keep(samples), wanted))
                 self.drawn += len(samples)
@@ -178,10 +180,11 @@ class Pairs:
 
     def __init__(
         self, model: Network, small: Network, layers: Mapping[str, DecomposableLayer], data: Iterable[Any],
-        mask: str | None, halves: Samples, worth: float, room: Room, world: World,
+        mask: str | None, halves: Samples, worth: float, room: Room, world: World, rows: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         self.model, self.small, self.layers, self.data = model, small, layers, data
         self.mask, self.halves, self.worth, self.room, self.world = mask, halves, worth, room, world
+        self.rows = rows
         self._kept: dict[int, dict[str, _Batch]] = {}
 
     def of_all(self, stages: Sequence[Stage]) -> Iterator[dict[str, CrossSums]]:
@@ -213,7 +216,8 @@ class Pairs:
     ) -> dict[str, _Batch]:
         masks, halves = masks_of(self.model.model, batch, self.mask), self.halves.aside(batch)
         calls = {name: count for stage in stages for name, count in stage.calls.items()}
-        hooks = {n: _Batch(self.layers[n], masks, halves, number, drawn.get(n, 0), room) for n in calls}
+        hooks = {n: _Batch(self.layers[n], masks, halves, number, drawn.get(n, 0), room, self.rows.get(n))
+                 for n in calls}  # fmt: skip
         dense = {name: hook.dense for name, hook in hooks.items()}
         with naming_batch(number, "refit="):
             run_until(self.model, batch, number, dense, sum(calls.values()), "forward_hook")

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, check_lists, find_chain, forwards
 from ..checks import is_count
 from ..errors import ArgumentError, ModelError
-from ..layers import LowRankLayer, annotate, opened_for
+from ..layers import annotate, opened_for
 from ..measurement import USUAL, masks_of, naming_batch, private_runs, without_labels
 from ..progress import Progress, ProgressOption, tell_nobody, telling
 from .training import (
@@ -30,6 +30,7 @@ from .training import (
     asking,
     check_pair,
     check_schedule,
+    is_changed,
     kept_places,
     set_aside,
     train,
@@ -161,7 +162,7 @@ def refine(
     check_schedule(data, "data", epochs, lr)
     data, lists = without_labels(model, data), check_lists(blocks)
     small = copy.deepcopy(small)
-    model = opened_for(model, [name for name, m in small.named_modules() if isinstance(m, LowRankLayer)])
+    model = opened_for(model, [name for name, m in small.named_modules() if is_changed(m)])
     with telling(progress) as tell:
         done = refine_blocks(small, model, data, epochs=epochs, lr=lr, mask=mask, progress=tell, lists=lists)
     better = [block.block for block in done if block.after < block.before]
@@ -232,7 +233,7 @@ def _refine_all(
     for position, name in enumerate(chain.blocks):
         block = _Block(dense, small, name, mask)
         dense.advance(position + 1, [*used, *aside], _NAME)
-        low = any(isinstance(m, LowRankLayer) for m in block.module.modules())
+        low = any(map(is_changed, block.module.modules()))
         parameters = trained_parameters(small.model, name) if low and name not in steps.known else []
         if parameters:
             steps.begin(parameters)

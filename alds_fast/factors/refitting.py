@@ -35,19 +35,21 @@ from .batchnorm import move_statistics
 from .choice import FactorReport
 from .passes import Network, Pairs, chain_of, find_stages, in_halves, rounds, without_chain
 from .ridge import CrossSums, best_weight
+from .training import is_changed
 from .weighted import factors
 
 ORDER = 8192  # columns of a layer, at most
 MOST_UNKNOWN = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
 
 
+Fitted = LowRankLayer | nn.Linear
 Gradient = tuple[Tensor | None, float]  # second moment and its noise
 
 
 def _fit(
-    layer: DecomposableLayer, low: LowRankLayer, sums: CrossSums, gradient: Gradient, centred: bool
+    layer: DecomposableLayer, low: Fitted, sums: CrossSums, gradient: Gradient, centred: bool
 ) -> FactorReport | None:
-    """New factors and bias of a low-rank layer, in place; None, and nothing, where the batches tell too little."""
+    """New factors, or weight, and bias of a layer, in place; None, and nothing, where the batches tell too little."""
     dense: Any = layer.module
     seen = sums.means()
     covariance = seen.spread(True)[0]
@@ -56,18 +58,21 @@ def _fit(
         return None
     weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
     best = best_weight(weight, sums, centred)
-    moments = Moments(
-        round(sums.rows), seen.second, seen.mean, None, gradient[0], noise, gradient[1], sums.mean_noise()
-    )
-    weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
-    fitted = factors(weights, low.decomposition)
-    low.update_factors(fitted.left, fitted.right)
+    if isinstance(low, LowRankLayer):
+        moments = Moments(
+            round(sums.rows), seen.second, seen.mean, None, gradient[0], noise, gradient[1], sums.mean_noise()
+        )
+        weights = weighting(layer.shape, best, moments, centred, moments.gradient is not None)
+        fitted = factors(weights, low.decomposition)
+        low.update_factors(fitted.left, fitted.right)
+    else:
+        low.weight.copy_(best.reshape(low.weight.shape))
+    cut = oriented_weight(low).double().cpu().reshape(*weight.shape)
     if centred:
-        cut = low.dense_weight().detach().double().cpu().reshape(*weight.shape)
         moved = sums.without_noise(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))
         assert low.bias is not None
         low.bias.copy_(dense.bias.detach().double().cpu() + moved.flatten())
-    cut, norm = low.dense_weight().detach().double().cpu().reshape(*weight.shape), float(weight.norm())
+    norm = float(weight.norm())
     lost = math.sqrt(max(0.0, seen.lost(cut, centred)) / seen.energy) if seen.energy > 0 else 0.0
     return FactorReport("refitted", 0, float((weight - cut).norm()) / norm if norm > 0 else 0.0, lost)
 
@@ -75,7 +80,7 @@ def _fit(
 Reports = dict[str, FactorReport | None]
 
 
-def _told_all(fitted: Reports, low: Mapping[str, LowRankLayer], biases: bool, world: World) -> Reports:
+def _told_all(fitted: Reports, low: Mapping[str, Fitted], biases: bool, world: World) -> Reports:
     """The reports of all processes, each of which has fitted a layer; all get its factors, and ``biases``."""
     if world.size == 1:
         return fitted
@@ -101,11 +106,12 @@ def refit(
     chain: BlockChain | None = None,
     lists: Sequence[str] | None = None,
     known: Container[str] = (),
+    rows: Mapping[str, Tensor] | None = None,
     done: Callable[[str, FactorReport | None], None] = lambda name, report: None,
     room: Callable[[], Room] = Room,
     world: World | None = None,
 ) -> dict[str, FactorReport]:
-    """Fit the low-rank layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
+    """Fit the changed layers of ``small``, in place, to the outputs of ``model``; returns how, by name.
 
     Every layer takes a pass of both networks over all batches, from the end of the block before up to that layer, or
     from the start on where there are no blocks; layers that read one tensor share it. Left as they are, as their
@@ -114,14 +120,15 @@ def refit(
     show more noise than anything else.
     ``gradients`` are the second moments that weight a layer's outputs, with their noise, where there are some;
     ``chain`` the model's blocks, if these have been found, ``lists`` where users say that they are; ``known`` the
-    layers that are fitted already; ``room`` makes what keeps the blocks' outputs. ``done`` is told every layer, once it
+    layers that are fitted already; ``rows``, by name, which outputs of a dense layer one has that lost others;
+    ``room`` makes what keeps the blocks' outputs. ``done`` is told every layer, once it
     is fitted or left, and its report. ``world``: processes that share the batches, by their numbers, and the layers
     that are fitted together; all get all factors. All must pass the same arguments and a chain of blocks; each takes
     one batch at least.
 
     Raises ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
-    low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
+    low: dict[str, Fitted] = {n: m for n, m in small.named_modules() if isinstance(m, Fitted) and is_changed(m)}
     world = world or World()
     fitted_here = [x for x in layers if x.name in low and x.shape.columns <= ORDER and not x.is_table]
     fitting = {layer.name: layer for layer in fitted_here}
@@ -145,7 +152,7 @@ def refit(
             with naming_batch(1, "refit="):
                 stages = find_stages(nets[0], first, list(fitting), chain.blocks)
             todo = [stage for stage in stages if not all(name in known for name in stage.calls)]
-            for collected in Pairs(*nets, fitting, data, mask, halves, worth, room(), world).of_all(todo):
+            for collected in Pairs(*nets, fitting, data, mask, halves, worth, room(), world, rows or {}).of_all(todo):
                 for together in rounds(collected, world.size):
                     fitted = [fit(name, collected[name]) for name in together[world.rank : world.rank + 1]]
                     reports |= _told_all(fitted[0] if fitted else {}, low, bias_correction, world)

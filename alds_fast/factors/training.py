@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_model, is_count, is_number
 from ..errors import ArgumentError, ModelError
-from ..layers import LowRankLayer, label, opened_for, oriented_weight
+from ..layers import LowRankLayer, is_narrowed, label, opened_for, oriented_weight
 from ..measurement import Masks, check_batches
 from .choice import FactorReport
 
@@ -45,14 +45,22 @@ def _check_count(count: int, name: str) -> None:
         raise ArgumentError(f"{name} has {count} batches; give two at least, of which one is kept aside")
 
 
+def is_changed(module: nn.Module) -> bool:
+    """Whether it is a low-rank layer, or a dense one without some hidden units: what is trained."""
+    return isinstance(module, LowRankLayer) or is_narrowed(module)
+
+
 def check_pair(small: nn.Module, model: nn.Module, caller: str) -> None:
     """ModelError unless the first is a compressed model in a wide type, and the second the dense one of it."""
     for net in (small, model):
         check_model(net)
-    low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLayer)}
+    low: dict[str, Any] = {name: m for name, m in small.named_modules() if is_changed(m)}
     if not low:
         raise ModelError(f"the model has no low-rank layers: there is nothing that {caller} could train")
-    check_wide({name: layer.encoder for name, layer in low.items()}, caller)
+    check_wide(
+        {name: layer.encoder if isinstance(layer, LowRankLayer) else layer.weight for name, layer in low.items()},
+        caller,
+    )
     dense = dict(opened_for(model, list(low)).named_modules(remove_duplicate=False))
     missing = [name for name in low if not isinstance(dense.get(name), nn.Module)]
     if missing or any(isinstance(m, LowRankLayer) for m in model.modules()):
@@ -78,12 +86,12 @@ def set_aside(data: Any, name: str) -> tuple[Numbered, Numbered]:
 
 
 def trained_parameters(model: nn.Module, block: str = "") -> list[nn.Parameter]:
-    """Those of a block's low-rank layers, and its biases and scales of norms, unless they are used elsewhere too.
+    """Those of a block's changed layers, and its biases and scales of norms, unless they are used elsewhere too.
 
     Without a block, those of the whole model.
     """
     module, inside = model.get_submodule(block), f"{block}." if block else ""
-    low = [p for m in module.modules() if isinstance(m, LowRankLayer) for p in m.parameters()]
+    low = [p for m in module.modules() if is_changed(m) for p in m.parameters()]
     named = model.named_parameters(remove_duplicate=False)
     shared = {id(p) for name, p in named if not name.startswith(inside)}
     every = dict.fromkeys([*low, *(p for p in module.parameters() if p.dim() == 1)])
@@ -176,8 +184,9 @@ def trained_reports(
     inside = [name for name in reports if any(not block or name.startswith(f"{block}.") for block in blocks)]
     new = {}
     for name in inside:
-        weight = oriented_weight(dense[name]).detach().double().flatten()
-        lost = float((low[name].dense_weight().detach().to(weight).flatten() - weight).norm())
-        norm = float(weight.norm())
-        new[name] = replace(reports[name], method=method, error=lost / norm if norm > 0 else 0.0, data_error=math.nan)
+        weight, cut = (oriented_weight(net[name]).detach().double() for net in (dense, low))
+        norm, error = float(weight.norm()), math.nan  # of a layer without some hidden units
+        if cut.shape == weight.shape:
+            error = float((cut.to(weight) - weight).norm()) / norm if norm > 0 else 0.0
+        new[name] = replace(reports[name], method=method, error=error, data_error=math.nan)
     return new

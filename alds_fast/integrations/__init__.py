@@ -7,7 +7,15 @@ from .experts import open_experts
 from .peft import teach_peft
 from .peft_merging import grown_factors, warn_of_lost_merging
 from .plain import to_plain
-from .stored_layers import METHOD, fields_of_layers, layer_fields, quantization_config, read_layers
+from .stored_layers import (
+    METHOD,
+    check_narrowed,
+    fields_of_layers,
+    layer_fields,
+    quantization_config,
+    read_layers,
+    read_narrowed,
+)
 from .torchao import warn_of_low_rank
 from .transformers_embeddings import check_resizing
 from .transformers_keys import stored_names
@@ -15,6 +23,7 @@ from .transformers_quantizer import keep_when_saved, transformers_name
 
 __all__ = [
     "METHOD",
+    "check_narrowed",
     "check_resizing",
     "fields_of_layers",
     "grown_factors",
@@ -23,6 +32,7 @@ __all__ = [
     "open_experts",
     "quantization_config",
     "read_layers",
+    "read_narrowed",
     "stored_names",
     "teach_peft",
     "to_plain",

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from ..checks import check_model
 from ..errors import ModelError
-from ..layers import LOW_RANK, LowRankLayer, MergedLinears, has_hooks, label, replace_layers, tied_names
+from ..layers import LOW_RANK, LowRankLayer, MergedLinears, has_hooks, is_narrowed, label, replace_layers, tied_names
 from .plain_modules import plain_module
 
 
@@ -69,10 +69,9 @@ def _check_layers(model: nn.Module) -> None:
                 f"{label(name)}: {type(module).__name__} holds an adapter of a low-rank layer; merge or unload the "
                 f"adapters first, or add them to the plain form"
             )
-        if isinstance(module, LowRankLayer):
-            low = True
-            if (reason := _why_not_plain(module, tied)) is not None:
-                raise ModelError(f"layer {label(name)} has no plain form: {reason}")
+        low |= isinstance(module, LowRankLayer) or is_narrowed(module)
+        if isinstance(module, LowRankLayer) and (reason := _why_not_plain(module, tied)) is not None:
+            raise ModelError(f"layer {label(name)} has no plain form: {reason}")
     if not low:
         raise ModelError("the model has no low-rank layer; pass one made by compress(), Plan.apply() or load()")
 

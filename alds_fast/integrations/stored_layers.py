@@ -11,7 +11,8 @@ from ..errors import FileFormatError
 from ..layers import LowRankLayer, OpenedExperts
 from ..linalg import Decomposition, WeightShape
 
-METHOD, VERSION = "alds_fast", 1
+METHOD = "alds_fast"
+VERSION = 2  # 1 where no layer lost hidden units, so that older versions of the library read it
 
 
 def layer_fields(decomposition: Decomposition, shape: WeightShape) -> dict[str, Any]:
@@ -30,10 +31,33 @@ def has_opened_experts(model: nn.Module) -> bool:
     return any(isinstance(module, OpenedExperts) for module in model.modules())
 
 
-def quantization_config(layers: Mapping[str, Mapping[str, Any]], opened_experts: bool = False) -> dict[str, Any]:
+def quantization_config(
+    layers: Mapping[str, Mapping[str, Any]], opened_experts: bool = False, narrowed: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What config.json says of a compressed model, of JSON's types."""
-    opened = {"opened_experts": True} if opened_experts else {}
-    return {"quant_method": METHOD, "version": VERSION, "layers": dict(layers), **opened}
+    more: dict[str, Any] = {"opened_experts": True} if opened_experts else {}
+    more |= {"narrowed": dict(narrowed)} if narrowed else {}
+    return {"quant_method": METHOD, "version": VERSION if narrowed else 1, "layers": dict(layers), **more}
+
+
+def check_narrowed(narrowed: Any) -> None:
+    """ValueError unless these are layers that lost outputs or inputs, as files hold them."""
+    if not isinstance(narrowed, Mapping):
+        raise ValueError("narrowed is not an object")
+    for name, sizes in narrowed.items():
+        for part in ("shape", "dense_shape"):
+            pair = sizes.get(part) if isinstance(sizes, Mapping) else None
+            if not isinstance(pair, list) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+                raise ValueError(f"layer {name!r}: {part}={pair!r} are not two numbers of outputs and inputs")
+
+
+def read_narrowed(narrowed: Any) -> dict[str, dict[str, list[int]]]:
+    """The layers of a config that lost outputs or inputs; FileFormatError for what is none."""
+    try:
+        check_narrowed(narrowed or {})
+    except ValueError as e:
+        raise FileFormatError(f"config.json: quantization_config is damaged ({e}); compress the model again") from e
+    return dict(narrowed or {})
 
 
 def read_layers(layers: Any, version: Any) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from ..layers import (
     holds_experts,
     label,
     low_rank_like,
+    put_narrowed,
     put_opened,
     why_experts_stay,
 )
@@ -43,15 +44,23 @@ def stack_opened_experts(model: nn.Module) -> None:
             set_module(model, name, module.stacked())
 
 
-def put_low_rank_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put empty low-rank layers, on the meta device, in a transformers model that is about to be loaded.
+def put_low_rank_layers(
+    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], narrowed: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Put empty low-rank layers, and narrower ones, on the meta device, in a transformers model about to be loaded.
 
     The model may be a part of the one that was compressed, or have another head; layers that it does not have, or has
     in another size, are left out. Raises PlanError if a layer cannot be replaced, or if all are left out though some
     look like the model's.
     """
-    put_opened(model, layers)
+    put_opened(model, {**layers, **narrowed})
     dense_layers = {layer.name: layer for layer in find_layers(model)}
+    if narrowed:
+        places = _places(model, dense_layers, narrowed)
+        here = {name: narrowed[stored] for stored, name in places.items()}
+        here = {name: of for name, of in here.items() if list(dense_layers[name].weight) == list(of["dense_shape"])}
+        put_narrowed(model, here)
+        dense_layers = {layer.name: layer for layer in find_layers(model)}
     places = _places(model, dense_layers, layers)
     unknown = [stored for stored in layers if stored not in places]
     new = {name: stored for stored, name in places.items()
@@ -59,7 +68,7 @@ def put_low_rank_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]
     for name, stored in new.items():
         _replace(model, dense_layers[name], stored, layers[stored])
     _expect_marks(model, [*new, *new.values()])
-    if not new:
+    if not new and not narrowed:
         _check_names(type(model).__name__, list(dense_layers), unknown)
 
 

@@ -14,9 +14,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
-from ..layers import LowRankLayer, MergedLinears
+from ..layers import LowRankLayer, MergedLinears, narrowed_sizes, padded
 from ..linalg import own_memory
-from .stored_layers import METHOD, VERSION, fields_of_layers, has_opened_experts, read_layers
+from .stored_layers import METHOD, VERSION, fields_of_layers, has_opened_experts, read_layers, read_narrowed
 from .transformers_layers import put_low_rank_layers, put_opened_experts, set_module, stack_opened_experts
 
 
@@ -24,15 +24,22 @@ from .transformers_layers import put_low_rank_layers, put_opened_experts, set_mo
 class AldsFastConfig(QuantizationConfigMixin):
     """``layers``: by module name, or by that of the stored weight, what ``layer_fields`` gives.
 
+    ``narrowed``: the same of what :func:`alds_fast.layers.narrowed_sizes` gives.
+
     ``opened_experts``: all mixtures of experts that can be opened are.
     """
 
     opened_experts = False
+    narrowed: Any = None
 
-    def __init__(self, layers: Any = None, version: Any = VERSION, opened_experts: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, layers: Any = None, version: Any = 1, opened_experts: bool = False, narrowed: Any = None, **kwargs: Any
+    ) -> None:
         self.quant_method = METHOD
         if opened_experts:
             self.opened_experts = True
+        if narrowed:
+            self.narrowed, version = read_narrowed(narrowed), max(version, VERSION)
         self.version, self.layers = version, read_layers(layers, version)
 
 
@@ -45,7 +52,7 @@ class AldsFastLoader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.quantization_config.opened_experts:
             put_opened_experts(model)
-        put_low_rank_layers(model, self.quantization_config.layers)
+        put_low_rank_layers(model, self.quantization_config.layers, self.quantization_config.narrowed or {})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # These are plain floating-point layers: what transformers forbids quantized models (half, float, training)
@@ -72,6 +79,8 @@ class AldsFastLoader(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for name in fields_of_layers(model):
             set_module(model, name, model.get_submodule(name).to_dense())
+        for name in narrowed_sizes(model):
+            set_module(model, name, padded(model.get_submodule(name)))
         stack_opened_experts(model)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as saving leaves it in the config
         return model if dtype is None else model.to(dtype)
@@ -111,14 +120,15 @@ def describe(model: nn.Module) -> None:
     inner = {id(part) for outer in _models(model) for part in _models(outer) if part is not outer}
     for module in _models(model):
         config = _config_of(module)
-        if config.layers or config.opened_experts:
+        if config.layers or config.opened_experts or config.narrowed:
             module.hf_quantizer = AldsFastLoader(config, pre_quantized=True)
             if id(module) not in inner:
                 module.config.quantization_config = _config_of(module)
 
 
 def _config_of(model: nn.Module) -> AldsFastConfig:
-    return AldsFastConfig(fields_of_layers(model), opened_experts=has_opened_experts(model))
+    experts, narrowed = has_opened_experts(model), narrowed_sizes(model)
+    return AldsFastConfig(fields_of_layers(model), opened_experts=experts, narrowed=narrowed)
 
 
 def _models(model: nn.Module) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import DependencyError
 from ..import_hooks import when_imported
-from ..layers import LowRankLayer, OpenedExperts
+from ..layers import LowRankLayer, OpenedExperts, is_narrowed
 
 _INSTALL = "pip install 'alds_fast[transformers]'"
 
@@ -51,10 +51,14 @@ def keep_when_saved(model: nn.Module) -> None:
     transformers has not been imported.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not any(isinstance(m, LowRankLayer | OpenedExperts) for m in model.modules()):
+    if modeling is None or not any(map(_is_changed, model.modules())):
         return
     if any(isinstance(module, modeling.PreTrainedModel) for module in model.modules()):
         loader_module().describe(model)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return isinstance(module, LowRankLayer | OpenedExperts) or is_narrowed(module)
 
 
 def _register() -> None:

@@ -39,10 +39,21 @@ from .obstacles import (
 )
 from .opening import OpenedAttention, opened, opened_for, put_opened, register
 from .output_heads import chosen_layers
-from .registry import CONVOLUTIONS, LOW_RANK, is_linear, is_table, low_rank_like, oriented_weight, weight_shape
+from .registry import (
+    CONVOLUTIONS,
+    LOW_RANK,
+    dense_shape,
+    is_linear,
+    is_narrowed,
+    is_table,
+    low_rank_like,
+    oriented_weight,
+    weight_shape,
+)
 from .replacement import annotate, check_copyable, replace_layers
 from .shared_weights import has_plain_memory, is_freed, overlaps, tied_names
 from .values import bad_values, check_values, check_weight, check_whole
+from .widths import is_plain_linear, narrow_layer, narrowed_sizes, padded, put_narrowed, with_sizes
 
 __all__ = [
     "CONVOLUTIONS",
@@ -78,20 +89,27 @@ __all__ = [
     "count_bytes",
     "count_params",
     "decomposable",
+    "dense_shape",
     "find_layers",
     "has_hooks",
     "has_plain_memory",
     "holds_experts",
     "is_freed",
     "is_linear",
+    "is_narrowed",
+    "is_plain_linear",
     "is_table",
     "label",
     "left_out_text",
     "low_rank_like",
+    "narrow_layer",
+    "narrowed_sizes",
     "opened",
     "opened_for",
     "oriented_weight",
     "overlaps",
+    "padded",
+    "put_narrowed",
     "put_opened",
     "reader_reason",
     "register",
@@ -103,4 +121,5 @@ __all__ = [
     "warn_of_questions",
     "weight_shape",
     "why_experts_stay",
+    "with_sizes",
 ]

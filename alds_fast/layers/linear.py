@@ -109,7 +109,10 @@ class LowRankLinear(LowRankLayer):
 
     def dense_module(self) -> nn.Module:
         """The ``nn.Linear`` that the layer stands for, on the meta device."""
-        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        if "dense_shape" in vars(self):
+            vars(dense)["dense_shape"] = self.dense_shape
+        return dense
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._structure()}"

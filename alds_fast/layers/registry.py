@@ -23,6 +23,7 @@ from .low_rank import (
 )
 
 STORED = "_alds_stored"  # set on a layer that stands for a module with more parameters, its bias aside
+DENSE_SHAPE = "dense_shape"  # set on a linear layer: (outputs, inputs) that it had before it lost some
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
@@ -31,6 +32,17 @@ _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device
 def is_transposed(module: nn.Module) -> bool:
     """Whether it is a Conv1D of transformers (GPT-2's Linear, whose weight is stored as (inputs, outputs))."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def dense_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(outputs, inputs) that a linear layer had before some were removed; None where none were."""
+    shape = vars(module).get(DENSE_SHAPE)
+    return None if shape is None else (int(shape[0]), int(shape[1]))
+
+
+def is_narrowed(module: nn.Module) -> bool:
+    """Whether it is a dense layer that lost outputs or inputs."""
+    return isinstance(module, nn.Linear) and dense_shape(module) is not None
 
 
 def is_table(module: nn.Module) -> bool:
@@ -113,14 +125,14 @@ def low_rank_like(module: nn.Module, decomposition: Decomposition) -> LowRankLay
     too.
     """
     layer = _like(module, decomposition)
-    for name, value in _own_values(module).items():
+    for name, value in own_values(module).items():
         if not hasattr(layer, name):
             setattr(layer, name, copy.deepcopy(value))
     return layer
 
 
-def _own_values(module: nn.Module) -> dict[str, Any]:
-    """Plain values by name, among them those of its type in torch."""
+def own_values(module: nn.Module) -> dict[str, Any]:
+    """Plain values that somebody has set on a module or its class, by name, among them those of its type in torch."""
     kinds = type(module).__mro__[: type(module).__mro__.index(dense)] if (dense := dense_type(module)) else ()
     values = {name: value for cls in reversed(kinds) for name, value in vars(cls).items()} | vars(module)
     return {

@@ -14,7 +14,7 @@ from .absent_weight import AbsentWeight
 from .base import LowRankLayer
 from .discovery import decomposable, find_layers, label
 from .obstacles import attributes, uncopied
-from .registry import low_rank_like
+from .registry import is_narrowed, low_rank_like
 from .shared_weights import copy_shared_memory, has_plain_type
 from .values import check_whole
 
@@ -84,7 +84,7 @@ def check_copyable(model: nn.Module) -> None:
 
 def replace_layers(model: nn.Module, new: Mapping[str, nn.Module], *, share: bool = False) -> nn.Module:
     """A deep copy of the model in which the named layers are the new ones, wherever they are used; biases are copied
-    along.
+    along, but for layers that lost outputs or inputs.
 
     The dense weights are not copied on the way. Tensors that stand in a graph (activations that a model keeps, weights
     under a pruning mask) are copied outside of it. With ``share`` no tensor is copied: the copy holds the model's own.
@@ -98,7 +98,7 @@ def replace_layers(model: nn.Module, new: Mapping[str, nn.Module], *, share: boo
         copy_shared_memory(model, memo)
     for name, layer in new.items():
         bias = getattr(modules[name], "bias", None)
-        if bias is not None and hasattr(layer, "bias"):
+        if bias is not None and hasattr(layer, "bias") and not is_narrowed(layer):  # which brings its own
             layer.bias = copy.deepcopy(bias, memo)
         memo[id(modules[name])] = layer
     result = _copy(model, memo, new)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import AldsError, ModelError
-from ..layers import LowRankLayer, has_plain_memory, is_freed
+from ..layers import LowRankLayer, has_plain_memory, is_freed, is_narrowed
 from .run_model import call_model, inference, without_nested_tensors
 
 Run = Callable[..., Any]  # (batch, number, name) -> the model's output
@@ -98,7 +98,7 @@ class _State:
         self.restored, self.changing = 0, set[int]()
         self.mapped = getattr(model, MAPPED, False)
         modules = list(model.modules())
-        fitted = [m for m in modules if isinstance(m, LowRankLayer)]  # which refit changes between two runs
+        fitted = [m for m in modules if isinstance(m, LowRankLayer) or is_narrowed(m)]  # changed by refit between runs
         self.written = {id(m.weight) for m in modules if getattr(m, "max_norm", None) is not None}  # by embeddings
         self.ours = {id(t) for m in fitted for t in (*m._parameters.values(), *m._buffers.values())}
         self.ours |= set(map(id, changing))

@@ -30,7 +30,6 @@ from ..progress import ProgressOption
 from .budget_loop import PlanProblem, errors_of_layers, solve_shares
 from .findings import SWEPT, Sweep, analysis_text, smallest_of_quality, sweep
 from .options import (
-    Pin,
     budget_amount,
     check_importance,
     check_is_possible,
@@ -46,7 +45,8 @@ from .options import (
     tell_too_little,
 )
 from .plan import Plan
-from .plan_rows import plan_row, warn_if_apart, warn_of_lost
+from .plan_rows import plan_rows, warn_if_apart, warn_of_lost
+from .widths import WidthSearch
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Analysis:
         params: parameters of the model, shared ones once.
         model: the model itself, which budgets on operations and latency run.
         moments: by layer name, what the layers called with ``data`` see; empty without.
+        inputs: what the model was run with, the first batch of ``data`` or example inputs; None without any.
         max_groups: most channel slices tried by criteria that use them, None for no limit.
         recompute_in_float64: computes the spectra of some (layer, (scheme, groups)) in float64.
         world: the processes that plan together, each of which computes some layers' errors.
@@ -69,6 +70,7 @@ class Analysis:
     params: int
     model: nn.Module = field(repr=False, compare=False)
     moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
+    inputs: Any = field(default=None, repr=False, compare=False)
     max_groups: int | None = None
     recompute_in_float64: Recompute = field(default=exact_spectra, repr=False)
     world: World = field(default_factory=World, repr=False, compare=False)
@@ -96,6 +98,7 @@ class Analysis:
         pivots: bool = True,
         pins: Mapping[Any, Any] | None = None,
         min_rank: int = 1,
+        hidden_units: bool = False,
         progress: ProgressOption = None,
     ) -> Plan:
         """Choose (scheme, groups, rank), or dense, for every layer.
@@ -138,6 +141,9 @@ class Analysis:
                 "max_keep" (shares of the weight): what the layer may become. A dense layer has full rank and keeps 1.
                 All pins of a layer hold; with a baseline there is "dense" only.
             min_rank: least rank of the slices of every layer that does not stay dense.
+            hidden_units: also remove outputs of linear layers together with the inputs of the one that they go to (an
+                MLP's width), where that loses less than ranks do, see :mod:`alds_fast.planning.widths.search`. With
+                gradients, under params=, flops= or memory= alone.
             progress: as for :func:`alds_fast.analyze`.
             cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
                 ``~/.cache/alds_fast``, False for none.
@@ -162,7 +168,7 @@ class Analysis:
         shares: dict[str, Any] = {"params": params, "flops": flops, "memory": memory, "latency": latency}
         options: dict[str, Any] = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
         options |= {"bias_correction": bias_correction, "importance": importance, "pivots": pivots}
-        options |= {"pins": pins, "min_rank": min_rank}
+        options |= {"pins": pins, "min_rank": min_rank, "hidden_units": hidden_units}
         if check_quality(quality, evaluate, {**shares, "error": error}):
             plans = partial(self.plan, **options, example_inputs=example_inputs)
             return smallest_of_quality(self.model, plans, Plan.apply, evaluate, quality, progress)[0]
@@ -179,19 +185,19 @@ class Analysis:
         weights = {layer.name: 1.0 for layer in layers}
         weights |= check_importance(importance, self.model, list(weights))
         pinned = pins_of_layers(pins, min_rank, self.model, self.layers)
-        budgets = [name for name, share in shares.items() if share is not None]
-        if not check_is_possible(budgets, basis.criterion, method):
+        if not check_is_possible([k for k, share in shares.items() if share is not None], basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
-        counted = None
-        if example_inputs is not None:
-            counted = count_inputs(self.model, example_inputs, [layer.name for layer in layers])
+        counted = None if example_inputs is None else count_inputs(self.model, example_inputs, [x.name for x in layers])
         sizes = self.params, count_bytes(self.model), counted
+        if hidden_units:
+            search = WidthSearch(self, basis, few, weights, pinned, int(align), pivots, asked, example_inputs)
+            return search.plan(counted, {**options, "p": p, "criterion": basis.criterion}, progress)
         while True:
             errors, pivoted = self._errors_of(layers, basis, few, progress), pivots and method not in BASELINES
             choices = choices_of(layers, errors, weights, align, pivoted, pinned)
             spectra = [self.spectra[layer.name] for layer in layers]
             if method in BASELINES and BASELINES[method].needs_data:
-                spectra = [with_outputs(s, basis) for s in spectra]
+                spectra = [with_outputs(s, basis.weighting(s.layer, for_errors=True)) for s in spectra]
             problem = PlanProblem(self.model, *sizes, layers, choices, spectra, method)
             with saying_what_is_left_out(self.layers), saying_what_is_pinned(read_pins(pins), min_rank):
                 if error is not None:
@@ -206,9 +212,7 @@ class Analysis:
             warnings.warn(f"no layer can be decomposed: {left_out_text(self.layers)}", stacklevel=2)
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
-        names = [layer.name for layer in self.layers]
-        special = [(chosen.get(n), align, pinned.get(n, Pin()), basis, weights.get(n, 1.0)) for n in names]
-        rows = tuple(plan_row(layer, *of) for layer, of in zip(self.layers, special, strict=True))
+        rows = plan_rows(self.layers, chosen, align, pinned, basis, weights)
         warn_if_apart(rows)
         if error is None:
             warn_of_lost(rows, basis.criterion, weights)

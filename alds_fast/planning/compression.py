@@ -69,7 +69,7 @@ def compress(
 
     ``options`` are those of :func:`alds_fast.analyze` (schemes, groups, include, exclude, data, sensitivity, mask,
     moment_order, held_out, moment_memory, precision, progress) and of :meth:`alds_fast.Analysis.plan` (criterion, p,
-    method, align, bias_correction, importance, cache, pivots, pins, min_rank).
+    method, align, bias_correction, importance, cache, pivots, pins, min_rank, hidden_units).
     ``refit=True`` is ``refit=data`` of :meth:`alds_fast.Plan.apply`, ``refine=True`` is ``refine=data``, and
     ``refine=5`` goes through the data five times; ``blocks`` is for these two.
     ``precision`` is "float32" if it is not given and the plan can be checked, see :meth:`alds_fast.Analysis.plan`.
@@ -101,7 +101,7 @@ def compress(
     check_plan_options(checked, error, example_inputs, **planning)  # before the work
     seen = options.get("data") is not None
     asked = planning.get("criterion"), planning.get("method", "alds")
-    check_needs(*asked, seen, seen and bool(options.get("sensitivity")))
+    check_needs(*asked, seen, seen and bool(options.get("sensitivity")), planning.get("hidden_units"))
     if planning.get("importance") or planning.get("pins"):
         whole = opened(model, options.get("exclude"))
         chosen = chosen_layers(whole, options.get("include"), options.get("exclude"))

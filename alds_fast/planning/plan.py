@@ -14,13 +14,13 @@ from ..blocks import check_lists
 from ..checks import check_model
 from ..criteria import CRITERIA, Basis, Moments
 from ..errors import ArgumentError, PlanError
-from ..factors import PASSES, factorize
+from ..factors import PASSES, FewerUnits, factorize, narrow_model, narrow_moments, rows_kept
 from ..integrations import keep_when_saved, warn_of_lost_merging
 from ..layers import annotate, check_copyable, count_params, label, opened_for, warn_of_holders
-from ..measurement import check_batches, first_batch, without_labels
+from ..measurement import check_batches, without_labels
 from ..progress import ProgressOption, telling
 from ..text import table
-from .fitting import refine_steps, refit_steps
+from .fitting import inputs_of_run, refine_steps, refit_steps
 from .options import check_refining
 from .plan_json import plan_text, read_plan
 from .plan_rows import Latency, LayerPlan, Quality, costs_text, diff_text, row_cells
@@ -44,6 +44,7 @@ class Plan:
         pins, min_rank: what single layers, and all, were held to.
         costs: before and after, "memory", the bytes of parameters and buffers, and "flops", the operations of a run,
             where there were example inputs; empty for a plan edited by hand.
+        hidden_units: :class:`alds_fast.factors.FewerUnits` of layers that lose some; rows have the shapes left.
         quality: what was measured for a plan of enough quality; None without, and for a plan edited by hand.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     pins: dict[str, Any] = field(default_factory=dict)
     min_rank: int = 1
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    hidden_units: tuple[FewerUnits, ...] = ()
     quality: Quality | None = None
     spectra: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     basis: Basis | None = field(default=None, repr=False, compare=False)
@@ -95,8 +97,8 @@ class Plan:
 
     @property
     def error(self) -> float:
-        """The largest relative error over the layers; NaN if a row was edited by hand."""
-        errors = [row.error for row in self.layers]
+        """The largest relative error over the layers and their hidden units; NaN if a row was edited by hand."""
+        errors = [*(row.error for row in self.layers), *(units.error for units in self.hidden_units)]
         return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
     @property
@@ -117,7 +119,7 @@ class Plan:
 
         PlanError for a plan of another model.
         """
-        if [(row.name, row.shape) for row in self.layers] != [(row.name, row.shape) for row in other.layers]:
+        if [(row.name, row.params_before) for row in self.layers] != [(x.name, x.params_before) for x in other.layers]:
             raise PlanError("diff: the other plan has other layers; both must be plans of one model")
         return diff_text((self.layers, other.layers), (self._total, other._total))
 
@@ -173,31 +175,33 @@ class Plan:
             check_batches(refit)
             refit = without_labels(model, refit)
         check_copyable(model)
-        model = opened_for(model, [row.name for row in self.layers if row.choice])
-        if refine is not None:
-            check_refining(model, [row.name for row in self.layers if row.choice], refine, epochs, lists)
-            refine = without_labels(model, refine)
         chosen = [row.choice for row in self.layers if row.choice is not None]
         names, basis = [choice.name for choice in chosen], self._basis(moments)
-        inputs, called = example_inputs, "example_inputs"
-        for name, data in (("refine=", refine), ("refit=", refit)):
-            if example_inputs is None and data is not None:
-                inputs, called = first_batch(model, data)[0], f"batch 1 of {name}"
+        fewer = {name for units in self.hidden_units for name in units.layers}
+        model = opened_for(model, [*names, *fewer])
+        if refine is not None:
+            check_refining(model, names, refine, epochs, lists)
+            refine = without_labels(model, refine)
+        narrow = narrow_model(model, self.hidden_units, basis.weighting)
+        if fewer:
+            basis = basis.of_parts(narrow_moments(basis.moments, self.hidden_units), fewer)
+        inputs, called = inputs_of_run(model, example_inputs, refit, refine)
         with telling(progress) as tell:
             small, reports = factorize(
-                model, chosen, self.spectra, exact=self.exact, constants=self.keeps_constants, weighted=basis.weighting,
-                done=lambda count: tell("factors", count, len(chosen)),
+                narrow, chosen, self.spectra, exact=self.exact, constants=self.keeps_constants,
+                weighted=basis.weighting, done=lambda count: tell("factors", count, len(chosen)),
             )  # fmt: skip
-            before = None if inputs is None else check_way(model, small, names, inputs, called)
+            before = None if inputs is None else check_way(narrow, small, names, inputs, called)
             with naming_readers(small):
                 if refit is not None:
-                    reports |= refit_steps(small, model, names, refit, mask, basis, tell, lists)
-                if refine is not None and names:
-                    reports |= refine_steps(small, model, refine, epochs, mask, reports, tell, lists)
+                    of = refit, mask, basis, tell, lists, rows_kept(self.hidden_units)
+                    reports |= refit_steps(small, model, narrow, [*names, *fewer], *of)
+                if refine is not None and (names or fewer):
+                    reports |= refine_steps(small, model, narrow, refine, epochs, mask, reports, tell, lists)
         if before is not None:
             check_run(small, inputs, before)
         check_result(small, names, self.params)
-        warn_of_holders(model, names)
+        warn_of_holders(model, [*names, *fewer])
         warn_of_lost_merging(small, names)
         keep_when_saved(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data

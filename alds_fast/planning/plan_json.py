@@ -11,6 +11,7 @@ from typing import Any
 
 from ..criteria import CRITERIA
 from ..errors import AldsError, ArgumentError, PlanError
+from ..factors import FewerUnits, read_spans, spans_text
 from ..text import number
 from .options import read_pins
 from .plan_rows import Latency, LayerPlan, Quality
@@ -41,6 +42,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         "pins": plan["pins"],
         "min_rank": plan["min_rank"],
         "costs": plan["costs"],
+        "hidden_units": [{**vars(units), "kept": spans_text(units.kept)} for units in plan["hidden_units"]],
         "quality": vars(plan["quality"]) if plan["quality"] else None,
     }
     return json.dumps({**head, "layers": rows}, indent=1)
@@ -88,7 +90,35 @@ def _read(data: Any) -> dict[str, Any]:
     fields["min_rank"] = _read_field({"min_rank": 1, **data}, "plan", "min_rank", int)
     fields["costs"] = {} if _is_edited(data["layers"]) else _read_costs(data.get("costs", {}))
     fields["quality"] = None if _is_edited(data["layers"]) else _read_quality(data.get("quality"))
-    return {**fields, "layers": layers}
+    units = data.get("hidden_units", [])
+    fewer = tuple(_read_units(of) for of in units) if isinstance(units, list) else (_read_units(units),)
+    inside = {name for of in fewer for name in of.layers}
+    return {**fields, "hidden_units": fewer, "layers": tuple(_with_fewer(r) if r.name in inside else r for r in layers)}
+
+
+def _with_fewer(row: LayerPlan) -> LayerPlan:
+    """The row of a layer that lost hidden units: one that stays dense is what is left."""
+    if row.stored is None or len(row.shape) != 2:
+        raise PlanError(f"layer {row.name!r}: it lost hidden units, and its row does not say what of; plan again")
+    if row.choice is not None:
+        return row
+    return dataclasses.replace(row, params_after=row.params_before - row.stored + math.prod(row.shape))
+
+
+def _read_units(fields: Any) -> FewerUnits:
+    """What is left of a group of hidden units, from its JSON fields."""
+    wanted = {field.name for field in dataclasses.fields(FewerUnits)}
+    if not isinstance(fields, dict) or set(fields) != wanted or not isinstance(fields["producers"], list):
+        raise PlanError(f"not a plan: hidden_units has {str(fields)[:80]}, expected the fields {sorted(wanted)}")
+    consumer = _read_field(fields, "hidden_units", "consumer", str)
+    where = f"hidden_units of {consumer!r}"
+    count = _read_field(fields, where, "count", int)
+    if not fields["producers"] or not all(isinstance(name, str) for name in fields["producers"]):
+        raise PlanError(f"{where}: producers={fields['producers']!r} is not a list of names")
+    kept = read_spans(_read_field(fields, where, "kept", str), where)
+    if not kept or kept[-1] >= count:
+        raise PlanError(f"{where}: kept={fields['kept']!r} are not one or more of {count} units, from 0 on")
+    return FewerUnits(tuple(fields["producers"]), consumer, count, kept, _read_number(fields, where, "error"))
 
 
 def _read_quality(fields: Any) -> Quality | None:

@@ -31,7 +31,7 @@ class LayerPlan:
     ``criterion`` what the layer was judged by, None for that of the plan, and ``remark`` says why, or what else is
     special about it, None for nothing. ``pivots``: "output" or "input" for factors without an identity, "" for plain
     ones (:mod:`alds_fast.linalg.pivots`). ``stored``: parameters of the weight as the model has it, None where these
-    are those of a dense one.
+    are those of a dense one; where hidden units were removed, all that the layer had but for what is left of its bias.
     """
 
     name: str
@@ -105,6 +105,15 @@ class Quality:
     def __str__(self) -> str:
         steps = ", ".join(f"{quality:.6g} at {keep:.2%}" for keep, quality in self.steps)
         return f"quality {self.asked:g} asked, {self.measured:.6g} measured, dense {self.dense:.6g}; tried {steps}"
+
+
+def plan_rows(
+    layers: Sequence[Layer], chosen: Mapping[str, tuple[Candidates, int, str]], align: int, pins: Mapping[str, Pin],
+    basis: Basis, weights: Mapping[str, float],
+) -> tuple[LayerPlan, ...]:  # fmt: skip
+    """The rows of all layers, see :func:`plan_row`, by name of those that are ``chosen`` for."""
+    special = [(chosen.get(x.name), align, pins.get(x.name, Pin()), basis, weights.get(x.name, 1.0)) for x in layers]
+    return tuple(plan_row(layer, *of) for layer, of in zip(layers, special, strict=True))
 
 
 def plan_row(

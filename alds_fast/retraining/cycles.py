@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints import assign, rebuild, structure
 from ..errors import ArgumentError, ModelError
-from ..layers import LowRankLayer, annotate, count_params, replace_layers
+from ..layers import LowRankLayer, annotate, count_params, narrowed_sizes, replace_layers
 from ..measurement import device_of
 from ..planning import Plan
 from ..planning import compress as compress_once
@@ -140,13 +140,15 @@ class Pipeline:
             return
         frozen = [name for name, p in state.model.named_parameters() if not p.requires_grad]
         saved = {"cycle": state.cycle, "epoch": state.epoch, "history": state.history, "optimizer": state.optimizer}
-        saved |= {"layers": structure(state.model), "tensors": tensors_of(state.model), "frozen": frozen}
+        saved |= {"layers": structure(state.model), "narrowed": narrowed_sizes(state.model)}
+        saved |= {"tensors": tensors_of(state.model), "frozen": frozen}
         saved |= {"plans": [plan and plan.to_json() for plan in state.plans], "starts": state.starts}
         self.store.write({**saved, "random": random_state(*self.random_place)})
 
     def _restore(self, saved: Mapping[str, Any]) -> State:
         plans = [text and Plan.from_json(text) for text in saved["plans"]]
-        model = rebuild(self.dense, saved["layers"]) if isinstance(self.compress, Mapping) else self._replay(saved)
+        structures = saved["layers"], saved.get("narrowed", {})
+        model = rebuild(self.dense, *structures) if isinstance(self.compress, Mapping) else self._replay(saved)
         assign(model, saved["tensors"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in saved["frozen"])

@@ -203,8 +203,8 @@ def _rewrite(path, **changes):
 
 
 def test_a_newer_format_version_is_refused(path):
-    _rewrite(path, version="2")
-    with pytest.raises(FileFormatError, match="format version 2, newer than 1; update alds_fast"):
+    _rewrite(path, version="3")
+    with pytest.raises(FileFormatError, match="format version 3, newer than 2; update alds_fast"):
         alds.load(path, small_net)
 
 

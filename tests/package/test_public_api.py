@@ -49,6 +49,7 @@ def test_signatures():
         "pivots": True,
         "pins": None,
         "min_rank": 1,
+        "hidden_units": False,
         "progress": None,
     }
     budgets = dict.fromkeys(("params", "flops", "memory", "latency", "error", "quality", "evaluate", "example_inputs"))

@@ -166,6 +166,7 @@ def check_plan_options(
     pivots: object = True,
     pins: object = None,
     min_rank: object = 1,
+    hidden_units: object = False,
 ) -> None:
     """BudgetError or ArgumentError unless these are valid arguments of :meth:`alds_fast.Analysis.plan`.
 
@@ -203,6 +204,12 @@ def check_plan_options(
     if method in BASELINES and not is_counted_alone(given):
         raise ArgumentError(
             f"method={method!r} needs params=, flops= or memory=, one alone; method='alds' solves the others"
+        )
+    if not isinstance(hidden_units, bool):
+        raise ArgumentError(f"hidden_units={hidden_units!r} is not True or False")
+    if hidden_units and (method in BASELINES or not is_counted_alone(given)):
+        raise ArgumentError(
+            "hidden_units=True goes with method='alds' and one budget, of params=, flops= or memory=; leave it out"
         )
     if not (cache is None or cache is False or (isinstance(cache, str | os.PathLike) and str(cache))):
         raise ArgumentError(f"cache={cache!r}: expected a folder, None for the default one or False for none")

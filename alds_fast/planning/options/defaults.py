@@ -12,8 +12,15 @@ from ...errors import ArgumentError
 from ...layers import DecomposableLayer
 
 
-def check_needs(criterion: str | None, method: str, data: bool, gradients: bool) -> None:
-    """ArgumentError where criterion or method need data, or gradients, that are not there."""
+def check_needs(
+    criterion: str | None, method: str, data: bool, gradients: bool, hidden_units: bool | None = False
+) -> None:
+    """ArgumentError where criterion, method or hidden_units= need data, or gradients, that are not there."""
+    if hidden_units and (not gradients or (criterion is not None and not CRITERIA[criterion].needs_gradients)):
+        raise ArgumentError(
+            "hidden_units=True needs gradients, and the criterion 'sensitivity': "
+            "analyze(model, data=batches, sensitivity=True), 'kl' for language models"
+        )
     baseline = BASELINES.get(method)
     if baseline is not None and baseline.needs_data and not data:
         raise ArgumentError(f"method={method!r} needs data: analyze(model, data=batches)")

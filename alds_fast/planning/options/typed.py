@@ -42,6 +42,7 @@ class PlanOptions(TypedDict, total=False):
     pivots: bool
     pins: Mapping[Any, Any] | None
     min_rank: int
+    hidden_units: bool
 
 
 class CompressOptions(AnalysisOptions, PlanOptions, total=False):
