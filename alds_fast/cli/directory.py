@@ -31,7 +31,7 @@ from .eval import check_data_flags
 from .log_lines import log_lines
 from .texts import calibration, perplexity, read_windows
 
-_MODEL_ONLY = ("weights", "flops", "quality", "evaluate", "latency", "input", "plot", "hidden_units")
+_MODEL_ONLY = ("weights", "flops", "quality", "evaluate", "latency", "input", "plot")
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # models whose outputs are logits of tokens
 NO_DATA = (
     "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
@@ -72,7 +72,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     kind = str((config.get("architectures") or [""])[0])
     batches, texts = _data(args, config, kind)
     same = ("params", "memory", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit")
-    options: dict[str, Any] = {name: getattr(args, name) for name in (*same, "blocks", "min_rank")}
+    options: dict[str, Any] = {name: getattr(args, name) for name in (*same, "blocks", "min_rank", "hidden_units")}
     options |= {
         "data": batches,
         "pins": as_pins(args.pin),

@@ -79,9 +79,10 @@ class Basis:
         return replace(self, moments=moments, _errors=errors, _shares={**self._shares}, _apart={**self._apart},
                        _unknown={**self._unknown}, _triangle={}, _weights={}, _bases={})  # fmt: skip
 
-    def learn(self, other: Basis, names: Collection[str]) -> None:
-        """Errors of these layers that are known there, which are the same here."""
-        self._errors.update({key: known for key, known in other._errors.items() if key[0] in names})
+    @property
+    def known(self) -> dict[tuple[str, int, int, bool], Tensor]:
+        """Errors that were worked out, by layer, scheme, slices, and whether on the rows kept aside; to be added to."""
+        return self._errors
 
     @property
     def used(self) -> bool:

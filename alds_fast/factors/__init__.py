@@ -11,7 +11,7 @@ from .plain import plain_layers
 from .refinement import PASSES, Refined, Steps, check_chain, passes_of, refine, refine_blocks
 from .refitting import Gradient, refit
 from .training import check_schedule, check_wide, trained_reports
-from .widths import FewerUnits, narrow_model, narrow_moments, read_spans, rows_kept, spans_text
+from .widths import FewerUnits, NarrowMoments, narrow_layers, narrow_model, read_spans, rows_kept, spans_text
 
 __all__ = [
     "BATCHNORMS",
@@ -21,6 +21,7 @@ __all__ = [
     "FactorReport",
     "FewerUnits",
     "Gradient",
+    "NarrowMoments",
     "Refined",
     "Steps",
     "check_chain",
@@ -29,8 +30,8 @@ __all__ = [
     "distill",
     "factorize",
     "names_logits",
+    "narrow_layers",
     "narrow_model",
-    "narrow_moments",
     "output_distance",
     "passes_of",
     "plain_layers",

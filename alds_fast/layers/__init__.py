@@ -53,7 +53,7 @@ from .registry import (
 from .replacement import annotate, check_copyable, replace_layers
 from .shared_weights import has_plain_memory, is_freed, overlaps, tied_names
 from .values import bad_values, check_values, check_weight, check_whole
-from .widths import is_plain_linear, narrow_layer, narrowed_sizes, padded, put_narrowed, with_sizes
+from .widths import as_narrowed, is_plain_linear, narrow_layer, narrowed_sizes, padded, put_narrowed, with_sizes
 
 __all__ = [
     "CONVOLUTIONS",
@@ -78,6 +78,7 @@ __all__ = [
     "OpenedExperts",
     "Routed",
     "annotate",
+    "as_narrowed",
     "attributes",
     "bad_values",
     "check_copyable",

@@ -59,10 +59,10 @@ class Analysis:
         params: parameters of the model, shared ones once.
         model: the model itself, which budgets on operations and latency run.
         moments: by layer name, what the layers called with ``data`` see; empty without.
-        inputs: what the model was run with, the first batch of ``data`` or example inputs; None without any.
         max_groups: most channel slices tried by criteria that use them, None for no limit.
         recompute_in_float64: computes the spectra of some (layer, (scheme, groups)) in float64.
         world: the processes that plan together, each of which computes some layers' errors.
+        inputs: what the model was run with, the first batch of ``data`` or example inputs; None without any.
     """
 
     layers: tuple[Layer, ...]
@@ -70,10 +70,10 @@ class Analysis:
     params: int
     model: nn.Module = field(repr=False, compare=False)
     moments: dict[str, Moments] = field(default_factory=dict, repr=False, compare=False)
-    inputs: Any = field(default=None, repr=False, compare=False)
     max_groups: int | None = None
     recompute_in_float64: Recompute = field(default=exact_spectra, repr=False)
     world: World = field(default_factory=World, repr=False, compare=False)
+    inputs: Any = field(default=None, repr=False, compare=False)
     _errors: dict[tuple[str, bool, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[tuple[str, bool], Basis] = field(default_factory=dict, repr=False, compare=False)
 
@@ -190,8 +190,8 @@ class Analysis:
         counted = None if example_inputs is None else count_inputs(self.model, example_inputs, [x.name for x in layers])
         sizes = self.params, count_bytes(self.model), counted
         if hidden_units:
-            search = WidthSearch(self, basis, few, weights, pinned, int(align), pivots, asked, example_inputs)
-            return search.plan(counted, {**options, "p": p, "criterion": basis.criterion}, progress)
+            search = WidthSearch(self, basis, few, weights, pinned, int(align), pivots, asked, example_inputs, counted)
+            return search.plan({**options, "p": p, "criterion": basis.criterion}, progress)
         while True:
             errors, pivoted = self._errors_of(layers, basis, few, progress), pivots and method not in BASELINES
             choices = choices_of(layers, errors, weights, align, pivoted, pinned)

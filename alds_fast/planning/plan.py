@@ -14,7 +14,7 @@ from ..blocks import check_lists
 from ..checks import check_model
 from ..criteria import CRITERIA, Basis, Moments
 from ..errors import ArgumentError, PlanError
-from ..factors import PASSES, FewerUnits, factorize, narrow_model, narrow_moments, rows_kept
+from ..factors import PASSES, FewerUnits, NarrowMoments, factorize, narrow_model, rows_kept
 from ..integrations import keep_when_saved, warn_of_lost_merging
 from ..layers import annotate, check_copyable, count_params, label, opened_for, warn_of_holders
 from ..measurement import check_batches, without_labels
@@ -184,7 +184,7 @@ class Plan:
             refine = without_labels(model, refine)
         narrow = narrow_model(model, self.hidden_units, basis.weighting)
         if fewer:
-            basis = basis.of_parts(narrow_moments(basis.moments, self.hidden_units), fewer)
+            basis = basis.of_parts(NarrowMoments(basis.moments, self.hidden_units), fewer)
         inputs, called = inputs_of_run(model, example_inputs, refit, refine)
         with telling(progress) as tell:
             small, reports = factorize(

@@ -152,6 +152,6 @@ def analyze(
             model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order, held_out=held_out,
             memory=moment_memory, done=lambda count: told("moments", count, batches),
         ) if ready and data is not None else {}  # fmt: skip
-    analysis = Analysis(tuple(layers), spectra, count_params(given), model, moments, named[0])
+    analysis = Analysis(tuple(layers), spectra, count_params(given), model, moments, inputs=named[0])
     sliced = data is not None and groups == "divisors"
     return dataclasses.replace(analysis, max_groups=MAX_DATA_GROUPS) if sliced else analysis

@@ -24,6 +24,7 @@ from ...planning import (
     Plan,
     budget_amount,
     check_groups,
+    check_needs,
     check_plan_options,
     check_schemes,
     is_float32,
@@ -59,29 +60,31 @@ def _settings(
     schemes: Sequence[int], groups: str | Sequence[int], include: Any, exclude: Any, max_shard_bytes: int,
     precision: str, pivots: bool, data: Any, sensitivity: Sensitivity, refit: bool, refine: bool | int,
     blocks: str | Sequence[str] | None, memory: float | str | None, pins: Mapping[Any, Any] | None, min_rank: int,
+    hidden_units: bool,
 ) -> Settings:  # fmt: skip
     """The arguments, checked before anything is read or written."""
     shares: dict[str, Any] = {"params": params, "memory": memory}
     options: dict[str, Any] = {"criterion": criterion, "p": p, "align": align, "pivots": pivots}
-    check_plan_options(shares, error, None, **options, pins=pins, min_rank=min_rank)
+    check_plan_options(shares, error, None, **options, pins=pins, min_rank=min_rank, hidden_units=hidden_units)
     check_sensitivity(sensitivity)
     passes, lists = passes_of(refine), check_lists(blocks)
-    asked = [
-        n for n, v in (("sensitivity=", sensitivity), ("refit=", refit), ("refine=", refine), ("blocks=", lists)) if v
-    ]
+    wanted = {"sensitivity=": sensitivity, "refit=": refit, "refine=": refine, "blocks=": lists}
+    asked = [name for name, value in wanted.items() if value]
     if data is None and (criterion not in (None, *WEIGHT_CRITERIA) or asked):
         what = asked[0] if asked else f"criterion={criterion!r}"
         raise ArgumentError(f"{what} needs data=, batches of the model's inputs; criteria without data are "
                             f"{', '.join(WEIGHT_CRITERIA)}")  # fmt: skip
-    if data is None:
-        criterion = DEFAULT_CRITERION if criterion is None else criterion
+    if hidden_units:
+        check_needs(criterion, "alds", data is not None, bool(sensitivity), hidden_units)
+    criterion = DEFAULT_CRITERION if data is None and criterion is None else criterion
     named = None if isinstance(groups, str) and groups == "auto" else check_groups(groups)
     named = ONE_SLICE if named is None and data is not None else named
     if not is_count(max_shard_bytes):
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes!r} is not a positive number of bytes")
     budget = {name: budget_amount(v) for name, v in {**shares, "error": error}.items() if v is not None}
     norm = p if criterion is None else float(resolved_norm(p, criterion, shares, "alds"))
-    seen: Any = () if data is None else (_digest(data), _name(sensitivity), bool(refit), passes or None, lists)
+    asked_of_data: tuple[Any, ...] = bool(refit), passes or None, lists, hidden_units or None
+    seen = () if data is None else (_digest(data), _name(sensitivity), *asked_of_data)
     return Settings(
         budget, criterion, norm, int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
@@ -135,6 +138,7 @@ def compress_checkpoint(
     memory: float | str | None = None,
     pins: Mapping[Any, Any] | None = None,
     min_rank: int = 1,
+    hidden_units: bool = False,
 ) -> CompressedCheckpoint:
     """Compress a checkpoint directory into another one, with a few layers, or with ``data`` one block, in memory.
 
@@ -143,8 +147,9 @@ def compress_checkpoint(
         output: a new directory. It gets the compressed shards, their index, config.json, the plan
             (``alds_plan.json``), how the factors were computed (``alds_factors.json``), and copies of all other files
             (tokenizer, ...). Load it with :func:`alds_fast.from_pretrained`.
-        params, memory, error, criterion, p, align, pivots, pins, min_rank: as for :meth:`alds_fast.Analysis.plan`;
-            memory is that of the parameters as they are stored. Biases stay as they are.
+        params, memory, error, criterion, p, align, pivots, pins, min_rank, hidden_units: as for
+            :meth:`alds_fast.Analysis.plan`; memory is that of the parameters as they are stored. Biases stay as they
+            are, but for those of hidden units that are removed.
         schemes, include, exclude: as for :func:`alds_fast.analyze`.
         groups: numbers of channel slices to try; "auto" for divisors of the channels up to 16, with data for one,
             "divisors" for all.
@@ -188,7 +193,7 @@ def compress_checkpoint(
             raise ArgumentError("data= has no batches; an iterator can be used once only")
     settings = _settings(
         params, error, criterion, p, align, schemes, groups, include, exclude, max_shard_bytes, precision, pivots,
-        data, sensitivity, refit, refine, blocks, memory, pins, min_rank,
+        data, sensitivity, refit, refine, blocks, memory, pins, min_rank, hidden_units,
     )  # fmt: skip
     if refine:
         check_schedule(data, "refine=", settings.refine)
@@ -219,7 +224,7 @@ def _job(shards: Shards, settings: Settings) -> dict[str, Any]:
     job = {"format": "alds_fast.job", "alds_fast": __version__, "checkpoint": shards.fingerprint, "others": others}
     kind = "memory" if "memory" in settings.budget else None  # spectra for params= lack some that it needs
     fields: dict[str, Any] = json.loads(json.dumps({**job, "budget of": kind, **asdict(settings)}))
-    optional = "data", "sensitivity", "refit", "refine", "blocks", "pins", "min_rank", "budget of"
+    optional = "data", "sensitivity", "refit", "refine", "blocks", "pins", "min_rank", "hidden_units", "budget of"
     return {k: v for k, v in fields.items() if v is not None or k not in optional}
 
 

@@ -15,7 +15,7 @@ from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
 from ..with_data import WithData
 from .journal import JOB, PLAN, Journal, changed_tensors
-from .output_files import OutputFile, companions, index_of, output_files
+from .output_files import NarrowDense, OutputFile, Replacement, companions, index_of, output_files
 from .source_checksums import check_crc32, read_record, record_checksums
 from .spectra_and_plan import find_plan, find_spectra
 from .stored_spectra import check_sums, exact_values, in_doubt, kind_of, spectra_of
@@ -25,8 +25,9 @@ FACTORS = "alds_factors.json"
 
 
 def find_factors(
-    work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice], seen: WithData | None
-) -> None:
+    work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Replacement],
+    seen: WithData | None,
+) -> None:  # fmt: skip
     """The factors of all layers that are factorised and not in a finished file, in the journal."""
     journal = work.journal
     missing = files_to_write(journal, files)
@@ -38,7 +39,7 @@ def find_factors(
             seen.find_factors(plan, choices, todo)
         return
     for batch in work.in_batches("factors", todo):
-        _factorise(work, plan, {i: choices[i] for i in batch})
+        _factorise(work, plan, {i: c for i in batch if isinstance(c := choices[i], Choice)})
 
 
 def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) -> None:
@@ -74,6 +75,12 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
             work.journal.put("factors", number, tensors, {})
 
 
+def sizes_left(work: Work, plan: Plan) -> dict[str, dict[str, list[int]]]:
+    """By layer that loses hidden units, what :func:`alds_fast.layers.narrowed_sizes` says of such."""
+    layers = {layer.name: layer for layer in work.layers}
+    return {name: sizes for units in plan.hidden_units for name, sizes in units.sizes(layers).items()}
+
+
 def write_files(work: Work, files: Sequence[OutputFile]) -> None:
     """The output's safetensors files, each whole or not there; the factors in them leave the journal."""
     journal = work.journal
@@ -94,7 +101,7 @@ def _write_file(work: Work, file: OutputFile) -> None:
 
     def content(entry: Entry) -> Iterator[bytes]:
         part = parts[entry.name]
-        if part.layer is not None and entry.name == part.source:
+        if entry.name == part.mark:
             return iter([bytes(entry.size)])  # the mark
         if part.layer is not None:
             return _factor(journal, part.layer, entry)
@@ -132,14 +139,15 @@ def files_to_write(journal: Journal, files: Sequence[OutputFile]) -> list[Output
     return [f for f in files if not (paths[f.name].is_file() and paths[f.name].stat().st_size == sizes[f.name])]
 
 
-def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Choice]) -> None:
+def write_rest(work: Work, plan: Plan, files: Sequence[OutputFile], choices: Mapping[int, Replacement]) -> None:
     """Index, config, plan and everything else of the input directory; then the job is finished."""
     journal = work.journal
     kept = ("method", "iterations", "error")
     reports = {c.name: {k: journal.get("report", i)[1][k] for k in kept} for i, c in choices.items()}
     layers = {work.sources[c.name].removesuffix(".weight"): layer_fields(c.decomposition, c.shape)
-              for c in choices.values()}  # fmt: skip
-    config = {**work.shards.config, "quantization_config": quantization_config(layers)}
+              for c in choices.values() if isinstance(c, Choice)}  # fmt: skip
+    narrowed = {work.sources[name].removesuffix(".weight"): sizes for name, sizes in sizes_left(work, plan).items()}
+    config = {**work.shards.config, "quantization_config": quantization_config(layers, narrowed=narrowed)}
     texts = {CONFIG: json.dumps(config, indent=2), PLAN: plan.to_json(), FACTORS: json.dumps(reports, indent=1)}
     if len(files) > 1:
         texts[INDEX] = json.dumps(index_of(list(files)), indent=2)
@@ -170,9 +178,14 @@ def compress_streamed(work: Work, seen: WithData | None = None) -> None:
     if seen is None:
         find_spectra(work)
     plan = find_plan(work) if seen is None else seen.find_plan()
-    choices = {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
+    left = sizes_left(work, plan)
+    choices: dict[int, Replacement] = {
+        numbers[name]: NarrowDense(name, (of["shape"][0], of["shape"][1])) for name, of in left.items()
+    }
+    choices |= {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
     stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}
-    files = output_files(work.shards, stored, work.settings.max_shard_bytes)
+    biases = {work.names[bias]: of["shape"][0] for name, of in left.items() if (bias := f"{name}.bias") in work.names}
+    files = output_files(work.shards, stored, work.settings.max_shard_bytes, biases)
     find_factors(work, plan, files, choices, seen)
     write_files(work, files)
     if work.world.first:

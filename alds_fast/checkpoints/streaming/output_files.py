@@ -17,15 +17,28 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tensors that stay together: one of the input as it is, or what takes the place of a layer's weight.
+class NarrowDense:
+    """What takes the place of a layer that lost hidden units and stays dense: its (outputs, inputs)."""
 
-    That is the encoder, the decoder, and a mark: one value under the weight's name, whose shape no dense layer takes.
+    name: str
+    sizes: tuple[int, int]
+
+
+Replacement = Choice | NarrowDense
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that stay together: one of the input, or what takes the place of a layer's weight.
+
+    That is another weight, or the encoder, the decoder, and a mark: one value under the weight's name, ``mark``, whose
+    shape no dense layer takes.
     """
 
     source: str
     entries: tuple[Entry, ...]
     layer: int | None = None
+    mark: str | None = None
 
     @property
     def size(self) -> int:
@@ -51,28 +64,36 @@ class OutputFile:
         return sum(part.size for part in self.parts)
 
 
-def _part(source: str, shards: Shards, choice: tuple[int, Choice] | None) -> Part:
+def _part(source: str, shards: Shards, choice: tuple[int, Replacement] | None, sizes: Mapping[str, int]) -> Part:
     stored = shards.tensors[source]
-    if choice is None:
+    if choice is None and source not in sizes:
         return Part(source, (Entry(source, stored.dtype, stored.shape, stored.size),))
-    number, replacement = choice
-    stem, item = source.removesuffix("weight"), DTYPES[stored.dtype].itemsize
+    item = DTYPES[stored.dtype].itemsize
+    if choice is None:
+        return Part(source, (Entry(source, stored.dtype, (sizes[source],), item * sizes[source]),))
+    (number, replacement), stem = choice, source.removesuffix("weight")
+    if isinstance(replacement, NarrowDense):
+        entry = Entry(source, stored.dtype, replacement.sizes, item * math.prod(replacement.sizes))
+        return Part(source, (entry,), number)
     encoder, decoder = replacement.decomposition.factor_shapes(replacement.shape)
     shapes = {"encoder": encoder, "decoder": decoder, "weight": (1,) * len(stored.shape)}
     entries = [Entry(stem + name, stored.dtype, sizes, item * math.prod(sizes)) for name, sizes in shapes.items()]
     if indices := index_count(replacement.shape, replacement.decomposition.pivots):
         entries.append(Entry(f"{stem}order", "I64", (indices,), 8 * indices))
-    return Part(source, tuple(entries), number)
+    return Part(source, tuple(entries), number, source)
 
 
-def output_files(shards: Shards, choices: Mapping[str, tuple[int, Choice]], most_bytes: int) -> list[OutputFile]:
+def output_files(
+    shards: Shards, choices: Mapping[str, tuple[int, Replacement]], most_bytes: int, sizes: Mapping[str, int]
+) -> list[OutputFile]:
     """The files, each of no more than ``most_bytes`` unless one part alone is larger.
 
-    ``choices``: by the name of the input's tensor the number of its layer and what replaces it.
+    ``choices``: by the name of the input's tensor the number of its layer and what replaces it; ``sizes``: of biases
+    that lose values, how many are left.
     """
     groups: list[list[Part]] = [[]]
     for source in shards.tensors:
-        part = _part(source, shards, choices.get(source))
+        part = _part(source, shards, choices.get(source), sizes)
         if groups[-1] and sum(p.size for p in groups[-1]) + part.size > most_bytes:
             groups.append([])
         groups[-1].append(part)

@@ -49,6 +49,7 @@ class Settings:
     refit: bool | None = None
     refine: int | None = None  # passes over the batches
     blocks: tuple[str, ...] | None = None  # the lists that hold them, where users say so
+    hidden_units: bool | None = None
 
     @property
     def pinned(self) -> dict[str, Any]:

@@ -9,55 +9,65 @@ from torch import Tensor, nn
 
 from ...blocks import BlockChain
 from ...criteria import CRITERIA, Basis
-from ...factors import Choice, FactorReport, Gradient, plain_layers, refit, weighted_layer
+from ...factors import Choice, FactorReport, Gradient, plain_layers, refit, rows_kept, weighted_layer
 from ...files import crc32
 from ...layers import DecomposableLayer, LowRankLayer, low_rank_like
 from ...measurement import USUAL
 from ...planning import Plan
 from ..safetensors_reader import DTYPES
+from ..streaming.output_files import Replacement
 from ..streaming.streamed_model import Work
 from .calibration import room
-from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
+from .mapped import let_go, one_block_at_a_time, run_on
+from .narrowing import NARROW, load_narrow
 
 DRAFT, REFITTED = "draft", "refitted"
+_DENSE = ("weight",)
 FIELDS = ("method", "iterations", "error", "data_error")
 
 
-def _put(work: Work, kind: str, number: int, low: LowRankLayer, report: FactorReport) -> None:
-    tensors = {name: getattr(low, name).detach().cpu() for name in ("encoder", "decoder")}
-    tensors |= {"order": low.order.cpu()} if low.pivots else {}
+def _names(layer: nn.Module) -> tuple[str, ...]:
+    """Of what the journal has of a layer: its factors, or the weight of one that stays dense."""
+    if not isinstance(layer, LowRankLayer):
+        return _DENSE
+    return ("encoder", "decoder", "order") if layer.pivots else ("encoder", "decoder")
+
+
+def _put(work: Work, kind: str, number: int, low: nn.Module, report: FactorReport) -> None:
+    tensors = {name: getattr(low, name).detach().cpu() for name in _names(low)}
     work.journal.put(kind, number, tensors, {field: getattr(report, field) for field in FIELDS})
 
 
 def best_kind(work: Work, number: int) -> str:
-    """What the journal has of a layer's factors."""
-    return REFITTED if work.journal.has(REFITTED, number) else DRAFT
+    """What the journal has of a layer's factors, or of its weight."""
+    return next((kind for kind in (REFITTED, DRAFT) if work.journal.has(kind, number)), NARROW)
 
 
-def put_final(work: Work, number: int, choice: Choice, refined: Mapping[str, Any]) -> None:
+def put_final(work: Work, number: int, choice: Replacement, refined: Mapping[str, Any]) -> None:
     """What is written to the output's files: a layer's factors in its stored type, and how they were computed.
 
     ``refined``: by layer, what came of refinement, factors among the fields.
     """
+    names = ("encoder", "decoder") if isinstance(choice, Choice) else _DENSE
     tensors, notes = work.journal.get(best_kind(work, number), number)
     if choice.name in refined:
         notes, new = refined[choice.name]
         tensors |= new
     dtype = DTYPES[work.shards.tensors[work.sources[choice.name]].dtype]
-    tensors |= {name: tensors[name].to(dtype) for name in ("encoder", "decoder")}
+    tensors = {n: t.to(dtype) if n in names else t for n, t in tensors.items() if n in (*names, "order")}
     fields = {field: notes[field] for field in ("method", "iterations", "error")}
     work.journal.put("report", number, {}, fields | {f"crc32.{name}": crc32(t) for name, t in tensors.items()})
     work.journal.put("factors", number, tensors, {})
 
 
 def draft_factors(
-    work: Work, plan: Plan, basis: Basis, layers: Mapping[str, DecomposableLayer], choices: Mapping[int, Choice]
+    work: Work, plan: Plan, basis: Basis, layers: Mapping[str, DecomposableLayer], choices: Mapping[int, Replacement]
 ) -> None:
     """Factors by the layers' moments, or by the weights alone where these serve, of layers that have none yet."""
-    todo = [number for number in choices if not work.journal.has(DRAFT, number)]
-    own = work.share(todo)
+    wanted = {number: choice for number, choice in choices.items() if isinstance(choice, Choice)}
+    own = work.share([number for number in wanted if not work.journal.has(DRAFT, number)])
     for count, number in enumerate(own, 1):
-        choice = choices[number]
+        choice = wanted[number]
         layer, weighting = layers[choice.name], basis.weighting(layers[choice.name])
         if weighting is None:
             _, low, report = next(plain_layers([(choice, layer)], {}, plan.exact))
@@ -90,8 +100,8 @@ class _Gradients(Mapping[str, Gradient]):
 
 
 def refit_factors(
-    work: Work, model: nn.Module, chain: BlockChain, batches: Sequence[Any], basis: Basis,
-    layers: Mapping[str, DecomposableLayer], choices: Mapping[int, Choice],
+    work: Work, model: nn.Module, chain: BlockChain, batches: Sequence[Any], plan: Plan, basis: Basis,
+    layers: Mapping[str, DecomposableLayer], choices: Mapping[int, Replacement],
 ) -> None:  # fmt: skip
     """Factors fitted to what reaches the layers in the compressed network, see :func:`alds_fast.factors.refit`."""
     numbers = {choice.name: number for number, choice in choices.items()}
@@ -99,16 +109,15 @@ def refit_factors(
     work.world.together()
     if len(known) == len(choices):
         return
-    small = load_small(work, choices)
+    small = load_small(work, plan, choices)
     count = len(known)
 
     def done(name: str, report: FactorReport | None) -> None:
         nonlocal count
         count += 1
         low, number = small.get_submodule(name), numbers[name]
-        assert isinstance(low, LowRankLayer)
         if report is None:
-            report = FactorReport(**work.journal.notes(DRAFT, number))
+            report = FactorReport(**work.journal.notes(best_kind(work, number), number))
         if work.world.first:
             _put(work, REFITTED, number, low, report)
         work.world.together()
@@ -124,16 +133,19 @@ def refit_factors(
         refit(
             small, model, [layers[name] for name in numbers], batches, gradients=_Gradients(basis, list(numbers)),
             bias_correction=False, mask=USUAL, chain=chain, known=known, done=done, room=lambda: room(work),
-            world=work.world,
+            world=work.world, rows=rows_kept(plan.hidden_units),
         )  # fmt: skip
 
 
-def load_small(work: Work, choices: Mapping[int, Choice], wide: bool = False) -> nn.Module:
-    """The compressed model as far as it is, its weights mapped; ``wide`` as :func:`load_mapped`."""
-    small = load_mapped(work.shards, work.device, wide)
+def load_small(work: Work, plan: Plan, choices: Mapping[int, Replacement], wide: bool = False) -> nn.Module:
+    """The compressed model as far as it is, its weights mapped; ``wide`` as :func:`load_narrow`."""
+    small = load_narrow(work, plan, wide)
     for number, choice in choices.items():
-        dense = small.get_submodule(choice.name)
-        low = low_rank_like(dense, choice.decomposition).to(dense.weight.dtype)  # type: ignore[arg-type]
+        dense: Any = small.get_submodule(choice.name)
+        if not isinstance(choice, Choice):
+            _take(work, best_kind(work, number), number, dense)
+            continue
+        low = low_rank_like(dense, choice.decomposition).to(dense.weight.dtype)
         low = low.to_empty(device="cpu").requires_grad_(False)
         low.bias = dense.bias if isinstance(dense.bias, Tensor) else None
         _take(work, best_kind(work, number), number, low)
@@ -141,8 +153,7 @@ def load_small(work: Work, choices: Mapping[int, Choice], wide: bool = False) ->
     return small
 
 
-def _take(work: Work, kind: str, number: int, low: LowRankLayer) -> None:
+def _take(work: Work, kind: str, number: int, low: nn.Module) -> None:
     """Give a layer the factors that are in the journal, mapped, in the parameters that it has."""
-    names = ("encoder", "decoder", *(["order"] if low.pivots else []))
-    for name, tensor in work.journal.some(kind, number, {name: name for name in names}).items():
+    for name, tensor in work.journal.some(kind, number, {name: name for name in _names(low)}).items():
         getattr(low, name).data = tensor.to(getattr(low, name).dtype)

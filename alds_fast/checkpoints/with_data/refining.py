@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from ...blocks import BlockChain
 from ...errors import ModelError
-from ...factors import Choice, FactorReport, Refined, Steps, refine_blocks, trained_reports
-from ...layers import LowRankLayer
+from ...factors import FactorReport, Refined, Steps, refine_blocks, trained_reports
+from ...layers import LowRankLayer, is_narrowed
+from ...planning import Plan
 from ..safetensors_reader import DTYPES
-from ..streaming.journal import put_changed
+from ..streaming.output_files import Replacement
 from ..streaming.streamed_model import Work
 from .calibration import room
 from .factors import FIELDS, best_kind, load_small
 from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
+from .narrowing import load_narrow
 
 REFINED = "refined"
 Results = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # by layer: how, and its factors
@@ -26,9 +28,9 @@ class _Steps(Steps):
     """Copies a block's parameters before they are trained, and writes them to the journal afterwards."""
 
     def __init__(
-        self, work: Work, small: nn.Module, dense: nn.Module, blocks: Sequence[str], numbers: Mapping[str, int]
+        self, work: Work, small: nn.Module, narrow: nn.Module, blocks: Sequence[str], numbers: Mapping[str, int]
     ) -> None:
-        self.work, self.small, self.dense, self.blocks, self.numbers = work, small, dense, list(blocks), numbers
+        self.work, self.small, self.narrow, self.blocks, self.numbers = work, small, narrow, list(blocks), numbers
         self.known = {block for i, block in enumerate(blocks) if work.journal.has(REFINED, i)}
         self._names = {id(p): name for name, p in small.named_parameters()}
         self._trained: Sequence[nn.Parameter] = ()
@@ -48,7 +50,7 @@ class _Steps(Steps):
         before = {name: FactorReport(**journal.notes(best_kind(self.work, self.numbers[name]), self.numbers[name]))
                   for name in inside}  # fmt: skip
         better = [block.block] if block.after < block.before else []
-        reports = before | trained_reports(before, self.small, self.dense, REFINED, better)
+        reports = before | trained_reports(before, self.small, self.narrow, REFINED, better)
         fields = {name: {field: getattr(report, field) for field in FIELDS} for name, report in reports.items()}
         journal.put(REFINED, position, {self._names[id(p)]: p.detach().cpu() for p in self._trained}, fields)
         self._take(position)
@@ -62,15 +64,20 @@ class _Steps(Steps):
 
 
 def refine_factors(
-    work: Work, model: nn.Module, chain: BlockChain, batches: Sequence[Any], choices: Mapping[int, Choice], passes: int
-) -> Results:
-    """Blocks trained to return what the dense model's return, see :func:`alds_fast.refine`; results by layer."""
+    work: Work, model: nn.Module, chain: BlockChain, batches: Sequence[Any], plan: Plan,
+    choices: Mapping[int, Replacement], passes: int,
+) -> tuple[Results, dict[str, Tensor]]:  # fmt: skip
+    """Blocks trained to return what the dense model's return, see :func:`alds_fast.refine`.
+
+    Results by layer, and all else that was trained, by the names that it is stored under.
+    """
     if not chain.blocks:
         raise ModelError(f"refine= needs a chain of blocks: {chain.reason}; leave it out")
     wide = any(p.dtype.itemsize < 4 for p in model.parameters())
     dense = load_mapped(work.shards, work.device, wide) if wide else model
-    small = load_small(work, choices, wide)
-    steps = _Steps(work, small, dense, chain.blocks, {choice.name: number for number, choice in choices.items()})
+    small = load_small(work, plan, choices, wide)
+    narrow = load_narrow(work, plan, wide) if plan.hidden_units else dense
+    steps = _Steps(work, small, narrow, chain.blocks, {choice.name: number for number, choice in choices.items()})
     folder, blocks = work.shards.folder, chain.blocks
     with (
         one_block_at_a_time(dense, folder, work.settings.blocks), run_on(work.device, dense, folder, blocks),
@@ -83,18 +90,20 @@ def refine_factors(
     return _results(work, small, len(chain.blocks))
 
 
-def _results(work: Work, small: nn.Module, blocks: int) -> Results:
-    """Factors by layer; all else that was trained goes to the journal, to be written in the place of the input's."""
+def _results(work: Work, small: nn.Module, blocks: int) -> tuple[Results, dict[str, Tensor]]:
+    """Factors, or weights of narrower layers, by layer; all else that was trained."""
     results: Results = {}
     others: dict[str, Tensor] = {}
     for position in (i for i in range(blocks) if work.journal.has(REFINED, i)):
         tensors, notes = work.journal.get(REFINED, position)
         for name, tensor in tensors.items():
             layer, _, field = name.rpartition(".")
-            if field in ("encoder", "decoder") and isinstance(small.get_submodule(layer), LowRankLayer):
+            module = small.get_submodule(layer)
+            if (field in ("encoder", "decoder") and isinstance(module, LowRankLayer)) or (
+                field == "weight" and is_narrowed(module)
+            ):
                 results.setdefault(layer, (notes[layer], {}))[1][field] = tensor
             else:
                 source = work.names[name]
                 others[source] = tensor.to(DTYPES[work.shards.tensors[source].dtype])
-    put_changed(work.journal, others)
-    return results
+    return results, others

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import nn
 from ...blocks import BlockChain, find_blocks
 from ...criteria import MAX_DATA_GROUPS, Basis, LayerSpectra
 from ...errors import ArgumentError, FileFormatError, PlanError
-from ...factors import BATCHNORMS, Choice
+from ...factors import BATCHNORMS, NarrowMoments
 from ...files import write_whole
-from ...layers import Layer, count_params, decomposable, is_linear, label, reader_reason
+from ...layers import Layer, as_narrowed, count_params, decomposable, is_linear, label, reader_reason
 from ...measurement import Sensitivity, weight_readers
 from ...planning import Analysis, Plan
 from ..streaming.journal import PLAN
+from ..streaming.output_files import Replacement
 from ..streaming.spectra_and_plan import find_spectra
 from ..streaming.stored_spectra import spectra_of
 from ..streaming.streamed_model import Work
 from .calibration import check_one_process, collect, tried_chain
 from .factors import draft_factors, put_final, refit_factors
 from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
+from .narrowing import load_narrow, narrow_groups, put_biases
 from .needs import tell_needs
 from .offloading import on_device
 from .refining import refine_factors
@@ -64,13 +67,19 @@ class WithData:
         """Those of the directory with their weights, but for those whose weights the model uses itself."""
         layers = [dataclasses.replace(layer, module=self.model.get_submodule(layer.name)) for layer in self.work.layers]
         modules = {layer.name: layer.module for layer in decomposable(layers)}
-        folder, lists = self.work.shards.folder, self.work.settings.blocks
-        found = find_blocks(self.model, lists)
-        with one_block_at_a_time(self.model, folder, lists), run_on(self.work.device, self.model, folder, found):
+        with self._runs():
             readers = weight_readers(self.model, modules, self.batches[0], "batch 1 of data=")
         return [
             layer.left_out(reader_reason(readers[layer.name])) if layer.name in readers else layer for layer in layers
         ]
+
+    @contextmanager
+    def _runs(self) -> Iterator[None]:
+        """The model is run in there, a block at a time in memory."""
+        folder, lists = self.work.shards.folder, self.work.settings.blocks
+        found = find_blocks(self.model, lists)
+        with one_block_at_a_time(self.model, folder, lists), run_on(self.work.device, self.model, folder, found):
+            yield
 
     @cached_property
     def moments(self) -> StoredMoments:
@@ -112,7 +121,8 @@ class WithData:
                 spectra[layer.name] = dataclasses.replace(spectra_of(work, number)[0], layer=ready[layer.name])
         most = MAX_DATA_GROUPS if work.settings.groups == "divisors" else None
         moments: Any = self.moments  # a mapping
-        return Analysis(tuple(layers), spectra, count_params(self.model), self.model, moments, most, world=work.world)
+        parts = tuple(layers), spectra, count_params(self.model), self.model, moments, most
+        return Analysis(*parts, world=work.world, inputs=self.batches[0])
 
     def find_plan(self) -> Plan:
         """The plan, out of the journal where it is there."""
@@ -122,7 +132,9 @@ class WithData:
         if not known:
             options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align, **s.pinned}
             self.work.progress("plan", 0, 1)
-            self.plan = self._analysis.plan(**options, bias_correction=False, pivots=s.pivots, progress=False)
+            options |= {"pivots": s.pivots, "hidden_units": bool(s.hidden_units), "bias_correction": False}
+            with self._runs():
+                self.plan = self._analysis.plan(**options, progress=False)
             text = world.told_by(0, self.plan.to_json() if world.first else None)
             if world.first:
                 write_whole(path, [text.encode()])
@@ -136,19 +148,29 @@ class WithData:
         except (PlanError, ValueError) as e:
             raise FileFormatError(f"{str(path)!r} is damaged ({e}); remove it and run the same command again") from e
 
-    def find_factors(self, plan: Plan, choices: Mapping[int, Choice], todo: list[int]) -> None:
+    def find_factors(self, plan: Plan, choices: Mapping[int, Replacement], todo: list[int]) -> None:
         """The factors of some of the layers that are factorised, by number, in the journal."""
         work, layers = self.work, {layer.name: layer for layer in decomposable(self.layers)}
         basis = plan.basis if plan is self.plan and plan.basis else Basis(plan.criterion, self.moments, False)
+        if plan.hidden_units:
+            narrow_groups(work, plan, basis, layers)
+            narrow = load_narrow(work, plan)
+            names = {name for units in plan.hidden_units for name in units.layers}
+            modules: dict[str, Any] = {name: narrow.get_submodule(name) for name in names}
+            layers |= {name: as_narrowed(layers[name], module) for name, module in modules.items()}
+            basis = basis.of_parts(NarrowMoments(basis.moments, plan.hidden_units), names)
         draft_factors(work, plan, basis, layers, choices)
         if work.settings.refit:
-            refit_factors(work, self.model, self.chain, self.batches, basis, layers, choices)
+            refit_factors(work, self.model, self.chain, self.batches, plan, basis, layers, choices)
         refined: dict[str, Any] = {}
+        others: dict[str, Any] = {}
         own = work.share(todo)
         if work.settings.refine:  # steps one after the other, by one process
             own = todo if work.world.first else []
         if work.settings.refine and work.world.first:
-            refined = refine_factors(work, self.model, self.chain, self.batches, choices, work.settings.refine)
+            seen = self.model, self.chain, self.batches, plan, choices
+            refined, others = refine_factors(work, *seen, work.settings.refine)
+        put_biases(work, plan, others)
         for number in own:
             put_final(work, number, choices[number], refined)
         work.world.together()

@@ -3,7 +3,7 @@
 Here belongs what makes narrower layers. Which units there are belongs in criteria, how many stay in planning.
 """
 
-from .narrowing import FewerUnits, narrow_model, narrow_moments, rows_kept
+from .narrowing import FewerUnits, NarrowMoments, narrow_layers, narrow_model, rows_kept
 from .spans import read_spans, spans_text
 
-__all__ = ["FewerUnits", "narrow_model", "narrow_moments", "read_spans", "rows_kept", "spans_text"]
+__all__ = ["FewerUnits", "NarrowMoments", "narrow_layers", "narrow_model", "read_spans", "rows_kept", "spans_text"]

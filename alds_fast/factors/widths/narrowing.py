@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...criteria import Moments, Weighting, compensated
 from ...errors import PlanError
-from ...layers import DecomposableLayer, find_layers, is_plain_linear, label, narrow_layer, replace_layers
+from ...layers import DecomposableLayer, Layer, find_layers, is_plain_linear, label, narrow_layer, replace_layers
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,15 @@ class FewerUnits:
         """In words how many are left."""
         return f"{len(self.kept)} of {self.count} hidden units"
 
+    def sizes(self, layers: Mapping[str, Layer]) -> dict[str, dict[str, list[int]]]:
+        """By layer what is left and what was there, as :func:`alds_fast.layers.narrowed_sizes` has it."""
+        sizes, kept = {}, len(self.kept)
+        for name in self.layers:
+            outputs, inputs = layers[name].weight
+            shape = [outputs, kept] if name == self.consumer else [kept, inputs]
+            sizes[name] = {"shape": shape, "dense_shape": [outputs, inputs]}
+        return sizes
+
     @property
     def index(self) -> Tensor:
         """The units kept, int64, on the CPU."""
@@ -48,7 +57,6 @@ def rows_kept(fewer: Iterable[FewerUnits]) -> dict[str, Tensor]:
     return {name: units.index for units in fewer for name in units.producers}
 
 
-@torch.no_grad()
 def narrow_model(
     model: nn.Module, fewer: Sequence[FewerUnits], weighted: Callable[[DecomposableLayer], Weighting | None]
 ) -> nn.Module:
@@ -61,24 +69,33 @@ def narrow_model(
         return model
     layers, new = {layer.name: layer for layer in find_layers(model)}, dict[str, nn.Module]()
     for units in fewer:
-        for name in units.layers:
-            _check(layers.get(name), name, units)
-        kept = units.index
-        for name in units.producers:
-            module: Any = layers[name].module
-            at = kept.to(module.weight.device)
-            bias = None if module.bias is None else module.bias.detach()[at]
-            new[name] = narrow_layer(module, module.weight.detach()[at], bias)
-        layer = layers[units.consumer]
-        assert isinstance(layer, DecomposableLayer)
-        weights = weighted(layer)
-        if weights is None or weights.second is None:
-            raise PlanError(
-                f"layer {label(layer.name)}: the plan keeps {units.text}, for which moments of its input are needed; "
-                f"pass plan.apply(model, moments=analysis.moments) of analyze(model, data=...)"
-            )
-        new[layer.name] = _consumer(layer.module, weights, kept)
+        new |= narrow_layers(layers, units, weighted)
     return replace_layers(model, new, share=True)
+
+
+@torch.no_grad()
+def narrow_layers(
+    layers: Mapping[str, Layer], units: FewerUnits, weighted: Callable[[DecomposableLayer], Weighting | None]
+) -> dict[str, nn.Linear]:
+    """The narrower layers of one group, by name; as :func:`narrow_model`."""
+    for name in units.layers:
+        _check(layers.get(name), name, units)
+    kept, new = units.index, dict[str, nn.Linear]()
+    for name in units.producers:
+        module: Any = layers[name].module
+        at = kept.to(module.weight.device)
+        bias = None if module.bias is None else module.bias.detach()[at]
+        new[name] = narrow_layer(module, module.weight.detach()[at], bias)
+    layer = layers[units.consumer]
+    assert isinstance(layer, DecomposableLayer)
+    weights = weighted(layer)
+    if weights is None or weights.second is None:
+        raise PlanError(
+            f"layer {label(layer.name)}: the plan keeps {units.text}, for which moments of its input are needed; "
+            f"pass plan.apply(model, moments=analysis.moments) of analyze(model, data=...)"
+        )
+    new[layer.name] = _consumer(layer.module, weights, kept)
+    return new
 
 
 def _check(layer: Any, name: str, units: FewerUnits) -> None:
@@ -98,14 +115,28 @@ def _consumer(module: Any, weights: Weighting, kept: Tensor) -> nn.Linear:
     return narrow_layer(module, fitted.weight.to(module.weight), bias)
 
 
-def narrow_moments(moments: Mapping[str, Moments], fewer: Iterable[FewerUnits]) -> dict[str, Moments]:
-    """What the layers of the narrower model see: parts of what those of the model see."""
-    narrow = dict(moments)
-    for units in fewer:
-        for name in units.producers:
-            narrow[name] = _of_producer(moments[name], units.index)
-        narrow[units.consumer] = _of_consumer(moments[units.consumer], units.index)
-    return narrow
+class NarrowMoments(Mapping[str, Moments]):
+    """What the layers of the narrower model see: parts of what those of the model see, taken when asked for."""
+
+    def __init__(self, moments: Mapping[str, Moments], fewer: Iterable[FewerUnits]) -> None:
+        self.moments, self.parts = moments, dict[str, tuple[Callable[[Moments, Tensor], Moments], Tensor]]()
+        for units in fewer:
+            kept = units.index
+            self.parts |= dict.fromkeys(units.producers, (_of_producer, kept))
+            self.parts[units.consumer] = _of_consumer, kept
+
+    def __getitem__(self, name: str) -> Moments:
+        whole = self.moments[name]
+        if name not in self.parts:
+            return whole
+        part, kept = self.parts[name]
+        return part(whole, kept)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        return len(self.moments)
 
 
 def _of_producer(m: Moments, kept: Tensor) -> Moments:

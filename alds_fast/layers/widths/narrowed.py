@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PlanError
+from ...linalg import WeightShape
 from ..discovery import DecomposableLayer, find_layers, label
 from ..linear import LowRankLinear
 from ..registry import DENSE_SHAPE, dense_shape, own_values
@@ -36,6 +38,13 @@ def narrow_layer(module: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.L
     if dense_shape(new) is None:
         setattr(new, DENSE_SHAPE, (module.out_features, module.in_features))
     return new
+
+
+def as_narrowed(layer: DecomposableLayer, module: nn.Linear) -> DecomposableLayer:
+    """The layer with another module, of other sizes, in its place."""
+    shape = WeightShape(module.out_features, module.in_features)
+    own = {"weight": tuple(module.weight.shape), "shape": shape, "params": sum(p.numel() for p in module.parameters())}
+    return replace(layer, **own, module=module)  # type: ignore[arg-type]
 
 
 def narrowed_sizes(model: nn.Module) -> dict[str, dict[str, list[int]]]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...allocation import Front, Width, amount_text, pareto_front, widths_at_one_price
+from ...allocation import Calls, CostTable, Front, Width, amount_text, pareto_front, widths_at_one_price
 from ...criteria import (
     CRITERIA,
     Basis,
@@ -26,9 +26,17 @@ from ...criteria import (
     removal_errors,
     removal_order,
 )
-from ...factors import FewerUnits, narrow_model, narrow_moments
-from ...layers import DecomposableLayer, count_bytes, count_params, decomposable, find_layers, is_plain_linear
-from ...measurement import count_inputs
+from ...factors import FewerUnits, NarrowMoments, narrow_layers, narrow_model
+from ...layers import (
+    DecomposableLayer,
+    as_narrowed,
+    count_bytes,
+    count_params,
+    decomposable,
+    find_layers,
+    is_plain_linear,
+    with_sizes,
+)
 from ...progress import Progress, ProgressOption, telling
 from ..budget_loop import PlanProblem, errors_of_layers
 from ..options import Pin, check_needs, choices_of
@@ -50,11 +58,20 @@ def widths_of(count: int, align: int) -> list[int]:
     return [count, *sorted((width for width in fewer if 0 < width < count), reverse=True)]
 
 
+class _Variant(NamedTuple):
+    """A group with some of its units, what that costs, and the errors of its layers that are known."""
+
+    units: FewerUnits
+    width: Width
+    known: dict[Any, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class WidthSearch:
     """An analysis and what plans are made by: ``few``, ``weights``, ``pins`` as in :meth:`alds_fast.Analysis.plan`.
 
-    ``asked``: the budgets by name, one of which is not None.
+    ``asked``: the budgets by name, one of which is not None; ``counted``: calls of the layers, and the operations of a
+    run, where there are example inputs.
     """
 
     analysis: Any
@@ -66,6 +83,7 @@ class WidthSearch:
     pivots: bool
     asked: Mapping[str, float | None]
     example_inputs: Any
+    counted: tuple[Calls, int] | None
 
     def groups(self) -> list[HiddenUnits]:
         """Those whose layers are judged by gradients and by their inputs' moments, and not pinned."""
@@ -81,62 +99,92 @@ class WidthSearch:
     def choose(self, groups: Sequence[HiddenUnits], tell: Progress) -> tuple[Any, list[FewerUnits]]:
         """The analysis of the narrower model, and what is left of the groups that lose units."""
         layers = {layer.name: layer for layer in decomposable(self.analysis.layers)}
-        variants: list[list[FewerUnits]] = []  # by group and width
+        table, dense = self._fronts(list(layers.values()), self.analysis.spectra, self.basis)
+        variants: list[list[_Variant]] = []
         for done, group in enumerate(groups, 1):
-            weights = self.basis.weighting(layers[group.consumer])
-            assert weights is not None
-            widths = widths_of(group.count, self.align)
-            order = removal_order(weights, widths[-1])
-            kept = [tuple(kept_units(order, group.count, width).tolist()) for width in widths]
-            errors = [0.0, *removal_errors(weights, order, widths[1:])]
-            names = group.producers, group.consumer, group.count
-            variants.append([FewerUnits(*names, *found) for found in zip(kept, errors, strict=True)])
+            variants.append(self._variants(group, layers, dense))
             tell("hidden units", done, len(groups))
-        dense, budget = self._fronts(self.analysis, self.basis, list(layers))
-        by_width, bases = [dense], [self.basis]
-        for at in range(1, max(map(len, variants), default=0)):
-            lost = [of_group[at] for of_group in variants if at < len(of_group)]
-            analysis, basis = narrowed(self.analysis, self.basis, lost)
-            by_width.append(self._fronts(analysis, basis, [name for units in lost for name in units.layers])[0])
-            bases.append(basis)
-            tell("widths", at, len(LEFT))
-        choices = [[Width((self.weights[v.consumer] * v.error) ** 2, [by_width[at][n] for n in v.layers])
-                    for at, v in enumerate(of_group)] for of_group in variants]  # fmt: skip
         inside = {name for group in groups for name in group.layers}
         others = [front for name, front in dense.items() if name not in inside]
-        picks, price = widths_at_one_price(others, choices, budget)
+        budget = table.limit - table.fixed
+        picks, price = widths_at_one_price(others, [[v.width for v in of] for of in variants], budget)
         _LOG.info("hidden units: one price of %.3g of squared error", price)
-        fewer = [of_group[at] for of_group, at in zip(variants, picks, strict=True) if at]
-        analysis, basis = narrowed(self.analysis, self.basis, fewer)
-        for of_group, at in zip(variants, picks, strict=True):
-            if at:
-                basis.learn(bases[at], of_group[at].layers)
-        return analysis, fewer
+        chosen = [of[at] for of, at in zip(variants, picks, strict=True) if at]
+        analysis = self._narrowed([variant.units for variant in chosen])
+        (basis,) = analysis._bases.values() if chosen else [self.basis]
+        for variant in chosen:
+            basis.known.update(variant.known)
+        return analysis, [variant.units for variant in chosen]
 
-    def _fronts(self, analysis: Any, basis: Basis, names: Collection[str]) -> tuple[dict[str, Front], float]:
-        """Costs and errors of all that these layers may become, and what they may cost if all others stay."""
-        layers = [layer for layer in decomposable(analysis.layers) if layer.name in names]
-        spectra = [analysis.spectra[layer.name] for layer in layers]
-        errors = errors_of_layers(spectra, basis, analysis.max_groups, self.few, analysis.world, False)
-        choices, counted = choices_of(layers, errors, self.weights, self.align, self.pivots, self.pins), None
-        if self.asked.get("flops") is not None:
-            counted = count_inputs(analysis.model, self.example_inputs, [layer.name for layer in layers])
-        sizes = analysis.params, count_bytes(analysis.model), counted
-        (table,) = PlanProblem(analysis.model, *sizes, layers, choices).tables(self.asked)
+    def _variants(
+        self, group: HiddenUnits, layers: Mapping[str, DecomposableLayer], dense: Mapping[str, Front]
+    ) -> list[_Variant]:
+        """A group with all its units, and with each number of them that is tried."""
+        names, inside = (group.producers, group.consumer, group.count), {n: layers[n] for n in group.layers}
+        weights = self.basis.weighting(layers[group.consumer])
+        assert weights is not None
+        widths = widths_of(group.count, self.align)
+        order = removal_order(weights, widths[-1])
+        whole = FewerUnits(*names, tuple(range(group.count)), 0.0)
+        variants = [_Variant(whole, Width(0.0, [dense[name] for name in group.layers]), {})]
+        for width, error in zip(widths[1:], removal_errors(weights, order, widths[1:]), strict=True):
+            units = FewerUnits(*names, tuple(kept_units(order, group.count, width).tolist()), error)
+            modules = narrow_layers(inside, units, lambda layer: weights)
+            narrow = [as_narrowed(inside[name], modules[name]) for name in group.layers]
+            basis = self.basis.of_parts(NarrowMoments(self.basis.moments, [units]), inside.keys())
+            spectra = {layer.name: _keys_alone(self.analysis.spectra[layer.name], layer) for layer in narrow}
+            fronts = list(self._fronts(narrow, spectra, basis)[1].values())
+            known = {key: value for key, value in basis.known.items() if key[0] in inside}
+            variants.append(_Variant(units, Width((self.weights[group.consumer] * error) ** 2, fronts), known))
+        return variants
+
+    def _fronts(
+        self, layers: Sequence[DecomposableLayer], spectra: Mapping[str, LayerSpectra], basis: Basis
+    ) -> tuple[CostTable, dict[str, Front]]:
+        """What all that these layers may become costs, and costs and errors of what is best."""
+        of, most, world = [spectra[layer.name] for layer in layers], self.analysis.max_groups, self.analysis.world
+        errors = errors_of_layers(of, basis, most, self.few, world, False)
+        for layer, folds in zip(layers, errors, strict=True):
+            if basis.has_kept_aside(layer):  # said of what is chosen
+                for key in folds:
+                    basis.fold_errors(layer, *key, held_out=True)
+        choices = choices_of(layers, errors, self.weights, self.align, self.pivots, self.pins)
+        counted = None if self.counted is None else (_calls_of(layers, self.counted[0]), self.counted[1])
+        sizes = self.analysis.params, count_bytes(self.analysis.model), counted
+        (table,) = PlanProblem(self.analysis.model, *sizes, layers, choices).tables(self.asked)
         fronts = [pareto_front(costs, choice.errors) for costs, choice in zip(table.costs, choices, strict=True)]
-        return dict(zip((layer.name for layer in layers), fronts, strict=True)), table.limit - table.fixed
+        return table, {layer.name: front for layer, front in zip(layers, fronts, strict=True)}
 
-    def plan(self, counted: Any, options: Mapping[str, Any], progress: ProgressOption) -> Plan:
-        """The plan of the dense model that is asked for; ``counted`` are its operations, if there are inputs.
+    def _narrowed(self, fewer: Sequence[FewerUnits]) -> Any:
+        """The analysis of the model without the hidden units that are not kept.
 
-        ArgumentError for a criterion without gradients.
+        Its layers have no values where the model need not run: their errors are known.
         """
+        if not fewer:
+            return self.analysis
+        model, names = self.analysis.model, {name for units in fewer for name in units.layers}
+        if self.counted is None:
+            layers = {layer.name: layer for layer in self.analysis.layers}
+            narrow = with_sizes(model, {n: sizes for units in fewer for n, sizes in units.sizes(layers).items()})
+        else:
+            narrow = narrow_model(model, fewer, self.basis.weighting)
+        found = {layer.name: layer for layer in decomposable(find_layers(narrow)) if layer.name in names}
+        spectra = {**self.analysis.spectra}
+        spectra |= {name: _keys_alone(spectra[name], layer) for name, layer in found.items()}
+        own = tuple(found.get(layer.name, layer) for layer in self.analysis.layers)
+        basis = self.basis.of_parts(NarrowMoments(self.basis.moments, fewer), names)
+        changed = {"layers": own, "spectra": spectra, "params": count_params(narrow), "model": narrow}
+        bases = {(basis.criterion, basis.bias_correction): basis}
+        return replace(self.analysis, **changed, moments=basis.moments, _errors={}, _bases=bases)
+
+    def plan(self, options: Mapping[str, Any], progress: ProgressOption) -> Plan:
+        """The plan of the dense model that is asked for. ArgumentError for a criterion without gradients."""
         check_needs(self.basis.criterion, "alds", True, True, hidden_units=True)
         with telling(progress) as tell:
             analysis, fewer = self.choose(self.groups(), tell)
             name, amount = next((name, amount) for name, amount in self.asked.items() if amount is not None)
             costs = {"params": self.analysis.params, "memory": count_bytes(self.analysis.model)}
-            costs |= {} if counted is None else {"flops": counted[1]}
+            costs |= {} if self.counted is None else {"flops": self.counted[1]}
             limit = math.floor(amount * costs[name] + 1e-9) if amount <= 1 else int(amount)
             asked = {name: limit if limit < costs[name] else 1.0}
             options = {**options, "example_inputs": self.example_inputs, "hidden_units": False}
@@ -163,22 +211,17 @@ class WidthSearch:
         )  # fmt: skip
 
 
-def narrowed(analysis: Any, basis: Basis, fewer: Sequence[FewerUnits]) -> tuple[Any, Basis]:
-    """The analysis and the basis of the model without the hidden units that are not kept.
+def _keys_alone(spectra: LayerSpectra, layer: DecomposableLayer) -> LayerSpectra:
+    """Folds and slices without singular values, which do not matter where moments judge."""
+    empty = torch.zeros(0, dtype=torch.float64, device="cpu")
+    keys = [key for key in spectra.values if layer.shape.slice_channels % key[1] == 0]
+    return LayerSpectra(layer, dict.fromkeys(keys, empty), {})
 
-    Layers around hidden units are judged by moments alone, so that their spectra are not computed.
-    """
-    if not fewer:
-        return analysis, basis
-    names = {name for units in fewer for name in units.layers}
-    model, moments = narrow_model(analysis.model, fewer, basis.weighting), narrow_moments(basis.moments, fewer)
-    found = {layer.name: layer for layer in decomposable(find_layers(model)) if layer.name in names}
-    empty, spectra = torch.zeros(0, dtype=torch.float64, device="cpu"), dict(analysis.spectra)
-    for name, layer in found.items():
-        keys = [key for key in spectra[name].values if layer.shape.slice_channels % key[1] == 0]
-        spectra[name] = LayerSpectra(layer, dict.fromkeys(keys, empty), {})
-    layers = tuple(found.get(layer.name, layer) for layer in analysis.layers)
-    parts = basis.of_parts(moments, names)
-    changed = {"layers": layers, "spectra": spectra, "params": count_params(model), "model": model, "moments": moments}
-    bases = {(basis.criterion, basis.bias_correction): parts}
-    return replace(analysis, **changed, _errors={}, _bases=bases), parts
+
+def _calls_of(layers: Sequence[DecomposableLayer], calls: Calls) -> Calls:
+    """The calls of layers with other numbers of inputs."""
+    return {
+        layer.name: {replace(spec, shape=(*spec.shape[:-1], layer.shape.in_channels)) if is_plain_linear(layer.module)
+                     else spec: times for spec, times in calls[layer.name].items()}
+        for layer in layers
+    }  # fmt: skip
