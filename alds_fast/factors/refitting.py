@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..blocks import BlockChain, LeftChain, Room
 from ..criteria import Moments, unknown_share, weighting
 from ..errors import ModelError
-from ..layers import DecomposableLayer, LowRankLayer, label, oriented_weight
+from ..layers import DecomposableLayer, LowRankLayer, filters_first, label, oriented_weight
 from ..measurement import naming_batch, private_runs
 from ..processes import World
 from .batchnorm import move_statistics
@@ -42,7 +42,7 @@ ORDER = 8192  # columns of a layer, at most
 MOST_UNKNOWN = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted
 
 
-Fitted = LowRankLayer | nn.Linear
+Fitted = Any  # a low-rank layer, or a linear one without some hidden units
 Gradient = tuple[Tensor | None, float]  # second moment and its noise
 
 
@@ -66,7 +66,7 @@ def _fit(
         fitted = factors(weights, low.decomposition)
         low.update_factors(fitted.left, fitted.right)
     else:
-        low.weight.copy_(best.reshape(low.weight.shape))
+        low.weight.copy_(filters_first(low, best.reshape(weight.shape[1:])))
     cut = oriented_weight(low).double().cpu().reshape(*weight.shape)
     if centred:
         moved = sums.without_noise(lambda means: means.mean_y - (cut @ means.mean.unsqueeze(-1)).squeeze(-1))
@@ -128,7 +128,7 @@ def refit(
 
     Raises ArgumentError for data that are no batches, ModelError if a network raised an exception or a layer sees NaN.
     """
-    low: dict[str, Fitted] = {n: m for n, m in small.named_modules() if isinstance(m, Fitted) and is_changed(m)}
+    low: dict[str, Fitted] = {n: m for n, m in small.named_modules() if is_changed(m)}
     world = world or World()
     fitted_here = [x for x in layers if x.name in low and x.shape.columns <= ORDER and not x.is_table]
     fitting = {layer.name: layer for layer in fitted_here}

@@ -42,7 +42,7 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def is_narrowed(module: nn.Module) -> bool:
     """Whether it is a dense layer that lost outputs or inputs."""
-    return isinstance(module, nn.Linear) and dense_shape(module) is not None
+    return (isinstance(module, nn.Linear) or is_transposed(module)) and dense_shape(module) is not None
 
 
 def is_table(module: nn.Module) -> bool:

@@ -84,7 +84,7 @@ def models():
     )
     yield "GPTNeoX", transformers.GPTNeoXConfig(**sizes, hidden_size=32, intermediate_size=64), 2
     yield "OPT", transformers.OPTConfig(**sizes, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32), 2
-    yield "GPT2", transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4), 0  # Conv1D is no nn.Linear
+    yield "GPT2", transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_inner=64), 2
 
 
 @pytest.mark.parametrize(("name", "config", "count"), list(models()), ids=lambda x: x if isinstance(x, str) else "")

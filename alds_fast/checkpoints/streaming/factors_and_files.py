@@ -6,10 +6,14 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
+from torch import nn
+
 from ...errors import FileFormatError, FileWriteError
 from ...factors import Choice, plain_layers
 from ...files import crc32, whole_or_nothing, write_whole
 from ...integrations import layer_fields, quantization_config
+from ...layers import filters_first
 from ...planning import Plan
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
@@ -73,6 +77,11 @@ def _factorise(work: Work, plan: Plan, choices: Mapping[int, Choice]) -> None:
             if not work.journal.has("report", number):
                 work.journal.put("report", number, {}, fields)
             work.journal.put("factors", number, tensors, {})
+
+
+def stored_sizes(module: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of a weight of that shape, (outputs, inputs), as a layer like the module stores it."""
+    return tuple(filters_first(module, torch.empty(list(shape), device="meta")).shape)
 
 
 def sizes_left(work: Work, plan: Plan) -> dict[str, dict[str, list[int]]]:
@@ -180,7 +189,8 @@ def compress_streamed(work: Work, seen: WithData | None = None) -> None:
     plan = find_plan(work) if seen is None else seen.find_plan()
     left = sizes_left(work, plan)
     choices: dict[int, Replacement] = {
-        numbers[name]: NarrowDense(name, (of["shape"][0], of["shape"][1])) for name, of in left.items()
+        numbers[name]: NarrowDense(name, stored_sizes(work.ready[numbers[name]].module, of["shape"]))
+        for name, of in left.items()
     }
     choices |= {numbers[row.name]: row.choice for row in plan.layers if row.choice is not None}
     stored = {work.sources[choice.name]: (i, choice) for i, choice in choices.items()}

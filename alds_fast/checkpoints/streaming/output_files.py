@@ -18,10 +18,10 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"
 
 @dataclass(frozen=True)
 class NarrowDense:
-    """What takes the place of a layer that lost hidden units and stays dense: its (outputs, inputs)."""
+    """What takes the place of a layer that lost hidden units and stays dense: its sizes as they are stored."""
 
     name: str
-    sizes: tuple[int, int]
+    sizes: tuple[int, ...]
 
 
 Replacement = Choice | NarrowDense

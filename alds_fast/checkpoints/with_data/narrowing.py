@@ -9,7 +9,7 @@ from torch import nn
 
 from ...criteria import Basis
 from ...factors import narrow_layers
-from ...layers import DecomposableLayer, narrow_layer
+from ...layers import DecomposableLayer, filters_first, narrow_layer
 from ...planning import Plan
 from ..safetensors_reader import DTYPES
 from ..streaming.journal import put_changed
@@ -27,8 +27,7 @@ def narrow_groups(work: Work, plan: Plan, basis: Basis, layers: Mapping[str, Dec
     own = work.share([number for number in groups if not work.journal.has(NARROW, number)])
     for count, number in enumerate(own, 1):
         for name, module in narrow_layers(layers, groups[number], basis.weighting).items():  # the consumer in the end
-            tensors = {"weight": module.weight.detach().cpu()}
-            tensors |= {} if module.bias is None else {"bias": module.bias.detach().cpu()}
+            tensors = {key: value.detach().cpu() for key, value in module.named_parameters()}
             work.journal.put(NARROW, numbers[name], tensors, _NOTES)
         let_go([work.shards.folder])
         work.progress("hidden units removed", count, len(own))
@@ -45,14 +44,14 @@ def load_narrow(work: Work, plan: Plan, wide: bool = False) -> nn.Module:
     return model
 
 
-def stored_linear(work: Work, kind: str, number: int, dense: nn.Linear) -> nn.Linear:
+def stored_linear(work: Work, kind: str, number: int, dense: Any) -> nn.Module:
     """A narrower layer out of the journal, with the weight of that kind, of the type that ``dense`` has."""
     (weight,) = work.journal.some(kind, number, {"": "weight"}).values()
     bias = None
     if dense.bias is not None:
         (bias,) = work.journal.some(NARROW, number, {"": "bias"}).values()
         bias = bias.to(dense.bias.dtype)
-    return narrow_layer(dense, weight.to(dense.weight.dtype), bias).requires_grad_(False)
+    return narrow_layer(dense, filters_first(dense, weight.to(dense.weight.dtype)), bias).requires_grad_(False)
 
 
 def put_biases(work: Work, plan: Plan, others: Mapping[str, Any]) -> None:

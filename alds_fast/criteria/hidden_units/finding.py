@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ...layers import DecomposableLayer, is_plain_linear, narrow_layer, replace_layers
+from ...layers import DecomposableLayer, is_plain_linear, narrow_layer, oriented_weight, replace_layers
 from ...measurement import as_written, first_input, private_runs
 
 _LOG = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def find_hidden_units(
     ``called`` is what errors call the inputs. Three or four runs of the model on them, where there are groups, and one
     more for each where not all are what they seem. What the consumers are given is kept meanwhile.
     """
-    linear = {x.name: x.module for x in layers if is_plain_linear(x.module) and (x.own_bias or x.module.bias is None)}
+    linear = {x.name: x for x in layers if is_plain_linear(x.module) and (x.own_bias or x.module.bias is None)}
     with torch.no_grad(), as_written(), private_runs(model) as run:
         calls, outputs = _calls(model, linear, lambda: run(inputs, 0, called))
         hidden = {call.name: call.x for call in calls}
@@ -76,7 +76,7 @@ def find_hidden_units(
     return groups
 
 
-def _calls(model: nn.Module, linear: Mapping[str, nn.Module], run: Any) -> tuple[list[_Call], list[Tensor]]:
+def _calls(model: nn.Module, linear: Mapping[str, DecomposableLayer], run: Any) -> tuple[list[_Call], list[Tensor]]:
     """What the layers are called with, in order, and the model's outputs."""
     calls: list[_Call] = []
 
@@ -88,13 +88,13 @@ def _calls(model: nn.Module, linear: Mapping[str, nn.Module], run: Any) -> tuple
         return hook
 
     with ExitStack() as stack:
-        for name, module in linear.items():
-            stack.callback(module.register_forward_pre_hook(note(name), with_kwargs=True).remove)
+        for name, layer in linear.items():
+            stack.callback(layer.module.register_forward_pre_hook(note(name), with_kwargs=True).remove)
         output = run()
     return calls, _tensors(output)
 
 
-def _candidates(calls: Sequence[_Call], linear: Mapping[str, Any]) -> list[HiddenUnits]:
+def _candidates(calls: Sequence[_Call], linear: Mapping[str, DecomposableLayer]) -> list[HiddenUnits]:
     """Layers called one after the other, the first ones with one input and as many outputs as the last has inputs.
 
     Of groups with a layer in common the one with most units.
@@ -104,10 +104,10 @@ def _candidates(calls: Sequence[_Call], linear: Mapping[str, Any]) -> list[Hidde
         times[call.name] = times.get(call.name, 0) + 1
     groups: list[HiddenUnits] = []
     for at, call in enumerate(calls):
-        count, producers = linear[call.name].in_features, list[_Call]()
+        count, producers = linear[call.name].shape.in_channels, list[_Call]()
         for before in reversed(calls[:at]):
             alike = not producers or (before.x is producers[0].x and before.version == producers[0].version)
-            if not alike or linear[before.name].out_features != count or before.x is call.x:
+            if not alike or linear[before.name].shape.out_channels != count or before.x is call.x:
                 break
             producers.append(before)
         group = HiddenUnits(tuple(p.name for p in reversed(producers)), call.name, count)
@@ -168,7 +168,7 @@ def _runs_without(model: nn.Module, groups: Sequence[HiddenUnits], inputs: Any, 
     for group in groups:
         for name in group.layers:
             module: Any = model.get_submodule(name)
-            weight, bias, out = module.weight.detach(), module.bias, name != group.consumer
+            weight, bias, out = oriented_weight(module), module.bias, name != group.consumer
             bias = bias if bias is None else bias.detach()[: group.count - 1] if out else bias.detach()
             new[name] = narrow_layer(module, weight[: group.count - 1] if out else weight[:, : group.count - 1], bias)
     narrow = replace_layers(model, new, share=True)

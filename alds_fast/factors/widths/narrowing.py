@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ...criteria import Moments, Weighting, compensated
 from ...errors import PlanError
-from ...layers import DecomposableLayer, Layer, find_layers, is_plain_linear, label, narrow_layer, replace_layers
+from ...layers import (
+    DecomposableLayer,
+    Layer,
+    find_layers,
+    is_plain_linear,
+    label,
+    narrow_layer,
+    oriented_weight,
+    replace_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -76,16 +85,16 @@ def narrow_model(
 @torch.no_grad()
 def narrow_layers(
     layers: Mapping[str, Layer], units: FewerUnits, weighted: Callable[[DecomposableLayer], Weighting | None]
-) -> dict[str, nn.Linear]:
+) -> dict[str, nn.Module]:
     """The narrower layers of one group, by name; as :func:`narrow_model`."""
     for name in units.layers:
         _check(layers.get(name), name, units)
-    kept, new = units.index, dict[str, nn.Linear]()
+    kept, new = units.index, dict[str, nn.Module]()
     for name in units.producers:
         module: Any = layers[name].module
         at = kept.to(module.weight.device)
         bias = None if module.bias is None else module.bias.detach()[at]
-        new[name] = narrow_layer(module, module.weight.detach()[at], bias)
+        new[name] = narrow_layer(module, oriented_weight(module)[at], bias)
     layer = layers[units.consumer]
     assert isinstance(layer, DecomposableLayer)
     weights = weighted(layer)
@@ -100,14 +109,14 @@ def narrow_layers(
 
 def _check(layer: Any, name: str, units: FewerUnits) -> None:
     if not isinstance(layer, DecomposableLayer) or not is_plain_linear(layer.module):
-        why = layer.reason if layer is not None and layer.reason else "the model has no such nn.Linear"
+        why = layer.reason if layer is not None and layer.reason else "the model has no such linear layer"
         raise PlanError(f"layer {label(name)}: the plan keeps {units.text} and cannot here: {why}")
     own = layer.weight[1 if name == units.consumer else 0]
     if own != units.count:
         raise PlanError(f"layer {label(name)}: the plan is for {units.count} hidden units, the model has {own}")
 
 
-def _consumer(module: Any, weights: Weighting, kept: Tensor) -> nn.Linear:
+def _consumer(module: Any, weights: Weighting, kept: Tensor) -> nn.Module:
     fitted = compensated(weights, kept)
     bias = None
     if module.bias is not None:

@@ -13,47 +13,58 @@ from torch import Tensor, nn
 from ...errors import PlanError
 from ...linalg import WeightShape
 from ..discovery import DecomposableLayer, find_layers, label
-from ..linear import LowRankLinear
-from ..registry import DENSE_SHAPE, dense_shape, own_values
+from ..registry import (
+    DENSE_SHAPE,
+    dense_shape,
+    filters_first,
+    is_transposed,
+    oriented_weight,
+    own_values,
+    weight_shape,
+)
 from ..replacement import replace_layers
 
 Sizes = Mapping[str, Mapping[str, Sequence[int]]]  # by layer "shape" and "dense_shape", (outputs, inputs) each
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is an nn.Linear itself, of no subclass: outputs and inputs of others may mean something."""
-    return type(module) is nn.Linear
+    """Whether it is an nn.Linear itself, or transformers' Conv1D: what others' outputs and inputs mean is not known."""
+    return type(module) is nn.Linear or is_transposed(module)
 
 
-def narrow_layer(module: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def narrow_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer like ``module`` of another weight (outputs, inputs) and bias, which it takes over."""
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta").train(module.training)
+    outputs, inputs = weight.shape
+    with torch.device("meta"):
+        kind: Any = type(module)
+        new = kind(outputs, inputs) if is_transposed(module) else nn.Linear(inputs, outputs, bias is not None)
+    new.train(module.training)
     for name, value in own_values(module).items():
         if name not in vars(new):
             setattr(new, name, copy.deepcopy(value))
-    for name, value in (("weight", weight), ("bias", bias)):
+    for name, value in (("weight", filters_first(module, weight).contiguous()), ("bias", bias)):
         old: Any = getattr(module, name)
         if value is not None:
             setattr(new, name, nn.Parameter(value, old.requires_grad))
     if dense_shape(new) is None:
-        setattr(new, DENSE_SHAPE, (module.out_features, module.in_features))
+        setattr(new, DENSE_SHAPE, tuple(oriented_weight(module).shape))
     return new
 
 
-def as_narrowed(layer: DecomposableLayer, module: nn.Linear) -> DecomposableLayer:
+def as_narrowed(layer: DecomposableLayer, module: nn.Module) -> DecomposableLayer:
     """The layer with another module, of other sizes, in its place."""
-    shape = WeightShape(module.out_features, module.in_features)
-    own = {"weight": tuple(module.weight.shape), "shape": shape, "params": sum(p.numel() for p in module.parameters())}
-    return replace(layer, **own, module=module)  # type: ignore[arg-type]
+    outputs, inputs = oriented_weight(module).shape
+    own = {"weight": (outputs, inputs), "shape": WeightShape(outputs, inputs)}
+    return replace(layer, **own, params=sum(p.numel() for p in module.parameters()), module=module)  # type: ignore[arg-type]
 
 
 def narrowed_sizes(model: nn.Module) -> dict[str, dict[str, list[int]]]:
     """By name of a layer that lost outputs or inputs, low-rank or not, its "shape" and its "dense_shape"."""
     sizes = {}
     for name, module in model.named_modules():
-        before = dense_shape(module) if isinstance(module, nn.Linear | LowRankLinear) else None
-        if before is not None:
-            sizes[name] = {"shape": [module.out_features, module.in_features], "dense_shape": list(before)}
+        before, shape = dense_shape(module), weight_shape(module)
+        if before is not None and shape is not None:
+            sizes[name] = {"shape": list(shape.weight), "dense_shape": list(before)}
     return sizes
 
 
@@ -76,9 +87,9 @@ def put_narrowed(model: nn.Module, sizes: Sizes) -> None:
         setattr(model.get_submodule(parent), attribute, _empty(layers.get(name), name, of))
 
 
-def _empty(layer: Any, name: str, of: Mapping[str, Sequence[int]]) -> nn.Linear:
+def _empty(layer: Any, name: str, of: Mapping[str, Sequence[int]]) -> nn.Module:
     if not isinstance(layer, DecomposableLayer) or not is_plain_linear(layer.module):
-        why = layer.reason if layer is not None and layer.reason else "the model has no such nn.Linear"
+        why = layer.reason if layer is not None and layer.reason else "the model has no such linear layer"
         raise PlanError(f"layer {label(name)} lost hidden units in the file, and cannot here: {why}")
     module: Any = layer.module
     if list(layer.weight) != list(of["dense_shape"]):
@@ -95,7 +106,7 @@ def _empty(layer: Any, name: str, of: Mapping[str, Sequence[int]]) -> nn.Linear:
 
 
 @torch.no_grad()
-def padded(module: nn.Linear) -> nn.Linear:
+def padded(module: nn.Module) -> nn.Module:
     """The layer with zeros in the places of the outputs and inputs that it lost, at the end.
 
     A pair of layers around hidden units computes the same with all of them padded.
@@ -103,11 +114,13 @@ def padded(module: nn.Linear) -> nn.Linear:
     before = dense_shape(module)
     if before is None:
         return module
-    weight = module.weight.new_zeros(before)
-    weight[: module.out_features, : module.in_features] = module.weight
-    bias = None if module.bias is None else module.bias.new_zeros(before[0])
-    if bias is not None:
-        bias[: module.out_features] = module.bias
+    left, old = oriented_weight(module), module.bias
+    weight = left.new_zeros(before)
+    weight[: left.shape[0], : left.shape[1]] = left
+    bias = None
+    if isinstance(old, Tensor):
+        bias = old.new_zeros(before[0])
+        bias[: len(old)] = old
     new = narrow_layer(module, weight, bias)
     delattr(new, DENSE_SHAPE)
     return new
