@@ -87,4 +87,6 @@ METHODS: dict[str, Method] = {
     "ours, refitted": Method(partial(ours.planned, **_PIVOTS, refit=True), SENSITIVITY),
     "ours, refined": Method(ours.refined, after="ours, refitted"),
     "ours, tuned": Method(ours.tuned, after="ours, refined"),
+    "ours, fewer units": Method(partial(ours.planned, **_PIVOTS, hidden_units=True), SENSITIVITY),
+    "ours, fewer units, refined": Method(ours.refined, after="ours, fewer units"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 import alds_fast as alds
@@ -23,11 +25,9 @@ def with_curves(setting: Setting, analysis: alds.Analysis, criterion: str) -> al
     return analysis
 
 
-def planned(
-    setting: Setting, share: float, *analyses: alds.Analysis, criterion: str, pivots: bool, refit: bool = False
-) -> nn.Module:
+def planned(setting: Setting, share: float, *analyses: alds.Analysis, refit: bool = False, **options: Any) -> nn.Module:
     """The exact allocation by a criterion, the norm its default; by the last of ``analyses``, which has curves."""
-    plan = analyses[-1].plan(params=setting.share_of_all(share), criterion=criterion, pivots=pivots)
+    plan = analyses[-1].plan(params=setting.share_of_all(share), **options)
     return plan.apply(setting.model, refit=setting.calibration if refit else None)
 
 
