@@ -5,7 +5,17 @@ Here belongs what chooses among errors and costs. What a user's options mean bel
 
 from .baselines import BASELINES, filter_threshold
 from .candidates import Candidates, candidates, least_error_of_pivots
-from .costs import SHARES, Calls, CostTable, amount_text, flops_table, memory_table, params_table, relax
+from .costs import (
+    SHARES,
+    Calls,
+    CostTable,
+    amount_text,
+    corrected_limit,
+    flops_table,
+    memory_table,
+    params_table,
+    relax,
+)
 from .float32_check import curves_in_doubt, with_exact_values
 from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
 from .one_budget import allocate
@@ -30,6 +40,7 @@ __all__ = [
     "amount_text",
     "auto_groups",
     "candidates",
+    "corrected_limit",
     "curves_in_doubt",
     "dense_reason",
     "end_to_end",

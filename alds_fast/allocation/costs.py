@@ -138,3 +138,18 @@ def flops_table(
 def relax(table: CostTable, limit: float) -> CostTable:
     """The table with another limit, raised to the smallest that can be met."""
     return replace(table, limit=max(math.floor(limit), table.least))
+
+
+def corrected_limit(table: CostTable, measured: Sequence[tuple[Sequence[int], float]]) -> float:
+    """The cost at which the share asked for is to be expected, by shares of the total ``measured`` with some picks.
+
+    On the line between the two that are next to it, one on either side; where all are on one side, or the costs of the
+    two are the other way round, by how far the cost of the last is off.
+    """
+    points = [(share, table.cost(picks)) for picks, share in measured]
+    below = max((point for point in points if point[0] <= table.asked), default=None)
+    above = min((point for point in points if point[0] > table.asked), default=None)
+    if below is not None and above is not None and below[1] < above[1]:
+        return below[1] + (above[1] - below[1]) * (table.asked - below[0]) / (above[0] - below[0])
+    share, cost = points[-1]
+    return table.asked * cost / share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from ..allocation import (
     LayerTimes,
     Solution,
     allocate,
+    corrected_limit,
     curves_in_doubt,
     end_to_end,
     flops_table,
@@ -191,15 +193,15 @@ def _solve_within_latency(
     p: float,
     device: torch.device,
 ) -> PlanOutcome:
-    """Solve, measure, and where that is off look closer and correct the limit by how far the prediction was off.
+    """Solve, measure, and where that is off look closer and correct the limit by how far predictions are off.
 
-    The outcome whose measured latency is nearest to the one asked for is kept. A share whose smallest prediction is
-    above it by no more than the tolerance is tried; what is measured decides.
+    The outcome whose measured latency is nearest to the one asked for is kept. A share below the smallest prediction is
+    tried too; BudgetError where what is measured is above it as well.
     """
     outcomes: list[PlanOutcome] = []
     table = times.table(share)
-    if table.least <= (1 + Latency.TOLERANCE) * table.limit:
-        table = relax(table, table.limit)
+    doubtful = table.least > (1 + Latency.TOLERANCE) * table.limit
+    table = relax(table, table.limit)
     for attempt in range(MAX_REFINEMENTS + 1):
         try:
             solution = problem.solve([*tables, table], p)
@@ -212,13 +214,13 @@ def _solve_within_latency(
         outcomes.append(problem.outcome(solution, [*tables, table], latency))
         if _is_settled(outcomes, tables):
             break
-        predicted = table.cost(solution.picks) / table.total
         times.look_closer(solution.picks)
         table = times.table(share)
-        table = relax(table, share * predicted / latency.measured * table.total)
+        measured = [(o.solution.picks, o.latency.measured) for o in outcomes if o.latency is not None]
+        table = relax(table, corrected_limit(table, measured))
     times.warn_if_unsteady()
     best = min(outcomes, key=_distance)
-    _warn_if_off(best, tables)
+    _check_measured(best, tables, doubtful)
     return best
 
 
@@ -241,9 +243,18 @@ def _is_settled(outcomes: Sequence[PlanOutcome], tables: Sequence[CostTable]) ->
     return _distance(last) <= Latency.TOLERANCE or last.solution.picks in seen or _free(last, tables)
 
 
-def _warn_if_off(outcome: PlanOutcome, tables: Sequence[CostTable]) -> None:
-    if _distance(outcome) > Latency.TOLERANCE and not _free(outcome, tables):
-        warnings.warn(
-            f"the plan was not brought within {Latency.TOLERANCE:.0%} of the latency asked for: {outcome.latency}",
-            stacklevel=2,
+def _check_measured(outcome: PlanOutcome, tables: Sequence[CostTable], doubtful: bool) -> None:
+    """A UserWarning where the latency is off; BudgetError if it is above one that was doubtful from the start."""
+    latency = outcome.latency
+    assert latency is not None
+    if latency.distance <= Latency.TOLERANCE or _free(outcome, tables):
+        return
+    if doubtful and latency.measured > latency.asked:
+        reach = math.ceil(1000 * latency.measured) / 1000
+        raise BudgetError(
+            f"latency={latency.asked:g} cannot be met: the smallest reachable is latency={reach:g}, measured: "
+            f"{latency.dense_ms:.3g} -> {latency.compressed_ms:.3g} ms"
         )
+    warnings.warn(
+        f"the plan was not brought within {Latency.TOLERANCE:.0%} of the latency asked for: {latency}", stacklevel=3
+    )
