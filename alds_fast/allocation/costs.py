@@ -143,13 +143,15 @@ def relax(table: CostTable, limit: float) -> CostTable:
 def corrected_limit(table: CostTable, measured: Sequence[tuple[Sequence[int], float]]) -> float:
     """The cost at which the share asked for is to be expected, by shares of the total ``measured`` with some picks.
 
-    On the line between the two that are next to it, one on either side; where all are on one side, or the costs of the
-    two are the other way round, by how far the cost of the last is off.
+    On the line between the two that are next to it, one on either side, or half-way where the last two were on one
+    side. Where all are on one side, or the costs of the two are the other way round, by how far the last is off.
     """
     points = [(share, table.cost(picks)) for picks, share in measured]
     below = max((point for point in points if point[0] <= table.asked), default=None)
     above = min((point for point in points if point[0] > table.asked), default=None)
     if below is not None and above is not None and below[1] < above[1]:
-        return below[1] + (above[1] - below[1]) * (table.asked - below[0]) / (above[0] - below[0])
+        stuck = (points[-1][0] > table.asked) == (points[-2][0] > table.asked)
+        part = 0.5 if stuck else (table.asked - below[0]) / (above[0] - below[0])
+        return below[1] + part * (above[1] - below[1])
     share, cost = points[-1]
     return table.asked * cost / share

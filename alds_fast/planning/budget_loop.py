@@ -220,7 +220,7 @@ def _solve_within_latency(
         table = relax(table, corrected_limit(table, measured))
     times.warn_if_unsteady()
     best = min(outcomes, key=_distance)
-    _check_measured(best, tables, doubtful)
+    _check_measured(best, tables, doubtful and all(o.latency.measured > share for o in outcomes if o.latency))
     return best
 
 
@@ -243,13 +243,13 @@ def _is_settled(outcomes: Sequence[PlanOutcome], tables: Sequence[CostTable]) ->
     return _distance(last) <= Latency.TOLERANCE or last.solution.picks in seen or _free(last, tables)
 
 
-def _check_measured(outcome: PlanOutcome, tables: Sequence[CostTable], doubtful: bool) -> None:
-    """A UserWarning where the latency is off; BudgetError if it is above one that was doubtful from the start."""
+def _check_measured(outcome: PlanOutcome, tables: Sequence[CostTable], refused: bool) -> None:
+    """A UserWarning where the latency is off, or a BudgetError."""
     latency = outcome.latency
     assert latency is not None
     if latency.distance <= Latency.TOLERANCE or _free(outcome, tables):
         return
-    if doubtful and latency.measured > latency.asked:
+    if refused:
         reach = math.ceil(1000 * latency.measured) / 1000
         raise BudgetError(
             f"latency={latency.asked:g} cannot be met: the smallest reachable is latency={reach:g}, measured: "

@@ -13,7 +13,7 @@ from support.models import count, images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.allocation import candidates, latency
+from alds_fast.allocation import CostTable, candidates, corrected_limit, latency
 from alds_fast.allocation.latency import call_key, interpolate, random_low_rank
 from alds_fast.criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
@@ -287,6 +287,31 @@ def test_a_latency_below_the_smallest_prediction_is_tried(monkeypatch, tmp_path)
     timer = _slower(monkeypatch, 0.1)
     _, timed_plan = plan(timer, tmp_path, 0.12)  # 0.135 is the smallest prediction
     assert timed_plan.latency.distance <= 0.1
+
+
+def test_a_latency_is_not_refused_while_a_faster_plan_was_measured(monkeypatch, tmp_path):
+    """Nothing between a fast plan and slow ones: a warning, and the nearest."""
+
+    class Jump(Timer):
+        def model(self, model):
+            dense = sum(self.layer(m) for m in net().modules()) + self.fixed
+            return dense * (0.05 if super().model(model) < 0.2 * dense else 0.5)
+
+    monkeypatch.setattr(latency, "interleaved_ms", Jump())
+    with pytest.warns(UserWarning, match="was not brought within 10% of the latency asked for: latency 0.12 asked"):
+        _, timed_plan = plan(None, tmp_path, 0.12)
+    assert timed_plan.latency.measured == pytest.approx(0.1)
+
+
+def test_limits_are_corrected_between_what_was_measured():
+    table = CostTable("latency", 0.5, (np.array([100, 30, 60, 80]),), 0, 100, 50, "ms")
+    for shares, expected in (
+        ({1: 0.4}, 37.5),  # by the ratio
+        ({1: 0.4, 3: 0.8}, 42.5),  # on the line
+        ({1: 0.4, 3: 0.8, 2: 0.7}, 45),  # half-way, as two were above
+        ({3: 0.4, 1: 0.8}, 18.75),  # costs the other way round
+    ):
+        assert corrected_limit(table, [([pick], share) for pick, share in shares.items()]) == pytest.approx(expected)
 
 
 def test_parameters_and_latency_hold_at_once(timer, tmp_path):
