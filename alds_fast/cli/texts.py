@@ -37,7 +37,8 @@ def read_windows(name: str, folder: str, length: int) -> Tensor:
     tokens = _stored_tokens(path) if path.suffix.lower() == ".safetensors" else _tokenized(_text(path), folder)
     rows = tokens.reshape(-1)[: tokens.numel() // length * length].view(-1, length)
     if len(rows) < 2:
-        raise ArgumentError(f"{name!r} has {tokens.numel()} tokens, fewer than two windows of --sequence {length}")
+        had = f"{name!r} has {tokens.numel()} tokens, fewer than two windows of --sequence {length}"
+        raise ArgumentError(f"{had}; name a longer text, or a shorter --sequence")
     return rows
 
 

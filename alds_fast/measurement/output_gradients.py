@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ def first_floating(output: Any) -> Tensor | None:
     """The first floating-point tensor of a model's output, whatever containers it is in."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
+    if is_dataclass(output) and not isinstance(output, Mapping):  # those of transformers are both
+        output = [getattr(output, field.name) for field in fields(output)]
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
     return next((t for v in values if (t := first_floating(v)) is not None), None)
 

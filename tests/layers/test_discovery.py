@@ -166,6 +166,13 @@ def test_a_pattern_without_a_match_is_refused(argument):
         alds.analyze(small_net(), **{argument: "layers.9"})
 
 
+def test_the_model_itself_is_no_example_of_a_name():
+    model = small_net()
+    model.scale = nn.Parameter(torch.ones(2, 2))  # which makes the model a layer that is left out, named ""
+    with pytest.raises(LayerNotFoundError, match=r"layers are, for example, \['0', '3', '5'\]"):
+        alds.analyze(model, exclude="zzz")
+
+
 def test_something_that_is_not_a_module():
     for thing in (None, {"weight": torch.zeros(2, 2)}, nn.Linear):
         with pytest.raises(ModelError, match=r"pass the torch\.nn\.Module itself"):

@@ -1,5 +1,7 @@
 """Gradients of what matters of an output."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -24,6 +26,17 @@ def test_kl_is_the_gradient_of_the_roots_of_probabilities(monkeypatch, part, dty
     (drawn * taken.transpose(0, 1).float().softmax(-1).sqrt()).sum().backward()
     assert torch.allclose(closed.grad, taken.grad, atol=1e-6 if dtype == torch.float32 else 1e-2)
     assert energy == pytest.approx(6, rel=1e-5)
+
+
+def test_the_first_tensor_of_a_dataclass_matters():
+    @dataclass
+    class Output:
+        count: int
+        parts: list
+
+    z = torch.ones(2, 3, requires_grad=True)
+    energy = backward_from(Output(3, [torch.ones(2, dtype=torch.int64), z]), None, True, torch.Generator())
+    assert energy == 6 and torch.equal(z.grad.abs(), torch.ones(2, 3))
 
 
 def test_kl_needs_logits():

@@ -126,7 +126,8 @@ def _reason_of_subclass(module: nn.Module, dense: type[nn.Module]) -> str | None
     names = {name for cls in between for name in vars(cls)}
     changed = {n for n in names if hasattr(dense, n) or n.startswith("__") or n in dense.__annotations__}
     if changed & {"forward", "__call__", "_conv_forward"}:
-        return f"{type(module).__name__} is a subclass with a forward of its own"
+        own = f"{type(module).__name__} is a subclass with a forward of its own"
+        return f"{own}; alds_fast.register gives it a layer that computes the same"
     if changed - _HARMLESS:
         return f"{type(module).__name__} is a subclass with {', '.join(sorted(changed - _HARMLESS))} of its own"
     return None
