@@ -78,3 +78,8 @@ __all__ = [
     "save",
     "to_plain",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone, for completion: rooms of the library stand beside functions of like names."""
+    return [*__all__, "__version__"]

@@ -7,7 +7,7 @@ from .file_format import read_header
 from .pretrained import compressed_layers, from_pretrained
 from .safetensors_reader import INDEX, open_shards
 from .safetensors_writer import Entry, write_shard
-from .save_load import assign, load, rebuild, save, structure, unique_tensors
+from .save_load import assign, load, model_file, rebuild, save, structure, unique_tensors
 from .streaming import PLAN, CompressedCheckpoint, compress_checkpoint
 from .with_data import one_block_at_a_time
 
@@ -21,6 +21,7 @@ __all__ = [
     "compressed_layers",
     "from_pretrained",
     "load",
+    "model_file",
     "one_block_at_a_time",
     "open_shards",
     "read_header",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import check_model
-from ..errors import FileWriteError, LayerNotFoundError, ModelError, PlanError
+from ..errors import ArgumentError, FileWriteError, LayerNotFoundError, ModelError, PlanError
 from ..files import crc32, replacing, target_file
 from ..integrations import fields_of_layers, keep_when_saved
 from ..layers import (
@@ -33,6 +34,8 @@ from ..layers import (
 from ..linalg import Decomposition
 from ..planning import Plan
 from .file_format import FORMAT, VERSION, memory_order, own_storages, read_header, read_tensors
+
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # what torch.load is given
 
 
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -82,15 +85,24 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
+def model_file(path: str | os.PathLike[str]) -> Path:
+    """The file that :func:`save` writes; refused where none can be written, or by the ending of a pickled one."""
+    target = target_file(path)
+    if target.suffix.lower() in _PICKLED:
+        raise ArgumentError(f"{target.name!r} would be a safetensors file: name it {target.stem}.safetensors")
+    return target
+
+
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a compressed model as one safetensors file, atomically: a killed save leaves the old file whole.
 
     Parameters and buffers are stored in their own types, shared ones once, with the plan and the layers' structure in
     the metadata. Raises ModelError if the model is not a compressed one or holds state that is not a tensor,
-    MissingFileError if the directory does not exist, FileWriteError if the file cannot be written.
+    MissingFileError if the directory does not exist, ArgumentError for a name that ends as pickled files do (.pt, .pth,
+    .bin, .ckpt), FileWriteError if the file cannot be written.
     """
     check_model(model)
-    target = target_file(path)
+    target = model_file(path)
     _refuse_merged(model)
     layers, narrowed, plan = structure(model), narrowed_sizes(model), getattr(model, "alds_plan", None)
     if not layers and not narrowed and not isinstance(plan, Plan):

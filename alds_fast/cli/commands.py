@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..allocation import SHARES
-from ..checkpoints import PLAN, read_header, save
+from ..checkpoints import PLAN, model_file, read_header, save
 from ..criteria import CRITERIA
 from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError
 from ..factors import PASSES
@@ -87,8 +87,7 @@ def _run_compress(args: argparse.Namespace) -> None:
         raise ArgumentError(
             "--device goes with a checkpoint directory; a model is worked on where its function puts it"
         )
-    if not Path(args.output).absolute().parent.is_dir():
-        raise MissingFileError(f"--output: the directory of {args.output!r} does not exist")
+    model_file(args.output)
     if args.plot:
         check_plot(args.plot)
     if (args.flops is not None or args.latency is not None) and args.input is None:

@@ -12,13 +12,19 @@ import threadpoolctl
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DependencyError
 
 
 @functools.cache
 def core() -> ModuleType:
-    """The C++ extension, loaded when it is first used."""
-    return importlib.import_module("._core", __package__)
+    """The C++ extension, loaded when it is first used; DependencyError where it was not built."""
+    try:
+        return importlib.import_module("._core", __package__)
+    except ImportError as e:
+        raise DependencyError(
+            f"the C++ core cannot be loaded beside {__file__!r} ({e}): in a source tree it is not built by "
+            f"'pip install .'; start Python in another directory, or build it here by 'pip install -e .'"
+        ) from e
 
 
 @functools.cache

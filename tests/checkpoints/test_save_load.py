@@ -270,6 +270,13 @@ def test_only_files_are_written_over(tmp_path, small):
             alds.save(small, target)
 
 
+def test_names_of_pickled_files_are_refused(tmp_path, small):
+    for name in ("m.pt", "m.PTH", "m.bin", "m.ckpt"):
+        with pytest.raises(alds.AldsError, match=r"would be a safetensors file: name it m\.safetensors"):
+            alds.save(small, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_links_and_permissions_are_kept(path, small):
     path.chmod(0o600)
     link = path.parent / "link.safetensors"

@@ -159,7 +159,8 @@ def test_module_by_dotted_name_and_weights(model, capsys, tmp_path):
         (["analyze", "my_model.py:net", "--weights", "my_model.py"], "is not a whole safetensors file"),
         (["analyze", "my_model.py:net", "--weights", "other.safetensors"], "does not fit the model"),
         (["compress", "my_model.py:net", "--params", "1.5", "-o", "x.safetensors"], "params=1.5 is outside (0, 1]"),
-        (["compress", "my_model.py:net", "--params", "0.5", "-o", "no/x.safetensors"], "the directory of"),
+        (["compress", "my_model.py:net", "--params", "0.5", "-o", "no/x.safetensors"], "does not exist; create it"),
+        (["compress", "my_model.py:net", "--params", "0.5", "-o", "x.pt"], "name it x.safetensors"),
         (["compress", "my_model.py:net", "--params", "0.5", "--p", "0", "-o", "x.safetensors"], "p=0.0 is outside"),
         (
             ["compress", "my_model.py:net", "--params", "0.5", "-o", "x.safetensors", "--plot", "p.xyz"],

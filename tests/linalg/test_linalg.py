@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from support.marks import slow
 
 from alds_fast import linalg
-from alds_fast.errors import ArgumentError
-from alds_fast.linalg import _core, divisors, torch_backend
+from alds_fast.errors import ArgumentError, DependencyError
+from alds_fast.linalg import _core, cpp_core, divisors, torch_backend
 from alds_fast.linalg.torch_backend import batched_rsvd_ref, rsvd_torch, spectra_ref, spectra_torch
 
 
@@ -139,6 +139,12 @@ def test_spectra_torch_is_the_cuda_implementation():
 def test_spectra_name_the_bad_argument(matrices, groups, message):
     with pytest.raises(ArgumentError, match=message):
         linalg.spectra(matrices, groups)
+
+
+def test_a_core_that_is_not_built_is_named(monkeypatch):
+    monkeypatch.setattr(cpp_core, "__package__", "alds_fast.cli")  # a package without one, as in a source tree
+    with pytest.raises(DependencyError, match="the C\\+\\+ core cannot be loaded .* start Python in another directory"):
+        cpp_core.core.__wrapped__()
 
 
 def test_core_checks_its_arguments_too():

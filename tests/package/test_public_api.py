@@ -24,6 +24,7 @@ NAMES = {
 
 def test_names():
     assert set(alds.__all__) == NAMES and len(alds.__all__) == len(NAMES)
+    assert set(dir(alds)) == NAMES | {"__version__"}
 
 
 def _keywords(function):
