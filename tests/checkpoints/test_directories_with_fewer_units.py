@@ -1,16 +1,15 @@
 """Checkpoint directories whose layers lose hidden units: as in memory, and resumed to the same bytes."""
 
-import itertools
 import json
 
 import pytest
 import torch
 import transformers
 from support import checkpoints
+from support.cut_off import cut_off
 from support.killed import batches
 
 import alds_fast as alds
-from alds_fast.checkpoints.streaming.journal import Journal
 from alds_fast.errors import ArgumentError
 from alds_fast.layers import narrowed_sizes
 
@@ -121,17 +120,7 @@ def test_cut_off_it_goes_on_to_the_same_bytes(made, at, when, monkeypatch, tmp_p
     options = {**OPTIONS, "refit": True, "refine": 2}
     if not (folder / "whole").exists():
         alds.compress_checkpoint(folder / "dense", folder / "whole", **options)
-    put, count = Journal.put, itertools.count()
-
-    def failing(self, what, *args):
-        cut = what == kind and next(count) == number
-        if when == "after" or not cut:
-            put(self, what, *args)
-        if cut:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "put", failing)
+    with cut_off(monkeypatch, kind, number, when):
         alds.compress_checkpoint(folder / "dense", tmp_path / "small", **options)
     alds.compress_checkpoint(folder / "dense", tmp_path / "small", **options)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(folder / "whole")

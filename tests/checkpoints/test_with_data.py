@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +13,13 @@ import pytest
 import torch
 import transformers
 from support import checkpoints
+from support.cut_off import cut_off
 from support.killed import WITH_DATA, batches
 
 import alds_fast as alds
 from alds_fast import errors
 from alds_fast.checkpoints.streaming import factors_and_files
 from alds_fast.checkpoints.streaming.api import _digest, _name
-from alds_fast.checkpoints.streaming.journal import Journal
 from alds_fast.cli.commands import main
 from alds_fast.cli.texts import read_windows
 from alds_fast.layers import LowRankLayer
@@ -56,23 +55,6 @@ def test_same_as_in_memory(made):
     x = checkpoints.inputs("llama")
     with torch.no_grad():
         assert torch.allclose(small(**x).logits, other(**x).logits, atol=1e-3)
-
-
-@contextmanager
-def cut_off(monkeypatch, kind, number, when):
-    """A job in it ends before or after it has kept its result of that kind and number."""
-    put, count = Journal.put, itertools.count()
-
-    def failing(self, what, *args):
-        cut = what == kind and next(count) == number
-        if when == "after" or not cut:
-            put(self, what, *args)
-        if cut:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "put", failing)
-        yield
 
 
 @pytest.fixture(scope="module")
