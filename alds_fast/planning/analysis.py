@@ -155,7 +155,7 @@ class Analysis:
 
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
-                errors on samples kept aside and those stated differ by more than a factor of 1.5; ``data=`` told too
+                errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too
                 little to be used; no layer can be decomposed; errors above .9, which leave next to nothing of a layer.
 
         Raises:
@@ -213,7 +213,7 @@ class Analysis:
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
         rows = plan_rows(self.layers, chosen, align, pinned, basis, weights)
-        warn_if_apart(rows)
+        warn_if_apart(rows, weights)
         if error is None:
             warn_of_lost(rows, basis.criterion, weights)
         budget = ", ".join(f"{k}={amount_text(v)}" for k, v in asked.items() if v is not None) or f"error={error:g}"

@@ -147,7 +147,15 @@ def test_pca_of_many_outputs_is_as_small_as_their_inputs():
     assert plan.layers[0].rank and plan.params <= 0.5 * plan.params_before
 
 
-def test_errors_stated_far_above_those_kept_aside_are_said_too():
-    for stated, held_out in ((0.1, 0.3), (0.3, 0.1)):
-        with pytest.warns(UserWarning, match="on samples kept aside the layers' errors are"):
-            warn_if_apart([SimpleNamespace(error=stated, held_out=held_out)])
+@pytest.mark.filterwarnings("error")
+def test_errors_on_samples_kept_aside_are_warned_of_where_they_are_larger():
+    row, times_ten = (
+        SimpleNamespace(name="a", error=0.1, held_out=0.3),
+        SimpleNamespace(name="a", error=1, held_out=0.3),
+    )
+    with pytest.raises(UserWarning, match=r"errors are 0\.3, larger than the 0\.1 stated .* pass more samples"):
+        warn_if_apart([row], {})
+    with pytest.raises(UserWarning, match=r"errors are 3, larger than the 1 stated"):
+        warn_if_apart([times_ten], {"a": 10.0})  # importance= is a factor of the stated errors
+    warn_if_apart([SimpleNamespace(name="a", error=0.000853, held_out=0.000457)], {})
+    warn_if_apart([SimpleNamespace(name="a", error=0.01, held_out=0.1)], {"a": 0.1})
