@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import nn
 
@@ -13,6 +13,12 @@ from ..errors import ArgumentError, FileFormatError, ModelError, PlanError
 from ..integrations import METHOD, quantization_config, read_layers, read_narrowed, transformers_name
 from ..layers import LowRankLayer
 from .safetensors_reader import Shards, open_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Class = TypeVar("Class", bound=nn.Module)
+Folder = str | os.PathLike[str]
 
 
 def class_of(config: Mapping[str, Any]) -> Any:
@@ -29,7 +35,21 @@ def class_of(config: Mapping[str, Any]) -> Any:
     )
 
 
-def from_pretrained(folder: str | os.PathLike[str], cls: Any = None, **kwargs: Any) -> Any:
+@overload
+def from_pretrained(
+    folder: Folder, cls: Any = ..., *, output_loading_info: Literal[True], **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]: ...
+
+
+@overload
+def from_pretrained(folder: Folder, cls: type[Class], **kwargs: Any) -> Class: ...
+
+
+@overload
+def from_pretrained(folder: Folder, cls: Any = ..., **kwargs: Any) -> PreTrainedModel: ...
+
+
+def from_pretrained(folder: Folder, cls: Any = None, **kwargs: Any) -> Any:
     """Load a compressed checkpoint directory as a model of transformers, with its low-rank layers.
 
     Args:

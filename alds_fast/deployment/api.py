@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -17,17 +17,7 @@ from ..checks import check_model, is_count
 from ..errors import ArgumentError, BackendError
 from ..kernels import MAX_MERGED
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
-from ..measurement import (
-    call_model,
-    copy_batch,
-    device_of,
-    environment,
-    inference,
-    interleaved_ms,
-    keeping_state,
-    layer_inputs,
-    shared_inputs,
-)
+from ..measurement import device_of, environment, layer_inputs, shared_inputs
 from .autotune import (
     SEPARATE,
     Specs,
@@ -38,12 +28,14 @@ from .autotune import (
     is_plain,
     model_ratios,
     module_for,
+    whole_model_ms,
 )
 from .channel_orders import with_channels_in_order
 from .table import DeployRow, DeployTable, known_rows
 
 _LOG = logging.getLogger(__name__)
 FORCED = ("dense", "two-op", "fused")  # what backend= may ask for
+Table = DeployTable | str | os.PathLike[str]
 Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
 MERGED = "merged"  # kind of a row that stands for several layers
 
@@ -147,19 +139,18 @@ def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[
     return result
 
 
-def _whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: int) -> dict[str, list[float]]:
-    device = device_of(next(iter(sides.values())))
+@overload
+def deploy(
+    model: nn.Module, example_inputs: Any, *, backend: str | None = ..., table: Table | None = ..., rounds: int = ...,
+    report: Literal[False] = ..., reorder: bool = ...,
+) -> nn.Module: ...  # fmt: skip
 
-    def call(model: nn.Module) -> Callable[[], object]:
-        def run() -> object:
-            with inference(model):
-                return call_model(model, example_inputs)
 
-        return run
-
-    example_inputs = copy_batch(example_inputs)
-    with keeping_state(next(iter(sides.values()))):
-        return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
+@overload
+def deploy(
+    model: nn.Module, example_inputs: Any, *, backend: str | None = ..., table: Table | None = ..., rounds: int = ...,
+    report: Literal[True], reorder: bool = ...,
+) -> tuple[nn.Module, DeployTable]: ...  # fmt: skip
 
 
 def deploy(
@@ -167,11 +158,11 @@ def deploy(
     example_inputs: Any,
     *,
     backend: str | None = None,
-    table: DeployTable | str | os.PathLike[str] | None = None,
+    table: Table | None = None,
     rounds: int = 7,
     report: bool = False,
     reorder: bool = False,
-) -> Any:
+) -> nn.Module | tuple[nn.Module, DeployTable]:
     """A copy of a compressed model in which every low-rank layer runs in the way that was measured to be fastest.
 
     For every layer, with the inputs that it gets from the example, taking turns: the recomposed dense layer, the two
@@ -243,7 +234,7 @@ def deploy(
         base = model if side == "deployed" else given
         return _build(base, _low_rank(base), sides[side])
 
-    times = _whole_model_ms({side: build(side) for side in sides}, example_inputs, rounds)
+    times = whole_model_ms({side: build(side) for side in sides}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
     kept = best_model(times) if backend is None and changed else "deployed"
     medians, ratios = {n: median(ms) for n, ms in times.items()}, model_ratios(times) if backend is None else {}

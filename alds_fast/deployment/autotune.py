@@ -6,13 +6,22 @@ import copy
 import json
 from collections.abc import Callable, Container, Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import LOW_RANK, LowRankLayer, LowRankLinear, MergedLinears, has_hooks, low_rank_like
-from ..measurement import InputSpec, interleaved_ms, median_ratio
+from ..measurement import (
+    InputSpec,
+    call_model,
+    copy_batch,
+    device_of,
+    inference,
+    interleaved_ms,
+    keeping_state,
+    median_ratio,
+)
 from .equivalent_shapes import regroup, variants
 
 TIE = 0.98  # a less simple candidate must take at most this share of the simpler one's time
@@ -158,6 +167,22 @@ def _double(layer: LowRankLayer) -> LowRankLayer:
         new.order = layer.order
     new.backend = "two-op"
     return new
+
+
+def whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of whole models, which take turns with copies of the example; random state is put back after."""
+    device = device_of(next(iter(sides.values())))
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        def run() -> object:
+            with inference(model):
+                return call_model(model, example_inputs)
+
+        return run
+
+    example_inputs = copy_batch(example_inputs)
+    with keeping_state(next(iter(sides.values()))):
+        return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
 
 
 def best_model(times: Mapping[str, Sequence[float]]) -> str:

@@ -11,7 +11,7 @@ from support.models import images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.deployment import DeployTable, api, autotune
+from alds_fast.deployment import DeployTable, autotune
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
 from alds_fast.layers import MergedLinears, MergedPart
 
@@ -30,8 +30,7 @@ def fake_timer(monkeypatch, cost):
         asked.append(list(calls))
         return {name: [cost(name) * (1 + 0.1 * i) for i in range(rounds)] for name in calls}
 
-    for module in (api, autotune):
-        monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
+    monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
     return asked
 
 
@@ -314,8 +313,7 @@ def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
                 for name in calls
             }
 
-        for module in (api, autotune):
-            monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
+        monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
         fast, table = alds.deploy(model, x, report=True)
         assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
         assert table.decided == f"kept: {kept}, by the medians of paired ratios of times: deployed / two-op " + (

@@ -150,7 +150,6 @@ def _timer(monkeypatch, cost):
         return {name: [cost(name)] * rounds for name in calls}
 
     monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
-    monkeypatch.setattr("alds_fast.deployment.api.interleaved_ms", interleaved_ms)
 
 
 @pytest.mark.parametrize("merge", [True, False])

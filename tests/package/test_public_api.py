@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,18 @@ def test_command_line_is_installed(flag):
     script = Path(sys.executable).parent / "alds-fast"
     result = subprocess.run([script, *flag.split()], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "usage: alds-fast" in result.stdout
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="overloads are not kept")
+@pytest.mark.parametrize(
+    ("function", "returned"),
+    [
+        (alds.deploy, ["nn.Module", "tuple[nn.Module, DeployTable]"]),
+        (alds.from_pretrained, ["tuple[PreTrainedModel, dict[str, Any]]", "Class", "PreTrainedModel"]),
+    ],
+)
+def test_editors_are_told_what_comes_back(function, returned):
+    overloads = [inspect.signature(overload) for overload in typing.get_overloads(function)]
+    assert [overload.return_annotation for overload in overloads] == returned
+    names = inspect.signature(function).parameters.keys()
+    assert all(overload.parameters.keys() - {"output_loading_info"} == names for overload in overloads)
