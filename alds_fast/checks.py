@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
-from .errors import ModelError
+from .errors import ArgumentError, ModelError
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -47,3 +53,33 @@ def check_model(model: object) -> None:
             "model is a ScriptModule, compiled code whose layers cannot be replaced; pass the torch.nn.Module that it "
             "was made from, then script or trace the result"
         )
+
+
+def explaining(**remedies: str) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
+    """A function that says, by argument name, what to do about arguments that it lacks or that are missing.
+
+    An ArgumentError takes the place of Python's TypeError. The signature stays as it is.
+
+    >>> @explaining(share="share= is called keep= here")
+    ... def cut(*, keep): ...
+    >>> cut(share=0.5)
+    Traceback (most recent call last):
+    alds_fast.errors.ArgumentError: cut: share= is called keep= here
+    """
+
+    def decorate(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as e:
+                wrong = [name for name in remedies if name in kwargs or f"'{name}'" in str(e)]
+                if wrong:
+                    raise ArgumentError(f"{function.__name__}: {remedies[wrong[0]]}") from e
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checks import check_model
+from ..checks import check_model, explaining
 from ..errors import ArgumentError, FileWriteError, LayerNotFoundError, ModelError, PlanError
 from ..files import crc32, replacing, target_file
 from ..integrations import fields_of_layers, keep_when_saved
@@ -191,6 +191,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return crc32(a) == crc32(b)
 
 
+@explaining(
+    model="model= is missing: a file has weights and no code; pass the dense torch.nn.Module, untrained will do, or a "
+    "function without arguments that returns it"
+)
 def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """Rebuild a saved compressed model on a fresh dense one; outputs are bit-equal to those of the saved model.
 

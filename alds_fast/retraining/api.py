@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..checks import explaining
 from ..planning import Plan
 from .cycles import Compress, Log, Pipeline, Train
 from .loop import Recipe, soft_target_loss
@@ -34,6 +35,11 @@ class Retrained:
     history: tuple[dict[str, Any], ...]
 
 
+_KEEP = "the budget is keep=, a share of the parameters, for example keep=0.5"
+_OTHERS = f"{_KEEP}; for others give compress=, a function (model, keep, cycle)"
+
+
+@explaining(params=_KEEP, **dict.fromkeys(("flops", "memory", "latency", "error", "quality"), _OTHERS))
 def retrain(
     model: nn.Module,
     *,

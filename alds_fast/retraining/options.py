@@ -103,7 +103,7 @@ def check_compress(compress: object) -> None:
         raise ArgumentError(
             f"compress= is a {type(compress).__name__}: expected options of alds.compress or a function"
         )
-    budgets: Any = {"params", "flops", "latency", "error"}
+    budgets: Any = {"params", "flops", "memory", "latency", "error", "quality"}
     taken = sorted(budgets & set(compress)) if isinstance(compress, Mapping) else []
     if taken:
         raise ArgumentError(

@@ -338,6 +338,11 @@ def test_a_state_without_memory_of_its_own_is_refused(tmp_path):
         alds.save(small, tmp_path / "model.st")
 
 
+def test_a_file_alone_is_no_model(tmp_path):
+    with pytest.raises(ArgumentError, match=r"load: model= is missing: .* pass the dense torch\.nn\.Module"):
+        alds.load(tmp_path / "small.safetensors")
+
+
 def test_files_and_directories_are_not_taken_for_each_other(tmp_path):
     (tmp_path / "small.safetensors").write_bytes(b"")
     with pytest.raises(MissingFileError, match="is not a file; from_pretrained loads compressed directories"):

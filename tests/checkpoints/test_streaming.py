@@ -205,6 +205,8 @@ def test_groups_that_divide_nothing(llama, tmp_path):
     ("options", "error", "text"),
     [
         ({}, errors.BudgetError, "give one budget"),
+        ({"flops": 0.5}, errors.ArgumentError, "compress_checkpoint: budgets are params=, memory= or error="),
+        ({"latency": 0.5}, errors.ArgumentError, r"load it with transformers, then compress\(model"),
         ({"params": 1.5}, errors.BudgetError, r"outside \(0, 1\]"),
         ({"params": 0.01}, errors.BudgetError, "the smallest reachable is params="),
         ({"params": 0.5, "criterion": "output"}, errors.ArgumentError, "needs data"),

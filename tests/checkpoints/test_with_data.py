@@ -19,7 +19,7 @@ from support.killed import WITH_DATA, batches
 import alds_fast as alds
 from alds_fast import errors
 from alds_fast.checkpoints.streaming import factors_and_files
-from alds_fast.checkpoints.streaming.api import _digest, _name
+from alds_fast.checkpoints.streaming.source_checksums import batches_digest, sensitivity_text
 from alds_fast.cli.commands import main
 from alds_fast.cli.texts import read_windows
 from alds_fast.layers import LowRankLayer
@@ -339,10 +339,12 @@ def test_a_directory_without_a_tokenizer(directory, capsys):
 def test_what_tells_batches_and_functions_from_others(made):
     ids = batches()[0]["input_ids"]
     named = [[{"input_ids": ids, name: torch.ones_like(ids)}] for name in ("attention_mask", "position_ids")]
-    assert _digest(named[0]) != _digest(named[1])
-    assert _name(lambda output, batch: output.logits) != _name(lambda output, batch: output.logits * 2)
+    assert batches_digest(named[0]) != batches_digest(named[1])
+    assert sensitivity_text(lambda output, batch: output.logits) != sensitivity_text(
+        lambda output, batch: output.logits * 2
+    )
     with pytest.raises(errors.ArgumentError, match="sensitivity= is a partial"):
-        _name(functools.partial(max, 1))
+        sensitivity_text(functools.partial(max, 1))
 
 
 def test_a_job_that_came_to_nothing_gives_way(made, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 
 from ...blocks import check_lists
-from ...checks import is_count
+from ...checks import explaining, is_count
 from ...criteria import DEFAULT_CRITERION, WEIGHT_CRITERIA
 from ...errors import ArgumentError, FileFormatError
 from ...factors import FactorReport, check_schedule, passes_of
 from ...linalg import SCHEMES
-from ...measurement import Sensitivity, check_data, check_sensitivity, digest_of
+from ...measurement import Sensitivity, check_data, check_sensitivity
 from ...planning import (
     Plan,
     budget_amount,
@@ -40,10 +39,14 @@ from ..with_data import WithData
 from .factors_and_files import FACTORS, compress_streamed
 from .journal import JOB, PLAN, Journal
 from .output_files import companions
-from .source_checksums import check_unchanged
+from .source_checksums import batches_digest, check_unchanged, sensitivity_text
 from .streamed_model import Settings, Work
 
 ONE_SLICE = (1,)  # what groups="auto" stands for with data
+_RUN = (
+    "budgets are params=, memory= or error=; flops=, latency= and quality= need runs of the whole model: load it with "
+    "transformers, then compress(model, ...)"
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _settings(
     budget = {name: budget_amount(v) for name, v in {**shares, "error": error}.items() if v is not None}
     norm = p if criterion is None else float(resolved_norm(p, criterion, shares, "alds"))
     asked_of_data: tuple[Any, ...] = bool(refit), passes or None, lists, hidden_units or None
-    seen = () if data is None else (_digest(data), _name(sensitivity), *asked_of_data)
+    seen = () if data is None else (batches_digest(data), sensitivity_text(sensitivity), *asked_of_data)
     return Settings(
         budget, criterion, norm, int(align),
         check_schemes(schemes), named if named is None or isinstance(named, str) else tuple(map(int, named)),
@@ -93,25 +96,7 @@ def _settings(
     )  # fmt: skip
 
 
-def _digest(batches: Sequence[Any]) -> str:
-    """What tells these batches from others."""
-    return hashlib.blake2b(b"".join(map(digest_of, batches)), digest_size=16).hexdigest()
-
-
-def _name(sensitivity: Sensitivity) -> str:
-    """What tells it from others: of a function its name and its code."""
-    if not callable(sensitivity):
-        return str(sensitivity)
-    code = getattr(sensitivity, "__code__", None)
-    if code is None:
-        raise ArgumentError(
-            f"sensitivity= is a {type(sensitivity).__name__}, which nothing tells from others when a job goes on: "
-            f"pass a function"
-        )
-    text = repr((code.co_code, code.co_names, [str(c) for c in code.co_consts if not hasattr(c, "co_code")]))
-    return f"{sensitivity.__module__}.{sensitivity.__qualname__} {hashlib.blake2b(text.encode()).hexdigest()[:16]}"
-
-
+@explaining(**dict.fromkeys(("flops", "latency", "quality"), _RUN))
 def compress_checkpoint(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],

@@ -1,14 +1,16 @@
-"""Whether the input of a job is still what it was: checksums of its tensors, asked for where files have changed."""
+"""Whether the input of a job is still what it was: its tensors, asked for where files have changed, and its data."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
 from ...errors import ArgumentError, FileFormatError
 from ...files import write_whole
+from ...measurement import Sensitivity, digest_of
 from ..safetensors_reader import Shards
 from .journal import Journal
 
@@ -74,3 +76,22 @@ def check_crc32(pieces: Iterable[bytes], crc: int, message: str) -> Iterator[byt
         yield piece
     if total != crc:
         raise FileFormatError(message)
+
+
+def batches_digest(batches: Sequence[Any]) -> str:
+    """What tells these batches from others."""
+    return hashlib.blake2b(b"".join(map(digest_of, batches)), digest_size=16).hexdigest()
+
+
+def sensitivity_text(sensitivity: Sensitivity) -> str:
+    """What tells it from others: of a function its name and its code."""
+    if not callable(sensitivity):
+        return str(sensitivity)
+    code = getattr(sensitivity, "__code__", None)
+    if code is None:
+        raise ArgumentError(
+            f"sensitivity= is a {type(sensitivity).__name__}, which nothing tells from others when a job goes on: "
+            f"pass a function"
+        )
+    text = repr((code.co_code, code.co_names, [str(c) for c in code.co_consts if not hasattr(c, "co_code")]))
+    return f"{sensitivity.__module__}.{sensitivity.__qualname__} {hashlib.blake2b(text.encode()).hexdigest()[:16]}"
