@@ -45,7 +45,8 @@ from .options import (
     tell_too_little,
 )
 from .plan import Plan
-from .plan_rows import plan_rows, warn_if_apart, warn_of_lost
+from .plan_rows import plan_rows
+from .result_check import warn_of_plan
 from .widths import WidthSearch
 
 
@@ -155,8 +156,9 @@ class Analysis:
 
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
-                errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too
-                little to be used; no layer can be decomposed; errors above .9, which leave next to nothing of a layer.
+                errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too little to be used;
+                no layer can be decomposed; errors above .9, which leave next to nothing of a layer; an ``error`` that
+                bounds nothing.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.
@@ -213,9 +215,7 @@ class Analysis:
         picks = enumerate(zip(layers, outcome.choices, outcome.solution.picks, strict=True))
         chosen = {layer.name: (c, taken, dense_reason(outcome.tables, i)) for i, (layer, c, taken) in picks}
         rows = plan_rows(self.layers, chosen, align, pinned, basis, weights)
-        warn_if_apart(rows, weights)
-        if error is None:
-            warn_of_lost(rows, basis.criterion, weights)
+        warn_of_plan(rows, basis.criterion, weights, error, chosen)
         budget = ", ".join(f"{k}={amount_text(v)}" for k, v in asked.items() if v is not None) or f"error={error:g}"
         made = basis.criterion, method, float(p), int(align), outcome.solution.gap, outcome.latency
         held = basis.bias_correction, keeps_constants(basis, method, error), read_pins(pins), int(min_rank)

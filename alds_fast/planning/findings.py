@@ -22,7 +22,8 @@ from ..measurement import inference
 from ..progress import ProgressOption, telling
 from ..text import shape_text, table
 from .plan import Plan
-from .plan_rows import LOST_TEXT, Quality
+from .plan_rows import Quality
+from .result_check import LOST_TEXT
 
 _LOG = logging.getLogger(__name__)
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..allocation import MAX_LATENCY_GROUPS, Candidates
-from ..criteria import CRITERIA, Basis
+from ..criteria import Basis
 from ..factors import Choice
-from ..layers import DecomposableLayer, Layer, label
+from ..layers import DecomposableLayer, Layer
 from ..linalg import Decomposition, Pivots, WeightShape
 from ..text import shape_text, table
 from .options import Pin
-
-LOST = 0.9  # error above which next to nothing of a layer is left
-LOST_TEXT = "the budget leaves next to nothing of some layers"
-APART = 1.5  # times the stated errors, above which those on samples kept aside are warned of
 
 
 @dataclass(frozen=True)
@@ -179,44 +174,6 @@ def row_cells(row: LayerPlan, held_out: bool) -> list[str]:
     name = row.name or "(model)"
     counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
     return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]
-
-
-def warn_if_apart(rows: Sequence[LayerPlan], weights: Mapping[str, float]) -> None:
-    """Say so where errors are larger on samples that were kept aside: factors fit those of calibration, not others.
-
-    Smaller ones are no fault of the factors: stated errors are cautious where samples are few, and those kept aside may
-    be easy ones. ``weights`` are the factors of the stated errors, by layer name.
-    """
-    pairs = [(row.error, weights.get(row.name, 1.0) * row.held_out) for row in rows if row.held_out is not None]
-    if not pairs:
-        return
-    stated, held_out = (math.hypot(*errors) for errors in zip(*pairs, strict=True))
-    if held_out > APART * stated:
-        warnings.warn(
-            f"on samples kept aside the layers' errors are {held_out:.3g}, larger than the {stated:.3g} stated (root "
-            f"of the sum of squares): data= is not enough, or too much alike; pass more samples that differ",
-            stacklevel=3,
-        )
-
-
-def warn_of_lost(rows: Sequence[LayerPlan], criterion: str, weights: Mapping[str, float]) -> None:
-    """Say so where a budget leaves next to nothing of layers, by a criterion whose errors are shares of what is there.
-
-    ``weights`` are the factors of the errors, by layer name.
-    """
-    lost = []
-    for row in rows:
-        weight = weights.get(row.name, 1.0)
-        relative = not CRITERIA[row.criterion or criterion].needs_gradients
-        if row.choice is not None and relative and weight > 0 and row.error / weight > LOST:
-            lost.append(label(row.name))
-    if lost:
-        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        warnings.warn(
-            f"{LOST_TEXT}: errors above {LOST:g} of {names}; a larger budget, or "
-            f"pins= with min_keep for these, keeps more, and training afterwards (retrain, distill) may bring it back",
-            stacklevel=3,
-        )
 
 
 def costs_text(costs: Mapping[str, tuple[int, int]]) -> str:

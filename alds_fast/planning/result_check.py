@@ -1,8 +1,9 @@
-"""What a compressed model must hold before it is given back."""
+"""What plans and compressed models are looked at for before they are given back."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..allocation import Candidates
+from ..criteria import CRITERIA
 from ..errors import ModelError
 from ..layers import AbsentWeight, LowRankLayer, count_params, label
 from ..measurement import LayerCall, Watch, check_runs, fingerprint, private_runs, watching
+from .plan_rows import LayerPlan
 
+LOST = 0.9  # error above which next to nothing of a layer is left
+LOST_TEXT = "the budget leaves next to nothing of some layers"
+APART = 1.5  # times the stated errors, above which those on samples kept aside are warned of
 _SAME = 1e-3  # relative: sums over values that differ by the order in which a library adds
 
 
@@ -154,3 +161,70 @@ def _reader(small: nn.Module, error: BaseException | None) -> str | None:
             return next((name for name, layer in layers if weight.stands_for(layer)), None)
         error = error.__cause__ or error.__context__
     return None
+
+
+def warn_of_plan(
+    rows: Sequence[LayerPlan], criterion: str, weights: Mapping[str, float], error: float | None,
+    chosen: Mapping[str, tuple[Candidates, int, str]],
+) -> None:  # fmt: skip
+    """Say what of a plan is not what a user may expect of it.
+
+    ``weights`` are the factors of the errors, ``chosen`` all choices of the layers and the one taken, by layer name;
+    ``error`` is what was asked for, None for another budget.
+    """
+    warn_if_apart(rows, weights)
+    if error is None:
+        warn_of_lost(rows, criterion, weights)
+    else:
+        warn_if_boundless(error, rows, criterion, chosen)
+
+
+def warn_if_apart(rows: Sequence[LayerPlan], weights: Mapping[str, float]) -> None:
+    """Say so where errors are larger on samples that were kept aside: factors fit those of calibration, not others.
+
+    Smaller ones are no fault of the factors: stated errors are cautious where samples are few, and those kept aside may
+    be easy ones. ``weights`` are the factors of the stated errors, by layer name.
+    """
+    pairs = [(row.error, weights.get(row.name, 1.0) * row.held_out) for row in rows if row.held_out is not None]
+    if not pairs:
+        return
+    stated, held_out = (math.hypot(*errors) for errors in zip(*pairs, strict=True))
+    if held_out > APART * stated:
+        warnings.warn(
+            f"on samples kept aside the layers' errors are {held_out:.3g}, larger than the {stated:.3g} stated (root "
+            f"of the sum of squares): data= is not enough, or too much alike; pass more samples that differ",
+            stacklevel=4,
+        )
+
+
+def warn_if_boundless(
+    error: float, rows: Sequence[LayerPlan], criterion: str, chosen: Mapping[str, tuple[Candidates, int, str]]
+) -> None:
+    """Say so where an error allows all layers their fewest parameters: shares are below 1, sensitivities far below."""
+    taken = [(choices.costs[at], choices.costs.min()) for choices, at, _ in chosen.values() if choices.curves]
+    if taken and all(cost == least for cost, least in taken) and (error >= 1 or CRITERIA[criterion].needs_gradients):
+        warnings.warn(
+            f"error={error:g} bounds nothing: every layer gets the fewest parameters that it can have, with errors up "
+            f"to {max(row.error for row in rows):.3g}; give less than that",
+            stacklevel=4,
+        )
+
+
+def warn_of_lost(rows: Sequence[LayerPlan], criterion: str, weights: Mapping[str, float]) -> None:
+    """Say so where a budget leaves next to nothing of layers, by a criterion whose errors are shares of what is there.
+
+    ``weights`` are the factors of the errors, by layer name.
+    """
+    lost = []
+    for row in rows:
+        weight = weights.get(row.name, 1.0)
+        relative = not CRITERIA[row.criterion or criterion].needs_gradients
+        if row.choice is not None and relative and weight > 0 and row.error / weight > LOST:
+            lost.append(label(row.name))
+    if lost:
+        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        warnings.warn(
+            f"{LOST_TEXT}: errors above {LOST:g} of {names}; a larger budget, or "
+            f"pins= with min_keep for these, keeps more, and training afterwards (retrain, distill) may bring it back",
+            stacklevel=4,
+        )

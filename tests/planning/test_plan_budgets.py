@@ -150,6 +150,20 @@ def test_a_model_without_operations_is_refused():
         alds.analyze(nn.ReLU()).plan(flops=0.5, example_inputs=torch.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:on samples kept aside:UserWarning")
+def test_an_error_that_bounds_nothing_is_warned_of(analysis, recwarn):
+    analysis.plan(error=1, importance={"*": 10})
+    seen = alds.analyze(small_net(), data=[images()], sensitivity=True, groups=(1,))
+    seen.plan(error=0.9, criterion="output")
+    assert not any("bounds nothing" in str(w.message) for w in recwarn)
+    with pytest.warns(UserWarning, match=r"error=1 bounds nothing: .* with errors up to 0\.\d+; give less") as caught:
+        analysis.plan(error=1)
+    assert caught[0].filename == __file__
+    loosest = max(row.error for row in seen.plan(params=471).layers)
+    with pytest.warns(UserWarning, match="error=0.* bounds nothing: every layer gets the fewest parameters"):
+        seen.plan(error=float(loosest))
+
+
 def test_a_budget_that_leaves_next_to_nothing_of_layers_is_warned_of(analysis, recwarn):
     analysis.plan(params=0.6)
     analysis.plan(error=0.95)

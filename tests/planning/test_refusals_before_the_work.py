@@ -8,7 +8,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, LayerNotFoundError, ModelError, WeightError
-from alds_fast.planning.plan_rows import warn_if_apart
+from alds_fast.planning.result_check import warn_if_apart
 
 
 def net(*sizes):
