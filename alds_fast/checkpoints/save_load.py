@@ -35,6 +35,7 @@ from ..linalg import Decomposition
 from ..planning import Plan
 from .file_format import FORMAT, VERSION, memory_order, own_storages, read_header, read_tensors
 
+_AS_COMPRESSED = "build the model as the one that was compressed, of the same class, sizes and options"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # what torch.load is given
 
 
@@ -134,15 +135,17 @@ def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]], narrowed: Mappi
     for name, spec in layers.items():
         layer = dense_layers.get(name)
         if layer is None or layer.shape is None:
-            remedy = "; pass alds_fast.open_experts(model)" if any(map(holds_experts, model.modules())) else ""
+            opened = any(map(holds_experts, model.modules()))
+            remedy = "pass alds_fast.open_experts(model)" if opened else _AS_COMPRESSED
             raise LayerNotFoundError(
-                f"the file's layer {label(name)} is not a Linear or convolution of the model{remedy}"
+                f"the file's layer {label(name)} is not a Linear or convolution of the model; {remedy}"
             )
         if layer.reason is not None:
             raise PlanError(f"layer {label(name)} of the model cannot be replaced: {layer.reason}")
         if list(layer.weight) != spec["shape"] or layer.shape.conv_groups != spec["conv_groups"]:
             raise PlanError(
-                f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {layer.weight}"
+                f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {layer.weight}; "
+                f"{_AS_COMPRESSED}"
             )
         new[name] = low_rank_like(layer.module, Decomposition.from_dict(spec))
     return replace_layers(model, new)
@@ -153,10 +156,13 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     expected = model.state_dict(keep_vars=True)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        raise PlanError(f"the file is of another model: missing {missing[:3]}, unexpected {extra[:3]}")
+        raise PlanError(
+            f"the file is of another model: missing {missing[:3]}, unexpected {extra[:3]}; {_AS_COMPRESSED}"
+        )
     for name, old in expected.items():
         if old.shape != tensors[name].shape:
-            raise PlanError(f"{name!r}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(old.shape)}")
+            shapes = f"the file has shape {tuple(tensors[name].shape)}, the model {tuple(old.shape)}"
+            raise PlanError(f"{name!r}: {shapes}; {_AS_COMPRESSED}")
     fresh: dict[int, Tensor] = {}
     shared = {key for pair in overlaps({id(t): t for t in expected.values()}) for key in pair}
     for path, module in model.named_modules():
