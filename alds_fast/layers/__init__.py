@@ -35,6 +35,7 @@ from .obstacles import (
     reader_reason,
     warn_of_holders,
     warn_of_questions,
+    warn_of_unregistered,
     why_experts_stay,
 )
 from .opening import OpenedAttention, opened, opened_for, put_opened, register
@@ -122,6 +123,7 @@ __all__ = [
     "tied_names",
     "warn_of_holders",
     "warn_of_questions",
+    "warn_of_unregistered",
     "weight_shape",
     "why_experts_stay",
     "with_sizes",

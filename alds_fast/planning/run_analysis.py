@@ -33,6 +33,7 @@ from ..layers import (
     opened,
     reader_reason,
     warn_of_questions,
+    warn_of_unregistered,
 )
 from ..linalg import SCHEMES
 from ..measurement import Sensitivity, check_data, check_sensitivity, first_batch, weight_readers, without_labels
@@ -135,6 +136,7 @@ def analyze(
         data = without_labels(model, data)
     check_sensitivity(sensitivity)
     given, model = model, opened(model, exclude)
+    warn_of_unregistered(given)
     layers = chosen_layers(model, include, exclude)
     check_whole(model)
     check_weights_are_there(layers)

@@ -184,3 +184,31 @@ def test_a_path_in_the_place_of_a_model_names_the_function_for_directories(path)
     for function in (alds.analyze, lambda model: alds.compress(model, params=0.5)):
         with pytest.raises(ModelError, match=r"is a path; .* compress_checkpoint\(source, output\)"):
             function(path)
+
+
+class _Hiding(nn.Module):
+    def __init__(self, hold):
+        super().__init__()
+        self.first, self.norms = nn.Linear(8, 8), [nn.LayerNorm(8)]
+        self.hidden = hold([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.order = [self.first, self.norms]  # an own part, once more
+
+
+@pytest.mark.parametrize(
+    ("hold", "where"),
+    [
+        (list, r"inner\.hidden\[0\], inner\.hidden\[1\]"),
+        (lambda layers: {"a": tuple(layers[:1])}, r"inner\.hidden\['a'\]\[0\]"),
+        (lambda layers: [nn.Sequential(*layers)], r"inner\.hidden\[0\]"),
+    ],
+)
+def test_layers_in_plain_lists_are_warned_of_once(hold, where):
+    model = nn.ModuleDict({"inner": _Hiding(hold)})
+    with pytest.warns(UserWarning, match=rf"stay as they are: {where}; hold them in nn\.ModuleList") as caught:
+        assert [layer.name for layer in alds.analyze(model).layers] == ["inner.first"]
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_registered_layers_are_not_warned_of():
+    assert len(alds.analyze(_Hiding(nn.ModuleList)).layers) == 3

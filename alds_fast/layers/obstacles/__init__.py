@@ -4,7 +4,7 @@ Here belongs what is looked at before a layer is replaced. Finding layers belong
 ``replacement``.
 """
 
-from .attributes import attributes, held_past_the_model, uncopied, warn_of_holders
+from .attributes import attributes, held_past_the_model, uncopied, warn_of_holders, warn_of_unregistered
 from .reasons import (
     SHARDED,
     Ancestors,
@@ -39,5 +39,6 @@ __all__ = [
     "uncopied",
     "warn_of_holders",
     "warn_of_questions",
+    "warn_of_unregistered",
     "why_experts_stay",
 ]

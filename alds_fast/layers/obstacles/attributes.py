@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..registry import weight_shape
+
 _PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Size)
 _ENDS = (*_PLAIN, Tensor, types.FunctionType, weakref.ref, torch.jit.ScriptModule)
 _TABLES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _COMPILED = "_compiled_call_impl"  # of module.compile(), which torch leaves out of copies
 
 
@@ -26,7 +29,7 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(value, dict):
         yield from ((f"{path}[{key!r}]", part) for key, part in value.items())
-    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+    elif isinstance(value, _CONTAINERS):
         yield from ((f"{path}[{i}]", part) for i, part in enumerate(value))
     elif isinstance(value, types.MethodType):
         yield f"{path}.__self__", value.__self__
@@ -143,3 +146,29 @@ def warn_of_holders(model: nn.Module, replaced: Collection[str]) -> None:
                 f"compressed model too; set it anew there",
                 stacklevel=3,
             )
+
+
+def _in_plain_containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of those in lists, dicts and the like that hang on modules, which torch does not see."""
+    known = {id(module) for module in model.modules()}
+    for owner, module in model.named_modules():
+        held = [(name, part) for name, part in vars(module).items() if name not in _TABLES]
+        waiting = [(f"{owner}.{name}".lstrip("."), part) for name, part in held if isinstance(part, _CONTAINERS)]
+        for path, value in waiting:  # it grows
+            if isinstance(value, nn.Module) and id(value) not in known:
+                yield path, value
+            elif isinstance(value, _CONTAINERS) and id(value) not in known:
+                waiting.extend(_parts(path, value))
+            known.add(id(value))
+
+
+def warn_of_unregistered(model: nn.Module) -> None:
+    """UserWarning for layers in plain lists and dicts: they are no parts of the model, and stay as they are."""
+    paths = [p for p, m in _in_plain_containers(model) if any(weight_shape(part) is not None for part in m.modules())]
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        warnings.warn(
+            f"layers in plain lists or dicts are no parts of the model for torch, and stay as they are: "
+            f"{', '.join(paths[:3])}{more}; hold them in nn.ModuleList or nn.ModuleDict to have them compressed",
+            stacklevel=3,
+        )
