@@ -27,7 +27,7 @@ def naming_batch(number: int, name: str) -> Iterator[None]:
     except Exception as e:
         raise ModelError(
             f"batch {number} of {name} did not run through the model ({type(e).__name__}: {e}); a batch is what "
-            f"model(...) takes, without labels"
+            f"model(...) takes, without labels; of pairs (x, y) pass [x for x, y in loader]"
         ) from e
 
 
@@ -73,7 +73,8 @@ def without_labels(model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
     """The batches, those that are inputs and labels without the labels.
 
     That is a tuple or list whose values are one more than the positional arguments that the model's forward takes, as
-    loaders of datasets with labels give them.
+    loaders of datasets with labels give them. Or the last value would be an optional mask and cannot be one: an integer
+    for each of the first value's samples, which have rows of their own.
 
     >>> without_labels(nn.Linear(2, 2), [(torch.ones(1, 2), torch.zeros(1)), torch.ones(1, 2)])
     [tensor([[1., 1.]]), tensor([[1., 1.]])]
@@ -97,7 +98,9 @@ class _WithoutLabels:
 
 
 def _inputs_of(model: nn.Module, batch: Any) -> Any:
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or _takes(model, batch) or not _takes(model, batch[:-1]):
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not _takes(model, batch[:-1]):
+        return batch
+    if _takes(model, batch) and not _has_labels_for_mask(model, batch):
         return batch
     return batch[0] if len(batch) == 2 and isinstance(batch[0], Tensor) else batch[:-1]
 
@@ -110,3 +113,16 @@ def _takes(model: nn.Module, values: Sequence[Any]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _has_labels_for_mask(model: nn.Module, batch: Sequence[Any]) -> bool:
+    """Whether a forward that takes the batch would get classes (samples,) where it takes a mask of rows or tokens."""
+    first, last = batch[0], batch[-1]
+    if not isinstance(first, Tensor) or not isinstance(last, Tensor) or last.dtype not in (torch.int64, torch.int32):
+        return False
+    with_rows = first.dim() > (2 if first.is_floating_point() else 1)  # (rows, channels) may be one sample's
+    try:
+        name = list(inspect.signature(model.forward).bind(*batch).arguments)[-1]
+    except ValueError:
+        return False
+    return with_rows and "mask" in name and last.shape == first.shape[:1]

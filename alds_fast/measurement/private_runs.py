@@ -230,5 +230,5 @@ def check_runs(model: nn.Module, inputs: Any, name: str) -> Any:
     except Exception as e:
         raise ModelError(
             f"{name} did not run through the model ({type(e).__name__}: {e}); pass what model(...) takes, without "
-            f"labels"
+            f"labels; of a pair (x, y) x alone"
         ) from e

@@ -211,7 +211,11 @@ def test_the_model_is_left_as_it_was():
         (7, ArgumentError, "data is a int"),
         (["text"], ArgumentError, "str"),
         ([torch.zeros(1, 5)], ModelError, "batch 1 of data= did not run through the model"),
-        ([torch.zeros(1, 3), (torch.zeros(1, 3), 1, 2)], ModelError, "batch 2 .* without labels"),
+        (
+            [torch.zeros(1, 3), (torch.zeros(1, 3), 1, 2)],
+            ModelError,
+            r"batch 2 .* without labels; of pairs \(x, y\) pass \[x",
+        ),
         ([torch.full((1, 3), torch.nan)], ModelError, "layer '0': its input has NaN or infinite values"),
     ],
 )

@@ -86,6 +86,29 @@ def test_what_the_model_takes_stays_whole():
     assert plan == alds.analyze(pair, data=[(X, X)]).plan(params=0.6)
 
 
+class Masked(nn.Module):
+    """It takes a mask of tokens, if it is given one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(16, 16)
+
+    def forward(self, x, attn_mask=None):
+        return self.one(x) if attn_mask is None else self.one(x) * attn_mask.unsqueeze(-1)
+
+
+def test_classes_are_no_mask():
+    model, tokens = Masked(), X.unflatten(0, (16, 4))
+    classes, mask = torch.arange(16), torch.ones(16, 4, dtype=torch.int64)
+    plans = [alds.analyze(model, data=[data]).plan(params=0.6) for data in ((tokens, classes), tokens)]
+    assert plans[0] == plans[1]
+    for masked in ((tokens, mask), (tokens, mask[:, 0].bool()), (tokens, classes[:4]), (X, torch.ones(64).long())):
+        assert without_labels(model, [masked]) == [masked]
+    ids = torch.zeros(16, 4, dtype=torch.int64)
+    assert without_labels(model, [(ids, classes)])[0] is ids and without_labels(model, [(ids, mask)]) == [(ids, mask)]
+
+
 def test_more_than_labels_is_refused_as_ever():
-    with pytest.raises(ModelError, match=r"batch 1 of data= did not run through the model .* without labels"):
+    refused = r"batch 1 of data= did not run through the model .* without labels; of a pair \(x, y\) x alone"
+    with pytest.raises(ModelError, match=refused):
         alds.analyze(net(), data=[(X, Y, Y)])
