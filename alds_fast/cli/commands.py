@@ -34,6 +34,7 @@ from ..planning import (
     analyze,
     check_plot,
     check_refinement,
+    kinds_text,
     plot_plan,
     resolved_precision,
     smallest_of_quality,
@@ -149,7 +150,7 @@ def _run_show(args: argparse.Namespace) -> None:
         plan = read_header(path)["plan"]
     if plan is None:
         raise FileFormatError(f"{args.file!r} holds a compressed model without a plan")
-    print(plan.to_json() if args.json else plan)
+    print(plan.to_json() if args.json else f"{plan}\n\n{kinds_text(plan.layers)}")
 
 
 def _parser() -> argparse.ArgumentParser:

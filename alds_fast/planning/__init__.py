@@ -22,7 +22,7 @@ from .options import (
     resolved_precision,
 )
 from .plan import Plan
-from .plan_rows import LayerPlan
+from .plan_rows import LayerPlan, kinds_text
 from .plots import analysis_dict, check_plot, plot_plan, plot_sweep
 from .run_analysis import analyze
 
@@ -45,6 +45,7 @@ __all__ = [
     "check_schemes",
     "compress",
     "is_float32",
+    "kinds_text",
     "pins_of_layers",
     "plot_plan",
     "plot_sweep",

@@ -176,6 +176,18 @@ def row_cells(row: LayerPlan, held_out: bool) -> list[str]:
     return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]
 
 
+def kinds_text(rows: Sequence[LayerPlan]) -> str:
+    """A table with a line for each type of layer: how many there are, how many get low-rank, and their parameters."""
+    lines = []
+    for kind in dict.fromkeys(row.kind for row in rows):
+        these = [row for row in rows if row.kind == kind]
+        low = sum(row.choice is not None for row in these)
+        before, after = sum(row.params_before for row in these), sum(row.params_after for row in these)
+        kept = f"{after / before:.1%}" if before else "-"
+        lines.append([kind, str(len(these)), str(low), f"{before:,}", f"{after:,}", kept])
+    return table(["kind", "layers", "low-rank", "params", "after", "kept"], lines)
+
+
 def costs_text(costs: Mapping[str, tuple[int, int]]) -> str:
     """Operations and bytes before and after, as :attr:`alds_fast.Plan.costs` has them.
 

@@ -80,10 +80,18 @@ def test_compress_json_and_show(model, capsys, tmp_path):
     assert code == 0 and data["file_bytes"] == (tmp_path / "s.safetensors").stat().st_size and data["seconds"] > 0
     plan = alds.Plan.from_json(json.dumps(data["plan"]))
     assert plan.error <= 0.5 and plan.criterion == "operator" and plan.params == data["params"]
-    assert _run(capsys, "show", "s.safetensors")[:2] == (0, str(plan) + "\n")
+    code, out, _ = _run(capsys, "show", "s.safetensors")
+    shown, kinds = out.split("\n\n")
+    assert code == 0 and shown == str(plan)
+    assert [line.split()[0] for line in kinds.splitlines()[2:]] == list(dict.fromkeys(row.kind for row in plan.layers))
+    convolutions = [row for row in plan.layers if row.kind == "Conv2d"]
+    before, after = (sum(getattr(row, f"params_{when}") for row in convolutions) for when in ("before", "after"))
+    low = sum(row.rank is not None for row in convolutions)
+    line = next(line for line in kinds.splitlines() if line.startswith("Conv2d"))
+    assert line.split()[1:] == [str(len(convolutions)), str(low), f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
     assert alds.Plan.from_json(_run(capsys, "show", "s.safetensors", "--json")[1]) == plan
     (tmp_path / "plan.json").write_text(plan.to_json())
-    assert _run(capsys, "show", "plan.json")[:2] == (0, str(plan) + "\n")
+    assert _run(capsys, "show", "plan.json")[:2] == (0, out)
 
 
 def test_plain_factors_and_an_input_to_run_on(model, capsys):
