@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 
@@ -33,3 +34,10 @@ def shape_text(shape: Sequence[int]) -> str:
 def number(value: float | None) -> float | str | None:
     """JSON for a number: null for NaN and None, "inf" for infinity."""
     return None if value is None or math.isnan(value) else "inf" if math.isinf(value) else value
+
+
+class ShownInNotebooks:
+    """What is printed as a table is shown as one in a notebook."""
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space: pre">{html.escape(str(self))}</pre>'

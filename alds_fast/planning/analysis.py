@@ -27,6 +27,7 @@ from ..layers import DecomposableLayer, Layer, count_bytes, decomposable, left_o
 from ..measurement import count_inputs
 from ..processes import World
 from ..progress import ProgressOption
+from ..text import ShownInNotebooks
 from .budget_loop import PlanProblem, errors_of_layers, solve_shares
 from .findings import SWEPT, Sweep, analysis_text, smallest_of_quality, sweep
 from .options import (
@@ -51,7 +52,7 @@ from .widths import WidthSearch
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(ShownInNotebooks):
     """The spectra of a model's layers; made by :func:`alds_fast.analyze`.
 
     Attributes:
@@ -157,8 +158,7 @@ class Analysis:
         Warns:
             UserWarning: the latency measured in the end is not within 10 % of the one asked for (``Plan.latency``);
                 errors on samples kept aside are more than 1.5 times those stated; ``data=`` told too little to be used;
-                no layer can be decomposed; errors above .9, which leave next to nothing of a layer; an ``error`` that
-                bounds nothing.
+                no layer can be decomposed; errors above .9 leave next to nothing of one; ``error=`` bounds nothing.
 
         Raises:
             BudgetError: no budget, two that exclude each other, out of range, or smaller than the smallest reachable.

@@ -20,7 +20,7 @@ from ..layers import Layer, annotate
 from ..linalg import Decomposition
 from ..measurement import inference
 from ..progress import ProgressOption, telling
-from ..text import shape_text, table
+from ..text import ShownInNotebooks, shape_text, table
 from .plan import Plan
 from .plan_rows import Quality
 from .result_check import LOST_TEXT
@@ -89,7 +89,7 @@ def _cells(best: Found | None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(ShownInNotebooks):
     """Plans for many budgets of one kind, largest first; made by :meth:`alds_fast.Analysis.sweep`, printed as a table.
 
     Attributes:

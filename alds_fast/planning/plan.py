@@ -19,7 +19,7 @@ from ..integrations import keep_when_saved, warn_of_lost_merging
 from ..layers import annotate, check_copyable, count_params, label, opened_for, warn_of_holders
 from ..measurement import check_batches, without_labels
 from ..progress import ProgressOption, telling
-from ..text import table
+from ..text import ShownInNotebooks, table
 from .fitting import inputs_of_run, refine_steps, refit_steps
 from .options import check_refining
 from .plan_json import plan_text, read_plan
@@ -28,7 +28,7 @@ from .result_check import check_result, check_run, check_way, naming_readers
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ShownInNotebooks):
     """The whole-model allocation; made by :meth:`alds_fast.Analysis.plan`, applied by :meth:`apply`.
 
     Attributes:

@@ -1,4 +1,5 @@
 import dataclasses
+import html
 import json
 import math
 
@@ -160,3 +161,15 @@ def test_plans_and_analyses_are_short_in_words_and_small_errors_have_digits():
         row_cells(dataclasses.replace(plan.layers[0], error=error), False)[6] for error in (0.0, 0.25, 2e-3, 1.23e-4)
     ]
     assert texts == ["0", "0.2500", "0.0020", "1.2e-04"]
+
+
+def test_notebooks_show_the_tables(plan):
+    marked = dataclasses.replace(plan.layers[0], remark="a<b & c")
+    odd = dataclasses.replace(plan, layers=(marked, *plan.layers[1:]))
+    start, _, table = odd._repr_html_().partition(">")
+    assert start.startswith("<pre") and "a<b" in str(odd) and "a<b" not in table
+    assert html.unescape(table.removesuffix("</pre>")) == str(odd)
+    analysis = alds.analyze(nn.Linear(32, 32))
+    sweep = analysis.sweep([0.5])
+    for thing in (analysis, sweep):
+        assert html.unescape(thing._repr_html_()).endswith(f">{thing}</pre>")
