@@ -78,6 +78,7 @@ class Analysis(ShownInNotebooks):
     inputs: Any = field(default=None, repr=False, compare=False)
     _errors: dict[tuple[str, bool, bool], list[Errors]] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[tuple[str, bool], Basis] = field(default_factory=dict, repr=False, compare=False)
+    _widths: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(
         self,
@@ -143,9 +144,8 @@ class Analysis(ShownInNotebooks):
                 "max_keep" (shares of the weight): what the layer may become. A dense layer has full rank and keeps 1.
                 All pins of a layer hold; with a baseline there is "dense" only.
             min_rank: least rank of the slices of every layer that does not stay dense.
-            hidden_units: also remove outputs of linear layers together with the inputs of the one that they go to (an
-                MLP's width), where that loses less than ranks do, see :mod:`alds_fast.planning.widths.search`. With
-                gradients, under params=, flops= or memory= alone.
+            hidden_units: also remove hidden units of MLPs where that loses less than ranks do, see
+                :mod:`alds_fast.planning.widths.search`; with gradients, under params=, flops= or memory= alone.
             progress: as for :func:`alds_fast.analyze`.
             cache: folder where timings are kept between calls; None for ``$ALDS_FAST_CACHE`` or
                 ``~/.cache/alds_fast``, False for none.
@@ -184,12 +184,12 @@ class Analysis(ShownInNotebooks):
             basis = self._basis(DEFAULT_CRITERION, bias_correction)
         few = error is None and method not in BASELINES and basis.used and basis.goes_by_samples_kept_aside(layers)
         p = resolved_norm(p, basis.criterion, shares, method, few)
-        weights = {layer.name: 1.0 for layer in layers}
-        weights |= check_importance(importance, self.model, list(weights))
+        names = [layer.name for layer in layers]
+        weights = dict.fromkeys(names, 1.0) | check_importance(importance, self.model, names)
         pinned = pins_of_layers(pins, min_rank, self.model, self.layers)
         if not check_is_possible([k for k, share in shares.items() if share is not None], basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
-        counted = None if example_inputs is None else count_inputs(self.model, example_inputs, [x.name for x in layers])
+        counted = None if example_inputs is None else count_inputs(self.model, example_inputs, names)
         sizes = self.params, count_bytes(self.model), counted
         if hidden_units:
             search = WidthSearch(self, basis, few, weights, pinned, int(align), pivots, asked, example_inputs, counted)

@@ -10,7 +10,7 @@ from support.population import analyze_population
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.errors import ArgumentError, PlanError
+from alds_fast.errors import ArgumentError, BudgetError, PlanError
 from alds_fast.layers import dense_shape, narrowed_sizes
 
 
@@ -229,6 +229,22 @@ def test_a_compressed_model_loses_more(net, plan, data, tmp_path):
 def test_pinned_layers_keep_their_units(analysis):
     plan = analysis.plan(params=0.5, hidden_units=True, pins={"0.*": {"min_rank": 4}})
     assert plan.hidden_units and not any(name.startswith("0.") for units in plan.hidden_units for name in units.layers)
+
+
+def test_another_plan_searches_no_more(analysis, plan, monkeypatch):
+    def found(*args):
+        raise AssertionError("groups are looked for again")
+
+    monkeypatch.setattr("alds_fast.planning.widths.search.find_hidden_units", found)
+    assert analysis.plan(params=0.5, hidden_units=True) == plan
+    assert analysis.plan(params=0.3, hidden_units=True).params < plan.params
+    with pytest.raises(AssertionError):
+        analysis.plan(params=0.5, hidden_units=True, pins={"0.*": "dense"})
+
+
+def test_a_budget_that_cannot_be_met(analysis):
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        analysis.plan(params=1e-9, hidden_units=True)
 
 
 def test_diff_names_what_changed(analysis, plan):

@@ -88,23 +88,38 @@ class WidthSearch:
     def groups(self) -> list[HiddenUnits]:
         """Those whose layers are judged by gradients and by their inputs' moments, and not pinned."""
         layers = [x for x in decomposable(self.analysis.layers) if is_plain_linear(x.module) and self._is_known(x)]
-        inputs = self.analysis.inputs if self.example_inputs is None else self.example_inputs
-        return find_hidden_units(self.analysis.model, layers, inputs, "example_inputs")
+        inputs, called = self.example_inputs, "example_inputs"
+        if inputs is None:
+            inputs, called = self.analysis.inputs, "batch 1 of data="
+        return find_hidden_units(self.analysis.model, layers, inputs, called)
 
     def _is_known(self, layer: DecomposableLayer) -> bool:
         if not CRITERIA[self.basis.criterion_of(layer.name)].needs_gradients or self.pins[layer.name].said:
             return False
         return self.basis.moments[layer.name].second is not None
 
-    def choose(self, groups: Sequence[HiddenUnits], tell: Progress) -> tuple[Any, list[FewerUnits]]:
+    @property
+    def _key(self) -> str:
+        """What decides the errors and costs of all widths: plans for other amounts of one budget share them."""
+        (budget,) = (name for name, amount in self.asked.items() if amount is not None)
+        calls = self.counted if budget == "flops" else None
+        made = self.basis.criterion, self.basis.bias_correction, self.few, self.align, self.pivots
+        seen = id(self.analysis.moments), id(self.analysis.model)
+        return repr((budget, calls, made, seen, sorted(self.weights.items()), sorted(self.pins.items())))
+
+    def choose(self, tell: Progress) -> tuple[Any, list[FewerUnits]]:
         """The analysis of the narrower model, and what is left of the groups that lose units."""
         layers = {layer.name: layer for layer in decomposable(self.analysis.layers)}
         table, dense = self._fronts(list(layers.values()), self.analysis.spectra, self.basis)
-        variants: list[list[_Variant]] = []
-        for done, group in enumerate(groups, 1):
-            variants.append(self._variants(group, layers, dense))
-            tell("hidden units", done, len(groups))
-        inside = {name for group in groups for name in group.layers}
+        kept: dict[str, list[list[_Variant]]] = self.analysis._widths
+        if self._key not in kept:
+            groups, variants = self.groups(), list[list[_Variant]]()
+            for done, group in enumerate(groups, 1):
+                variants.append(self._variants(group, layers, dense))
+                tell("hidden units", done, len(groups))
+            kept[self._key] = variants
+        variants = kept[self._key]
+        inside = {name for of_group in variants for name in of_group[0].units.layers}
         others = [front for name, front in dense.items() if name not in inside]
         budget = table.limit - table.fixed
         picks, price = widths_at_one_price(others, [[v.width for v in of] for of in variants], budget)
@@ -181,11 +196,11 @@ class WidthSearch:
         """The plan of the dense model that is asked for. ArgumentError for a criterion without gradients."""
         check_needs(self.basis.criterion, "alds", True, True, hidden_units=True)
         with telling(progress) as tell:
-            analysis, fewer = self.choose(self.groups(), tell)
+            analysis, fewer = self.choose(tell)
             name, amount = next((name, amount) for name, amount in self.asked.items() if amount is not None)
             costs = {"params": self.analysis.params, "memory": count_bytes(self.analysis.model)}
             costs |= {} if self.counted is None else {"flops": self.counted[1]}
-            limit = math.floor(amount * costs[name] + 1e-9) if amount <= 1 else int(amount)
+            limit = max(2, math.floor(amount * costs[name] + 1e-9)) if amount <= 1 else int(amount)  # 1 is a share
             asked = {name: limit if limit < costs[name] else 1.0}
             options = {**options, "example_inputs": self.example_inputs, "hidden_units": False}
             plan: Plan = analysis.plan(**asked, **options, progress=tell)
