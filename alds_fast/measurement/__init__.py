@@ -15,6 +15,7 @@ from .run_model import (
     device_of,
     first_input,
     inference,
+    output_tensors,
     without_fast_paths,
 )
 from .samples import Samples, digest_of, leaves_of
@@ -66,6 +67,7 @@ __all__ = [
     "median_ratio",
     "naming_batch",
     "numbered_batches",
+    "output_tensors",
     "paired_ratios",
     "private_runs",
     "quartile_spread",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
 
@@ -84,3 +85,9 @@ def device_of(model: nn.Module) -> torch.device:
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a hooked layer was called with; None if it was given under another name than torch's ``input``."""
     return args[0] if args else kwargs.get("input")
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in their order, those of transformers' mappings too."""
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]

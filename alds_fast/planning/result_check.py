@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..allocation import Candidates
 from ..criteria import CRITERIA
 from ..errors import ModelError
 from ..layers import AbsentWeight, LowRankLayer, count_params, label
-from ..measurement import LayerCall, Watch, check_runs, fingerprint, private_runs, watching
+from ..measurement import LayerCall, Watch, check_runs, fingerprint, output_tensors, private_runs, watching
 from .plan_rows import LayerPlan
 
 LOST = 0.9  # error above which next to nothing of a layer is left
@@ -61,11 +60,11 @@ def check_way(model: nn.Module, small: nn.Module, chosen: Iterable[str], inputs:
 
     def run_dense() -> tuple[Watch, list[Tensor]]:
         with watching(dense) as watch:
-            return watch, _outputs(check_runs(model, inputs, called))
+            return watch, output_tensors(check_runs(model, inputs, called))
 
     seen, before = run_dense()
     with _saying_that_it_runs_not(small), watching(low_rank, dense) as watch, private_runs(small) as run:
-        after = _outputs(run(inputs, 0, "example_inputs"))
+        after = output_tensors(run(inputs, 0, "example_inputs"))
     expected, way = _way(seen, before), _way(watch, after)
     apart = _first_apart(expected, way)
     if apart is not None and _first_apart(expected, _way(*run_dense())) is None:  # or no run is like another
@@ -79,7 +78,7 @@ def check_run(small: nn.Module, inputs: Any, before: list[Tensor]) -> None:
     The model is left as it was.
     """
     with _saying_that_it_runs_not(small), private_runs(small) as run:
-        after = _outputs(run(inputs, 0, "example_inputs"))
+        after = output_tensors(run(inputs, 0, "example_inputs"))
     lost = [i for i, (x, y) in enumerate(zip(before, after, strict=False)) if _finite(x) and not _finite(y)]
     if lost:
         raise ModelError(
@@ -141,11 +140,6 @@ def _text_of_apart(at: LayerCall, way: Sequence[LayerCall]) -> str:
         f"give the dense ones' values: its code asks for the type of a layer (isinstance), or holds a dense one past "
         f"the model's modules; leave that layer out with exclude="
     )
-
-
-def _outputs(output: Any) -> list[Tensor]:
-    parts = list(output.values()) if isinstance(output, Mapping) else output
-    return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
 
 
 def _finite(y: Tensor) -> bool:

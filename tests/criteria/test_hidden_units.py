@@ -85,6 +85,28 @@ def test_units_that_cannot_go_alone_are_none(model):
     assert len(groups_of(nn.Sequential(Mlp(), model))) == 1
 
 
+class Strict(Mlp):
+    """Refuses hidden units that are 0, as half of them are in a changed run."""
+
+    def forward(self, x):
+        hidden = self.fc1(x)
+        if not bool(hidden.all()):
+            raise ValueError("a unit is 0")
+        return x + self.fc2(hidden)
+
+
+class Counted(Mlp):
+    """Returns as many numbers as there are hidden units."""
+
+    def forward(self, x):
+        return super().forward(x).sum() + torch.zeros(self.fc1.out_features if self.fc1.weight.shape[0] == 24 else 1)
+
+
+def test_a_group_that_fails_takes_no_other_with_it():
+    assert groups_of(nn.Sequential(Mlp(), Strict())) == [(("0.fc1",), "0.fc2", 24)]
+    assert groups_of(Counted()) == []
+
+
 def test_layers_called_twice_or_tied_are_left():
     twice, tied = Mlp(), nn.Sequential(Mlp(), Mlp())
     tied[1].fc1.weight = tied[0].fc1.weight

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ...layers import DecomposableLayer, is_plain_linear, narrow_layer, oriented_weight, replace_layers
-from ...measurement import as_written, first_input, private_runs
+from ...measurement import as_written, first_input, output_tensors, private_runs
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def find_hidden_units(
         def seen(of: Sequence[HiddenUnits]) -> tuple[list[HiddenUnits], bool]:
             """Those whose consumers saw what they would, and whether the model's outputs are what they were."""
             good, output = _masked(model, of, hidden, lambda: run(inputs, 0, called))
-            return good, bool(good) and _same(output, outputs)
+            return good, bool(good) and output is not None and _same(output, outputs)
 
         before: list[HiddenUnits] = []
         same = False
@@ -70,8 +69,14 @@ def find_hidden_units(
             before, (groups, same) = groups, seen(groups)
         if not same:
             groups = [group for group in groups if seen([group])[1]]
-    if groups and not _runs_without(model, groups, inputs, called):
-        groups = [group for group in groups if _runs_without(model, [group], inputs, called)]
+
+    def runs(of: Sequence[HiddenUnits]) -> bool:
+        """Whether the model runs, with outputs of the same shapes, with one hidden unit less in these groups."""
+        output = _without_one(model, of, inputs, called)
+        return output is not None and [y.shape for y in output] == [y.shape for y in outputs]
+
+    if groups and not runs(groups):
+        groups = [group for group in groups if runs([group])]
     _LOG.info("hidden units between layers: %d groups", len(groups))
     return groups
 
@@ -91,7 +96,7 @@ def _calls(model: nn.Module, linear: Mapping[str, DecomposableLayer], run: Any) 
         for name, layer in linear.items():
             stack.callback(layer.module.register_forward_pre_hook(note(name), with_kwargs=True).remove)
         output = run()
-    return calls, _tensors(output)
+    return calls, output_tensors(output)
 
 
 def _candidates(calls: Sequence[_Call], linear: Mapping[str, DecomposableLayer]) -> list[HiddenUnits]:
@@ -122,10 +127,11 @@ def _candidates(calls: Sequence[_Call], linear: Mapping[str, DecomposableLayer])
 
 def _masked(
     model: nn.Module, groups: Sequence[HiddenUnits], hidden: Mapping[str, Tensor], run: Any
-) -> tuple[list[HiddenUnits], list[Tensor]]:
+) -> tuple[list[HiddenUnits], list[Tensor] | None]:
     """Half of the producers' outputs are 0, and the consumers get what they got before.
 
-    The groups whose consumers would have got the same at all other places, bit for bit, and the model's outputs.
+    The groups whose consumers would have got the same at all other places, bit for bit, and the model's outputs; all
+    groups and None where it raises an error.
     """
     generator, good = torch.Generator().manual_seed(0), list(groups)
     with ExitStack() as stack:
@@ -149,21 +155,21 @@ def _masked(
                 stack.callback(model.get_submodule(name).register_forward_hook(mask).remove)
             consumer = model.get_submodule(group.consumer)
             stack.callback(consumer.register_forward_pre_hook(put_back, with_kwargs=True).remove)
-        return _try(run, lambda output: (good, _tensors(output)), ([], []))
+        output = _outputs(run)
+        return list(groups) if output is None else good, output
 
 
-def _try(run: Any, then: Any, otherwise: Any) -> Any:
-    """What a run comes to, or ``otherwise`` where it raises an error: the model is not what it would have to be."""
+def _outputs(run: Any) -> list[Tensor] | None:
+    """What a run of the changed model gives; None where it raises an error, as it is not what it would have to be."""
     try:
-        output = run()
+        return output_tensors(run())
     except Exception as e:
         _LOG.info("hidden units: a changed run raised %s: %s", type(e).__name__, e)
-        return otherwise
-    return then(output)
+        return None
 
 
-def _runs_without(model: nn.Module, groups: Sequence[HiddenUnits], inputs: Any, called: str) -> bool:
-    """Whether the model runs, with outputs of the same shapes, with one hidden unit less in every group."""
+def _without_one(model: nn.Module, groups: Sequence[HiddenUnits], inputs: Any, called: str) -> list[Tensor] | None:
+    """The outputs of the model with one hidden unit less in every group, None where it does not run."""
     new: dict[str, nn.Module] = {}
     for group in groups:
         for name in group.layers:
@@ -173,12 +179,7 @@ def _runs_without(model: nn.Module, groups: Sequence[HiddenUnits], inputs: Any, 
             new[name] = narrow_layer(module, weight[: group.count - 1] if out else weight[:, : group.count - 1], bias)
     narrow = replace_layers(model, new, share=True)
     with torch.no_grad(), as_written(), private_runs(narrow) as run:
-        return bool(_try(lambda: run(inputs, 0, called), lambda output: True, False))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    parts = list(output.values()) if isinstance(output, Mapping) else output
-    return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
+        return _outputs(lambda: run(inputs, 0, called))
 
 
 def _same(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

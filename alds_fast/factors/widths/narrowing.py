@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...criteria import Moments, Weighting, compensated
+from ...criteria import HiddenUnits, Moments, Weighting, compensated
 from ...errors import PlanError
 from ...layers import (
     DecomposableLayer,
@@ -24,22 +24,14 @@ from ...layers import (
 
 
 @dataclass(frozen=True)
-class FewerUnits:
+class FewerUnits(HiddenUnits):
     """Of ``count`` hidden units between producers and consumer those that are ``kept``, ascending.
 
     ``error`` is that of the consumer without the others, relative as the plan's errors of ranks are.
     """
 
-    producers: tuple[str, ...]
-    consumer: str
-    count: int
     kept: tuple[int, ...] = field(repr=False)
     error: float
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """All names."""
-        return (*self.producers, self.consumer)
 
     @property
     def text(self) -> str:

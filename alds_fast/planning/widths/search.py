@@ -125,11 +125,9 @@ class WidthSearch:
         picks, price = widths_at_one_price(others, [[v.width for v in of] for of in variants], budget)
         _LOG.info("hidden units: one price of %.3g of squared error", price)
         chosen = [of[at] for of, at in zip(variants, picks, strict=True) if at]
-        analysis = self._narrowed([variant.units for variant in chosen])
-        (basis,) = analysis._bases.values() if chosen else [self.basis]
-        for variant in chosen:
-            basis.known.update(variant.known)
-        return analysis, [variant.units for variant in chosen]
+        known = {key: value for variant in chosen for key, value in variant.known.items()}
+        fewer = [variant.units for variant in chosen]
+        return self._narrowed(fewer, known), fewer
 
     def _variants(
         self, group: HiddenUnits, layers: Mapping[str, DecomposableLayer], dense: Mapping[str, Front]
@@ -170,8 +168,8 @@ class WidthSearch:
         fronts = [pareto_front(costs, choice.errors) for costs, choice in zip(table.costs, choices, strict=True)]
         return table, {layer.name: front for layer, front in zip(layers, fronts, strict=True)}
 
-    def _narrowed(self, fewer: Sequence[FewerUnits]) -> Any:
-        """The analysis of the model without the hidden units that are not kept.
+    def _narrowed(self, fewer: Sequence[FewerUnits], known: Mapping[Any, torch.Tensor]) -> Any:
+        """The analysis of the model without the hidden units that are not kept, with the errors ``known`` of layers.
 
         Its layers have no values where the model need not run: their errors are known.
         """
@@ -188,6 +186,7 @@ class WidthSearch:
         spectra |= {name: _keys_alone(spectra[name], layer) for name, layer in found.items()}
         own = tuple(found.get(layer.name, layer) for layer in self.analysis.layers)
         basis = self.basis.of_parts(NarrowMoments(self.basis.moments, fewer), names)
+        basis.known.update(known)
         changed = {"layers": own, "spectra": spectra, "params": count_params(narrow), "model": narrow}
         bases = {(basis.criterion, basis.bias_correction): basis}
         return replace(self.analysis, **changed, moments=basis.moments, _errors={}, _bases=bases)
