@@ -3,7 +3,8 @@
 Here belongs what turns a layer into errors by rank. What chooses among ranks belongs in allocation.
 """
 
-from .errors_by_rank import MAX_DATA_GROUPS, Basis, Errors, layer_errors
+from .basis import MAX_DATA_GROUPS, Basis
+from .errors_by_rank import Errors, layer_errors
 from .hidden_units import HiddenUnits, compensated, find_hidden_units, kept_units, removal_errors, removal_order
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .moments import (

@@ -108,12 +108,12 @@ def _pairs(bases: Bases, blocks: Tensor) -> Tensor:
     return total
 
 
-def _tails(values: Tensor) -> Tensor:
+def tails(values: Tensor) -> Tensor:
     """Sums of (g0, k, r) over all slices and from every rank on, (r,)."""
     return values.sum((0, 1)).flip(0).cumsum(0).flip(0)
 
 
-def _relative(squares: Tensor, scale: float) -> Tensor:
+def relative_errors(squares: Tensor, scale: float) -> Tensor:
     """Relative errors of ranks 0..r from the squares for 0..r - 1."""
     relative = squares / scale if scale > 0 else torch.zeros_like(squares)
     return torch.cat([relative.sqrt(), squares.new_zeros(1)])
@@ -128,12 +128,12 @@ def errors(w: Weighting, scheme: int, groups: int, bases: Bases | None = None) -
     blocks = None if w.second is None else tap_blocks(w, scheme)
     bases = slice_bases(w, scheme, groups, blocks) if bases is None else bases
     if groups == 1 and (blocks is None or blocks.shape[1] == 1):
-        tails = _tails(bases.values)
+        squares = tails(bases.values)
     else:
         assert blocks is not None
         pairs = _pairs(bases, blocks).flip(0, 1).cumsum(0).cumsum(1)
-        tails = pairs.diagonal().flip(0).clamp_min(0)
-    return _relative(tails, w.scale)
+        squares = pairs.diagonal().flip(0).clamp_min(0)
+    return relative_errors(squares, w.scale)
 
 
 def held_out_errors(w: Weighting, scheme: int, groups: int, bases: Bases | None = None) -> Tensor:
@@ -157,7 +157,7 @@ def held_out_errors(w: Weighting, scheme: int, groups: int, bases: Bases | None 
             pairs = _pairs(bases, tap_blocks(w, scheme, rows.mT @ rows)).flip(0, 1).cumsum(0).cumsum(1)
             squares = pairs.diagonal().flip(0).clamp_min(0)
     scale = float(energy) if w.relative else w.held.shape[1] * w.scale
-    return _relative(squares, scale)
+    return relative_errors(squares, scale)
 
 
 def certificate(w: Weighting, scheme: int, groups: int) -> Tensor:
@@ -179,4 +179,4 @@ def certificate(w: Weighting, scheme: int, groups: int) -> Tensor:
     half = (inverse.unsqueeze(1) @ split).reshape(g0, taps * cols, taps, groups, -1).permute(0, 2, 3, 4, 1)
     whole = (inverse.unsqueeze(1) @ half).reshape(g0, taps * cols, taps * cols)
     mu = torch.linalg.eigvalsh(whole)[..., -1].clamp_min(1.0)
-    return _relative(_tails(slice_bases(w, scheme, groups, blocks).values * mu[:, None, None]), w.scale)
+    return relative_errors(tails(slice_bases(w, scheme, groups, blocks).values * mu[:, None, None]), w.scale)

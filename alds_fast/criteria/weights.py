@@ -60,7 +60,7 @@ def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) 
     if alike is not None:
         spread = float((covariance - shrink(covariance, 1.0, alike)).square().sum())
     else:  # ||C||^2 less that of its mean
-        spread = _norm2(covariance) - float(_trace(covariance).square().sum()) / covariance.shape[-1]
+        spread = _norm2(covariance) - float(trace(covariance).square().sum()) / covariance.shape[-1]
     return min(1.0, noise / spread) if spread > 0 else float(noise > 0)
 
 
@@ -73,15 +73,15 @@ def shrink(covariance: Tensor, share: float, alike: Tensor | None = None, more: 
 
     Of a diagonal (g0, n) too.
     """
-    mixed, size = (1.0 - share) * covariance, share * _trace(covariance) + more
+    mixed, size = (1.0 - share) * covariance, share * trace(covariance) + more
     if alike is not None:
-        return mixed.add_(alike * (size / _trace(alike).clamp_min(1e-300))[:, None, None])
+        return mixed.add_(alike * (size / trace(alike).clamp_min(1e-300))[:, None, None])
     diagonal = mixed if mixed.dim() == 2 else mixed.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(size.unsqueeze(-1) / mixed.shape[-1])
     return mixed
 
 
-def _trace(matrix: Tensor) -> Tensor:
+def trace(matrix: Tensor) -> Tensor:
     """Of matrices (g0, n, n) or diagonals (g0, n)."""
     return matrix.sum(-1) if matrix.dim() == 2 else matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
@@ -109,7 +109,7 @@ def _of_filters(moments: Moments) -> Tensor:
     return matrix
 
 
-def _root(moments: Moments) -> Tensor:
+def root_of(moments: Moments) -> Tensor:
     """H: upper triangles, by Cholesky, or a diagonal."""
     matrix = _of_filters(moments)
     return matrix.sqrt() if matrix.dim() == 2 else _each(torch.linalg.cholesky, matrix).mT
@@ -126,17 +126,24 @@ def _with_outer(matrix: Tensor, mean: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(matrix, mean.unsqueeze(-1), mean.unsqueeze(-2), alpha=scale)
 
 
-def _covariance(moments: Moments) -> Tensor:
+def covariance_of(moments: Moments) -> Tensor:
     """Of a layer's input, or of its output where only that is known."""
     whole = moments.output if moments.second is None else moments.second
     assert whole is not None
     return _with_outer(whole, moments.mean, -1.0)
 
 
+def known_mean(moments: Moments) -> tuple[Tensor, Tensor]:
+    """The mean less its noise (g0, n), and of the products of means what is noise (g0,)."""
+    norm2 = float(moments.mean.square().sum())
+    sure = max(0.0, 1.0 - moments.mean_noise / norm2) if norm2 > 0 else 1.0
+    return sure * moments.mean, (1.0 - sure**2) * moments.mean.square().sum(-1)
+
+
 def noise_share(shape: WeightShape, weight: Tensor, moments: Moments) -> float:
     """:func:`shrinkage_of` what is known of a layer's input (of its output where only that is)."""
-    w = _matrix(shape, weight).double().cpu() if moments.second is None else None
-    return shrinkage_of(_covariance(moments), moments.noise, None if w is None else w @ w.mT)
+    w = weight_matrix(shape, weight).double().cpu() if moments.second is None else None
+    return shrinkage_of(covariance_of(moments), moments.noise, None if w is None else w @ w.mT)
 
 
 def unknown_share(covariance: Tensor, noise: float) -> float:
@@ -158,16 +165,22 @@ def carried(root: Tensor | None, matrix: Tensor, second: Tensor) -> float:
     return sum(float((part @ second * part).sum()) for _, part in _in_blocks(root, matrix))
 
 
-def _matrix(shape: WeightShape, weight: Tensor) -> Tensor:
+def weight_matrix(shape: WeightShape, weight: Tensor) -> Tensor:
     """(g0, f, n), where it lies."""
     return weight.detach().reshape(shape.conv_groups, -1, shape.numel // shape.out_channels)
 
 
-def triangle(shape: WeightShape, weight: Tensor, moments: Moments, sensitive: bool) -> Tensor | None:
-    """R with R^T R = W^T H^T H W (g0, n, n): all that errors depend on, of more filters than columns; else None."""
-    if shape.filters_per_group <= shape.columns or moments.second is None:
+def weight_for_errors(shape: WeightShape, weight: Tensor, moments: Moments, sensitive: bool) -> Tensor | None:
+    """R with R^T R = W^T H^T H W: all that errors depend on. None where that is W, or where y alone is known.
+
+    Of more filters than columns (g0, n, n), else H W.
+    """
+    if moments.second is None:
         return None
-    filters, matrix = _of_filters(moments) if sensitive else None, _matrix(shape, weight)
+    matrix = weight_matrix(shape, weight)
+    if shape.filters_per_group <= shape.columns:
+        return on_filters(root_of(moments), matrix.double().cpu()) if sensitive else None
+    filters = _of_filters(moments) if sensitive else None
     products = (matrix[:, at].double().cpu().mT @ rows for at, rows in _in_blocks(filters, matrix))
     return _each(_square_root, functools.reduce(torch.add, products))
 
@@ -195,17 +208,15 @@ def weighting(
     What is noise in mean and covariance goes to a multiple of the identity, under which errors are those of the weight
     alone: no rank is to be chosen by what a few samples do not show. ``centred``: a bias will take up the mean of the
     error. ``share`` of the covariance goes to the identity, by default what is noise. With ``few``, the layer's
-    :func:`triangle`, in coordinates of the outputs that leave n filters and no H: for errors, not for factors.
+    :func:`weight_for_errors`, in coordinates of the outputs that leave no H and n filters at most: for errors, not for
+    factors.
     """
-    w = _matrix(shape, weight).double().cpu() if few is None else few
+    w = weight_matrix(shape, weight).double().cpu() if few is None else few
     if few is not None:
         shape = replace(shape, out_channels=few.shape[0] * few.shape[1])
     alike = None if moments.second is not None else w @ w.mT
-    norm2 = float(moments.mean.square().sum())
-    sure = max(0.0, 1.0 - moments.mean_noise / norm2) if norm2 > 0 else 1.0
-    covariance, known = _covariance(moments), sure * moments.mean
+    covariance, (known, unsure) = covariance_of(moments), known_mean(moments)
     share = shrinkage_of(covariance, moments.noise, alike) if share is None else share
-    unsure = (1.0 - sure**2) * moments.mean.square().sum(-1)  # of the products of means
     second = shrink(covariance, share, alike, unsure)
     if not centred:
         second = _with_outer(second, known, 1.0)
@@ -215,11 +226,11 @@ def weighting(
         output, energy = None, 1.0 if sensitive else carried(None, w, second)
     else:
         mean_input, mean, output = None, known, second
-        energy = float(_trace(second).sum())
+        energy = float(trace(second).sum())
     energy += float(mean.square().sum()) if centred else 0.0
     inner = None if alike is not None else second
     held = None if moments.held is None else moments.held.double().transpose(0, 1)
     if not sensitive:
         return Weighting(shape, w, inner, output, mean, mean_input, centred, None, energy, True, held)
-    root = _root(moments) if few is None else None
+    root = root_of(moments) if few is None else None
     return Weighting(shape, w, inner, output, mean, mean_input, centred, root, 1.0, False, held)

@@ -9,8 +9,9 @@ from support.population import without_noise
 from torch import nn
 
 from alds_fast.criteria import collect_moments, fold_matrix, slice_bases, tap_blocks, weighting
+from alds_fast.criteria.one_slice import one_slice
 from alds_fast.criteria.weighted_errors import certificate, errors, held_out_errors
-from alds_fast.criteria.weights import triangle
+from alds_fast.criteria.weights import weight_for_errors
 from alds_fast.factors.weighted import factors
 from alds_fast.layers import find_layers
 from alds_fast.linalg import Decomposition, distinct_schemes, divisors, max_rank, unfold
@@ -98,7 +99,7 @@ def test_more_filters_than_columns_are_taken_together(name, sensitive, monkeypat
     if diagonal:
         moments = replace(moments, gradient=moments.gradient.diagonal(dim1=-2, dim2=-1))
     whole = weighting(layer.shape, weight, moments, True, sensitive)
-    r = triangle(layer.shape, weight, moments, sensitive)
+    r = weight_for_errors(layer.shape, weight, moments, sensitive)
     assert r.shape == (layer.shape.conv_groups, layer.shape.columns, layer.shape.columns)
     few = weighting(layer.shape, weight, moments, True, sensitive, few=r)
     assert few.root is None and few.scale == pytest.approx(whole.scale)
@@ -107,9 +108,37 @@ def test_more_filters_than_columns_are_taken_together(name, sensitive, monkeypat
             torch.testing.assert_close(rule(few, scheme, groups), rule(whole, scheme, groups), rtol=1e-6, atol=1e-7)
 
 
-def test_triangle_only_where_there_are_more_filters_than_columns():
+@pytest.mark.parametrize("name", [*LAYERS, *TALL])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("sensitive", [False, True])
+@pytest.mark.parametrize("outputs", [False, True])
+def test_errors_of_one_slice_for_any_share(name, centred, sensitive, outputs):
+    """Against the general way, with moments of inputs or, of outputs alone, as those of wide layers."""
+    build, shape, *_ = (LAYERS | TALL)[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(build(), nn.GELU(), nn.Flatten(), nn.LazyLinear(3)).double()
+    data = [torch.randn(shape).double() + 0.3 for _ in range(2)]
+    model(data[0])
+    layer = find_layers(model)[0]
+    weight, order = layer.module.weight, 1 if outputs else 4096
+    moments = collect_moments(model, data, [layer], sensitivity=True, held_out=0.2, order=order)["0"]
+    assert (moments.second is None) is outputs
+    one = one_slice(
+        layer.shape, weight, moments, centred, sensitive, weight_for_errors(layer.shape, weight, moments, sensitive)
+    )
+    without = replace(one, seen=None)
+    for share in (0.0, 0.3, 1.0):
+        w = weighting(layer.shape, weight, moments, centred, sensitive, share)
+        stated, held_out = one.errors(share)
+        for found, rule in ((stated, errors), (held_out, held_out_errors), (without.errors(share)[0], errors)):
+            wanted = rule(w, 0, 1)[: len(found)]
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7 * float(1 + wanted[0]))
+        assert without.errors(share)[1] is None
+
+
+def test_the_weight_itself_is_what_errors_depend_on_without_gradients():
     layer, moments = case("linear")
-    assert triangle(layer.shape, layer.module.weight, moments, False) is None
+    assert weight_for_errors(layer.shape, layer.module.weight, moments, False) is None
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
