@@ -41,7 +41,7 @@ from .spectra import (
     with_outputs,
 )
 from .weighted_errors import EIGEN_NOISE, fold_matrix, slice_bases, tap_blocks
-from .weights import Weighting, carried, on_filters, unknown_share, weighting
+from .weights import Weighting, carried, off_filters, on_filters, squared_norm, unknown_share, weighting
 
 __all__ = [
     "CRITERIA",
@@ -84,6 +84,7 @@ __all__ = [
     "layer_spectra",
     "mark_float32",
     "moment_forms",
+    "off_filters",
     "on_filters",
     "outputs",
     "patches",
@@ -92,6 +93,7 @@ __all__ = [
     "removal_order",
     "rows_to_draw",
     "slice_bases",
+    "squared_norm",
     "tap_blocks",
     "total_work",
     "unknown_share",

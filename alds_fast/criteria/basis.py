@@ -15,7 +15,7 @@ from .moments import Moments
 from .one_slice import OneSlice, one_slice
 from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
 from .weighted_errors import Bases, bases_of, errors, held_out_errors
-from .weights import Weighting, noise_share, unknown_share, weight_for_errors, weighting
+from .weights import Weighting, noise_share, squared_norm, unknown_share, weight_for_errors, weighting
 
 LEAST_NOISE = 0.02  # share below which more than it is not tried
 MOST_NOISE = 0.95  # mean share of the layers, above which data are not used unless a criterion is asked for
@@ -134,10 +134,10 @@ class Basis:
         m = self.moments[layer.name]
         whole = m.output if m.second is None else m.second
         assert whole is not None
-        share = unknown_share(whole, m.noise)
+        share = unknown_share(squared_norm(whole), m.noise)
         if not criterion.needs_gradients or m.gradient is None:
             return share
-        return min(share, unknown_share(m.gradient, m.gradient_noise))
+        return min(share, unknown_share(squared_norm(m.gradient), m.gradient_noise))
 
     def goes_by_samples_kept_aside(self, layers: Sequence[DecomposableLayer]) -> bool:
         """Whether layers are to be compared by their errors there: where those of calibration are not near them.

@@ -40,14 +40,6 @@ class Weighting:
     relative: bool
     held: Tensor | None = None
 
-    @functools.cached_property
-    def inverse(self) -> Tensor | None:
-        """H^-1, as H; only factors need it."""
-        if self.root is None or self.root.dim() == 2:
-            return None if self.root is None else 1.0 / self.root
-        identity = torch.eye(self.root.shape[-1], dtype=self.root.dtype, device=self.root.device)
-        return torch.stack([torch.linalg.solve_triangular(matrix, identity, upper=True) for matrix in self.root])
-
 
 def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) -> float:
     """The share of what is known without data that brings a noisy covariance nearest to the true one, in [0, 1].
@@ -60,11 +52,11 @@ def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) 
     if alike is not None:
         spread = float((covariance - shrink(covariance, 1.0, alike)).square().sum())
     else:  # ||C||^2 less that of its mean
-        spread = _norm2(covariance) - float(trace(covariance).square().sum()) / covariance.shape[-1]
+        spread = squared_norm(covariance) - float(trace(covariance).square().sum()) / covariance.shape[-1]
     return min(1.0, noise / spread) if spread > 0 else float(noise > 0)
 
 
-def _norm2(x: Tensor) -> float:
+def squared_norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x)) ** 2
 
 
@@ -91,6 +83,15 @@ def on_filters(matrix: Tensor | None, x: Tensor) -> Tensor:
     if matrix is None:
         return x
     return matrix.unsqueeze(-1) * x if matrix.dim() == 2 else matrix @ x
+
+
+def off_filters(matrix: Tensor | None, x: Tensor) -> Tensor:
+    """What :func:`on_filters` made of an x, taken back: H^-1 x for the upper triangles or diagonals H."""
+    if matrix is None:
+        return x
+    if matrix.dim() == 2:
+        return x / matrix.unsqueeze(-1)
+    return torch.stack([torch.linalg.solve_triangular(one, y, upper=True) for one, y in zip(matrix, x, strict=True)])
 
 
 def _of_filters(moments: Moments) -> Tensor:
@@ -146,9 +147,8 @@ def noise_share(shape: WeightShape, weight: Tensor, moments: Moments) -> float:
     return shrinkage_of(covariance_of(moments), moments.noise, None if w is None else w @ w.mT)
 
 
-def unknown_share(covariance: Tensor, noise: float) -> float:
-    """How much of a covariance's square is noise, in [0, 1]: near 1 for a few samples, near 0 for many."""
-    norm2 = float(covariance.square().sum())
+def unknown_share(norm2: float, noise: float) -> float:
+    """How much of a covariance's squared norm is noise, in [0, 1]: near 1 for a few samples, near 0 for many."""
     return min(1.0, noise / norm2) if norm2 > 0 else float(noise > 0)
 
 

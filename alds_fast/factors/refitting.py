@@ -51,13 +51,14 @@ def _fit(
 ) -> FactorReport | None:
     """New factors, or weight, and bias of a layer, in place; None, and nothing, where the batches tell too little."""
     dense: Any = layer.module
-    seen = sums.means()
-    covariance = seen.spread(True)[0]
-    noise = sums.noise(covariance)
-    if unknown_share(covariance, noise) > MOST_UNKNOWN:
+    noise, norm2 = sums.noise()
+    if unknown_share(norm2, noise) > MOST_UNKNOWN:
         return None
-    weight = oriented_weight(dense).double().cpu().reshape(*seen.cross.shape)
+    groups = layer.shape.conv_groups
+    weight = oriented_weight(dense).double().cpu().reshape(groups, -1, layer.shape.columns)
     best = best_weight(weight, sums, centred)
+    seen = sums.means()
+    sums.forget_products()
     if isinstance(low, LowRankLayer):
         moments = Moments(
             round(sums.rows), seen.second, seen.mean, None, gradient[0], noise, gradient[1], sums.mean_noise()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..criteria import distinct_rows, exact_products, with_few_rows
+from ..criteria import distinct_rows, exact_products, squared_norm, with_few_rows
 from ..linalg import solve_each
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the mean eigenvalue of C; infinity leaves W as it is
@@ -37,8 +37,13 @@ class Means(NamedTuple):
         """C and B, the products of the means taken out if ``centred``."""
         if not centred:
             return self.second, self.cross
+        cross = torch.baddbmm(self.cross, self.mean_y.unsqueeze(-1), self.mean.unsqueeze(-2), alpha=-1.0)
+        return self.covariance(), cross
+
+    def covariance(self) -> Tensor:
+        """C - E[x'] E[x']^T, of its own memory."""
         mean = self.mean.unsqueeze(-2)
-        return self.second - mean.mT * mean, self.cross - self.mean_y.unsqueeze(-1) * mean
+        return torch.baddbmm(self.second, mean.mT, mean, alpha=-1.0)
 
     def lost(self, weight: Tensor, centred: bool) -> float:
         """E||y - V x'||^2 for a weight V (g0, f, n); ``centred``: a bias takes up its mean."""
@@ -48,7 +53,10 @@ class Means(NamedTuple):
 
 
 class CrossSums:
-    """Float64 sums over rows, for each half of the samples; a call counts by all its rows, drawn or not."""
+    """Float64 sums over rows, for each half of the samples; a call counts by all its rows, drawn or not.
+
+    Of wide layers they are what takes the memory: once :meth:`means` are asked for they are means, and none are added.
+    """
 
     def __init__(self, worth: float = 1.0) -> None:
         """``worth``: how much of the rows tells something new, see :class:`alds_fast.measurement.Samples`."""
@@ -60,6 +68,7 @@ class CrossSums:
         self.fourth = 0.0  # sum over rows of the fourth power of their distance from ``shift``, times squared weights
         self.shift: Tensor | None = None
         self.paired = True  # every row of y has had its row of x'
+        self._averaged = False
 
     @property
     def rows(self) -> float:
@@ -103,28 +112,28 @@ class CrossSums:
         """Whether no NaN or infinite value was seen."""
         return all(bool(part.isfinite().all()) for half in self.halves for part in half)
 
-    def noise(self, covariance: Tensor) -> float:
-        """Expected squared distance of the covariance of x' from the true one.
+    def noise(self) -> tuple[float, float]:
+        """Expected squared distance of the covariance of x' from the true one, and that covariance's squared norm.
 
         The larger one of two estimates, by how far the rows are apart and by how far the two halves are.
         """
-        free, norm2 = self.distinct - 2, float(covariance.square().sum())
+        free, norm2 = self.distinct - 2, squared_norm(self.means().covariance())
         if free <= 0:
-            return math.inf
+            return math.inf, norm2
         of_rows = max(0.0, self.fourth / self.rows**2 * self.drawn - norm2) / free
-        apart = self._apart(lambda means: means.spread(True)[0]) if all(self.counts) else 0.0
-        return max(of_rows, apart) * with_few_rows(free)
+        apart = self._apart(Means.covariance) if all(self.counts) else 0.0
+        return max(of_rows, apart) * with_few_rows(free), norm2
 
     def _apart(self, part: Callable[[Means], Tensor]) -> float:
         """The variance of what is computed of both halves, by how far it is apart."""
-        first, second = part(self.means(0)), part(self.means(1))
-        return float((first - second).square().sum()) * self.counts[0] * self.counts[1] / self.rows**2
+        distance = squared_norm(part(self.means(0)).sub_(part(self.means(1))))
+        return distance * self.counts[0] * self.counts[1] / self.rows**2
 
     def mean_noise(self) -> float:
         """Expected squared distance of the mean of x' from the true one."""
         if self.distinct < 3 or not all(self.counts):
             return math.inf
-        return self._apart(lambda means: means.mean) * with_few_rows(self.distinct - 2)
+        return self._apart(lambda means: means.mean.clone()) * with_few_rows(self.distinct - 2)
 
     def without_noise(self, moved: Callable[[Means], Tensor]) -> Tensor:
         """A mean of all rows, of which noise, by how far the halves' are apart, is taken off towards 0."""
@@ -135,26 +144,40 @@ class CrossSums:
         return whole * (max(0.0, 1.0 - noise / norm2) if norm2 > 0 else 0.0)
 
     def means(self, *halves: int) -> Means:
-        """Of some halves, by default all that have rows."""
-        chosen = halves or [half for half in (0, 1) if self.counts[half]]
-        count = sum(self.counts[half] for half in chosen)
-        sums = [sum(rest, one).cpu() for one, *rest in zip(*(self.halves[h] for h in chosen), strict=True)]
-        second, cross, mean, mean_y, energy = (total / count for total in sums)
+        """Of some halves, by default all that have rows; those of one half are not to be changed."""
+        if not self._averaged:
+            self._averaged = True
+            self.halves = self._mean(0), self._mean(1)
+        first, *rest = halves or [half for half in (0, 1) if self.counts[half]]
+        parts = self.halves[first]
+        if rest:
+            share = self.counts[rest[0]] / self.rows
+            parts = [torch.lerp(a, b, share) for a, b in zip(parts, self.halves[rest[0]], strict=True)]
+        second, cross, mean, mean_y, energy = parts
         return Means(second, cross, mean, mean_y, float(energy))
+
+    def _mean(self, half: int) -> list[Tensor]:
+        return [total.div_(self.counts[half]).cpu() for total in self.halves[half]]
+
+    def forget_products(self) -> None:
+        """What is left are the means of x' and y."""
+        for half in self.halves:
+            half[:2] = [part.new_zeros(()) for part in half[:2]]
 
 
 def _towards(weight: Tensor, seen: Means, ridges: Sequence[float], centred: bool) -> Iterator[Tensor]:
     """W' for every ridge."""
     second, cross = seen.spread(centred)
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    missing = cross - weight @ second
+    missing = torch.baddbmm(cross, weight, second, alpha=-1.0)
+    del cross
     for ridge in ridges:
         if math.isinf(ridge) or not bool(size.any()):
             yield weight
             continue
         ridged = second.clone()
         ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, ridge * size, 1.0).squeeze(-1))
-        yield weight + _solve(ridged, missing)
+        yield _solve(ridged, missing).add_(weight)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..criteria import EIGEN_NOISE, Weighting, carried, fold_matrix, on_filters, slice_bases, tap_blocks
+from ..criteria import EIGEN_NOISE, Weighting, carried, fold_matrix, off_filters, on_filters, slice_bases, tap_blocks
 from ..linalg import Decomposition, matrix_shape, unfold
 
 REFIT_NOISE = 1e-6  # features with less than this share of the largest one's energy are not fitted
@@ -47,7 +47,7 @@ def _without(root: Tensor | None, left: Tensor) -> Tensor:
         return left
     filters = root.shape[1]
     split = left.unflatten(2, (filters, -1)).transpose(1, 2)
-    return on_filters(root, split.flatten(2)).view(split.shape).transpose(1, 2).flatten(2, 3)
+    return off_filters(root, split.flatten(2)).view(split.shape).transpose(1, 2).flatten(2, 3)
 
 
 def _refit_decoder(w: Weighting, scheme: int, left: Tensor, right: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
     basis, values = _complete(bases.slices, bases.left, bases.values, rank), bases.values
     right = basis.mT @ bases.slices
     del bases  # as large as the weight, twice
-    left = _without(w.inverse, basis)
+    left = _without(w.root, basis)
     lost, shift = _lost(w, scheme, left, right), torch.zeros_like(w.mean)
     seen = _energy(w, lost, values, rank)
     if blocks is not None and (groups > 1 or blocks.shape[1] > 1):
@@ -101,7 +101,7 @@ def factors(w: Weighting, decomposition: Decomposition) -> WeightedFactors:
     elif w.centred:  # W_hat mean = H^-1 U U^T H W mean
         mean = w.mean.unsqueeze(-1)
         kept = basis[:, 0] @ (basis[:, 0].mT @ on_filters(w.root, mean))
-        shift = (mean - on_filters(w.inverse, kept)).squeeze(-1)
+        shift = (mean - off_filters(w.root, kept)).squeeze(-1)
     error = math.sqrt(max(0.0, seen / w.scale)) if w.scale > 0 else 0.0
     norm = float(w.weight.norm())
     return WeightedFactors(left, right, shift.flatten(), error, float(lost.norm()) / norm if norm > 0 else 0.0)

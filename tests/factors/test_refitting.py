@@ -36,7 +36,7 @@ def linear_chain(*widths):
 def test_second_layer_reaches_the_minimum_written_out(monkeypatch):
     """min over V of rank r of E||y - y0 - V (x' - x'0)||^2 = E||y - y0||^2 - the r largest eigenvalues of B C^+ B^T."""
     monkeypatch.setattr(ridge, "RIDGES", (0.0,))
-    monkeypatch.setattr(ridge.CrossSums, "noise", lambda sums, covariance: 0.0)
+    monkeypatch.setattr(ridge.CrossSums, "noise", lambda sums: (0.0, 1.0))
     monkeypatch.setattr(ridge.CrossSums, "_apart", lambda sums, part: 0.0)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 18), nn.Tanh(), nn.Linear(18, 16)).double()
@@ -59,7 +59,7 @@ def test_second_layer_reaches_the_minimum_written_out(monkeypatch):
 
 def test_first_layer_is_as_the_data_criterion_has_it(monkeypatch):
     """Nothing is compressed before it: the weight that is truncated is its own."""
-    monkeypatch.setattr(ridge.CrossSums, "noise", lambda sums, covariance: 0.0)
+    monkeypatch.setattr(ridge.CrossSums, "noise", lambda sums: (0.0, 1.0))
     monkeypatch.setattr(ridge.CrossSums, "_apart", lambda sums, part: 0.0)
     net, x = linear_chain(24, 24, 24), torch.randn(400, 24).double()
     plan = analyze_population(net, data=[x]).plan(params=0.5)
