@@ -21,7 +21,7 @@ from .deployment import DeployTable, deploy
 from .errors import AldsError
 from .evaluation import Evaluation, evaluate, measured_importance
 from .factors import Distilled, Refined, distill, refine
-from .integrations import open_experts, to_plain
+from .integrations import open_experts, own_text, to_plain
 from .layers import (
     LowRankConv1d,
     LowRankConv2d,
@@ -70,6 +70,7 @@ __all__ = [
     "load",
     "measured_importance",
     "open_experts",
+    "own_text",
     "plot_plan",
     "plot_sweep",
     "refine",

@@ -15,7 +15,7 @@ NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
     *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "register", "retrain", "save", "to_plain"),
-    *("filter_threshold", "plot_plan", "plot_sweep", "Sweep", "refine", "Refined", "distill", "Distilled"),
+    *("filter_threshold", "plot_plan", "plot_sweep", "Sweep", "refine", "Refined", "distill", "Distilled", "own_text"),
     "measured_importance",
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
     *("LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d"),
