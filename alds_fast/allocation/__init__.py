@@ -17,9 +17,9 @@ from .costs import (
     relax,
 )
 from .float32_check import curves_in_doubt, with_exact_values
-from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end
+from .latency import MAX_LATENCY_GROUPS, LayerTimes, end_to_end, random_model
 from .one_budget import allocate
-from .pareto import Front, Ints, pareto_front
+from .pareto import Front, Ints, p_norm, pareto_front
 from .slice_pruning import auto_groups, prune_spectra
 from .solver import Solution, dense_reason, largest_error, solve, solve_baseline, solve_error
 from .widths import Width, widths_at_one_price
@@ -49,9 +49,11 @@ __all__ = [
     "largest_error",
     "least_error_of_pivots",
     "memory_table",
+    "p_norm",
     "params_table",
     "pareto_front",
     "prune_spectra",
+    "random_model",
     "relax",
     "solve",
     "solve_baseline",

@@ -18,7 +18,7 @@ Calls = Mapping[str, Mapping[InputSpec, int]]
 SHARES = {
     "params": "parameters kept",
     "flops": "floating-point operations kept",
-    "memory": "the bytes of parameters and buffers kept",
+    "memory": "the bytes of parameters and buffers kept, and with example inputs of activations",
     "latency": "the dense model's latency that is left",
 }
 BYTES_PER_MB = 10**6
@@ -94,13 +94,19 @@ def params_table(choices: Sequence[Candidates], params: int, asked: float) -> Co
 
 
 def memory_table(
-    layers: Sequence[DecomposableLayer], choices: Sequence[Candidates], total: int, asked: float
+    layers: Sequence[DecomposableLayer],
+    choices: Sequence[Candidates],
+    total: int,
+    asked: float,
+    activations: tuple[int, int] = (0, 0),
 ) -> CostTable:
-    """The budget on the bytes of the model's parameters and buffers, of which there are ``total``.
+    """The budget on the bytes of the model's parameters and buffers, of which there are ``total``, and activations.
 
-    Factors are of their weight's type, indices of pivots are int64.
+    Of ``activations`` a run has at its peak: in the dense model, and as assumed in the compressed one. Factors are of
+    their weight's type, indices of pivots are int64.
     """
-    costs, fixed = [], total
+    costs, fixed = [], total + activations[1]
+    total += activations[0]
     for layer, choice in zip(layers, choices, strict=True):
         low = isinstance(layer.module, LowRankLayer)
         size = int((layer.module.encoder if low else layer.module.weight).element_size())  # type: ignore[operator]

@@ -47,8 +47,6 @@ from .costs import Calls, CostTable
 from .pareto import Floats, Ints
 
 MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
-
-
 LEVELS, SPACING = 4, 3
 ROUNDS, REPEATS = 5, 3
 NS_PER_MS = 1_000_000
@@ -83,12 +81,8 @@ def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
         weight["factors"] = module.decomposition.to_dict()
     else:
         weight["strides"] = module.weight.stride()
-    fields = {
-        "kind": layer.kind,
-        "weight": weight,
-        "bias": getattr(module, "bias", None) is not None,
-        "options": options,
-    }
+    bias = getattr(module, "bias", None) is not None
+    fields: dict[str, Any] = {"kind": layer.kind, "weight": weight, "bias": bias, "options": options}
     fields |= {"conv_groups": layer.shape.conv_groups if layer.shape else 1, "input": spec.to_dict()}
     return json.dumps(fields, sort_keys=True)
 
@@ -242,16 +236,20 @@ class LayerTimes:
         self._timings.save()
 
 
+def random_model(model: nn.Module, replaced: Mapping[str, Decomposition]) -> nn.Module:
+    """A copy with low-rank layers of random factors in the place of these, by name. ModelError if it cannot be made."""
+    modules = dict(model.named_modules())
+    return replace_layers(model, {name: random_low_rank(modules[name], d) for name, d in replaced.items()})
+
+
 def end_to_end(
     model: nn.Module, replaced: Mapping[str, Decomposition], example_inputs: Any, device: torch.device
 ) -> tuple[float, float, float]:
     """Latency of a compressed model over that of the dense one, and the milliseconds of dense and compressed.
 
-    The factors are random: what they are does not change the time. ``replaced`` is by layer name. Raises ModelError if
-    the model cannot be copied.
+    The factors are random: what they are does not change the time. ModelError if the model cannot be copied.
     """
-    modules = dict(model.named_modules())
-    small = replace_layers(model, {name: random_low_rank(modules[name], d) for name, d in replaced.items()})
+    small = random_model(model, replaced)
     with inference(model), inference(small), keeping_state(model):
         sides = {"dense": partial(call_model, model, copy_batch(example_inputs))}
         sides["compressed"] = partial(call_model, small, copy_batch(example_inputs))

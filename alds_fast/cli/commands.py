@@ -180,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--flops", type=share_or_count, help="share of the FLOPs to keep, or their number; needs --input"
     )
-    compress.add_argument("--memory", type=amount, help="share of the bytes of weights to keep, or like 20MB")
+    compress.add_argument(
+        "--memory", type=amount, help="share of the bytes of weights (with --input of activations too), or like 20MB"
+    )
     compress.add_argument("--latency", type=float, help="share of the measured latency, in (0, 1]; needs --input")
     compress.add_argument("--error", type=float, help="largest relative error of a layer, in the place of the above")
     compress.add_argument("--quality", type=float, help="least that --evaluate may return, in the place of the above")

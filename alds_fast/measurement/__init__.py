@@ -1,4 +1,4 @@
-"""Running a user's model: its inputs, its floating-point operations, its time; the model is left as it was.
+"""Running a user's model: its inputs, its floating-point operations, its time and memory; the model is left as it was.
 
 Here belongs what observes models. What is decided by the observations belongs in allocation and deployment.
 """
@@ -7,6 +7,7 @@ from .data_batches import check_batches, check_data, first_batch, naming_batch, 
 from .flops import count_inputs, dense_flops, flops_of_ranks
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
+from .memory import Peak, peak_of_activations
 from .output_gradients import KL, Sensitivity, backward_from, check_sensitivity, first_floating, signs_of
 from .private_runs import MAPPED, Run, check_runs, copy_batch, keeping_state, private_runs
 from .run_model import (
@@ -31,6 +32,7 @@ __all__ = [
     "InputSpec",
     "LayerCall",
     "Masks",
+    "Peak",
     "Ratios",
     "Run",
     "Samples",
@@ -69,6 +71,7 @@ __all__ = [
     "numbered_batches",
     "output_tensors",
     "paired_ratios",
+    "peak_of_activations",
     "private_runs",
     "quartile_spread",
     "shared_inputs",

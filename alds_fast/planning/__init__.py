@@ -22,7 +22,8 @@ from .options import (
     resolved_precision,
 )
 from .plan import Plan
-from .plan_rows import LayerPlan, kinds_text
+from .plan_rows import LayerPlan
+from .plan_texts import kinds_text
 from .plots import analysis_dict, check_plot, plot_plan, plot_sweep
 from .run_analysis import analyze
 

@@ -24,11 +24,10 @@ from ..criteria import (
     with_outputs,
 )
 from ..layers import DecomposableLayer, Layer, count_bytes, decomposable, left_out_text, saying_what_is_left_out
-from ..measurement import count_inputs
 from ..processes import World
 from ..progress import ProgressOption
 from ..text import ShownInNotebooks
-from .budget_loop import PlanProblem, errors_of_layers, solve_shares
+from .budgets import PlanProblem, errors_of_layers, seen_in_runs, solve_shares
 from .findings import SWEPT, Sweep, analysis_text, smallest_of_quality, sweep
 from .options import (
     budget_amount,
@@ -112,14 +111,15 @@ class Analysis(ShownInNotebooks):
             params: share of the whole model's parameters to keep, in (0, 1], or their number, an integer above 1.
             flops: the same of the floating-point operations of one run of the whole model, as
                 ``torch.utils.flop_counter`` counts them.
-            memory: the same of the bytes of parameters and buffers; also a text like "20MB" (10^6 bytes) or "20MiB".
+            memory: the same of the bytes of parameters and buffers and, with ``example_inputs``, of a run's activations
+                at their peak, measured; also a text like "20MB" (10^6 bytes) or "20MiB".
             latency: share of the dense model's latency to keep, in (0, 1], on the device where model and inputs are;
                 measured, see :mod:`alds_fast.allocation.latency`. More than 8 channel slices are not tried under it.
             error: largest relative error allowed, >= 0; the fewest parameters within it. Alone.
             quality, evaluate: the least that ``evaluate(small)``, of the model in evaluation mode, may be; the fewest
                 parameters found with that, by bisection, every step of which is in ``Plan.quality``. Alone.
-            example_inputs: what the model is run with for flops= and latency=, and where operations are to be counted:
-                a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+            example_inputs: what the model is run with for flops= and latency=, and where operations are to be counted
+                and activations to count: a tensor, a tuple or list of positional arguments, or a dict of keyword ones.
             criterion: "frobenius" (exact), "operator", "paper" (upper bounds) or "reference", see
                 :mod:`alds_fast.criteria.spectral`; with data "output" (exact error of the layer's output on the data,
                 relative to that output), "output-bound" (an upper bound of it) or, with gradients, "sensitivity" (what
@@ -189,10 +189,10 @@ class Analysis(ShownInNotebooks):
         pinned = pins_of_layers(pins, min_rank, self.model, self.layers)
         if not check_is_possible([k for k, share in shares.items() if share is not None], basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
-        counted = None if example_inputs is None else count_inputs(self.model, example_inputs, names)
-        sizes = self.params, count_bytes(self.model), counted
+        seen = seen_in_runs(self.model, example_inputs, names, memory is not None)
+        sizes = self.params, count_bytes(self.model), *seen
         if hidden_units:
-            search = WidthSearch(self, basis, few, weights, pinned, int(align), pivots, asked, example_inputs, counted)
+            search = WidthSearch(self, basis, few, weights, pinned, int(align), pivots, asked, example_inputs, *seen)
             return search.plan({**options, "p": p, "criterion": basis.criterion}, progress)
         while True:
             errors, pivoted = self._errors_of(layers, basis, few, progress), pivots and method not in BASELINES

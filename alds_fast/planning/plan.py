@@ -19,11 +19,12 @@ from ..integrations import keep_when_saved, warn_of_lost_merging
 from ..layers import annotate, check_copyable, count_params, label, opened_for, warn_of_holders
 from ..measurement import check_batches, without_labels
 from ..progress import ProgressOption, telling
-from ..text import ShownInNotebooks, table
+from ..text import ShownInNotebooks
 from .fitting import inputs_of_run, refine_steps, refit_steps
 from .options import check_refining
 from .plan_json import plan_text, read_plan
-from .plan_rows import Latency, LayerPlan, Quality, costs_text, diff_text, row_cells
+from .plan_rows import Latency, LayerPlan, Quality, memory_of
+from .plan_texts import costs_lines, diff_text, rows_text
 from .result_check import check_result, check_run, check_way, naming_readers
 
 
@@ -42,8 +43,9 @@ class Plan(ShownInNotebooks):
         bias_correction: where factors are fitted to data, biases take up the means of the errors.
         keeps_constants: convolutions without data keep what they return for a constant input, at a larger error.
         pins, min_rank: what single layers, and all, were held to.
-        costs: before and after, "memory", the bytes of parameters and buffers, and "flops", the operations of a run,
-            where there were example inputs; empty for a plan edited by hand.
+        costs: before and after, "memory", the bytes of parameters and buffers, "activations", those of a run at its
+            peak, where a budget on memory had example inputs, and "flops", the operations of a run, where a plan had
+            any; empty for a plan edited by hand.
         hidden_units: :class:`alds_fast.factors.FewerUnits` of layers that lose some; rows have the shapes left.
         quality: what was measured for a plan of enough quality; None without, and for a plan edited by hand.
     """
@@ -87,8 +89,9 @@ class Plan(ShownInNotebooks):
 
     @property
     def memory(self) -> int | None:
-        """Bytes of the compressed model's parameters and buffers; None for a plan edited by hand."""
-        return self.costs["memory"][1] if "memory" in self.costs else None
+        """Bytes of parameters and buffers and, where ``costs`` has them, of activations; None for an edited plan."""
+        sizes = memory_of(self.costs)
+        return None if sizes is None else sizes[1]
 
     @property
     def keep_ratio(self) -> float:
@@ -231,20 +234,15 @@ class Plan(ShownInNotebooks):
         return f"{self.budget}: {sizes}, largest {self.criterion} error {self.error:.4g}"
 
     def __str__(self) -> str:
-        headers = ["layer", "kind", "shape", "scheme", "groups", "rank", "error", "params", "after", "reason"]
-        held_out = self.held_out
-        if held_out is not None:
-            headers.insert(7, "held out")
-        lines = table(headers, [row_cells(row, held_out is not None) for row in self.layers], (0, 1, len(headers) - 1))
-        held = "" if held_out is None else f", {held_out:.4g} on samples kept aside"
+        held = "" if self.held_out is None else f", {self.held_out:.4g} on samples kept aside"
         p = "inf" if math.isinf(self.p) else f"{self.p:g}"
         total = (
             f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); largest "
             f"{self.criterion} error {self.error:.4g}{held}; asked {self.budget}; method {self.method}, p={p}, "
             f"gap {self.gap:.2g}"
         )
-        costs = [costs_text(self.costs)] if self.costs else []
-        return "\n".join([lines, total, *costs, *(str(m) for m in (self.latency, self.quality) if m)])
+        costs = costs_lines(self.costs, self.budgets.get("memory"))
+        return "\n".join([rows_text(self.layers), total, *costs, *(str(m) for m in (self.latency, self.quality) if m)])
 
     def to_json(self) -> str:
         """The plan as JSON text; exact round trip with :meth:`from_json`."""

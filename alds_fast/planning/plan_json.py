@@ -137,8 +137,10 @@ def _read_costs(costs: Any) -> dict[str, tuple[int, int]]:
     pairs: dict[str, Any] = costs if isinstance(costs, dict) else {"": costs}
     for name, pair in pairs.items():
         counts = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)
-        if name not in ("flops", "memory") or not counts:
-            raise PlanError(f"not a plan: costs={costs!r} are not two integers >= 0 each of flops and memory")
+        if name not in ("flops", "memory", "activations") or not counts:
+            raise PlanError(
+                f"not a plan: costs={costs!r} are not two integers >= 0 each of flops, memory and activations"
+            )
     return {name: (pair[0], pair[1]) for name, pair in pairs.items()}
 
 

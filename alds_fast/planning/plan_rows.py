@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -12,7 +11,6 @@ from ..criteria import Basis
 from ..factors import Choice
 from ..layers import DecomposableLayer, Layer
 from ..linalg import Decomposition, Pivots, WeightShape
-from ..text import shape_text, table
 from .options import Pin
 
 
@@ -159,61 +157,13 @@ def _chosen_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: i
     return LayerPlan(**row)
 
 
-def _error_text(error: float) -> str:
-    """With two digits at least: sensitivities may be small."""
-    return "0" if error == 0 else f"{error:.4f}" if error >= 1e-3 else f"{error:.1e}"
+def memory_of(costs: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Bytes before and after: of weights, and where a run was measured of its activations; None if they are not known.
 
-
-def row_cells(row: LayerPlan, held_out: bool) -> list[str]:
-    """The texts of a row in the table of a plan, with a column for errors on samples kept aside if ``held_out``."""
-    chosen = ["-" if v is None else str(v) for v in (row.scheme, row.groups, row.rank)]
-    chosen[-1] += f" {row.pivots[:-3]}" if row.pivots else ""
-    errors = ["?" if math.isnan(row.error) else _error_text(row.error)]
-    if held_out:
-        errors.append("-" if row.held_out is None else _error_text(row.held_out))
-    name = row.name or "(model)"
-    counts = [f"{row.params_before:,}", f"{row.params_after:,}"]
-    return [name, row.kind, shape_text(row.shape), *chosen, *errors, *counts, row.reason or row.remark or ""]
-
-
-def kinds_text(rows: Sequence[LayerPlan]) -> str:
-    """A table with a line for each type of layer: how many there are, how many get low-rank, and their parameters."""
-    lines = []
-    for kind in dict.fromkeys(row.kind for row in rows):
-        these = [row for row in rows if row.kind == kind]
-        low = sum(row.choice is not None for row in these)
-        before, after = sum(row.params_before for row in these), sum(row.params_after for row in these)
-        kept = f"{after / before:.1%}" if before else "-"
-        lines.append([kind, str(len(these)), str(low), f"{before:,}", f"{after:,}", kept])
-    return table(["kind", "layers", "low-rank", "params", "after", "kept"], lines)
-
-
-def costs_text(costs: Mapping[str, tuple[int, int]]) -> str:
-    """Operations and bytes before and after, as :attr:`alds_fast.Plan.costs` has them.
-
-    >>> costs_text({"memory": (2_000_000, 500_000), "flops": (1000, 400)})
-    'FLOPs 1,000 -> 400 (40.00% kept); weights 2 -> 0.5 MB (25.00% kept)'
+    >>> memory_of({"memory": (2_000_000, 500_000), "activations": (300_000, 400_000)})
+    (2300000, 900000)
     """
-    parts = [f"FLOPs {before:,} -> {after:,} ({after / before:.2%} kept)" for before, after in
-             (costs[name] for name in ("flops",) if name in costs)]  # fmt: skip
-    if "memory" in costs:
-        before, after = costs["memory"]
-        kept = f" ({after / before:.2%} kept)" if before else ""
-        parts.append(f"weights {before / 1e6:.4g} -> {after / 1e6:.4g} MB{kept}")
-    return "; ".join(parts)
-
-
-def diff_text(rows: tuple[Sequence[LayerPlan], Sequence[LayerPlan]], totals: tuple[str, str]) -> str:
-    """Two plans of the same layers side by side: those that differ, and below the totals of each."""
-    pairs = [pair for pair in zip(*rows, strict=True) if pair[0] != pair[1]]
-    headers = ["layer", "shape", "scheme, groups, rank", "then", "error", "then", "after", "then", "change"]
-    lines = []
-    for pair in pairs:
-        chosen = [f"{r.scheme}, {r.groups}, {r.rank} {r.pivots[:-3]}".rstrip() if r.choice else "dense" for r in pair]
-        errors = ["?" if math.isnan(r.error) else _error_text(r.error) for r in pair]
-        after = [r.params_after for r in pair]
-        cells = [*chosen, *errors, *(f"{n:,}" for n in after), f"{after[1] - after[0]:+,}"]
-        lines.append([pair[0].name or "(model)", shape_text(pair[0].shape), *cells])
-    same = len(rows[0]) - len(pairs)
-    head = table(headers, lines, (0, 2, 3)) + "\n" if lines else ""
-    return f"{head}{len(pairs)} layers differ, {same} do not\nfirst: {totals[0]}\nthen:  {totals[1]}"
+    if "memory" not in costs:
+        return None
+    weights, peaks = costs["memory"], costs.get("activations", (0, 0))
+    return weights[0] + peaks[0], weights[1] + peaks[1]

@@ -112,6 +112,9 @@ def test_numbers_of_parameters_and_bytes(model, capsys):
     for flags, budget in (("--params", "12000"), "params=12000"), (("--memory", "50kB"), "memory=50000"):
         code, out, _ = _run(capsys, "compress", model, *flags, "-o", "s.safetensors", "--json")
         assert code == 0 and json.loads(out)["plan"]["budget"] == budget
+    options = "--memory", "2 MB", "--input", "2,3,12,12", "-o", "s.safetensors"
+    code, out, _ = _run(capsys, "compress", model, *options)
+    assert code == 0 and "memory 2 MB asked, " in out and " MB, the peak of a run as measured" in out
 
 
 def test_the_smallest_model_of_enough_quality(model, capsys):

@@ -10,7 +10,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.errors import LayerNotFoundError, PlanError
-from alds_fast.planning.plan_rows import row_cells
+from alds_fast.planning.plan_texts import row_cells
 
 
 @pytest.fixture(scope="module")

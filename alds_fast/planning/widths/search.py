@@ -38,7 +38,7 @@ from ...layers import (
     with_sizes,
 )
 from ...progress import Progress, ProgressOption, telling
-from ..budget_loop import PlanProblem, errors_of_layers
+from ..budgets import PlanProblem, errors_of_layers
 from ..options import Pin, check_needs, choices_of
 from ..plan import Plan
 
@@ -71,7 +71,7 @@ class WidthSearch:
     """An analysis and what plans are made by: ``few``, ``weights``, ``pins`` as in :meth:`alds_fast.Analysis.plan`.
 
     ``asked``: the budgets by name, one of which is not None; ``counted``: calls of the layers, and the operations of a
-    run, where there are example inputs.
+    run, where there are example inputs; ``activations`` as :class:`PlanProblem` has them.
     """
 
     analysis: Any
@@ -84,6 +84,7 @@ class WidthSearch:
     asked: Mapping[str, float | None]
     example_inputs: Any
     counted: tuple[Calls, int] | None
+    activations: tuple[int, int] | None
 
     def groups(self) -> list[HiddenUnits]:
         """Those whose layers are judged by gradients and by their inputs' moments, and not pinned."""
@@ -163,7 +164,7 @@ class WidthSearch:
                     basis.fold_errors(layer, *key, held_out=True)
         choices = choices_of(layers, errors, self.weights, self.align, self.pivots, self.pins)
         counted = None if self.counted is None else (_calls_of(layers, self.counted[0]), self.counted[1])
-        sizes = self.analysis.params, count_bytes(self.analysis.model), counted
+        sizes = self.analysis.params, count_bytes(self.analysis.model), counted, self.activations
         (table,) = PlanProblem(self.analysis.model, *sizes, layers, choices).tables(self.asked)
         fronts = [pareto_front(costs, choice.errors) for costs, choice in zip(table.costs, choices, strict=True)]
         return table, {layer.name: front for layer, front in zip(layers, fronts, strict=True)}
@@ -199,8 +200,10 @@ class WidthSearch:
             name, amount = next((name, amount) for name, amount in self.asked.items() if amount is not None)
             costs = {"params": self.analysis.params, "memory": count_bytes(self.analysis.model)}
             costs |= {} if self.counted is None else {"flops": self.counted[1]}
-            limit = max(2, math.floor(amount * costs[name] + 1e-9)) if amount <= 1 else int(amount)  # 1 is a share
-            asked = {name: limit if limit < costs[name] else 1.0}
+            costs |= {} if self.activations is None else {"activations": self.activations[0]}
+            total = costs[name] + costs.get("activations", 0)
+            limit = max(2, math.floor(amount * total + 1e-9)) if amount <= 1 else int(amount)  # 1 is a share
+            asked = {name: limit if limit < total else 1.0}
             options = {**options, "example_inputs": self.example_inputs, "hidden_units": False}
             plan: Plan = analysis.plan(**asked, **options, progress=tell)
         return self._of_dense(plan, fewer, f"{name}={amount_text(amount)}", costs)
