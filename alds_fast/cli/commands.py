@@ -177,9 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--params", type=share_or_count, help="share of the parameters to keep, in (0, 1], or their number"
     )
-    compress.add_argument(
-        "--flops", type=share_or_count, help="share of the FLOPs to keep, or their number; needs --input"
-    )
+    compress.add_argument("--flops", type=share_or_count, help="share of the FLOPs, or their number; needs --input")
     compress.add_argument(
         "--memory", type=amount, help="share of the bytes of weights (with --input of activations too), or like 20MB"
     )
