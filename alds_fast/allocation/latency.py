@@ -6,10 +6,10 @@ kept is the ratio, so that the drift of a busy machine cancels. Smaller ranks go
 dense, larger ones are not timed but taken to cost in proportion to the rank. Between ranks the ratio is
 interpolate, below the smallest it is that of the smallest, and it never falls with the rank.
 
-A layer costs calls x dense milliseconds x ratio, in whole nanoseconds; dense layers and the whole dense model are timed
-in one run, taking turns. What the model takes beyond its layers is the fixed part. More than ``MAX_LATENCY_GROUPS``
-channel slices are not tried (a layer analysed for more slices only keeps its fewest): there are hundreds of such
-curves, thin slices run badly, and each would have to be timed.
+A layer costs calls x dense milliseconds x ratio, in whole nanoseconds. Dense layers are timed inside of the model's
+runs; on CUDA, where these are graphs, alone, taking turns with it. What the model takes beyond its layers is the fixed
+part. More than ``MAX_LATENCY_GROUPS`` channel slices are not tried (a layer analysed for more slices only keeps its
+fewest): there are hundreds of such curves, thin slices run badly, and each would have to be timed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ..measurement import (
     interleaved_ms,
     keeping_state,
     median_ratio,
+    ms_by_part,
     paired_ratios,
     quartile_spread,
 )
@@ -154,15 +155,9 @@ class LayerTimes:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        layers: Sequence[DecomposableLayer],
-        choices: Sequence[Candidates],
-        calls: Calls,
-        timings: Timings,
-        device: torch.device,
-    ) -> None:
+        self, model: nn.Module, example_inputs: Any, layers: Sequence[DecomposableLayer],
+        choices: Sequence[Candidates], calls: Calls, timings: Timings, device: torch.device,
+    ) -> None:  # fmt: skip
         self._layers, self._choices, self._calls, self._timings = layers, choices, calls, timings
         self._sites: dict[str, tuple[nn.Module, InputSpec, list[Curve]]] = {}
         for layer, choice in zip(layers, choices, strict=True):
@@ -186,19 +181,26 @@ class LayerTimes:
             )
 
     def _time_dense(self, model: nn.Module, example_inputs: Any, device: torch.device) -> None:
-        sides = {text: spec.caller(module, spec.make()) for text, (module, spec, _) in self._sites.items()}
+        """Of every call of every layer, of the whole model, and of this beside its layers."""
+        keys = {(layer.name, spec): call_key(layer, spec) for layer in self._layers for spec in self._calls[layer.name]}
         with inference(model), keeping_state(model):
-            sides[""] = partial(call_model, model, copy_batch(example_inputs))
-            times = interleaved_ms(sides, device, rounds=ROUNDS)
-        del sides[""]
-        model_ns = median(times[""]) * NS_PER_MS
-        self._dense_ns = {text: median_ratio(times, text, "") * model_ns for text in sides}
-        inside = sum(self._layer_dense_ns(layer) for layer in self._layers)
-        self._fixed_ns = max(0, round(model_ns) - inside)
-        self.total_ns = self._fixed_ns + inside
+            run = partial(call_model, model, copy_batch(example_inputs))
+            if device.type == "cuda":  # where a run is a graph
+                sides = {text: spec.caller(module, spec.make()) for text, (module, spec, _) in self._sites.items()}
+                times = interleaved_ms({**sides, "": run}, device, rounds=ROUNDS)
+                whole = median(times[""])
+                ms = {key: median_ratio(times, text, "") * whole for key, text in keys.items()}
+            else:
+                modules = {layer.name: layer.module for layer in self._layers}
+                whole, inside = ms_by_part(run, modules, rounds=2 * ROUNDS, repeats=REPEATS, steady=STEADY)
+                ms = {key: inside.get(key, 0.0) / self._calls[key[0]][key[1]] for key in keys}
+        self._dense_ns = {key: NS_PER_MS * each for key, each in ms.items()}
+        of_layers = sum(self._layer_dense_ns(layer) for layer in self._layers)
+        self._fixed_ns = max(0, round(NS_PER_MS * whole) - of_layers)
+        self.total_ns = self._fixed_ns + of_layers
 
     def _layer_dense_ns(self, layer: DecomposableLayer) -> int:
-        return round(sum(n * self._dense_ns[call_key(layer, spec)] for spec, n in self._calls[layer.name].items()))
+        return round(sum(n * self._dense_ns[layer.name, spec] for spec, n in self._calls[layer.name].items()))
 
     def _curve_ns(self, layer: DecomposableLayer, curve: Curve) -> Ints:
         """Nanoseconds of all ranks of a curve over all calls of the layer."""
@@ -207,7 +209,7 @@ class LayerTimes:
             text = call_key(layer, spec)
             known = self._timings.of(text)[_curve_key(curve.decomposition(1))]
             ratios = {rank: timed.ratio for rank, timed in known.items()}
-            total += count * self._dense_ns[text] * interpolate(ratios, curve.ranks)
+            total += count * self._dense_ns[layer.name, spec] * interpolate(ratios, curve.ranks)
         return np.rint(total).astype(np.int64)
 
     def table(self, share: float) -> CostTable:

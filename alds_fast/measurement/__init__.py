@@ -20,7 +20,7 @@ from .run_model import (
     without_fast_paths,
 )
 from .samples import Samples, digest_of, leaves_of
-from .timer import interleaved_ms, median_ratio, paired_ratios, quartile_spread
+from .timer import interleaved_ms, median_ratio, ms_by_part, paired_ratios, quartile_spread
 from .timing_cache import STEADY, Ratios, Timed, Timings, device_name, environment
 from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
 
@@ -67,6 +67,7 @@ __all__ = [
     "leaves_of",
     "masks_of",
     "median_ratio",
+    "ms_by_part",
     "naming_batch",
     "numbered_batches",
     "output_tensors",

@@ -1,4 +1,4 @@
-"""How long calls take when the sides take turns."""
+"""How long calls take when the sides take turns, and layers inside of runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ArgumentError
+from .inputs import InputSpec, _first_tensor
 
 MAX_CALLS = 100_000  # in one sample
 Call = Callable[[], object]
+Parts = dict[tuple[str, InputSpec], float]  # by name of a module and what it is called with
 
 
 def _capture(call: Call) -> Call:
@@ -92,6 +96,60 @@ def interleaved_ms(
             for name in list(calls) if i % 2 == 0 else reversed(list(calls)):
                 times[name].append(sample(calls[name], counts[name]))
     return times
+
+
+def _runs_by_part(run: Call, modules: Mapping[str, nn.Module], rounds: int) -> list[tuple[float, Parts]]:
+    """Milliseconds of runs on the CPU, each with those inside of calls of the modules; one run before warms up."""
+    begins: dict[str, tuple[InputSpec, float]] = {}
+    inside: Parts = {}
+
+    def before(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = _first_tensor(args, kwargs)
+        if x is not None:
+            begins[name] = InputSpec.of(x), time.perf_counter()
+
+    def after(name: str) -> None:
+        end = time.perf_counter()
+        if name in begins:
+            spec, begin = begins.pop(name)
+            inside[name, spec] = inside.get((name, spec), 0.0) + 1e3 * (end - begin)
+
+    handles, runs = [], list[tuple[float, Parts]]()
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(lambda _, a, k, n=name: before(n, a, k), with_kwargs=True))
+        handles.append(module.register_forward_hook(lambda *_, n=name: after(n)))
+    try:
+        with torch.no_grad():
+            run()
+            for _ in range(rounds):
+                inside.clear()
+                runs.append((_cpu_ms(run, 1), dict(inside)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return runs
+
+
+def ms_by_part(
+    run: Call, modules: Mapping[str, nn.Module], *, rounds: int, repeats: int, steady: float
+) -> tuple[float, Parts]:
+    """Milliseconds of a run of a model on the CPU, and of these inside calls of its modules, by name and input.
+
+    Medians over runs, of shares of the same run: caches are as the model leaves them, and what interrupts a run hits
+    all of its parts by their length. ``rounds`` runs, up to ``repeats`` times as many until the quartiles of the share
+    inside of all modules are within ``steady`` of it.
+    """
+    runs = list[tuple[float, Parts]]()
+    for _ in range(repeats):
+        runs += _runs_by_part(run, modules, rounds)
+        inside = [sum(parts.values()) / whole for whole, parts in runs]
+        if quartile_spread(inside) <= steady:
+            break
+    keys = dict.fromkeys(key for _, parts in runs for key in parts)
+    shares = {key: statistics.median(parts.get(key, 0.0) / whole for whole, parts in runs) for key in keys}
+    whole = statistics.median(whole for whole, _ in runs)
+    scale = whole * statistics.median(inside) / (sum(shares.values()) or 1.0)  # medians of parts are not those of sums
+    return whole, {key: scale * share for key, share in shares.items()}
 
 
 def paired_ratios(times: Mapping[str, Sequence[float]], side: str, baseline: str) -> list[float]:

@@ -39,6 +39,12 @@ class Timer:
         parts = [(m, self.layer(m)) for m in model.modules()]
         return self.fixed + sum(c * (self.slower if isinstance(m, LowRankLayer) else 1.0) for m, c in parts)
 
+    def parts(self, run, modules, *, rounds, repeats, steady):
+        model, inputs = run.args
+        calls = layer_inputs(model, inputs, modules)
+        ms = {(name, spec): n * self.layer(modules[name]) for name, specs in calls.items() for spec, n in specs.items()}
+        return self.model(model), ms
+
     def __call__(self, calls, device, *, rounds=7, min_ms=2.0):
         times = {}
         for name, call in calls.items():
@@ -49,10 +55,15 @@ class Timer:
         return times
 
 
+def use(monkeypatch, timer):
+    monkeypatch.setattr(latency, "interleaved_ms", timer)
+    monkeypatch.setattr(latency, "ms_by_part", timer.parts)
+
+
 @pytest.fixture
 def timer(monkeypatch):
     timer = Timer()
-    monkeypatch.setattr(latency, "interleaved_ms", timer)
+    use(monkeypatch, timer)
     return timer
 
 
@@ -120,7 +131,7 @@ def test_what_is_slower_than_dense_is_timed_no_further(tmp_path, monkeypatch):
             return super().layer(module) * (1000 if linear else 5 if low_rank and module.slices > 1 else 1)
 
     timer = Slow()
-    monkeypatch.setattr(latency, "interleaved_ms", timer)
+    use(monkeypatch, timer)
     _, timed_plan = plan(timer, tmp_path, 0.7)
     assert all(row.groups in (None, 1) for row in timed_plan.layers)
     ranks = {}
@@ -206,6 +217,12 @@ class Busy(Timer):
 
     calm = False
 
+    def parts(self, run, modules, *, rounds, repeats, steady):
+        model, inputs = run.args
+        calls = layer_inputs(model, inputs, modules)
+        ms = {(name, spec): n * self.layer(modules[name]) for name, specs in calls.items() for spec, n in specs.items()}
+        return self.model(model), ms
+
     def __call__(self, calls, device, *, rounds=7, min_ms=2.0):
         times = super().__call__(calls, device, rounds=rounds, min_ms=min_ms)
         for name, call in calls.items():
@@ -216,7 +233,7 @@ class Busy(Timer):
 
 def test_timings_of_a_busy_hour_are_repeated_and_not_kept(tmp_path, monkeypatch):
     timer = Busy()
-    monkeypatch.setattr(latency, "interleaved_ms", timer)
+    use(monkeypatch, timer)
     with pytest.warns(UserWarning, match=r"timings of layers have rounds that are more than 20% apart after 15 of"):
         plan(timer, tmp_path)
     shapes = [t[0] for t in timer.timed]
@@ -235,7 +252,7 @@ def test_timings_of_a_busy_hour_are_repeated_and_not_kept(tmp_path, monkeypatch)
 
 def _slower(monkeypatch, factor):
     timer = Timer(factor)
-    monkeypatch.setattr(latency, "interleaved_ms", timer)
+    use(monkeypatch, timer)
     return timer
 
 
@@ -256,7 +273,7 @@ def test_latencies_that_change_faster_than_predicted_are_closed_in_on(monkeypatc
             dense = sum(self.layer(m) for m in net().modules()) + self.fixed
             return dense * (1 + 2.2 * (super().model(model) / dense - 1))
 
-    monkeypatch.setattr(latency, "interleaved_ms", Steep())
+    use(monkeypatch, Steep())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, timed_plan = plan(None, tmp_path, 0.6)
@@ -297,7 +314,7 @@ def test_a_latency_is_not_refused_while_a_faster_plan_was_measured(monkeypatch, 
             dense = sum(self.layer(m) for m in net().modules()) + self.fixed
             return dense * (0.05 if super().model(model) < 0.2 * dense else 0.5)
 
-    monkeypatch.setattr(latency, "interleaved_ms", Jump())
+    use(monkeypatch, Jump())
     with pytest.warns(UserWarning, match="was not brought within 10% of the latency asked for: latency 0.12 asked"):
         _, timed_plan = plan(None, tmp_path, 0.12)
     assert timed_plan.latency.measured == pytest.approx(0.1)
