@@ -167,7 +167,7 @@ def median_ratio(times: Mapping[str, Sequence[float]], side: str, baseline: str)
 
 
 def quartile_spread(ratios: Sequence[float]) -> float:
-    """The distance of the quartiles over the median; 0 for one number.
+    """The distance of the quartiles over the median; 0 for one number, and where all are 0.
 
     >>> quartile_spread([1.0, 1.0, 1.5, 0.5, 8.0])
     0.5
@@ -175,4 +175,6 @@ def quartile_spread(ratios: Sequence[float]) -> float:
     if len(ratios) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return (high - low) / middle
+    if high == low:
+        return 0.0
+    return (high - low) / middle if middle else math.inf

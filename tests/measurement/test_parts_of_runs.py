@@ -50,7 +50,7 @@ def parts(monkeypatch, clock, **options):
     return found, InputSpec.of(x), InputSpec.of(x[:1])
 
 
-@pytest.mark.parametrize("slow", [1000, 3])
+@pytest.mark.parametrize("slow", [1000, 4])
 def test_each_call_counts_by_what_it_was_called_with(monkeypatch, slow):
     clock = Clock(slow)
     (whole, inside), two, one = parts(monkeypatch, clock)
