@@ -22,7 +22,7 @@ from ..measurement import inference
 from ..progress import ProgressOption, telling
 from ..text import ShownInNotebooks, shape_text, table
 from .plan import Plan
-from .plan_rows import Quality, memory_of
+from .plan_rows import Quality, bytes_held
 from .result_check import LOST_TEXT
 
 _LOG = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Sweep(ShownInNotebooks):
         """The share of the dense model's parameters, operations or bytes that a plan keeps."""
         if self.budget == "params":
             return plan.keep_ratio
-        before, after = (memory_of(plan.costs) or (1, 1)) if self.budget == "memory" else plan.costs[self.budget]
+        before, after = (bytes_held(plan.costs) or (1, 1)) if self.budget == "memory" else plan.costs[self.budget]
         return after / before
 
     @property

@@ -23,7 +23,7 @@ from ..text import ShownInNotebooks
 from .fitting import inputs_of_run, refine_steps, refit_steps
 from .options import check_refining
 from .plan_json import plan_text, read_plan
-from .plan_rows import Latency, LayerPlan, Quality, memory_of
+from .plan_rows import Latency, LayerPlan, Quality, bytes_held
 from .plan_texts import costs_lines, diff_text, rows_text
 from .result_check import check_result, check_run, check_way, naming_readers
 
@@ -90,7 +90,7 @@ class Plan(ShownInNotebooks):
     @property
     def memory(self) -> int | None:
         """Bytes of parameters and buffers and, where ``costs`` has them, of activations; None for an edited plan."""
-        sizes = memory_of(self.costs)
+        sizes = bytes_held(self.costs)
         return None if sizes is None else sizes[1]
 
     @property

@@ -157,10 +157,10 @@ def _chosen_row(layer: Layer, pick: tuple[Candidates, int, str] | None, align: i
     return LayerPlan(**row)
 
 
-def memory_of(costs: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
+def bytes_held(costs: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
     """Bytes before and after: of weights, and where a run was measured of its activations; None if they are not known.
 
-    >>> memory_of({"memory": (2_000_000, 500_000), "activations": (300_000, 400_000)})
+    >>> bytes_held({"memory": (2_000_000, 500_000), "activations": (300_000, 400_000)})
     (2300000, 900000)
     """
     if "memory" not in costs:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..text import shape_text, table
-from .plan_rows import LayerPlan, memory_of
+from .plan_rows import LayerPlan, bytes_held
 
 
 def _error_text(error: float) -> str:
@@ -55,7 +55,7 @@ def memory_text(costs: Mapping[str, tuple[int, int]], asked: float) -> str:
     >>> memory_text({"memory": (2_000_000, 500_000), "activations": (300_000, 400_000)}, 1_000_000)
     'memory 1 MB asked, 0.9 MB reached: weights of 0.5 MB + activations of 0.4 MB, the peak of a run as measured'
     """
-    before, after = memory_of(costs) or (0, 0)
+    before, after = bytes_held(costs) or (0, 0)
     size = asked if asked > 1 else asked * before
     text = f"memory {size / 1e6:.4g} MB asked, {after / 1e6:.4g} MB reached: weights "
     if "activations" not in costs:

@@ -29,7 +29,9 @@ class Branches(nn.Module):
 
 def test_counted_by_hand():
     x, row = torch.randn(6, 8), 6 * 100
-    held = peak_of_activations(Branches(), {"x": x, "scale": torch.tensor(2.0)}, ["left", "right", "twice"])
+    held = peak_of_activations(
+        Branches(), {"x": x, "scale": torch.tensor(2.0, dtype=torch.float64)}, ["left", "right", "twice"]
+    )
     assert held.of_layers == {"left": 4 * row, "right": 8 * row, "twice": 16 * row}
     assert held.whole == 8 * row + 3 * 8 * row  # left and right, and three in float64: twice, right and its multiple
 

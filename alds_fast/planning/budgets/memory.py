@@ -2,8 +2,8 @@
 
 The peak of a compressed model is not that of the dense one: low-rank layers also hold what is between their factors,
 and hidden units may be fewer. So plans are made, run with random factors and measured, in two ways. One lets the peak
-be what it is, and closes in on the weights that it leaves. The other keeps the dense model's peak: layers during whose
-calls more is held stay dense, which is the better plan where activations are most of the memory.
+be what it is, and closes in on the weights that it leaves. The other does so with those layers dense during whose calls
+more is held than at the dense model's peak, which is the better plan where activations are most of the memory.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def solve_shares(
     if problem.method in BASELINES or (best is not None and _bytes(best)[1] <= search.dense):
         other = None
     else:
-        other = search.at_the_dense_peak()
+        other = search.near_the_dense_peak()
     if best is None and other is None:
         raise search.refusal()
     return min((outcome for outcome in (best, other) if outcome is not None), key=search.norm)
@@ -86,7 +86,7 @@ class _Search:
         assert self.problem.activations is not None
         self.dense = self.problem.activations[0]
         (self.table,) = self.problem.tables({"memory": self.asked["memory"]})
-        self.limit, self.least = self.table.limit, self.table.least - self.dense
+        self.limit = self.table.limit
         self._peaks[frozenset()] = Peak(self.dense, {})
 
     def plan(self, weights: int, kept: frozenset[str] = frozenset()) -> PlanOutcome | None:
@@ -113,42 +113,47 @@ class _Search:
             self._peaks[key] = peak_of_activations(small, self.example_inputs, replaced)
         return self._peaks[key]
 
-    def closing_in(self) -> PlanOutcome | None:
+    def closing_in(self, kept: frozenset[str] = frozenset()) -> PlanOutcome | None:
         """The plan of the most weights found that are within the budget together with their own peak."""
-        best, low, high = None, self.least, self.table.total - self.dense + 1  # too many, as far as is known
+        least, high = self.least_weights(kept), self.table.total - self.dense + 1  # too many, as far as is known
+        best, low = None, least
         weights = min(max(self.limit - self.dense, low), high - 1)
         for done in range(MOST_PLANS):
-            outcome = self.plan(weights)
+            outcome = self.plan(weights, kept)
             if outcome is None:
                 break
             left = self.limit - _bytes(outcome)[1]
             if _bytes(outcome)[0] <= left:
                 best, low = outcome, weights
-            elif weights == self.least:
+            elif weights == least:
                 break
             else:
                 high = weights
             if best is not None and min(left, high - 1) - low <= UNSPENT * self.limit:
                 break
-            if best is None and (left <= self.least or done == MOST_PLANS - 2):
-                weights = self.least
+            if best is None and (left <= least or done == MOST_PLANS - 2):
+                weights = least
             else:
                 weights = left if low < left < high else (low + high) // 2
         return best
 
-    def at_the_dense_peak(self) -> PlanOutcome | None:
-        """The plan whose run holds no more than the dense model's; None where there is none within the budget."""
+    def near_the_dense_peak(self) -> PlanOutcome | None:
+        """The same of plans that keep those layers dense in whose calls more than the dense model's peak is held."""
         kept = frozenset[str]()
         for _ in range(MOST_PLANS):
-            (table,) = replace(self.problem, kept_dense=kept).tables({"memory": self.asked["memory"]})
-            outcome = self.plan(max(self.limit, table.least) - self.dense, kept)
-            if outcome is None or sum(_bytes(outcome)) <= self.limit:
-                return outcome
+            outcome = self.plan(max(self.limit - self.dense, self.least_weights(kept)), kept)
+            if outcome is None:
+                return None
             above = {name for name, held in self.peak(outcome).of_layers.items() if held > self.dense}
             if not above:
-                return None
+                break
             kept |= above
-        return None
+        return self.closing_in(kept) if kept else None
+
+    def least_weights(self, kept: frozenset[str]) -> int:
+        """The fewest bytes of weights, the layers ``kept`` dense."""
+        (table,) = replace(self.problem, kept_dense=kept).tables({"memory": self.asked["memory"]})
+        return table.least - self.dense
 
     def norm(self, outcome: PlanOutcome) -> float:
         """What the plan is to have least of."""
