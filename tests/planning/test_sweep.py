@@ -44,7 +44,8 @@ def test_budgets_that_cannot_be_met_are_named(analysis):
 
 @pytest.mark.parametrize("budget", ["flops", "memory"])
 def test_sweeps_of_other_budgets(analysis, budget):
-    sweep = analysis.sweep((0.8, 0.5), budget=budget, example_inputs=images())
+    inputs = images() if budget == "flops" else None  # with inputs activations count to memory, which are most of it
+    sweep = analysis.sweep((0.8, 0.5), budget=budget, example_inputs=inputs)
     for plan, share in zip(sweep.plans, (0.8, 0.5), strict=True):
         assert share - 0.05 < sweep.kept(plan) <= share
 
