@@ -89,4 +89,5 @@ METHODS: dict[str, Method] = {
     "ours, tuned": Method(ours.tuned, after="ours, refined"),
     "ours, fewer units": Method(partial(ours.planned, **_PIVOTS, hidden_units=True), SENSITIVITY),
     "ours, fewer units, refined": Method(ours.refined, after="ours, fewer units"),
+    "ours, fewer units, tuned": Method(ours.tuned_on_own_text, after="ours, fewer units, refined"),
 }

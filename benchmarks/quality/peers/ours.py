@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 import alds_fast as alds
 
 from .peers import PASSES
-from .setting import Setting
+from .setting import LENGTH, Setting
+
+OWN = 320  # sequences that the model writes itself
 
 
 def analysis(setting: Setting) -> alds.Analysis:
@@ -39,3 +43,11 @@ def refined(setting: Setting, share: float, small: nn.Module) -> nn.Module:
 def tuned(setting: Setting, share: float, small: nn.Module) -> nn.Module:
     """All low-rank layers and norms trained at once towards the dense network's logits."""
     return alds.distill(small, setting.model, setting.calibration)[0]
+
+
+def tuned_on_own_text(setting: Setting, share: float, small: nn.Module) -> nn.Module:
+    """As :func:`tuned`: one pass over what the dense network writes and the calibration text, products in bfloat16."""
+    writer = copy.deepcopy(setting.model).bfloat16()
+    text = alds.own_text(writer, setting.calibration, count=OWN, length=LENGTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return alds.distill(small, setting.model, [*text, *setting.calibration], epochs=1, lr=2e-4)[0]
