@@ -16,7 +16,15 @@ except ImportError as e:
     ) from e
 
 from .allocation import filter_threshold
-from .checkpoints import CompressedCheckpoint, compress_checkpoint, from_pretrained, load, save
+from .checkpoints import (
+    CompressedCheckpoint,
+    compress_checkpoint,
+    from_pretrained,
+    load,
+    load_analysis,
+    save,
+    save_analysis,
+)
 from .deployment import DeployTable, deploy
 from .errors import AldsError
 from .evaluation import Evaluation, evaluate, measured_importance
@@ -68,6 +76,7 @@ __all__ = [
     "filter_threshold",
     "from_pretrained",
     "load",
+    "load_analysis",
     "measured_importance",
     "open_experts",
     "own_text",
@@ -77,6 +86,7 @@ __all__ = [
     "register",
     "retrain",
     "save",
+    "save_analysis",
     "to_plain",
 ]
 

@@ -3,6 +3,7 @@
 Here belongs what reads and writes models. What other libraries prescribe belongs in integrations.
 """
 
+from .analyses import load_analysis, save_analysis
 from .file_format import read_header
 from .pretrained import compressed_layers, from_pretrained
 from .safetensors_reader import INDEX, open_shards
@@ -21,12 +22,14 @@ __all__ = [
     "compressed_layers",
     "from_pretrained",
     "load",
+    "load_analysis",
     "model_file",
     "one_block_at_a_time",
     "open_shards",
     "read_header",
     "rebuild",
     "save",
+    "save_analysis",
     "structure",
     "unique_tensors",
     "write_shard",

@@ -21,7 +21,8 @@ from ..integrations import check_narrowed
 from ..linalg import Decomposition, own_memory
 from ..planning import Plan
 
-FORMAT = "alds_fast.checkpoint"
+FORMAT, ANALYSIS = "alds_fast.checkpoint", "alds_fast.analysis"
+WRITERS = {FORMAT: "save", ANALYSIS: "save_analysis"}
 VERSION = 2  # 1 where no layer lost hidden units, so that older versions of the library read it
 
 
@@ -46,11 +47,10 @@ def own_storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a saved model, parsed: layers, narrowed, aliases, orders, crc32, plan (Plan or None).
+def read_metadata(path: str | os.PathLike[str], form: str, version: int) -> dict[str, str]:
+    """The metadata of a safetensors file of a format of ``WRITERS``, at most of that version.
 
-    Raises MissingFileError, or FileFormatError if the file is truncated, not safetensors, not of this package, or
-    newer.
+    Raises MissingFileError, or FileFormatError if the file is truncated, not safetensors, of another format, or newer.
     """
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"path={path!r}: expected the name of a file")
@@ -59,23 +59,38 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise MissingFileError(f"{os.fspath(path)!r} does not exist or is not a file{remedy}")
     try:
         with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
+            metadata: dict[str, str] = f.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise FileFormatError(f"{os.fspath(path)!r} is not a whole safetensors file ({e}); save it again") from e
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(f"{os.fspath(path)!r} was not written by alds_fast.save: it has no alds_fast metadata")
+    if metadata.get("format") != form:
+        other = WRITERS.get(metadata.get("format", ""))
+        raise FileFormatError(
+            f"{os.fspath(path)!r} was not written by alds_fast.{WRITERS[form]}: "
+            + (f"alds_fast.{other} did" if other else "it has no alds_fast metadata")
+        )
     try:
-        if int(metadata["version"]) > VERSION:
-            raise FileFormatError(
-                f"{os.fspath(path)!r} has format version {metadata['version']}, newer than {VERSION}; update alds_fast"
-            )
+        known = int(metadata["version"]) <= version
+    except (KeyError, ValueError) as e:
+        raise FileFormatError(f"{os.fspath(path)!r} has damaged metadata ({e}); save it again") from e
+    if not known:
+        raise FileFormatError(
+            f"{os.fspath(path)!r} has format version {metadata['version']}, newer than {version}; update alds_fast"
+        )
+    return metadata
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a saved model, parsed: layers, narrowed, aliases, orders, crc32, plan (Plan or None).
+
+    Raises MissingFileError and FileFormatError as :func:`read_metadata`.
+    """
+    metadata = read_metadata(path, FORMAT, VERSION)
+    try:
         parsed: dict[str, Any] = {k: json.loads(metadata[k]) for k in ("layers", "aliases", "orders", "crc32")}
         parsed["narrowed"] = json.loads(metadata.get("narrowed", "{}"))
         parsed["plan"] = Plan.from_json(metadata["plan"]) if metadata["plan"] else None
         _check_header(parsed)
     except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, FileFormatError):
-            raise
         raise FileFormatError(f"{os.fspath(path)!r} has damaged metadata ({e}); save it again") from e
     return parsed
 

@@ -39,21 +39,26 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def pieces(
+    entries: Sequence[Entry],
+    content: Callable[[Entry], Iterable[bytes | memoryview]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file of these tensors, whose bytes ``content`` gives, a piece at a time."""
+    yield header(entries, metadata or {})
+    for entry in entries:
+        size = 0
+        for piece in content(entry):
+            size += len(piece)
+            yield piece
+        assert size == entry.size, f"{entry.name}: {size} bytes instead of {entry.size}"
+
+
 def write_shard(
     path: Path,
     entries: Sequence[Entry],
     content: Callable[[Entry], Iterable[bytes | memoryview]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file of these tensors, whose bytes ``content`` gives; FileWriteError if that fails."""
-
-    def pieces() -> Iterator[bytes | memoryview]:
-        yield header(entries, metadata or {})
-        for entry in entries:
-            size = 0
-            for piece in content(entry):
-                size += len(piece)
-                yield piece
-            assert size == entry.size, f"{entry.name}: {size} bytes instead of {entry.size}"
-
-    write_whole(path, pieces())
+    """Write :func:`pieces` as a file of a job; FileWriteError if that fails."""
+    write_whole(path, pieces(entries, content, metadata))

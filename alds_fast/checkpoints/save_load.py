@@ -32,7 +32,7 @@ from ..layers import (
     with_sizes,
 )
 from ..linalg import Decomposition
-from ..planning import Plan
+from ..planning import Analysis, Plan
 from .file_format import FORMAT, VERSION, memory_order, own_storages, read_header, read_tensors
 
 _AS_COMPRESSED = "build the model as the one that was compressed, of the same class, sizes and options"
@@ -102,6 +102,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     MissingFileError if the directory does not exist, ArgumentError for a name that ends as pickled files do (.pt, .pth,
     .bin, .ckpt), FileWriteError if the file cannot be written.
     """
+    if isinstance(model, Analysis):
+        raise ModelError("model is an Analysis, which save_analysis(analysis, path) writes")
     check_model(model)
     target = model_file(path)
     _refuse_merged(model)

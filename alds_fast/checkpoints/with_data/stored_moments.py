@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ...criteria import GRADIENTS, INPUTS, Moments
 from ...layers import DecomposableLayer
+from ..stored_values import MOMENT_NUMBERS, MOMENT_TENSORS, tensors_of_moments
 from ..streaming.journal import Journal
 
-_TENSORS = ("second", "mean", "output", "held")
-_NUMBERS = ("rows", "noise", "mean_noise")
 _ALL = "collected"
 
 
@@ -35,7 +34,7 @@ class StoredMoments(Mapping[str, Moments]):
 
     def keep(self, kind: str, part: int, results: Mapping[str, Any]) -> None:
         """Write a part's results to the journal."""
-        self.journal.put(kind, part, *(_of_moments(results) if kind == INPUTS else _of_gradients(results)))
+        self.journal.put(kind, part, *(tensors_of_moments(results) if kind == INPUTS else _of_gradients(results)))
 
     @property
     def complete(self) -> bool:
@@ -63,9 +62,9 @@ class StoredMoments(Mapping[str, Moments]):
         return self._last[1]
 
     def _moments(self, name: str, part: int, note: dict[str, Any]) -> Moments:
-        names = {field: note["tensors"][field] for field in _TENSORS if field in note["tensors"]}
+        names = {field: note["tensors"][field] for field in MOMENT_TENSORS if field in note["tensors"]}
         tensors: dict[str, Any] = self.journal.some(INPUTS, part, names)
-        numbers = {field: note[field] for field in _NUMBERS}
+        numbers = {field: note[field] for field in MOMENT_NUMBERS}
         gradient, noise = None, 0.0
         if self.gradients and name in self._noises:
             gradient = self.journal.some(GRADIENTS, part, {"": name})[""]
@@ -80,22 +79,6 @@ class StoredMoments(Mapping[str, Moments]):
 
     def __len__(self) -> int:
         return len(self._index())
-
-
-def _of_moments(results: Mapping[str, Moments]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, each once, and by layer its numbers and which tensors are its own."""
-    tensors: dict[str, Tensor] = {}
-    known: dict[int, str] = {}
-    notes: dict[str, Any] = {}
-    for name, moments in results.items():
-        places = {}
-        for field in _TENSORS:
-            value = getattr(moments, field)
-            if value is not None:
-                places[field] = known.setdefault(id(value), f"{name}.{field}")
-                tensors[places[field]] = value
-        notes[name] = {**{field: getattr(moments, field) for field in _NUMBERS}, "tensors": places}
-    return tensors, notes
 
 
 def _of_gradients(results: Mapping[str, tuple[Tensor, float]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
