@@ -27,7 +27,7 @@ from .checkpoints import (
 )
 from .deployment import DeployTable, deploy
 from .errors import AldsError
-from .evaluation import Evaluation, evaluate, measured_importance
+from .evaluation import Evaluation, Report, evaluate, measured_importance, report
 from .factors import Distilled, Refined, distill, refine
 from .integrations import open_experts, own_text, to_plain
 from .layers import (
@@ -65,6 +65,7 @@ __all__ = [
     "LowRankLinear",
     "Plan",
     "Refined",
+    "Report",
     "Retrained",
     "Sweep",
     "analyze",
@@ -84,6 +85,7 @@ __all__ = [
     "plot_sweep",
     "refine",
     "register",
+    "report",
     "retrain",
     "save",
     "save_analysis",

@@ -1,4 +1,4 @@
-"""Command line: ``alds-fast analyze | compress | eval | show``.
+"""Command line: ``alds-fast analyze | compress | eval | report | show``.
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
@@ -44,12 +44,9 @@ from ..version import __version__
 from .arguments import amount, as_pins, group_counts, integers, passes, pin, share_or_count
 from .directory import compress_directory, show_layers
 from .eval import add_eval, check_data_flags
-from .targets import ModelTarget, Target
+from .report import add_report
+from .targets import TARGET_HELP, ModelTarget, Target
 
-TARGET_HELP = (
-    "package.module:function or file.py:function that returns the model; for compress also a checkpoint directory: "
-    "config.json and safetensors files"
-)
 BUDGETS = (*SHARES, "error", "quality")
 
 
@@ -228,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of a checkpoint directory")
     compress.set_defaults(run=_run_compress)
     add_eval(commands, [model, output], integers)
+    add_report(commands, [output])
     show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
     show.add_argument("file", help="a model written by save, a compressed directory, or a plan in JSON")
     show.set_defaults(run=_run_show)

@@ -18,6 +18,11 @@ from torch import nn
 
 from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError, ModelError
 
+TARGET_HELP = (
+    "package.module:function or file.py:function that returns the model; for compress also a checkpoint directory: "
+    "config.json and safetensors files"
+)
+
 
 def _module(name: str) -> ModuleType:
     """A module by dotted name or by the path of a .py file, which runs once in a process."""

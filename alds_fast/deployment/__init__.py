@@ -4,11 +4,13 @@ Here belongs what depends on a machine. What the model computes is the same befo
 """
 
 from .api import deploy
+from .autotune import whole_model_ms
 from .channel_orders import with_channels_in_order
 from .table import DeployTable
 
 __all__ = [
     "DeployTable",
     "deploy",
+    "whole_model_ms",
     "with_channels_in_order",
 ]

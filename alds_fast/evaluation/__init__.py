@@ -1,16 +1,19 @@
-"""Comparing variants over budgets and seeds: ``evaluate``, its log, its tables and pictures.
+"""Comparing variants over budgets and seeds: ``evaluate``, its log, its tables and pictures; two models: ``report``.
 
 Here belongs what runs many compressions to compare them.
 """
 
 from .api import evaluate
+from .comparison import Report, report
 from .measured_importance import measured_importance
 from .table import Evaluation
 from .variants import product
 
 __all__ = [
     "Evaluation",
+    "Report",
     "evaluate",
     "measured_importance",
     "product",
+    "report",
 ]

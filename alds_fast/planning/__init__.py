@@ -5,7 +5,7 @@ Here belongs what ties the steps together and checks users' options. The steps t
 
 from .analysis import Analysis
 from .compression import check_refinement, compress
-from .findings import Sweep, smallest_of_quality
+from .findings import Sweep, measured_quality, smallest_of_quality
 from .options import (
     METHODS,
     Pin,
@@ -47,6 +47,7 @@ __all__ = [
     "compress",
     "is_float32",
     "kinds_text",
+    "measured_quality",
     "pins_of_layers",
     "plot_plan",
     "plot_sweep",

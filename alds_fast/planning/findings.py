@@ -167,7 +167,7 @@ def smallest_of_quality(
     evaluation mode. Bisection: quality need not fall with the share everywhere, so that a smaller plan may be as good.
     Every step is told and logged, and kept in ``Plan.quality``. BudgetError where the dense model is not as good.
     """
-    dense = _measured(evaluate, model)
+    dense = measured_quality(evaluate, model)
     _LOG.info("quality %g asked; the dense model has %g", quality, dense)
     if dense < quality:
         raise BudgetError(f"quality={quality:g} cannot be met: evaluate returns {dense:g} for the dense model")
@@ -186,7 +186,7 @@ def smallest_of_quality(
                 low = share
                 continue
             made = build(tried, model, progress=False)
-            steps.append((tried.keep_ratio, _measured(evaluate, made)))
+            steps.append((tried.keep_ratio, measured_quality(evaluate, made)))
             told = f"quality {steps[-1][1]:.6g} at {steps[-1][0]:.2%} of the parameters"
             _LOG.info(told)
             tell(told, 1, 1)
@@ -208,7 +208,8 @@ def _trying(plan: Callable[..., Plan], **options: Any) -> Plan:
         return plan(**{"progress": False, **options})
 
 
-def _measured(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+def measured_quality(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """What ``evaluate`` returns for the model in evaluation mode; ArgumentError for anything but a finite number."""
     with inference(model):
         value = evaluate(model)
     if isinstance(value, Tensor) and value.numel() == 1:
