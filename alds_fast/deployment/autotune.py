@@ -76,10 +76,15 @@ def candidates_of(layer: LowRankLayer, specs: Specs, plain: bool) -> tuple[dict[
     for backend in ("two-op", "fused"):
         for text, shape in shapes.items():
             reasons = [shape.why_not_fused(spec.empty()) for spec in specs] if backend == "fused" else []
-            note = note or next((r for r in reasons if r), "")
+            note = note or _not_fused(reasons)
             if not any(reasons):
                 forms[backend + text] = with_backend(shape, backend)
     return forms, note
+
+
+def _not_fused(reasons: Sequence[str | None]) -> str:
+    """The first of the reasons as a remark, "" without any."""
+    return next((f"not fused: {reason}" for reason in reasons if reason), "")
 
 
 def module_for(layer: LowRankLayer, won: str) -> nn.Module:
@@ -154,7 +159,7 @@ def autotune_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: 
     reasons = [fused.why_not_fused(spec.empty()) for spec in specs]
     if not any(reasons):
         sides["fused"] = fused
-    return _fastest(sides, lambda x: [m(x) for m in exact], specs, rounds, next((r for r in reasons if r), ""))
+    return _fastest(sides, lambda x: [m(x) for m in exact], specs, rounds, _not_fused(reasons))
 
 
 def _double(layer: LowRankLayer) -> LowRankLayer:

@@ -90,7 +90,9 @@ class DeployTable:
 
     def __str__(self) -> str:
         headers = ["layer", "shape", "structure", "dense ms", "two-op ms", "fused ms", "kept", "ratio", "error", "note"]
-        lines = table(headers, [_cells(row) for row in self.rows], left=(0, 2, 6, 9))
+        notes = {note: str(i) for i, note in enumerate(dict.fromkeys(row.note for row in self.rows if row.note), 1)}
+        rows = [[*_cells(row), notes.get(row.note, "")] for row in self.rows]
+        lines = "\n".join([table(headers, rows, left=(0, 2, 6)), *(f"note {i}: {note}" for note, i in notes.items())])
         whole = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.model_ms.items())
         return f"{lines}\n{self.environment.get('device')}: {whole or 'the model was not timed'}; {self.decided}"
 
@@ -163,4 +165,4 @@ def _cells(row: DeployRow) -> list[str]:
     ratio = "-" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
     error = f"{row.errors[row.won]:.1e}" if row.won in row.errors else "-"
     times = [best(kind) for kind in ("dense", "two-op", "fused")]
-    return [row.name or "(model)", shape_text(row.shape), row.structure, *times, row.won, ratio, error, row.note]
+    return [row.name or "(model)", shape_text(row.shape), row.structure, *times, row.won, ratio, error]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,6 +181,20 @@ def test_table_is_printed(monkeypatch):
     text = str(table)
     for part in ("dense ms", "two-op ms", "fused ms", "ratio", "1.50", "kept: deployed", "dense 3."):
         assert part in text
+
+
+def test_notes_stand_below_the_table_each_once(monkeypatch):
+    fake_timer(monkeypatch, by_backend(3.0, 2.0, 4.0))
+    _, table = alds.deploy(compressed(), images(), report=True)
+    first, *others = table.rows
+    notes = [
+        replace(first, note="not fused: too wide"),
+        *(replace(row, note="not fused: on the CPU") for row in others),
+    ]
+    lines = str(replace(table, rows=(*notes, replace(first, note="")))).splitlines()[2:]
+    cells = [line.split()[-1] for line in lines[: len(table.rows) + 1]]
+    assert len(others) > 1 and cells[:-1] == ["1", *["2"] * len(others)] and "e" in cells[-1]
+    assert lines[len(table.rows) + 1 : -1] == ["note 1: not fused: too wide", "note 2: not fused: on the CPU"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "nonsense", '{"format": "alds_fast.deploy", "version": 9}'])
