@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_model
-from ..criteria import Basis, LayerSpectra, Moments
+from ..criteria import Basis, LayerSpectra, Moments, is_spectrum_of
 from ..errors import ArgumentError, FileFormatError, ModelError
 from ..files import crc32, replacing
 from ..layers import (
@@ -47,13 +47,19 @@ def save_analysis(analysis: Analysis, path: str | os.PathLike[str]) -> None:
     """Write an analysis as one safetensors file, atomically: a killed save leaves the old file whole.
 
     It holds spectra, moments, the errors that are known, and CRC-32s of the weights they are of, but no weights. About
-    as large as the moments: 16 bytes for each pair of inputs of a layer, and of filters with gradients. Raises
-    ArgumentError for what is no Analysis, for a name that ends as pickled files do, or where the batch that the
-    analysis keeps has values that no file can hold; MissingFileError if the directory does not exist; FileWriteError
-    if the file cannot be written.
+    as large as the moments: 8 bytes for each pair of inputs of a layer, and, with gradients, of filters.
+
+    Raises:
+        ArgumentError: no Analysis; a name that ends as pickled files do; or the batch that the analysis keeps has
+            values that no file can hold.
+        ModelError: the weight of a layer has changed since it was analysed.
+        MissingFileError, FileWriteError: the directory does not exist; the file cannot be written.
     """
     if not isinstance(analysis, Analysis):
         raise ArgumentError(f"analysis is a {type(analysis).__name__}: pass what analyze(model) returns")
+    for name, s in analysis.spectra.items():
+        if not is_spectrum_of(s.layer, next(iter(s.values.values()))):
+            raise ModelError(f"layer {label(name)}: its weight has changed since it was analysed; {_AGAIN}")
     target, tensors = model_file(path), dict[str, Tensor]()
     notes = json.dumps(_notes(analysis, tensors))
     sums = json.dumps({name: crc32(tensor) for name, tensor in tensors.items()})

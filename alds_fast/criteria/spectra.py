@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..layers import DecomposableLayer, Layer, LowRankLayer, check_weight
+from ..layers import DecomposableLayer, Layer, LowRankLayer, check_weight, oriented_weight
 from ..linalg import distinct_schemes, divisors
 from .layer_batches import FoldRoom, batches, computed_in_float32, for_threads, place
 from .weights import Weighting
 
 Groups = str | Sequence[int]
+SAME_NORM = 1e-5  # relative distance of squared norms of one weight
 
 
 Key = tuple[int, int]  # (scheme, groups)
@@ -156,6 +158,15 @@ def exact_spectra(wanted: Sequence[tuple[DecomposableLayer, Key]]) -> Iterator[t
     problems = [_FoldedLayer(layer, scheme, (k,), layer.shape.numel, (k,)) for layer, (scheme, k) in wanted]
     for problem, (values,) in _solve(problems, lambda n: None, 0, float32=False):
         yield problem.layer, (problem.scheme, problem.groups[0]), values
+
+
+def is_spectrum_of(layer: DecomposableLayer, values: Tensor) -> bool:
+    """Whether these may be the singular values of a layer's slices: their squares add up to its weight's.
+
+    To 1e-5, as spectra in float32 are known. They do too where a weight was permuted, rotated, or changed its signs.
+    """
+    norm = float(torch.linalg.vector_norm(oriented_weight(layer.module), dtype=torch.float64))
+    return math.isclose(norm**2, float(values.square().sum()), rel_tol=SAME_NORM)
 
 
 def total_work(layers: Sequence[DecomposableLayer], schemes: Sequence[int]) -> int:

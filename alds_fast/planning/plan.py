@@ -25,7 +25,7 @@ from .options import check_refining
 from .plan_json import plan_text, read_plan
 from .plan_rows import Latency, LayerPlan, Quality, bytes_held
 from .plan_texts import costs_lines, diff_text, rows_text
-from .result_check import check_result, check_run, check_way, naming_readers
+from .result_check import check_result, check_run, check_way, naming_readers, warn_if_changed
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class Plan(ShownInNotebooks):
         without moments and spectra, as ``alds_plan`` and, per replaced layer, how its factors were computed as
         ``alds_factors`` (name to :class:`alds_fast.factors.FactorReport`). Raises LayerNotFoundError, PlanError or
         WeightError where the plan does not fit the model, ModelError if the model cannot be copied, is no chain of
-        blocks that ``refine`` needs, or the result is not what it must be. Warns of optimizers and functions that hang
-        on the model and hold dense layers, and of adapters that can no longer be merged.
+        blocks that ``refine`` needs, or the result is not what it must be. Warns of weights that have changed since
+        they were analysed, and of optimizers, functions and adapters on the model that hold dense layers.
         """
         check_model(model)
         if count_params(model) != self.params_before:
@@ -188,6 +188,7 @@ class Plan(ShownInNotebooks):
         narrow = narrow_model(model, self.hidden_units, basis.weighting)
         if fewer:
             basis = basis.of_parts(NarrowMoments(basis.moments, self.hidden_units), fewer)
+        warn_if_changed(narrow, self.spectra)
         inputs, called = inputs_of_run(model, example_inputs, refit, refine)
         with telling(progress) as tell:
             small, reports = factorize(
@@ -235,10 +236,9 @@ class Plan(ShownInNotebooks):
 
     def __str__(self) -> str:
         held = "" if self.held_out is None else f", {self.held_out:.4g} on samples kept aside"
-        p = "inf" if math.isinf(self.p) else f"{self.p:g}"
         total = (
             f"parameters {self.params_before:,} -> {self.params:,} ({self.keep_ratio:.2%} kept); largest "
-            f"{self.criterion} error {self.error:.4g}{held}; asked {self.budget}; method {self.method}, p={p}, "
+            f"{self.criterion} error {self.error:.4g}{held}; asked {self.budget}; method {self.method}, p={self.p:g}, "
             f"gap {self.gap:.2g}"
         )
         costs = costs_lines(self.costs, self.budgets.get("memory"))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import Candidates
-from ..criteria import CRITERIA
+from ..criteria import CRITERIA, is_spectrum_of
 from ..errors import ModelError
-from ..layers import AbsentWeight, LowRankLayer, count_params, label
+from ..layers import AbsentWeight, DecomposableLayer, LowRankLayer, count_params, find_layers, label
 from ..measurement import LayerCall, Watch, check_runs, fingerprint, output_tensors, private_runs, watching
 from .plan_rows import LayerPlan
 
@@ -155,6 +155,19 @@ def _reader(small: nn.Module, error: BaseException | None) -> str | None:
             return next((name for name, layer in layers if weight.stands_for(layer)), None)
         error = error.__cause__ or error.__context__
     return None
+
+
+def warn_if_changed(model: nn.Module, spectra: Mapping[str, Tensor]) -> None:
+    """Say so where a model's layers have other weights than those whose spectra are given by name."""
+    layers = {layer.name: layer for layer in find_layers(model) if isinstance(layer, DecomposableLayer)}
+    changed = [n for n, values in spectra.items() if n in layers and not is_spectrum_of(layers[n], values)]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        warnings.warn(
+            f"layer {label(changed[0])}{more}: the weight has changed since it was analysed; the factors are of the "
+            f"weight as it is, ranks and errors of what it was: analyze(model) and plan again",
+            stacklevel=4,
+        )
 
 
 def warn_of_plan(

@@ -176,6 +176,15 @@ def test_other_models_are_refused(saved, change, words):
         alds.load_analysis(saved[2], model)
 
 
+def test_what_has_changed_since_it_was_analysed_is_not_written(tmp_path):
+    model = small_net()
+    analysis = alds.analyze(model, groups=(1,))
+    changed_weight(model)
+    with pytest.raises(ModelError, match="layer '0': its weight has changed since it was analysed"):
+        alds.save_analysis(analysis, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def rewritten(path, target, **changes):
     """The file with other metadata."""
     with safe_open(path, "pt") as f:

@@ -1,6 +1,7 @@
 """What is looked at before a compressed model is given back."""
 
 import secrets
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,22 @@ def test_nan_in_the_dense_outputs_is_not_held_against_the_compressed_model():
             return super().forward(x).masked_fill(x > 0, torch.nan)
 
     assert alds.compress(Masked(*net()), params=0.6, example_inputs=torch.randn(8, 24)) is not None
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_weights_that_have_changed_since_they_were_analysed_are_warned_of(precision):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ConvTranspose1d(64, 32, 3), nn.Linear(64, 64))
+    model = alds.compress(model, params=0.9, include="2")
+    plan = alds.analyze(model, precision=precision).plan(params=0.5)
+    assert all(row.choice for row in plan.layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan.apply(model)
+    with torch.no_grad():
+        model[0].weight *= 1.001
+    with pytest.warns(UserWarning, match="layer '0': the weight has changed since it was analysed"):
+        plan.apply(model)
+    with torch.no_grad():
+        model[1].weight[0, 0, 0] += 1
+    with pytest.warns(UserWarning, match="layer '0' and 1 more: .* analyze.model. and plan again"):
+        plan.apply(model)
