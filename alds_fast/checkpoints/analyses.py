@@ -46,8 +46,8 @@ _AGAIN = "load the weights that were analysed, or analyze the model again"
 def save_analysis(analysis: Analysis, path: str | os.PathLike[str]) -> None:
     """Write an analysis as one safetensors file, atomically: a killed save leaves the old file whole.
 
-    It holds spectra, moments, the errors that are known, and CRC-32s of the weights they are of, but no weights. About
-    as large as the moments: 8 bytes for each pair of inputs of a layer, and, with gradients, of filters.
+    It holds spectra, moments, the errors that are known, and CRC-32s of the weights they are of, but no weights. It
+    is about as large as the moments: 8 n^2 bytes for a layer of n inputs and, with gradients, 8 f^2 for its f filters.
 
     Raises:
         ArgumentError: no Analysis; a name that ends as pickled files do; or the batch that the analysis keeps has
