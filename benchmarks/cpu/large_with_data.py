@@ -1,10 +1,10 @@
 """Memory and time of checkpoint directories compressed with data, stage by stage, for checkpoints of several sizes.
 
 ``python -m benchmarks.cpu.large_with_data --blocks 31 62`` writes benchmarks/results/large_with_data.json and .md.
-Checkpoints are those of :mod:`benchmarks.cpu.large`, Llama-shaped, bfloat16, random; data are random tokens, as memory
-and time do not depend on what they say. A stage's peak is the largest resident set (VmHWM) from its beginning to the
-next one's, weights that are mapped from files among it. ``--until STAGE`` ends a job after that stage, which its row
-says; --processes are not tried here. Each job is a process of its own, on one thread.
+Checkpoints are those of :mod:`benchmarks.cpu.large`, Llama-shaped, bfloat16, random; so are the data's tokens: memory
+does not depend on what they say. A stage's peak is the largest resident set (VmHWM) while its parts were at work,
+weights that are mapped from files among it. ``--until STAGE`` ends a job after that stage. Each job is a process of
+its own, on one thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,26 @@ class _Ended(Exception):
 
 
 class Stages:
-    """Told of progress: what each stage took."""
+    """Told of progress, once a part of a stage is done: what all the parts of each stage took."""
 
     def __init__(self, until: str | None) -> None:
-        self.until, self.rows, self.name = until, [], "start"
+        self.until, self.rows = until, {}
         self._begin()
 
     def _begin(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def end(self) -> None:
-        took = {"wall_s": time.perf_counter() - self.wall, "cpu_s": time.process_time() - self.cpu}
-        self.rows.append({"stage": self.name, **took, "peak_mb": resident_mb("VmHWM")})
-        print(self.rows[-1], file=sys.stderr, flush=True)
-        self._begin()
-
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self.name:
-            self.end()
-            if self.name == self.until:
+        row = self.rows.setdefault(stage, {"stage": stage, "wall_s": 0.0, "cpu_s": 0.0, "peak_mb": 0.0})
+        row["wall_s"] += time.perf_counter() - self.wall
+        row["cpu_s"] += time.process_time() - self.cpu
+        row["peak_mb"] = max(row["peak_mb"], resident_mb("VmHWM"))
+        if done == total:
+            print(row, file=sys.stderr, flush=True)
+            if stage == self.until:
                 raise _Ended
-            self.name = stage
+        self._begin()
 
 
 def worker(source: str, options: dict[str, Any]) -> None:
@@ -66,15 +65,11 @@ def worker(source: str, options: dict[str, Any]) -> None:
     batches = [{"input_ids": torch.randint(VOCABULARY, (1, options["length"]))} for _ in range(options["count"])]
     stages = Stages(options["until"])
     kinds = {key: True for key in ("sensitivity", "refit") if options[key]}
-    try:
+    with suppress(_Ended):
         alds.compress_checkpoint(
             source, Path(source).parent / "out", params=KEEP, data=batches, progress=stages, **kinds
         )
-    except _Ended:
-        pass
-    else:
-        stages.end()
-    print(json.dumps(stages.rows))
+    print(json.dumps(list(stages.rows.values())))
 
 
 def measured(source: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
