@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..criteria import distinct_rows, exact_products, squared_norm, with_few_rows
+from ..criteria import distinct_rows, squared_norm, with_few_rows
 from ..linalg import solve_each
+from ..measurement import exact_products
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the mean eigenvalue of C; infinity leaves W as it is
 

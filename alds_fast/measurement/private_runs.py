@@ -215,6 +215,7 @@ def private_runs(model: nn.Module, changing: Iterable[Tensor] = ()) -> Iterator[
             random.seed(_SEED + number)
             np.random.seed(_SEED + number)
             torch.manual_seed(_SEED + number)
+            torch.clear_autocast_cache()  # of weights that the caller has changed since
             return call_model(model, copy_batch(batch), name)
 
         yield run

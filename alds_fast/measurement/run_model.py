@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +44,21 @@ def attribute_set(objects: Iterable[Any], name: str, value: Any) -> Iterator[Non
     finally:
         for obj, old in before:
             setattr(obj, name, old)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """No tf32 or bfloat16 inside float32 products, nor in the place of them by ``torch.autocast``."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

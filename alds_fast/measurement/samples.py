@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .run_model import exact_products
+
 LEAST_SAMPLES = 3  # from which something is known of others
 TWO_ASIDE = 6  # samples of which two at least are kept aside
 ALIKE = 0.1  # of a sample's norm: what is no farther from another one tells next to nothing new
@@ -103,7 +105,8 @@ class _Sketches:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(width, _DIRECTIONS, generator=generator, dtype=torch.float32, device="cpu")
         directions /= _DIRECTIONS**0.5
-        new = numbers @ directions
+        with exact_products():
+            new = numbers @ directions
         names = self.marks.setdefault(width, [])
         known = torch.cat([self.sketches.get(width, new[:0]), new])
         apart = torch.cdist(new, known, compute_mode="donot_use_mm_for_euclid_dist")

@@ -9,7 +9,7 @@ from .collection import Moments, collect_moments
 from .held_rows import MOST_ROWS
 from .hooks import moment_forms, rows_to_draw
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
-from .sums import distinct_rows, exact_products, with_few_rows
+from .sums import distinct_rows, with_few_rows
 
 __all__ = [
     "GRADIENTS",
@@ -22,7 +22,6 @@ __all__ = [
     "collect_by_blocks",
     "collect_moments",
     "distinct_rows",
-    "exact_products",
     "fitting_mask",
     "moment_forms",
     "outputs",

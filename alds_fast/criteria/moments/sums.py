@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ...measurement import exact_products
 
 BLOCKS = 4  # of a symmetric product's columns, of which one triangle is computed
 MIRRORED = 256  # columns at once
@@ -29,17 +30,6 @@ class Product:
     shift: Tensor | None
     distinct: int
     fourth: float
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """No tf32 or bfloat16 inside float32 products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _strips(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -79,7 +69,8 @@ def distinct_rows(x: Tensor) -> int:
         return x.shape[1]
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(x.shape[0], x.shape[2], generator=generator, device="cpu").to(x)
-    at = torch.einsum("grn,gn->r", x, direction).sort().values
+    with exact_products():
+        at = torch.einsum("grn,gn->r", x, direction).sort().values
     return 1 + int((at.diff() > SAME * at.abs().amax()).sum())
 
 
