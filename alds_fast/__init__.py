@@ -29,7 +29,7 @@ from .deployment import DeployTable, deploy
 from .errors import AldsError
 from .evaluation import Evaluation, Report, evaluate, measured_importance, report
 from .factors import Distilled, Refined, distill, refine
-from .integrations import open_experts, own_text, to_plain
+from .integrations import open_experts, to_plain
 from .layers import (
     LowRankConv1d,
     LowRankConv2d,
@@ -43,7 +43,7 @@ from .layers import (
     register,
 )
 from .planning import Analysis, LayerPlan, Plan, Sweep, analyze, compress, plot_plan, plot_sweep
-from .retraining import Retrained, retrain
+from .retraining import Retrained, own_text, retrain
 from .version import __version__ as __version__
 
 __all__ = [

@@ -4,7 +4,6 @@ Here belongs what has to follow another library's releases. Files of this packag
 """
 
 from .experts import open_experts
-from .own_text import own_text
 from .peft import teach_peft
 from .peft_merging import grown_factors, warn_of_lost_merging
 from .plain import to_plain
@@ -31,7 +30,6 @@ __all__ = [
     "keep_when_saved",
     "layer_fields",
     "open_experts",
-    "own_text",
     "quantization_config",
     "read_layers",
     "read_narrowed",
