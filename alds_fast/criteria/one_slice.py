@@ -56,7 +56,7 @@ class OneSlice:
         values, left = torch.linalg.eigh(gram)
         del gram
         stated = relative_errors(_from_rank_on(values.flip(-1).clamp_min(0)), scale)
-        energy = self.seen.shape[1] * 1.0 if self.sensitive else float(self.seen.square().sum())
+        energy = float(self.seen.shape[1]) if self.sensitive else float(self.seen.square().sum())
         rows = self.seen - self.mean.unsqueeze(-2) if self.centred else self.seen
         return stated, relative_errors(_from_rank_on((rows @ left.flip(-1)).square().sum(-2)), energy)
 

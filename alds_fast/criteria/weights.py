@@ -57,6 +57,7 @@ def shrinkage_of(covariance: Tensor, noise: float, alike: Tensor | None = None) 
 
 
 def squared_norm(x: Tensor) -> float:
+    """Of Frobenius, without a copy of x."""
     return float(torch.linalg.vector_norm(x)) ** 2
 
 
