@@ -165,6 +165,7 @@ class Sized(nn.Linear):
 
     def reset_parameters(self):
         nn.init.orthogonal_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def extra_repr(self):
         return "sized"
