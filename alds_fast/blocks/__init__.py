@@ -3,7 +3,7 @@
 Here belongs what goes through a model block by block. What is done with a block belongs where it is used.
 """
 
-from .chain import BlockChain, find_chain
+from .chain import BlockChain, find_chain, kinds_of
 from .discovery import check_lists, find_blocks
 from .gradients import BackwardWalk
 from .states import Kept, Room
@@ -22,4 +22,5 @@ __all__ = [
     "find_blocks",
     "find_chain",
     "forwards",
+    "kinds_of",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
-from ..measurement import Run, naming_batch
+from ..measurement import Run, leaves_of, naming_batch
 from .discovery import find_blocks
 from .walk import Forward, LeftChain, Walk, forwards
 
@@ -94,6 +95,17 @@ def _ends(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
         block for of, block in last.items()
         if block != blocks[-1] and isinstance(model.get_submodule(of), nn.ModuleList)
     )  # fmt: skip
+
+
+def kinds_of(numbered: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """The first two batches of every kind: of tensors of as many dimensions and the same types, and equal otherwise."""
+    kinds: dict[str, list[tuple[int, Any]]] = {}
+    for number, batch in numbered:
+        looks = [(t.dim(), t.dtype) if isinstance(t, Tensor) else repr(t) for t in leaves_of(batch)]
+        alike = kinds.setdefault(f"{[*batch] if isinstance(batch, Mapping) else ''} {looks}", [])
+        if len(alike) < 2:
+            alike.append((number, batch))
+    return sorted(itertools.chain(*kinds.values()), key=lambda numbered: numbered[0])
 
 
 def find_chain(

@@ -3,13 +3,12 @@
 Here belongs what makes encoders and decoders. What chooses ranks belongs in allocation.
 """
 
-from .batchnorm import BATCHNORMS
 from .choice import Choice, FactorReport
 from .distillation import Distilled, distill, names_logits, output_distance
 from .factorization import factorize, weighted_layer
 from .plain import plain_layers
 from .refinement import PASSES, Refined, Steps, check_chain, passes_of, refine, refine_blocks
-from .refitting import Gradient, refit
+from .refitting import BATCHNORMS, Gradient, refit
 from .training import check_schedule, check_wide, trained_reports
 from .widths import FewerUnits, NarrowMoments, narrow_layers, narrow_model, read_spans, rows_kept, spans_text
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, check_lists, find_chain, forwards
+from ..blocks import BlockChain, Forward, LeftChain, Reached, Room, Walk, check_lists, find_chain, forwards, kinds_of
 from ..checks import is_count
 from ..errors import ArgumentError, ModelError
 from ..layers import annotate, opened_for
@@ -213,7 +213,7 @@ def refine_blocks(
         changing = [p for p in small.parameters() if p.dim() == 1]
         run_dense = stack.enter_context(private_runs(model))
         run_small = stack.enter_context(private_runs(small, changing))
-        chain = find_chain(model, run_dense, [*used, *aside], _NAME, lists) if chain is None else chain
+        chain = find_chain(model, run_dense, kinds_of([*used, *aside]), _NAME, lists) if chain is None else chain
         _needed_chain(chain)
         dense, low = (
             Walk(net, run, chain.blocks, chain.ends, room=room())

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.blocks import BlockChain
-from alds_fast.factors import passes
+from alds_fast.blocks import BlockChain, kinds_of
+from alds_fast.factors.refitting import cross_sums, pairs, ridge
 
 
 def encoder(depth=4):
@@ -21,8 +21,9 @@ def encoder(depth=4):
 
 def refitted(model, data, monkeypatch=None):
     if monkeypatch is not None:
-        monkeypatch.setattr(passes, "find_chain", lambda *args: BlockChain(reason="switched off"))
-    return alds.analyze(model, data=data, exclude="*self_attn*").plan(params=0.6).apply(model, refit=data)
+        monkeypatch.setattr(pairs, "find_chain", lambda *args: BlockChain(reason="switched off"))
+    exclude = ["*self_attn*"] if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()) else []
+    return alds.analyze(model, data=data, exclude=exclude).plan(params=0.6).apply(model, refit=data)
 
 
 def test_factors_are_the_same_and_each_block_is_run_a_few_times(monkeypatch, caplog):
@@ -95,3 +96,52 @@ def test_a_compressed_model_that_goes_another_way_is_run_from_the_start(caplog):
     assert "from 4 blocks" in caplog.text
     assert "the compressed model: batch 1 does not come to block 'layers.2'" in caplog.text
     assert factors["layers.1.linear2"].method == "refitted" and factors["layers.3.linear2"].method == "weighted"
+
+
+class Reading(nn.Module):
+    """Layers that read one tensor, and masks of its rows."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(width, width), nn.Linear(width, width // 2), nn.Linear(width // 2, width)
+
+    def forward(self, x):
+        return x + self.o(torch.tanh(self.q(x))[..., :8] * self.k(x))
+
+
+def test_layers_that_read_one_tensor_share_its_products(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(*(Reading() for _ in range(3)))).eval()
+    data = [torch.randn(16, 6, 8) for _ in range(3)]
+    made, triangle = [], cross_sums.triangle
+    monkeypatch.setattr(cross_sums, "triangle", lambda x: made.append(len(x)) or triangle(x))
+    shared = refitted(model, data)
+    count, made[:] = len(made), []
+    monkeypatch.setattr(pairs, "is_linear", lambda module: False)
+    alone = refitted(model, data)
+    assert count < len(made)
+    for (name, a), b in zip(shared.state_dict().items(), alone.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_batches_of_every_kind_are_tried_and_no_more():
+    ids, more = torch.zeros(2, 5, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
+    batches = [{"ids": ids}, {"ids": more}, {"ids": ids}, {"ids": ids.float()}, {"ids": ids, "flag": True}, (ids,)]
+    assert [number for number, _ in kinds_of(enumerate(batches, 1))] == [1, 2, 4, 5, 6]
+
+
+def test_ridges_are_tried_on_sums_of_many_filters():
+    """The weight is as near to that of the ridge that is best on all filters as the halves can tell."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(1, 400, 24).double(), torch.randn(2, 40, 1, 24).double()
+    sums = cross_sums.CrossSums()
+    for half in (0, 1):
+        y = x[half] @ weight[0].T + 3 * torch.randn(40, 1, 400).double()
+        sums.add(y, cross_sums.rows_read(x[half], 40, sums.shift), half)
+    best = ridge.best_weight(weight, sums, False)
+    assert torch.equal(best, weight)  # what stands beside it is noise, which every other ridge learns
+    signs = ridge._signs(400)
+    assert signs.shape == (128, 400) and ridge._signs(128).equal(torch.eye(128).double())
+    errors = torch.randn(400, 5000).double()
+    kept = (signs @ errors).square().sum() / errors.square().sum()
+    assert 0.98 < float(kept) < 1.02

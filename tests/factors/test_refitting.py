@@ -12,8 +12,8 @@ from torch import nn
 import alds_fast as alds
 from alds_fast.blocks import BlockChain
 from alds_fast.errors import ArgumentError, ModelError, PlanError
-from alds_fast.factors import passes, ridge
-from alds_fast.factors.batchnorm import move_statistics
+from alds_fast.factors.refitting import cross_sums, ridge, stages
+from alds_fast.factors.refitting.batchnorm import move_statistics
 from alds_fast.measurement import private_runs
 
 
@@ -24,7 +24,7 @@ def outputs_apart(model, small, x):
 
 def stages_of(model, x, names):
     with private_runs(model) as run:
-        return [stage.calls for stage in passes.find_stages(passes.Network(model, run, BlockChain()), x, names, ())]
+        return [stage.calls for stage in stages.find_stages(stages.Network(model, run, BlockChain()), x, names, ())]
 
 
 def linear_chain(*widths):
@@ -36,8 +36,8 @@ def linear_chain(*widths):
 def test_second_layer_reaches_the_minimum_written_out(monkeypatch):
     """min over V of rank r of E||y - y0 - V (x' - x'0)||^2 = E||y - y0||^2 - the r largest eigenvalues of B C^+ B^T."""
     monkeypatch.setattr(ridge, "RIDGES", (0.0,))
-    monkeypatch.setattr(ridge.CrossSums, "noise", lambda sums: (0.0, 1.0))
-    monkeypatch.setattr(ridge.CrossSums, "_apart", lambda sums, part: 0.0)
+    monkeypatch.setattr(cross_sums.CrossSums, "noise", lambda sums: (0.0, 1.0))
+    monkeypatch.setattr(cross_sums.CrossSums, "_apart", lambda sums, part: 0.0)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 18), nn.Tanh(), nn.Linear(18, 16)).double()
     x = torch.randn(300, 20).double()
@@ -59,8 +59,8 @@ def test_second_layer_reaches_the_minimum_written_out(monkeypatch):
 
 def test_first_layer_is_as_the_data_criterion_has_it(monkeypatch):
     """Nothing is compressed before it: the weight that is truncated is its own."""
-    monkeypatch.setattr(ridge.CrossSums, "noise", lambda sums: (0.0, 1.0))
-    monkeypatch.setattr(ridge.CrossSums, "_apart", lambda sums, part: 0.0)
+    monkeypatch.setattr(cross_sums.CrossSums, "noise", lambda sums: (0.0, 1.0))
+    monkeypatch.setattr(cross_sums.CrossSums, "_apart", lambda sums, part: 0.0)
     net, x = linear_chain(24, 24, 24), torch.randn(400, 24).double()
     plan = analyze_population(net, data=[x]).plan(params=0.5)
     plain, fitted = plan.apply(net), plan.apply(net, refit=[x])

@@ -239,7 +239,7 @@ FAULTS = [
         "if True:\n    async def fold(x): ...",
         "defined in linalg.folding and planning.plan",
     ),
-    (definitions, "factors/ridge.py", "SCHEMES = 3", "SCHEMES is defined in factors.ridge and linalg.folding"),
+    (definitions, "factors/weighted.py", "SCHEMES = 3", "SCHEMES is defined in factors.weighted and linalg.folding"),
     (own_doors, "linalg/cpp_core.py", "from .. import linalg", "imports linalg through its own door"),
     (own_doors, "linalg/cpp_core.py", "from . import spectra", "imports spectra through its own door"),
     (

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...blocks import BlockChain, LeftChain, Room, find_blocks, find_chain
+from ...blocks import BlockChain, LeftChain, Room, find_blocks, find_chain, kinds_of
 from ...criteria import GRADIENTS, INPUTS, collect_by_blocks, collect_moments
 from ...errors import ModelError
 from ...layers import DecomposableLayer
-from ...measurement import Sensitivity, leaves_of, private_runs
+from ...measurement import Sensitivity, private_runs
 from ..streaming.streamed_model import Work
 from .mapped import let_go, one_block_at_a_time, run_on
 from .needs import IN_MEMORY
@@ -27,23 +27,14 @@ def room(work: Work) -> Room:
     return Room(IN_MEMORY, work.journal.folder)
 
 
-def kinds_of(batches: Iterable[Any]) -> list[tuple[int, Any]]:
-    """Of batches whose tensors have the same shapes and types one, with its number."""
-    kinds: dict[str, tuple[int, Any]] = {}
-    for number, batch in enumerate(batches, 1):
-        looks = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves_of(batch)]
-        kinds.setdefault(f"{[*batch] if isinstance(batch, Mapping) else ''} {looks}", (number, batch))
-    return list(kinds.values())
-
-
 def tried_chain(work: Work, model: nn.Module, batches: Sequence[Any]) -> BlockChain:
-    """The model's blocks, tried on one batch of every kind."""
+    """The model's blocks, tried on batches of every kind."""
     folder, lists = work.shards.folder, work.settings.blocks
     with (
         one_block_at_a_time(model, folder, lists), run_on(work.device, model, folder, find_blocks(model, lists)),
         private_runs(model) as run,
     ):  # fmt: skip
-        return find_chain(model, run, kinds_of(batches), "data=", lists)
+        return find_chain(model, run, kinds_of(enumerate(batches, 1)), "data=", lists)
 
 
 def check_one_process(work: Work, chain: BlockChain) -> None:

@@ -9,7 +9,7 @@ from .collection import Moments, collect_moments
 from .held_rows import MOST_ROWS
 from .hooks import moment_forms, rows_to_draw
 from .rows import Wanted, by_side, fitting_mask, outputs, patches
-from .sums import distinct_rows, with_few_rows
+from .sums import distinct_rows, in_float64, mirror, plain_rows, triangle, with_few_rows
 
 __all__ = [
     "GRADIENTS",
@@ -23,9 +23,13 @@ __all__ = [
     "collect_moments",
     "distinct_rows",
     "fitting_mask",
+    "in_float64",
+    "mirror",
     "moment_forms",
     "outputs",
     "patches",
+    "plain_rows",
     "rows_to_draw",
+    "triangle",
     "with_few_rows",
 ]

@@ -18,13 +18,16 @@ PART = 1 << 17  # entries of a product that are added at once
 SAME = 1e-6  # relative distance of what rounding keeps apart
 
 
+Strips = Iterable[tuple[slice, Tensor]]  # of a symmetric product: some of its rows, from the diagonal on
+
+
 @dataclass(frozen=True)
 class Product:
     """Of some rows x less ``shift`` (groups, 1, n): the upper triangle of the sum of their x x^T (groups, n, n) as
     strips from the diagonal on, each with its rows, their sum (groups, n) in float64, how many there were, how many of
     them differ from one another, and the sum of the fourth powers of their norms."""
 
-    strips: Iterable[tuple[slice, Tensor]]
+    strips: Strips
     mean: Tensor
     used: int
     shift: Tensor | None
@@ -32,7 +35,8 @@ class Product:
     fourth: float
 
 
-def _strips(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def triangle(x: Tensor) -> Strips:
+    """The upper triangle of x^T x for rows (groups, rows, n), made as it is asked for."""
     width = x.shape[-1]
     step = -(-width // (BLOCKS if width >= 64 else 1))
     for start in range(0, width, step):
@@ -55,7 +59,7 @@ def _products(x: Tensor, parts: int, shift: Tensor | None) -> list[Product]:
 
 def _product(x: Tensor, shift: Tensor | None) -> Product:
     fourth = float(x.square().sum(-1, dtype=torch.float64).square().sum())
-    return Product(_strips(x), x.sum(1).double(), x.shape[1], shift, distinct_rows(x), fourth)
+    return Product(triangle(x), x.sum(1).double(), x.shape[1], shift, distinct_rows(x), fourth)
 
 
 def with_few_rows(free: float) -> float:
@@ -74,11 +78,27 @@ def distinct_rows(x: Tensor) -> int:
     return 1 + int((at.diff() > SAME * at.abs().amax()).sum())
 
 
-def _in_float64(strip: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A strip in float64, on the CPU some rows at a time, which stay in the cache."""
-    step = PART // strip[:, :1].numel() + 1 if strip.device.type == "cpu" else strip.shape[1]
-    for start in range(0, strip.shape[1], step):
-        yield start, strip[:, start : start + step].double()
+def in_float64(strips: Strips) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, int]]:
+    """Where parts of a triangle are, they in float64, and how many of their first columns the diagonal goes through.
+
+    On the CPU these are some rows at a time, which stay in the cache.
+    """
+    for rows, strip in strips:
+        square = min(strip.shape[1], strip.shape[2])
+        step = PART // strip[:, :1].numel() + 1 if strip.device.type == "cpu" else strip.shape[1]
+        for start in range(0, strip.shape[1], step):
+            part = strip[:, start : start + step].double()
+            at = slice(rows.start + start, rows.start + start + part.shape[1])
+            yield (slice(None), at, slice(rows.start, None)), part, square
+
+
+def mirror(upper: Tensor) -> None:
+    """The lower triangle of (groups, n, n) becomes that of the upper one, in place."""
+    for start in range(0, upper.shape[-1], MIRRORED):
+        block, rest = slice(start, start + MIRRORED), slice(start + MIRRORED, None)
+        square = upper[:, block, block].triu()
+        upper[:, block, block] = square + square.triu(1).mT
+        upper[:, rest, block] = upper[:, block, rest].mT
 
 
 class Sums(Protocol):
@@ -122,12 +142,9 @@ class ProductSums:
         used = sum(product.used for product in products)
         scale = rows / used if used else 0.0
         for product in products:
-            for block, strip in product.strips:
-                square = min(strip.shape[1], strip.shape[2])
-                for start, part in _in_float64(strip):
-                    at = slice(block.start + start, block.start + start + part.shape[1])
-                    self.second[:, at, block.start :].add_(part, alpha=scale)
-                    self.squares += scale**2 * (2 * _norm2(part) - _norm2(part[:, :, :square]))
+            for at, part, square in in_float64(product.strips):
+                self.second[at].add_(part, alpha=scale)
+                self.squares += scale**2 * (2 * _norm2(part) - _norm2(part[:, :, :square]))
             self.mean.add_(product.mean, alpha=scale)
             self.weights += (scale * product.used) ** 2
             self.distinct += product.distinct
@@ -153,11 +170,7 @@ class ProductSums:
         assert self.second is not None and self.mean is not None
         second, mean = self.second.div_(count), self.mean / count
         self.second = self.mean = None
-        for start in range(0, second.shape[-1], MIRRORED):
-            block, rest = slice(start, start + MIRRORED), slice(start + MIRRORED, None)
-            square = second[:, block, block].triu()
-            second[:, block, block] = square + square.triu(1).mT
-            second[:, rest, block] = second[:, block, rest].mT
+        mirror(second)
         norm2 = _norm2(second)
         noise, rows = self._noise(norm2, count, distinct_share)
         spread = float(second.diagonal(dim1=-2, dim2=-1).sum() - mean.square().sum())

@@ -7,12 +7,12 @@ B = E[y x'^T], the weight that is best before truncation is W' = W + (B - W C)(C
 
 so that truncating W' under C (:mod:`alds_fast.criteria.weighted_errors`) makes up for the errors of the layers before:
 the asymmetric reconstruction of Zhang, Zou, He, Sun (TPAMI 2016), here for all folds and slices. The ridge a pulls
-towards W where the data say little; :mod:`alds_fast.factors.ridge` chooses it by cross-validation.
+towards W where the data say little; :mod:`alds_fast.factors.refitting.ridge` chooses it by cross-validation.
 
 Where the model is a chain of blocks (:mod:`alds_fast.blocks`), both networks go on from the end of the block before a
 layer's: the time is linear in depth. Of other models every layer takes a pass from the start on.
 
-At last the running statistics of BatchNorms move too (:mod:`alds_fast.factors.batchnorm`).
+At last the running statistics of BatchNorms move too (:mod:`alds_fast.factors.refitting.batchnorm`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks import BlockChain, LeftChain, Room
-from ..criteria import Moments, unknown_share, weighting
-from ..errors import ModelError
-from ..layers import DecomposableLayer, LowRankLayer, filters_first, label, oriented_weight
-from ..measurement import naming_batch, private_runs
-from ..processes import World
+from ...blocks import BlockChain, LeftChain, Room
+from ...criteria import Moments, unknown_share, weighting
+from ...errors import ModelError
+from ...layers import DecomposableLayer, LowRankLayer, filters_first, label, oriented_weight
+from ...measurement import naming_batch, private_runs
+from ...processes import World
+from ..choice import FactorReport
+from ..training import is_changed
+from ..weighted import factors
 from .batchnorm import move_statistics
-from .choice import FactorReport
-from .passes import Network, Pairs, chain_of, find_stages, in_halves, rounds, without_chain
-from .ridge import CrossSums, best_weight
-from .training import is_changed
-from .weighted import factors
+from .cross_sums import CrossSums
+from .pairs import Pairs, chain_of, in_halves, rounds, without_chain
+from .ridge import best_weight
+from .stages import Network, find_stages
 
 ORDER = 8192  # columns of a layer, at most
 MOST_UNKNOWN = 0.5  # share of the noise in what is seen of a layer's input, above which it is not fitted

@@ -7,88 +7,22 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks import BlockChain, Kept, Reached, Room, Walk, find_chain
-from ..criteria import Wanted, add_up_sums, by_side, fitting_mask, outputs, patches, rows_to_draw
-from ..errors import ArgumentError
-from ..layers import DecomposableLayer, Routed, routed_rows
-from ..measurement import Masks, Run, Samples, digest_of, first_input, masks_of, naming_batch, numbered_batches
-from ..processes import World
-from .ridge import CrossSums
+from ...blocks import BlockChain, Kept, Room, find_chain, kinds_of
+from ...criteria import Wanted, add_up_sums, by_side, fitting_mask, outputs, patches, rows_to_draw
+from ...errors import ArgumentError
+from ...layers import DecomposableLayer, Routed, is_linear, routed_rows
+from ...measurement import Masks, Run, Samples, digest_of, first_input, masks_of, naming_batch, numbered_batches
+from ...processes import World
+from .cross_sums import CrossSums, LastRead, Rows, rows_read
+from .stages import Network, Stage, hooked, run_until
 
 _LOG = logging.getLogger(__name__)
-
-
-class Network:
-    """A network, how it is run, and how from the end of a block on."""
-
-    def __init__(self, model: nn.Module, run: Run, chain: BlockChain, room: Room | None = None) -> None:
-        self.model, self.walk = model, Walk(model, run, chain.blocks, chain.ends, room=room)
-
-
-class Stage(NamedTuple):
-    """Layers that are fitted together, with the number of their calls, and the blocks that are run before them."""
-
-    calls: dict[str, int]
-    position: int
-
-
-def run_until(
-    net: Network, batch: Any, number: int, hooks: Mapping[str, Callable[..., None]], calls: int, kind: str
-) -> None:
-    """Run the model with hooks on layers, by name, until ``calls`` calls of them have been made."""
-    remaining = calls
-
-    def counting(hook: Callable[..., None]) -> Callable[..., None]:
-        def count(*args: Any) -> None:
-            nonlocal remaining
-            hook(*args)
-            remaining -= 1
-            if remaining == 0:
-                raise Reached
-
-        return count
-
-    with ExitStack() as stack:
-        for name, hook in hooks.items():
-            register = getattr(net.model.get_submodule(name), f"register_{kind}")
-            stack.callback(register(counting(hook), with_kwargs=True).remove)
-        with suppress(Reached):
-            net.walk.run(batch, number, "a batch of refit=")
-
-
-def find_stages(net: Network, batch: Any, names: Sequence[str], blocks: Sequence[str]) -> list[Stage]:
-    """Layers in the order of their first calls, those that read one tensor together."""
-    order: list[tuple[str, Tensor, int, int]] = []  # with the version: an input changed in place is another one
-    done: list[nn.Module] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_input(args, kwargs)
-            order.append((name, x, 0 if x.is_inference() else x._version, len(done)))
-
-        return note
-
-    with ExitStack() as stack:
-        for block in blocks:
-            end = net.model.get_submodule(block).register_forward_hook(lambda module, args, y: done.append(module))
-            stack.callback(end.remove)
-        run_until(net, batch, 1, {name: hook(name) for name in names}, 0, "forward_pre_hook")
-    calls = dict.fromkeys((name for name, *_ in order), 0)
-    stages: list[Stage] = []
-    before: tuple[Tensor | None, int] = None, 0
-    for name, x, version, position in order:
-        if not calls[name] and x is before[0] and version == before[1]:
-            stages[-1].calls[name] = 0
-        elif not calls[name]:
-            stages.append(Stage({name: 0}, position))
-        calls[name], before = calls[name] + 1, (x, version)
-    return [Stage({name: calls[name] for name in stage.calls}, stage.position) for stage in stages]
 
 
 def in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
@@ -106,7 +40,7 @@ def in_halves(data: Iterable[Any]) -> tuple[Any, Samples]:
 
 def chain_of(model: nn.Module, run: Run, data: Iterable[Any], lists: Sequence[str] | None = None) -> BlockChain:
     """The model's blocks; none, as the log says, where it is no chain, or batches are others in every pass."""
-    chain = find_chain(model, run, numbered_batches(data), "refit=", lists)
+    chain = find_chain(model, run, kinds_of(numbered_batches(data)), "refit=", lists)
     if chain.blocks and not isinstance(data, list | tuple):
         passes = [[digest_of(batch) for batch in data] for _ in range(2)]
         chain = chain if passes[0] == passes[1] else BlockChain(reason="a second pass gave other batches; pass a list")
@@ -150,7 +84,7 @@ class _Batch:
                 self.outputs[-1].append((samples if self.room is None else self.room.keep(samples), wanted))
                 self.drawn += len(samples)
 
-    def low_into(self, sums: CrossSums) -> Any:
+    def low_into(self, sums: CrossSums, last: LastRead) -> Any:
         """A hook before a call of the low-rank layer: the same rows as those of the dense layer's call are added."""
 
         def low(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -159,16 +93,31 @@ class _Batch:
                 return
             routed, before = routed_rows(), self.routed.pop(0)
             sums.paired &= routed is before or (before is not None and before.same(routed))
-            keep = fitting_mask(self.layer, x, self.masks, routed)
-            sides = [part for part in by_side(dense, x, keep, self.halves, routed) if part is not None]
-            for half, ((kept, wanted), part) in enumerate(zip(self.outputs.pop(0), sides, strict=True)):
+            dense_outputs, keep = self.outputs.pop(0), fitting_mask(self.layer, x, self.masks, routed)
+
+            def made() -> list[Rows | None]:
+                parts = [part for part in by_side(dense, x, keep, self.halves, routed) if part is not None]
+                found: list[Rows | None] = []
+                for (_, wanted), part in zip(dense_outputs, parts, strict=True):
+                    shift = next((rows.shift for rows in found if rows is not None), sums.shift)
+                    found.append(rows_read(*patches(dense, *part, wanted, self.seed), shift))
+                return found
+
+            sides = last.rows(x, self._key(x, keep, sums), made)
+            for half, ((kept, _), rows) in enumerate(zip(dense_outputs, sides, strict=True)):
                 y = kept if isinstance(kept, Tensor) else kept.tensor()
-                samples, rows = patches(dense, *part, wanted, self.seed)
-                sums.paired &= len(y) == len(samples)
-                if sums.paired:
-                    sums.add(y, samples, rows, half)
+                sums.paired &= len(y) == (0 if rows is None else rows.x.shape[1])
+                if sums.paired and rows is not None:
+                    sums.add(y, rows, half)
 
         return low
+
+    def _key(self, x: Tensor, keep: Tensor | None, sums: CrossSums) -> Any:
+        """Layers that read one tensor, and for which it is the same, have the same rows; every convolution its own."""
+        if not is_linear(self.layer.module):
+            return object()
+        version = None if x.is_inference() else x._version
+        return version, None if keep is None else keep.tolist(), id(sums.shift), id(routed_rows())
 
 
 class Pairs:
@@ -197,30 +146,48 @@ class Pairs:
             yield from self._of_group([stage for _, stage in group])
 
     def _of_group(self, stages: Sequence[Stage]) -> Iterator[dict[str, CrossSums]]:
-        for net in (self.model, self.small):
-            net.walk.advance(stages[0].position, self._batches(), "refit=")
+        position, dense = stages[0].position, self.model.walk
+        for walk in (dense, self.small.walk):
+            walk.advance(position, self._batches(), "refit=")
         self._kept, drawn = {}, dict[str, int]()
-        if len(stages) > 1:
+        if position < len(dense.blocks) and all(stage.last == position for stage in stages):
+            self.room.begin()
+            with closing(self._hooked(stages, drawn)) as batches:
+                dense.advance(position + 1, batches, "refit=")
+        elif len(stages) > 1:
             self.room.begin()
             for number, batch in self._batches():
                 self._kept[number] = self._dense(number, batch, stages, drawn, self.room)
         for stage in stages:
             yield self._sums(stage, drawn)
 
+    def _hooked(self, stages: Sequence[Stage], drawn: dict[str, int]) -> Generator[tuple[int, Any], None, None]:
+        """The batches, each with hooks that keep outputs of the dense layers while it is run: for all of a block."""
+        for number, batch in self._batches():
+            kept = self._kept[number] = self._hooks(number, batch, stages, drawn, self.room)
+            with hooked(self.model.model, {name: hook.dense for name, hook in kept.items()}, "forward_hook"):
+                yield number, batch
+            drawn.update({name: hook.drawn for name, hook in kept.items()})
+
     def _batches(self) -> Iterator[tuple[int, Any]]:
         """This process's."""
         return (batch for batch in numbered_batches(self.data) if self.world.takes(batch[0]))
 
-    def _dense(
+    def _hooks(
         self, number: int, batch: Any, stages: Sequence[Stage], drawn: dict[str, int], room: Room | None
     ) -> dict[str, _Batch]:
         masks, halves = masks_of(self.model.model, batch, self.mask), self.halves.aside(batch)
-        calls = {name: count for stage in stages for name, count in stage.calls.items()}
-        hooks = {n: _Batch(self.layers[n], masks, halves, number, drawn.get(n, 0), room, self.rows.get(n))
-                 for n in calls}  # fmt: skip
-        dense = {name: hook.dense for name, hook in hooks.items()}
+        names = [name for stage in stages for name in stage.calls]
+        return {n: _Batch(self.layers[n], masks, halves, number, drawn.get(n, 0), room, self.rows.get(n))
+                for n in names}  # fmt: skip
+
+    def _dense(
+        self, number: int, batch: Any, stages: Sequence[Stage], drawn: dict[str, int], room: Room | None
+    ) -> dict[str, _Batch]:
+        hooks = self._hooks(number, batch, stages, drawn, room)
+        dense, calls = {n: hook.dense for n, hook in hooks.items()}, sum(sum(stage.calls.values()) for stage in stages)
         with naming_batch(number, "refit="):
-            run_until(self.model, batch, number, dense, sum(calls.values()), "forward_hook")
+            run_until(self.model, batch, number, dense, calls, "forward_hook")
         drawn.update({name: hook.drawn for name, hook in hooks.items()})
         return hooks
 
@@ -230,7 +197,8 @@ class Pairs:
             self._begin(sums)
         for number, batch in self._batches():
             seen = self._kept.get(number) or self._dense(number, batch, [stage], drawn, None)
-            low = {name: seen[name].low_into(sums[name]) for name in stage.calls}
+            last = LastRead()
+            low = {name: seen[name].low_into(sums[name], last) for name in stage.calls}
             with naming_batch(number, "refit="):
                 run_until(self.small, batch, number, low, sum(stage.calls.values()), "forward_pre_hook")
             if number == 1:

@@ -1,28 +1,17 @@
-"""What reaches a layer in the compressed network, and the weight that is best for it.
-
-With C = E[x' x'^T] of the inputs x' there and B = E[y x'^T] of the dense network's outputs y = W x, the weight
-
-    W' = W + (B - W C)(C + a I)^-1
-
-has the least E||y - W' x'||^2 for a = 0. With few samples it learns them by heart, so a is chosen: sums are kept for
-two halves of the samples, the weight from one half is tried on the other, and the other way round. What cannot be
-tried, because all samples are the same, is not learned.
-"""
+"""Sums of what reaches a layer in the compressed network, and of the dense network's outputs beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..criteria import distinct_rows, squared_norm, with_few_rows
-from ..linalg import solve_each
-from ..measurement import exact_products
-
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the mean eigenvalue of C; infinity leaves W as it is
+from ...criteria import distinct_rows, in_float64, mirror, plain_rows, squared_norm, triangle, with_few_rows
+from ...measurement import exact_products
 
 
 class Means(NamedTuple):
@@ -33,6 +22,10 @@ class Means(NamedTuple):
     mean: Tensor
     mean_y: Tensor
     energy: float
+
+    def of_filters(self, sums: Tensor) -> Means:
+        """Those of S y for sums S (s, f) of filters; the energy is that of all."""
+        return self._replace(cross=sums @ self.cross, mean_y=self.mean_y @ sums.mT)
 
     def spread(self, centred: bool) -> tuple[Tensor, Tensor]:
         """C and B, the products of the means taken out if ``centred``."""
@@ -51,6 +44,45 @@ class Means(NamedTuple):
         second, cross = self.spread(centred)
         explained = (2 * cross * weight - (weight @ second) * weight).sum()
         return self.energy - float(explained) - (float(self.mean_y.square().sum()) if centred else 0.0)
+
+
+class Rows(NamedTuple):
+    """Some of ``drawn_from`` rows x' that reach a layer in a call, and what all layers that read them sum up."""
+
+    x: Tensor  # (g0, r, n), float64 if they are, float32 otherwise
+    drawn_from: int
+    strips: list[tuple[slice, Tensor]]  # the upper triangle of the sum of x' x'^T
+    total: Tensor  # (g0, n)
+    distinct: int
+    fourth: float  # sum of the fourth power of their distances from ``shift``
+    shift: Tensor  # (g0, 1, n)
+
+
+def rows_read(samples: Tensor, count: int, shift: Tensor | None) -> Rows | None:
+    """Of rows (r, g0, n), by default with their mean as ``shift``; None without any: there was nothing but padding."""
+    if not len(samples):
+        return None
+    with torch.inference_mode(False):
+        x = plain_rows(samples)
+        shift = x.mean(1, keepdim=True) if shift is None else shift.to(x.device)
+        squares = (x - shift).square().sum(-1, dtype=torch.float64)
+        fourth = float(squares.square().sum())
+        return Rows(x, count, list(triangle(x)), x.sum(1), distinct_rows(x), fourth, shift)
+
+
+class LastRead:
+    """The rows of the tensor that a layer has read last: layers that read one tensor share them."""
+
+    def __init__(self) -> None:
+        self._of: Callable[[], Tensor | None] = lambda: None
+        self._key: Any = None
+        self._rows: list[Rows | None] = []
+
+    def rows(self, x: Tensor, key: Any, made: Callable[[], list[Rows | None]]) -> list[Rows | None]:
+        """Those that are there, if the tensor and all that the ``key`` has are the same, else what is ``made``."""
+        if self._of() is not x or self._key != key:
+            self._rows, self._of, self._key = made(), weakref.ref(x), key
+        return self._rows
 
 
 class CrossSums:
@@ -76,29 +108,26 @@ class CrossSums:
         """How many rows there were."""
         return sum(self.counts)
 
-    def add(self, y: Tensor, x: Tensor, rows: int, half: int) -> None:
-        """Add y (r, g0, f) and x' (r, g0, n), r of a call's ``rows``, to a half."""
-        if not len(x):
-            return  # nothing but padding
-        self.drawn += len(x)
-        exact = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-        with torch.inference_mode(False):
-            y, x = (t.detach().to(exact).transpose(0, 1) for t in (y, x))
-            self.shift = x.mean(1, keepdim=True) if self.shift is None else self.shift.to(x.device)
-            squares = (x - self.shift).square().sum(-1, dtype=torch.float64)
-            self.distinct += distinct_rows(x) * self.worth
-            self.fourth += float(squares.square().sum()) * (rows / x.shape[1]) ** 2
-            self._add(half, y, x, rows / x.shape[1])
-
-    def _add(self, half: int, y: Tensor, x: Tensor, scale: float) -> None:
-        with exact_products():
-            parts = [x.mT @ x, y.mT @ x, x.sum(1), y.sum(1), y.square().sum()]
-        totals = self.halves[half]
-        if not totals:
-            totals.extend(torch.zeros_like(part, dtype=torch.float64) for part in parts)
-        for total, part in zip(totals, parts, strict=True):
-            total.add_(part, alpha=scale)
-        self.counts[half] += scale * x.shape[1]
+    def add(self, y: Tensor, rows: Rows, half: int) -> None:
+        """Add y (r, g0, f) of a call beside its rows x' to a half."""
+        scale = rows.drawn_from / len(y)
+        self.shift = rows.shift
+        self.drawn += len(y)
+        self.distinct += rows.distinct * self.worth
+        self.fourth += rows.fourth * scale**2
+        self.counts[half] += rows.drawn_from
+        with torch.inference_mode(False), exact_products():
+            y = plain_rows(y).to(rows.x.dtype)
+            parts = [y.mT @ rows.x, rows.total, y.sum(1), y.square().sum()]
+            totals = self.halves[half]
+            if not totals:
+                size = rows.x.shape[-1]
+                totals.append(rows.x.new_zeros(len(rows.x), size, size, dtype=torch.float64))
+                totals.extend(torch.zeros_like(part, dtype=torch.float64) for part in parts)
+            for at, strip, _ in in_float64(rows.strips):
+                totals[0][at].add_(strip, alpha=scale)
+            for total, part in zip(totals[1:], parts, strict=True):
+                total.add_(part, alpha=scale)
 
     def parts(self) -> tuple[list[float], list[list[Tensor]]]:
         """What several processes add up, see :func:`alds_fast.criteria.add_up_sums`."""
@@ -158,45 +187,12 @@ class CrossSums:
         return Means(second, cross, mean, mean_y, float(energy))
 
     def _mean(self, half: int) -> list[Tensor]:
-        return [total.div_(self.counts[half]).cpu() for total in self.halves[half]]
+        parts = [total.div_(self.counts[half]).cpu() for total in self.halves[half]]
+        for second in parts[:1]:
+            mirror(second)
+        return parts
 
     def forget_products(self) -> None:
         """What is left are the means of x' and y."""
         for half in self.halves:
             half[:2] = [part.new_zeros(()) for part in half[:2]]
-
-
-def _towards(weight: Tensor, seen: Means, ridges: Sequence[float], centred: bool) -> Iterator[Tensor]:
-    """W' for every ridge."""
-    second, cross = seen.spread(centred)
-    size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    missing = torch.baddbmm(cross, weight, second, alpha=-1.0)
-    del cross
-    for ridge in ridges:
-        if math.isinf(ridge) or not bool(size.any()):
-            yield weight
-            continue
-        ridged = second.clone()
-        ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, ridge * size, 1.0).squeeze(-1))
-        yield _solve(ridged, missing).add_(weight)
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """X (g0, f, n) with X matrix = right, for symmetric matrices (g0, n, n) that are positive but for rounding."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return solve_each(matrix, right) if bool(failed.any()) else torch.cholesky_solve(right.mT, factor).mT
-
-
-def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:
-    """W' for the dense W (g0, f, n), float64, with the ridge that does best on the halves that it was not made from."""
-    ridge = RIDGES[0]
-    if len(RIDGES) > 1 and all(sums.counts):
-        lost = dict.fromkeys(RIDGES, 0.0)
-        for made, tried in ((0, 1), (1, 0)):
-            given, held = sums.means(made), sums.means(tried)
-            for a, best in zip(RIDGES, _towards(weight, given, RIDGES, centred), strict=True):
-                lost[a] += held.lost(best, centred)
-        ridge = min(reversed(RIDGES), key=lost.__getitem__)  # of equal ones the largest
-    elif not all(sums.counts):
-        ridge = RIDGES[-1]  # one row: nothing to choose by
-    return next(_towards(weight, sums.means(), [ridge], centred))

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..measurement import first_input, naming_batch, numbered_batches, private_runs
+from ...errors import ModelError
+from ...measurement import first_input, naming_batch, numbered_batches, private_runs
 
 BATCHNORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by name: mean and variance, call by call
