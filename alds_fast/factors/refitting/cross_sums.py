@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ...criteria import distinct_rows, in_float64, mirror, plain_rows, squared_norm, triangle, with_few_rows
 from ...measurement import exact_products
+
+ROWS_AT_ONCE = 512  # of a covariance that is not kept
 
 
 class Means(NamedTuple):
@@ -147,50 +149,76 @@ class CrossSums:
 
         The larger one of two estimates, by how far the rows are apart and by how far the two halves are.
         """
-        free, norm2 = self.distinct - 2, squared_norm(self.means().covariance())
+        free, norm2 = self.distinct - 2, sum(map(squared_norm, self._covariance(*self._seen())))
         if free <= 0:
             return math.inf, norm2
         of_rows = max(0.0, self.fourth / self.rows**2 * self.drawn - norm2) / free
-        apart = self._apart(Means.covariance) if all(self.counts) else 0.0
+        apart = self._apart(self._covariance) if all(self.counts) else 0.0
         return max(of_rows, apart) * with_few_rows(free), norm2
 
-    def _apart(self, part: Callable[[Means], Tensor]) -> float:
-        """The variance of what is computed of both halves, by how far it is apart."""
-        distance = squared_norm(part(self.means(0)).sub_(part(self.means(1))))
+    def _covariance(self, *halves: int) -> Iterator[Tensor]:
+        """That of x' in some halves, some of its rows at a time: all of it is as large as the sums."""
+        mean = self._mean_of(2, halves)
+        for at in (slice(start, start + ROWS_AT_ONCE) for start in range(0, mean.shape[-1], ROWS_AT_ONCE)):
+            second = self._mean_of(0, halves, at)
+            yield torch.baddbmm(second, mean[:, at].unsqueeze(-1), mean.unsqueeze(-2), alpha=-1.0)
+
+    def _apart(self, part: Callable[[int], Iterable[Tensor]]) -> float:
+        """The variance of what is computed of each half, by how far it is apart."""
+        distance = sum(squared_norm(a.sub(b)) for a, b in zip(part(0), part(1), strict=True))
         return distance * self.counts[0] * self.counts[1] / self.rows**2
 
     def mean_noise(self) -> float:
         """Expected squared distance of the mean of x' from the true one."""
         if self.distinct < 3 or not all(self.counts):
             return math.inf
-        return self._apart(lambda means: means.mean.clone()) * with_few_rows(self.distinct - 2)
+        return self._apart(lambda half: [self.means(half).mean]) * with_few_rows(self.distinct - 2)
 
     def without_noise(self, moved: Callable[[Means], Tensor]) -> Tensor:
         """A mean of all rows, of which noise, by how far the halves' are apart, is taken off towards 0."""
         whole = moved(self.means())
         if self.distinct < 3 or not all(self.counts):
             return torch.zeros_like(whole)
-        noise, norm2 = self._apart(moved) * with_few_rows(self.distinct - 2), float(whole.square().sum())
+        apart = self._apart(lambda half: [moved(self.means(half))])
+        noise, norm2 = apart * with_few_rows(self.distinct - 2), float(whole.square().sum())
         return whole * (max(0.0, 1.0 - noise / norm2) if norm2 > 0 else 0.0)
 
     def means(self, *halves: int) -> Means:
         """Of some halves, by default all that have rows; those of one half are not to be changed."""
-        if not self._averaged:
-            self._averaged = True
-            self.halves = self._mean(0), self._mean(1)
-        first, *rest = halves or [half for half in (0, 1) if self.counts[half]]
-        parts = self.halves[first]
-        if rest:
-            share = self.counts[rest[0]] / self.rows
-            parts = [torch.lerp(a, b, share) for a, b in zip(parts, self.halves[rest[0]], strict=True)]
-        second, cross, mean, mean_y, energy = parts
+        second, cross, mean, mean_y, energy = (self._mean_of(part, halves or self._seen()) for part in range(5))
         return Means(second, cross, mean, mean_y, float(energy))
 
-    def _mean(self, half: int) -> list[Tensor]:
+    def _seen(self) -> tuple[int, ...]:
+        """The halves that have rows."""
+        return tuple(half for half in (0, 1) if self.counts[half])
+
+    def _mean_of(self, part: int, halves: Sequence[int], at: slice | None = None) -> Tensor:
+        """A part of the means of some halves, or rows of it."""
+        self._average()
+        first, *rest = [self.halves[half][part] if at is None else self.halves[half][part][:, at] for half in halves]
+        if not rest or rest[0] is first:  # or joined
+            return first
+        return torch.lerp(first, rest[0], self.counts[halves[1]] / self.rows)
+
+    def _average(self) -> None:
+        if not self._averaged:
+            self._averaged = True
+            self.halves = self._averages(0), self._averages(1)
+
+    def _averages(self, half: int) -> list[Tensor]:
         parts = [total.div_(self.counts[half]).cpu() for total in self.halves[half]]
         for second in parts[:1]:
             mirror(second)
         return parts
+
+    def join(self) -> None:
+        """What is left of products are those of all rows: of the halves their means are told apart."""
+        self._average()
+        if all(self.counts):
+            first, second = self.halves
+            for part in range(2):
+                first[part].lerp_(second[part], self.counts[1] / self.rows)
+                second[part] = first[part]
 
     def forget_products(self) -> None:
         """What is left are the means of x' and y."""

@@ -56,6 +56,8 @@ def _signs(filters: int) -> Tensor:
 def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:
     """W' for the dense W (g0, f, n), float64, with the ridge that does best on the halves that it was not made from.
 
+    The sums' halves are joined.
+
     Of more than 128 filters ridges are tried on random sums, which lose on average what all filters do: the squared
     norm of S e for random signs S / sqrt(128) has the mean ||e||^2.
     """
@@ -69,4 +71,5 @@ def best_weight(weight: Tensor, sums: CrossSums, centred: bool) -> Tensor:
         ridge = min(reversed(RIDGES), key=lost.__getitem__)  # of equal ones the largest
     elif not all(sums.counts):
         ridge = RIDGES[-1]  # one row: nothing to choose by
+    sums.join()
     return next(_towards(weight, sums.means(), [ridge], centred))
