@@ -14,6 +14,8 @@ from .errors import ArgumentError, LayerNotFoundError
 Selector = str | type[nn.Module]
 Selection = Selector | Iterable[Selector] | None
 
+WAS = "alds_was"  # names of the class of the module that this one stands for
+
 
 def patterns(value: Selection, argument: str) -> tuple[str, ...] | None:
     """Patterns as texts, those of classes their full names; None for none given, ArgumentError for anything else.
@@ -36,7 +38,7 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _names_of(kind: type) -> frozenset[str]:
+def names_of_class(kind: type) -> frozenset[str]:
     """What a class of modules and its bases are called, in short and in full."""
     kinds = [k for k in kind.__mro__ if issubclass(k, nn.Module) and k is not nn.Module]
     return frozenset(name for k in kinds for name in (k.__name__, _full_name(k)))
@@ -46,7 +48,8 @@ class ModuleNames:
     """The modules of a model, asked whether a pattern means one of them.
 
     A pattern means a module if it is, with shell-style wildcards, the name of the module or of one that holds it; or
-    if it is the class, or a base class, of the module or of one that holds it, in short or in full.
+    if it is the class, or a base class, of the module or of one that holds it, in short or in full; of a module that
+    stands for another one the class of either.
 
     >>> places = ModuleNames(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2)))
     >>> [places.means(pattern, "0.0") for pattern in ("0.0", "0", "?.0", "Linear", "1", "ReLU")]
@@ -54,7 +57,10 @@ class ModuleNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kinds = {name: _names_of(type(module)) for name, module in model.named_modules()}
+        self._kinds = {
+            name: names_of_class(type(module)) | vars(module).get(WAS, frozenset())
+            for name, module in model.named_modules()
+        }
 
     def means(self, pattern: str, name: str) -> bool:
         """Whether the pattern means the module of that name."""

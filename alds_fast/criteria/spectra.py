@@ -163,10 +163,13 @@ def exact_spectra(wanted: Sequence[tuple[DecomposableLayer, Key]]) -> Iterator[t
 def is_spectrum_of(layer: DecomposableLayer, values: Tensor) -> bool:
     """Whether these may be the singular values of a layer's slices: their squares add up to its weight's.
 
-    To 1e-5, as spectra in float32 are known. They do too where a weight was permuted, rotated, or changed its signs.
+    To 1e-5, as spectra in float32 are known, or where the weight is a product of factors to what its type rounds. They
+    do too where a weight was permuted, rotated, or changed its signs.
     """
-    norm = float(torch.linalg.vector_norm(oriented_weight(layer.module), dtype=torch.float64))
-    return math.isclose(norm**2, float(values.square().sum()), rel_tol=SAME_NORM)
+    weight = oriented_weight(layer.module)
+    norm, rounded = float(torch.linalg.vector_norm(weight, dtype=torch.float64)), torch.finfo(weight.dtype).eps
+    near = max(SAME_NORM, rounded) if isinstance(layer.module, LowRankLayer) else SAME_NORM
+    return math.isclose(norm**2, float(values.square().sum()), rel_tol=near)
 
 
 def total_work(layers: Sequence[DecomposableLayer], schemes: Sequence[int]) -> int:

@@ -120,8 +120,10 @@ class Plan(ShownInNotebooks):
     def diff(self, other: Plan) -> str:
         """Two plans side by side, as a table: the layers that they treat differently, this plan first, and the totals.
 
-        PlanError for a plan of another model.
+        PlanError for no plan, or one of another model.
         """
+        if not isinstance(other, Plan):
+            raise PlanError(f"diff: expected a plan, got a {type(other).__name__}")
         if [(row.name, row.params_before) for row in self.layers] != [(x.name, x.params_before) for x in other.layers]:
             raise PlanError("diff: the other plan has other layers; both must be plans of one model")
         return diff_text((self.layers, other.layers), (self._total, other._total))

@@ -20,6 +20,7 @@ from ..criteria import (
     total_work,
     with_groups,
 )
+from ..errors import ArgumentError
 from ..layers import (
     DecomposableLayer,
     Layer,
@@ -135,6 +136,8 @@ def analyze(
         batches = operator.length_hint(data)  # a DataLoader may have __len__ and no length
         data = without_labels(model, data)
     check_sensitivity(sensitivity)
+    if sensitivity and data is None:
+        raise ArgumentError("sensitivity= needs data=: gradients are of what the model returns on batches; pass some")
     given, model = model, opened(model, exclude)
     warn_of_unregistered(given)
     layers = chosen_layers(model, include, exclude)
@@ -147,7 +150,8 @@ def analyze(
     named = (first, "batch 1 of data=") if example_inputs is None else (example_inputs, "example_inputs")
     layers = [with_groups(layer, groups) for layer in _without_used(model, layers, *named)]
     ready = decomposable(layers)
-    _LOG.info("%d of %d layers can be decomposed; left out: %s", len(ready), len(layers), left_out_text(layers))
+    left_out = f"; left out: {left_out_text(layers)}" if len(ready) < len(layers) else ""
+    _LOG.info("%d of %d layers can be decomposed%s", len(ready), len(layers), left_out)
     with telling(progress) as told:
         spectra = _spectra(ready, schemes, groups, float32, told)
         moments = collect_moments(

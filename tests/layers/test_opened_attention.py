@@ -224,3 +224,22 @@ def test_a_plan_in_json_opens_too():
     small = alds.Plan.from_json(plan.to_json()).apply(model)
     assert isinstance(small.layers[0].self_attn, OpenedAttention)
     assert [layer.kind for layer in find_layers(small) if layer.kind == "MultiheadAttention"] == []
+
+
+def test_the_class_that_was_opened_means_its_parts_everywhere():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.l = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.l(self.a(x, x, x)[0])
+
+    model, kind = Both(), nn.MultiheadAttention
+    inside = {row.name for row in alds.analyze(model, include=kind).plan(params=0.8).layers if row.choice}
+    assert inside and all(name.startswith("a.") for name in inside)
+    analysis = alds.analyze(model)
+    pinned = analysis.plan(params=0.9, pins={kind: "dense"})
+    assert [row.name for row in pinned.layers if row.choice] == ["l"]
+    by_class, by_name = (analysis.plan(params=0.7, importance={key: 5.0}) for key in (kind, "a"))
+    assert [row.rank for row in by_class.layers] == [row.rank for row in by_name.layers]

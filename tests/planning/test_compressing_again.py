@@ -117,3 +117,20 @@ def test_nothing_is_left_to_cut_from_a_layer_that_is_shared():
     broken.encoder.data[0, 0] = torch.nan
     with pytest.raises(alds.AldsError, match="NaN"):
         alds.analyze(broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_types_are_known_again(dtype, tmp_path, recwarn):
+    """Their dense weight is rounded, their spectra are not."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        low = alds.compress(nn.Sequential(nn.Linear(64, 64)).to(dtype), params=0.6)
+        analysis = alds.analyze(low)
+        analysis.plan(params=0.5).apply(low)
+        alds.save_analysis(analysis, tmp_path / "a.safetensors")
+        alds.load_analysis(tmp_path / "a.safetensors", low)
+        assert not [w for w in recwarn if "has changed" in str(w.message)]
+        low[0].decoder.data.mul_(1.05)
+        with pytest.warns(UserWarning, match="has changed"):
+            analysis.plan(params=0.5).apply(low)
+        recwarn.clear()

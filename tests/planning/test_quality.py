@@ -91,7 +91,7 @@ def test_the_model_is_left_as_it_was(analysis):
 
 REFUSED = [
     ({"quality": 0.9}, ArgumentError, "quality= needs evaluate=, a function of a model"),
-    ({"evaluate": lambda m: 1.0}, BudgetError, "quality=None is not a number"),
+    ({"evaluate": lambda m: 1.0}, BudgetError, "evaluate= goes with quality="),
     ({"quality": "good", "evaluate": lambda m: 1.0}, BudgetError, "quality='good' is not a number"),
     ({"quality": math.nan, "evaluate": lambda m: 1.0}, BudgetError, "quality=nan is not a number"),
     (
@@ -125,3 +125,13 @@ def test_what_is_measured_is_checked_in_files_and_forgotten_where_a_plan_is_edit
     data["quality"]["steps"] = [1]
     with pytest.raises(PlanError, match="does not have the fields of a measured quality"):
         alds.Plan.from_json(json.dumps(data))
+
+
+def test_what_goes_with_what_is_said():
+    model = nn.Sequential(nn.Linear(32, 32))
+    plan = alds.analyze(model).plan(params=0.5)
+    with pytest.raises(PlanError, match="expected a plan, got a int"):
+        plan.diff(3)
+    for sensitivity in (True, "kl"):
+        with pytest.raises(ArgumentError, match="sensitivity= needs data="):
+            alds.compress(model, params=0.5, sensitivity=sensitivity)

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from ...errors import ArgumentError, ModelError
+from ...selection import WAS, names_of_class
 from ..obstacles import reason_of_hooks
 from ..registry import LOW_RANK, STORED, stored_params, weight_shape
 from . import attention, folded, own_forward, same_padding
@@ -48,6 +49,7 @@ def opener_of(module: nn.Module) -> Opener | None:
 def open_module(module: nn.Module, opener: Opener) -> nn.Module:
     """What takes the module's place; of a single layer it is kept how many parameters go with the module."""
     new = opener.open(module).train(module.training)
+    vars(new)[WAS] = names_of_class(type(module))
     layers = [part for part in new.modules() if weight_shape(part) is not None]
     if len(layers) == 1:
         counts = [sum(p.numel() for p in part.parameters()) for part in (module, new)]

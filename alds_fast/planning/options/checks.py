@@ -138,6 +138,8 @@ def check_quality(quality: object, evaluate: object, budgets: Mapping[str, objec
     """Whether a quality is asked for; BudgetError or ArgumentError where it is no number, or not alone."""
     if quality is None and evaluate is None:
         return False
+    if quality is None:
+        raise BudgetError("evaluate= goes with quality=, the least that it may return; pass both, or neither")
     if not is_number(quality) or not math.isfinite(quality):
         raise BudgetError(
             f"quality={quality!r} is not a number: it is the least that evaluate(model) may return, for example "
