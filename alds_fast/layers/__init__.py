@@ -38,7 +38,7 @@ from .obstacles import (
     warn_of_unregistered,
     why_experts_stay,
 )
-from .opening import OpenedAttention, opened, opened_for, put_opened, register
+from .opening import REGISTERED, OpenedAttention, opened, opened_for, put_opened, register
 from .output_heads import chosen_layers
 from .registry import (
     CONVOLUTIONS,
@@ -60,6 +60,7 @@ from .widths import as_narrowed, is_plain_linear, narrow_layer, narrowed_sizes, 
 __all__ = [
     "CONVOLUTIONS",
     "LOW_RANK",
+    "REGISTERED",
     "AbsentWeight",
     "DecomposableLayer",
     "Layer",

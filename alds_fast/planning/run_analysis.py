@@ -41,7 +41,14 @@ from ..measurement import Sensitivity, check_data, check_sensitivity, first_batc
 from ..progress import Progress, ProgressOption, telling
 from ..selection import Selection
 from .analysis import Analysis
-from .options import check_groups, check_held_out, check_moment_memory, check_schemes, is_float32
+from .options import (
+    check_groups,
+    check_held_out,
+    check_moment_memory,
+    check_registered,
+    check_schemes,
+    is_float32,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -148,6 +155,7 @@ def analyze(
     if data is None and example_inputs is None:
         warn_of_questions(model)
     named = (first, "batch 1 of data=") if example_inputs is None else (example_inputs, "example_inputs")
+    check_registered(given, model, *named)
     layers = [with_groups(layer, groups) for layer in _without_used(model, layers, *named)]
     ready = decomposable(layers)
     left_out = f"; left out: {left_out_text(layers)}" if len(ready) < len(layers) else ""

@@ -190,6 +190,22 @@ def test_what_cannot_be_registered_is_refused(registered):
             alds.analyze(nn.Sequential(MyLinear(4, 4)))
 
 
+def test_what_computes_something_else_is_refused_where_there_are_inputs(registered):
+    def turned(module):
+        linear = registered(module)
+        linear.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+        return linear
+
+    model, x = nn.Sequential(MyLinear(16, 16), MyLinear(16, 16)), torch.randn(300, 16)
+    for options in ({"example_inputs": x}, {"data": [x]}):
+        alds.register(MyLinear, registered)
+        alds.analyze(model, **options)
+        alds.register(MyLinear, turned)
+        with pytest.raises(alds.AldsError, match="layer '0': what its registered function gave returns something else"):
+            alds.analyze(model, **options)
+    alds.analyze(model)  # nothing to tell by
+
+
 def test_what_stays_closed_says_why():
     hooked = weight_norm(nn.Linear(8, 8))
     hooked.register_forward_hook(lambda module, args, y: y)

@@ -6,6 +6,6 @@ experts.
 
 from .attention import OpenedAttention
 from .opened_model import opened, opened_for, put_opened, why_closed
-from .openers import register
+from .openers import REGISTERED, register
 
-__all__ = ["OpenedAttention", "opened", "opened_for", "put_opened", "register", "why_closed"]
+__all__ = ["REGISTERED", "OpenedAttention", "opened", "opened_for", "put_opened", "register", "why_closed"]

@@ -46,6 +46,9 @@ def opener_of(module: nn.Module) -> Opener | None:
     return next((opener for opener in OPENERS if opener.takes(module)), None)
 
 
+REGISTERED = "alds_registered"  # what a user's function has given
+
+
 def open_module(module: nn.Module, opener: Opener) -> nn.Module:
     """What takes the module's place; of a single layer it is kept how many parameters go with the module."""
     new = opener.open(module).train(module.training)
@@ -75,7 +78,7 @@ def register(kind: type[nn.Module], open: _Function | None = None) -> Callable[[
     Raises:
         ArgumentError: ``kind`` is no type of modules, or one that needs none.
         ModelError: later, from whoever opens a model: the function has raised an exception or given no module, or one
-            that has more parameters.
+            that has more parameters; from analyze with data or example inputs: that computes something else.
 
     >>> import torch
     >>> class MyLinear(nn.Module):
@@ -123,6 +126,7 @@ def _checked(kind: type[nn.Module], function: Callable[..., nn.Module]) -> Open:
                 f"the function registered for {kind.__name__} gave {layers} layers and {after:,} parameters in "
                 f"the place of {before:,}; return a Linear or convolution, or a module of layers with as many"
             )
+        vars(new)[REGISTERED] = True
         return new
 
     return open

@@ -26,6 +26,7 @@ from .defaults import (
     tell_too_little,
 )
 from .pins import Pin, choices_of, pins_of_layers, read_pins, saying_what_is_pinned
+from .registered import check_registered
 from .typed import AnalysisOptions, CompressOptions, PlanOptions
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "check_plan_options",
     "check_quality",
     "check_refining",
+    "check_registered",
     "check_schemes",
     "choices_of",
     "is_float32",
