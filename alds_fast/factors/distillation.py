@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
 from ..layers import annotate
-from ..measurement import USUAL, Masks, Run, first_floating, masks_of, naming_batch, private_runs, without_labels
+from ..measurement import (
+    USUAL,
+    Masks,
+    Run,
+    first_floating,
+    masks_of,
+    named_logits,
+    naming_batch,
+    private_runs,
+    without_labels,
+)
 from ..progress import ProgressOption, telling
 from .training import (
     asking,
@@ -46,19 +56,15 @@ class Distilled(NamedTuple):
     kl: bool
 
 
-def _logits(output: Any) -> Any:
-    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-
-
 def names_logits(output: Any) -> bool:
     """Whether a model's output says which tensor of it are logits."""
-    return isinstance(_logits(output), Tensor)
+    return named_logits(output) is not None
 
 
 def _compared(output: Any, name: str) -> Tensor:
     """The output's logits where it names some, or else its first floating-point tensor."""
-    logits = _logits(output)
-    tensor = logits if isinstance(logits, Tensor) else first_floating(output)
+    named = named_logits(output)
+    tensor = first_floating(output) if named is None else named
     if tensor is None or tensor.dim() == 0:
         raise ModelError(f"{name} needs an output of floating-point tensors; the model returns {type(output)}")
     return tensor

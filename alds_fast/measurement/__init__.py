@@ -8,7 +8,15 @@ from .flops import count_inputs, dense_flops, flops_of_ranks
 from .inputs import InputSpec, layer_inputs, shared_inputs
 from .masks import USUAL, Masks, masks_of
 from .memory import Peak, peak_of_activations
-from .output_gradients import KL, Sensitivity, backward_from, check_sensitivity, first_floating, signs_of
+from .output_gradients import (
+    KL,
+    Sensitivity,
+    backward_from,
+    check_sensitivity,
+    first_floating,
+    named_logits,
+    signs_of,
+)
 from .private_runs import MAPPED, Run, check_runs, copy_batch, keeping_state, private_runs
 from .run_model import (
     attribute_set,
@@ -70,6 +78,7 @@ __all__ = [
     "masks_of",
     "median_ratio",
     "ms_by_part",
+    "named_logits",
     "naming_batch",
     "numbered_batches",
     "output_tensors",

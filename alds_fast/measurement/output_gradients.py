@@ -27,6 +27,25 @@ def first_floating(output: Any) -> Tensor | None:
     return next((t for v in values if (t := first_floating(v)) is not None), None)
 
 
+def named_logits(output: Any) -> Tensor | None:
+    """The tensor that a model's output calls logits, if any."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _logits_of(output: Any, name: str) -> Tensor:
+    """What the output calls logits, or else its first floating-point tensor; ModelError, for ``name``, without any."""
+    named = named_logits(output)
+    logits = first_floating(output) if named is None else named
+    if logits is None or logits.dim() == 0:
+        what = "a number, as a loss is" if logits is not None else "no floating-point tensor"
+        raise ModelError(
+            f"{name} needs an output of logits; of the {type(output).__name__} that the model returns the first value "
+            f"is {what}; pass batches without labels, or a model whose output names its logits"
+        )
+    return logits
+
+
 def _backward_from_roots(output: Any, generator: torch.Generator) -> float:
     """:func:`backward_from` square roots of the probabilities that logits stand for, over their last dimension.
 
@@ -34,9 +53,7 @@ def _backward_from_roots(output: Any, generator: torch.Generator) -> float:
     With r = sqrt(softmax(z)) and signs s, the gradient of s . r is (s * r - (s . r) r^2) / 2: a few rows at a time, as
     there may be many logits.
     """
-    logits = first_floating(output)
-    if logits is None or logits.dim() == 0:
-        raise ModelError(f"sensitivity={KL!r} needs an output of logits; the model returns a {type(output).__name__}")
+    logits = _logits_of(output, f"sensitivity={KL!r}")
     _check_gradient(logits)
     gradient = torch.empty_like(logits.detach(), memory_format=torch.contiguous_format)
     rows, energy = logits.detach().reshape(-1, logits.shape[-1]), 0.0

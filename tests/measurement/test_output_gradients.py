@@ -40,5 +40,10 @@ def test_the_first_tensor_of_a_dataclass_matters():
 
 
 def test_kl_needs_logits():
-    with pytest.raises(ModelError, match="needs an output of logits; the model returns a str"):
+    with pytest.raises(ModelError, match="needs an output of logits; of the str .* no floating-point tensor"):
         backward_from("text", None, "kl", torch.Generator())
+    loss, z = torch.ones((), requires_grad=True), torch.zeros(2, 3, requires_grad=True)
+    with pytest.raises(ModelError, match="the first value is a number, as a loss is; pass batches without labels"):
+        backward_from((loss, z), None, "kl", torch.Generator())
+    energy = backward_from({"loss": loss, "logits": z}, None, "kl", torch.Generator())
+    assert energy == pytest.approx(2) and z.grad is not None and loss.grad is None

@@ -35,7 +35,11 @@ def skeleton(shards: Shards) -> nn.Module:
     settings = shards.config.get("quantization_config")
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise ArgumentError(f"the checkpoint {str(shards.folder)!r} is quantized or compressed already ({method})")
+        ours = "; its low-rank layers are cut further in memory: from_pretrained, compress, save_pretrained"
+        raise ArgumentError(
+            f"the checkpoint {str(shards.folder)!r} is quantized or compressed already ({method})"
+            f"{ours if method == 'alds_fast' else '; pass the directory of the weights before that'}"
+        )
     cls, config = class_of(shards.config), _config_of(shards)
     try:
         with torch.device("meta"):
