@@ -18,6 +18,7 @@ from ..errors import ArgumentError, BackendError
 from ..kernels import MAX_MERGED
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
 from ..measurement import device_of, environment, layer_inputs, shared_inputs
+from ..progress import Progress, ProgressOption, telling
 from .autotune import (
     SEPARATE,
     Specs,
@@ -61,14 +62,16 @@ def _row(name: str, layer: LowRankLayer, case: Case, known: Mapping[str, DeployR
 
 
 def _rows(
-    layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case], known: dict[str, DeployRow], rounds: int
-) -> list[DeployRow]:
+    layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case], known: dict[str, DeployRow], rounds: int,
+    told: Progress,
+) -> list[DeployRow]:  # fmt: skip
     """A row for every layer; layers with the same call are measured once."""
     rows = []
     for name, layer in layers.items():
         rows.append(_row(name, layer, cases[name], known, rounds))
         if rows[-1].call:
             known[rows[-1].call] = rows[-1]
+        told("layers timed", len(rows), len(layers))
     return rows
 
 
@@ -142,14 +145,14 @@ def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[
 @overload
 def deploy(
     model: nn.Module, example_inputs: Any, *, backend: str | None = ..., table: Table | None = ..., rounds: int = ...,
-    report: Literal[False] = ..., reorder: bool = ...,
+    report: Literal[False] = ..., reorder: bool = ..., progress: ProgressOption = ...,
 ) -> nn.Module: ...  # fmt: skip
 
 
 @overload
 def deploy(
     model: nn.Module, example_inputs: Any, *, backend: str | None = ..., table: Table | None = ..., rounds: int = ...,
-    report: Literal[True], reorder: bool = ...,
+    report: Literal[True], reorder: bool = ..., progress: ProgressOption = ...,
 ) -> tuple[nn.Module, DeployTable]: ...  # fmt: skip
 
 
@@ -162,6 +165,7 @@ def deploy(
     rounds: int = 7,
     report: bool = False,
     reorder: bool = False,
+    progress: ProgressOption = None,
 ) -> nn.Module | tuple[nn.Module, DeployTable]:
     """A copy of a compressed model in which every low-rank layer runs in the way that was measured to be fastest.
 
@@ -186,6 +190,7 @@ def deploy(
         reorder: layers with output pivots leave these in the order in which they are made, and weights of the layers
             after them are put in that order, see :mod:`alds_fast.deployment.channel_orders`. For models that are run as
             in the example, and of which nobody reads values between layers. A warning says where that cannot be.
+        progress: of the layers that are timed, as of :func:`alds_fast.analyze`.
 
     Returns:
         The deployed module, or (module, table). The table is also the module's ``alds_deployed``; its ``decided`` says
@@ -219,7 +224,8 @@ def deploy(
     if backend is not None:
         rows = [_force(name, layer, cases[name], backend) for name, layer in layers.items()]
     else:
-        rows = _rows(layers, cases, known, rounds)
+        with telling(progress) as told:
+            rows = _rows(layers, cases, known, rounds, told)
         rows += _merged_rows(
             _merge_candidates(model, example_inputs, layers, cases), layers, cases, rows, known, rounds
         )

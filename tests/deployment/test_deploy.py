@@ -425,3 +425,10 @@ def test_transformer_encoder_returns_to_its_fast_path():
     assert fast.layers[0].activation_relu_or_gelu == dense.layers[0].activation_relu_or_gelu != 0
     assert fast.use_nested_tensor == dense.use_nested_tensor
     torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_progress_is_told_layer_by_layer():
+    small, told = alds.compress(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), params=0.5), []
+    alds.deploy(small, torch.randn(8, 64), rounds=1, progress=lambda *args: told.append(args))
+    count = sum(isinstance(m, alds.LowRankLinear) for m in small)
+    assert told == [("layers timed", i + 1, count) for i in range(count)] and count

@@ -57,7 +57,14 @@ def test_signatures():
     budgets = dict.fromkeys(("params", "flops", "memory", "latency", "error", "quality", "evaluate", "example_inputs"))
     assert _keywords(alds.Analysis.plan) == {**budgets, **planning}
     assert _keywords(alds.compress) == {**budgets, "refit": False, "refine": False, "blocks": None}
-    assert _keywords(alds.deploy) == {"backend": None, "table": None, "rounds": 7, "report": False, "reorder": False}
+    assert _keywords(alds.deploy) == {
+        "backend": None,
+        "table": None,
+        "rounds": 7,
+        "report": False,
+        "reorder": False,
+        "progress": None,
+    }
     recipe = dict.fromkeys(("loader", "loss", "train_step", "optimizer", "scheduler", "train"))
     distillation = {"distill": 0.0, "temperature": 2.0, "distill_loss": None}
     required = dict.fromkeys(("keep", "epochs"), inspect.Parameter.empty)
