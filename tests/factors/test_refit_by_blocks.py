@@ -131,7 +131,7 @@ def test_batches_of_every_kind_are_tried_and_no_more():
 
 
 def test_ridges_are_tried_on_sums_of_many_filters():
-    """The weight is as near to that of the ridge that is best on all filters as the halves can tell."""
+    """Where outputs are mostly noise the dense weight stays; random sums keep the energy of all filters."""
     torch.manual_seed(0)
     weight, x = torch.randn(1, 400, 24).double(), torch.randn(2, 40, 1, 24).double()
     sums = cross_sums.CrossSums()
