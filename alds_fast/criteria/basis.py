@@ -14,7 +14,7 @@ from ..processes import World
 from .moments import Moments
 from .one_slice import OneSlice, one_slice
 from .registry import CRITERIA, DEFAULT_CRITERION, WITHOUT_GRADIENTS
-from .weighted_errors import Bases, bases_of, errors, held_out_errors
+from .weighted_errors import Bases, bases_of, errors, falling, held_out_errors
 from .weights import Weighting, noise_share, squared_norm, unknown_share, weight_for_errors, weighting
 
 LEAST_NOISE = 0.02  # share below which more than it is not tried
@@ -63,10 +63,14 @@ class Basis:
 
     def look_at(self, layer: DecomposableLayer) -> None:
         """Find out what :meth:`untold` and :meth:`goes_by_samples_kept_aside` ask of a layer."""
-        if layer.name not in self._unknown:
-            self._unknown[layer.name] = self._unknown_share(layer)
-        if layer.name not in self._apart:
-            self._apart[layer.name] = self._distance(layer)
+        self._once(self._unknown, layer, self._unknown_share)
+        self._once(self._apart, layer, self._distance)
+
+    @staticmethod
+    def _once(known: dict[str, float | None], layer: DecomposableLayer, find: Callable[..., float | None]) -> Any:
+        if layer.name not in known:
+            known[layer.name] = find(layer)
+        return known[layer.name]
 
     def of_parts(self, moments: Mapping[str, Moments], names: Collection[str]) -> Basis:
         """That of a model in which the layers ``names`` are parts of what they were, with their moments.
@@ -116,14 +120,17 @@ class Basis:
         """
         if not CRITERIA[self.criterion_of(layer.name)].needs_data:
             return None
-        return self._weights_for_errors(layer) if for_errors else self._weighting(layer, self._share(layer))
+        if for_errors:
+            return self._weights_for_errors(layer)
+        share = self._share(layer)
+        for kept in (self._last, self._bases):  # for errors, and as large as the moments
+            kept.clear()
+        return self._weighting(layer, share)
 
     def untold(self, layers: Sequence[DecomposableLayer]) -> bool:
         """Whether the data tell next to nothing: what they show of the layers' inputs and gradients is noise."""
-        for layer in layers:
-            if layer.name not in self._unknown:
-                self._unknown[layer.name] = self._unknown_share(layer)
-        shares = [share for layer in layers if (share := self._unknown[layer.name]) is not None]
+        found = (self._once(self._unknown, layer, self._unknown_share) for layer in layers)
+        shares = [share for share in found if share is not None]
         return bool(shares) and sum(shares) / len(shares) > MOST_NOISE
 
     def _unknown_share(self, layer: DecomposableLayer) -> float | None:
@@ -144,10 +151,8 @@ class Basis:
 
         Of calibration a part is what the data do not tell, of one layer more than of another.
         """
-        for layer in layers:
-            if layer.name not in self._apart:
-                self._apart[layer.name] = self._distance(layer)
-        known = [distance for layer in layers if (distance := self._apart[layer.name]) is not None]
+        found = (self._once(self._apart, layer, self._distance) for layer in layers)
+        known = [distance for distance in found if distance is not None]
         return bool(known) and sum(known) / len(known) > math.log(NOT_NEAR)
 
     def _distance(self, layer: DecomposableLayer) -> float | None:
@@ -182,7 +187,7 @@ class Basis:
             rule = CRITERIA[self.criterion_of(layer.name)].rule
             if held_out:
                 found = held_out_errors(weights, scheme, groups, self._known_bases(weights, *key[:3]))
-                self._errors[key] = _falling(found)
+                self._errors[key] = falling(found)
             elif rule is errors:
                 self._errors[key] = errors(weights, scheme, groups, self._known_bases(weights, *key[:3]))
             else:
@@ -192,7 +197,7 @@ class Basis:
     def _keep_of_one_slice(self, layer: DecomposableLayer, found: tuple[Tensor, Tensor | None]) -> None:
         self._errors[layer.name, 0, 1, False] = found[0]
         if found[1] is not None:
-            self._errors[layer.name, 0, 1, True] = _falling(found[1])
+            self._errors[layer.name, 0, 1, True] = falling(found[1])
 
     def _known_bases(self, weights: Weighting, name: str, scheme: int, groups: int) -> Bases:
         """Those of the slices, which errors of both kinds are computed from."""
@@ -248,11 +253,6 @@ class Basis:
                     self._keep_of_one_slice(layer, tried[best])
             self._shares[layer.name] = best
         return self._shares[layer.name]
-
-
-def _falling(held_out: Tensor) -> Tensor:
-    """Errors that never grow with the rank: of each rank the largest of it and of those above it."""
-    return held_out.flip(0).cummax(0).values.flip(0)
 
 
 def _mean_logarithm(held_out: Tensor | None) -> float:

@@ -47,7 +47,8 @@ def tap_blocks(w: Weighting, scheme: int, second: Tensor | None = None) -> Tenso
 
 def _slice_moments(blocks: Tensor, groups: int) -> Tensor:
     """S_g, (g0, k, cols / k, cols / k)."""
-    whole = torch.diagonal(blocks, dim1=1, dim2=3).sum(-1)  # (g0, cols, cols)
+    one_tap = blocks.shape[1] == 1  # then no sum is to be taken up
+    whole = blocks[:, 0, :, 0] if one_tap else torch.diagonal(blocks, dim1=1, dim2=3).sum(-1)  # (g0, cols, cols)
     return whole.unflatten(1, (groups, -1)).unflatten(3, (groups, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
@@ -117,6 +118,11 @@ def relative_errors(squares: Tensor, scale: float) -> Tensor:
     """Relative errors of ranks 0..r from the squares for 0..r - 1."""
     relative = squares / scale if scale > 0 else torch.zeros_like(squares)
     return torch.cat([relative.sqrt(), squares.new_zeros(1)])
+
+
+def falling(errors: Tensor) -> Tensor:
+    """Errors that never grow with the rank: of each rank the largest of it and of those above it."""
+    return errors.flip(0).cummax(0).values.flip(0)
 
 
 def errors(w: Weighting, scheme: int, groups: int, bases: Bases | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..linalg import WeightShape
+from ..linalg import WeightShape, cholesky_in_place
 from .moments import Moments
 
 BLOCK = 8192  # filters that are taken up at a time: a language model's head has 100,000
@@ -61,12 +61,15 @@ def squared_norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x)) ** 2
 
 
-def shrink(covariance: Tensor, share: float, alike: Tensor | None = None, more: Tensor | float = 0.0) -> Tensor:
+def shrink(
+    covariance: Tensor, share: float, alike: Tensor | None = None, more: Tensor | float = 0.0, in_place: bool = False
+) -> Tensor:
     """(1 - share) C + (share tr C + ``more``) A / tr A, of (g0, n, n); A is ``alike`` or the identity.
 
-    Of a diagonal (g0, n) too.
+    Of a diagonal (g0, n) too. ``in_place``: in C's memory.
     """
-    mixed, size = (1.0 - share) * covariance, share * trace(covariance) + more
+    size = share * trace(covariance) + more
+    mixed = covariance.mul_(1.0 - share) if in_place else (1.0 - share) * covariance
     if alike is not None:
         return mixed.add_(alike * (size / trace(alike).clamp_min(1e-300))[:, None, None])
     diagonal = mixed if mixed.dim() == 2 else mixed.diagonal(dim1=-2, dim2=-1)
@@ -114,7 +117,7 @@ def _of_filters(moments: Moments) -> Tensor:
 def root_of(moments: Moments) -> Tensor:
     """H: upper triangles, by Cholesky, or a diagonal."""
     matrix = _of_filters(moments)
-    return matrix.sqrt() if matrix.dim() == 2 else _each(torch.linalg.cholesky, matrix).mT
+    return matrix.sqrt() if matrix.dim() == 2 else cholesky_in_place(matrix)
 
 
 def _each(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
@@ -123,16 +126,11 @@ def _each(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
     return results[0].unsqueeze(0) if len(results) == 1 else torch.stack(results)
 
 
-def _with_outer(matrix: Tensor, mean: Tensor, scale: float) -> Tensor:
-    """C + scale m m^T, of (g0, n, n) and (g0, n)."""
-    return torch.baddbmm(matrix, mean.unsqueeze(-1), mean.unsqueeze(-2), alpha=scale)
-
-
 def covariance_of(moments: Moments) -> Tensor:
     """Of a layer's input, or of its output where only that is known."""
     whole = moments.output if moments.second is None else moments.second
     assert whole is not None
-    return _with_outer(whole, moments.mean, -1.0)
+    return torch.baddbmm(whole, moments.mean.unsqueeze(-1), moments.mean.unsqueeze(-2), alpha=-1.0)
 
 
 def known_mean(moments: Moments) -> tuple[Tensor, Tensor]:
@@ -163,7 +161,7 @@ def _in_blocks(matrix: Tensor | None, x: Tensor) -> Iterator[tuple[slice, Tensor
 
 def carried(root: Tensor | None, matrix: Tensor, second: Tensor) -> float:
     """tr(H M C M^T H) of M (g0, f, n), C (g0, n, n)."""
-    return sum(float((part @ second * part).sum()) for _, part in _in_blocks(root, matrix))
+    return sum(float((part @ second).mul_(part).sum()) for _, part in _in_blocks(root, matrix))
 
 
 def weight_matrix(shape: WeightShape, weight: Tensor) -> Tensor:
@@ -218,9 +216,9 @@ def weighting(
     alike = None if moments.second is not None else w @ w.mT
     covariance, (known, unsure) = covariance_of(moments), known_mean(moments)
     share = shrinkage_of(covariance, moments.noise, alike) if share is None else share
-    second = shrink(covariance, share, alike, unsure)
+    second = shrink(covariance, share, alike, unsure, in_place=True)
     if not centred:
-        second = _with_outer(second, known, 1.0)
+        second.baddbmm_(known.unsqueeze(-1), known.unsqueeze(-2))
     if alike is None:
         mean_input: Tensor | None = known
         mean = (w @ known.unsqueeze(-1)).squeeze(-1)

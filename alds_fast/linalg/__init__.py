@@ -26,7 +26,7 @@ from .pivots import Pivots, index_count, pivot_factors, pivots_of_fold, saved_by
 from .products import cut_product, product_values
 from .rsvd_op import batched_rsvd
 from .spectra_op import spectra
-from .torch_backend import EXACT_BY_FALLBACK, Factors, optimal_errors, solve_each
+from .torch_backend import EXACT_BY_FALLBACK, Factors, cholesky_in_place, optimal_errors, solve_each
 
 __all__ = [
     "EXACT_BY_FALLBACK",
@@ -36,6 +36,7 @@ __all__ = [
     "Pivots",
     "WeightShape",
     "batched_rsvd",
+    "cholesky_in_place",
     "cut_product",
     "decoder_axes",
     "decoder_weight",

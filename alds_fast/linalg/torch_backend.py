@@ -139,6 +139,16 @@ def batched_rsvd_ref(matrix: Tensor, groups: int, rank: int) -> Factors:
     return Factors(left, right, optimal_errors(s, 0), optimal_errors(s, rank), exact)
 
 
+def cholesky_in_place(matrices: Tensor) -> Tensor:
+    """Symmetric positive matrices (batch, n, n) become upper triangles R with R^T R = A, in their own memory.
+
+    torch.linalg.LinAlgError where one is not positive; what is left of the matrices is then of no use.
+    """
+    for one in matrices.mT:  # whose columns lie together, as LAPACK has them: torch then makes no copy
+        torch.linalg.cholesky(one, out=one)
+    return matrices
+
+
 def solve_each(systems: Tensor, right: Tensor) -> Tensor:
     """X with ``X @ systems == right``: (batch, n, n) and (batch, m, n) to (batch, m, n).
 

@@ -69,6 +69,7 @@ def draft_factors(
     for count, number in enumerate(own, 1):
         choice = wanted[number]
         layer, weighting = layers[choice.name], basis.weighting(layers[choice.name])
+        let_go([work.shards.folder, work.journal.folder])  # the moments
         if weighting is None:
             _, low, report = next(plain_layers([(choice, layer)], {}, plan.exact))
         else:

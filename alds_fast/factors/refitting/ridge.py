@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...linalg import solve_each
+from ...linalg import cholesky_in_place, solve_each
 from .cross_sums import CrossSums, Means
 
 MOST_TRIED = 128  # filters, or sums of filters, that ridges are tried on
@@ -34,15 +34,21 @@ def _towards(weight: Tensor, seen: Means, ridges: Sequence[float], centred: bool
         if math.isinf(ridge) or not bool(size.any()):
             yield weight
             continue
-        ridged = second.clone()
-        ridged.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, ridge * size, 1.0).squeeze(-1))
-        yield _solve(ridged, missing).add_(weight)
+        more = torch.where(size > 0, ridge * size, 1.0).squeeze(-1)
+        yield _solve(second, more, missing).add_(weight)
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """X (g0, f, n) with X matrix = right, for symmetric matrices (g0, n, n) that are positive but for rounding."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return solve_each(matrix, right) if bool(failed.any()) else torch.cholesky_solve(right.mT, factor).mT
+def _solve(matrix: Tensor, more: Tensor, right: Tensor) -> Tensor:
+    """X (g0, f, n) with X (A + m I) = right, for symmetric A (g0, n, n) and m (g0, 1), positive but for rounding."""
+    ridged = matrix.clone()
+    ridged.diagonal(dim1=-2, dim2=-1).add_(more)
+    try:
+        factor = cholesky_in_place(ridged)
+    except torch.linalg.LinAlgError:
+        ridged = matrix.clone()
+        ridged.diagonal(dim1=-2, dim2=-1).add_(more)
+        return solve_each(ridged, right)
+    return torch.cholesky_solve(right.mT, factor, upper=True).mT
 
 
 def _signs(filters: int) -> Tensor:
