@@ -11,9 +11,11 @@ from .discovery import DecomposableLayer, Layer, find_layers
 from .opening import why_closed
 from .registry import is_table
 
-_REASON = "output head of a language model; name it in include= to decompose it"
-_TABLE = "a table of which rows are looked up; name it in include= to decompose it"
-PADDING = 64  # outputs beyond an embedding's entries, by which vocabularies are padded
+_REASON = 'output head of a language model; include="*" decomposes it with all others'
+_TABLE = 'a table of which rows are looked up; include=["*", "Embedding*"] decomposes it with all others'
+PADDING = 64  # by which vocabularies are padded at most,
+PADDED_TO = 8  # to a multiple of this,
+ENTRIES = 8  # and entries for every one that is added at least
 _BY_SIZE = "has an output for every entry of an embedding, as an " + _REASON
 
 
@@ -35,7 +37,8 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 def _head_by_size(model: nn.Module) -> nn.Module | None:
     """The linear layer that gives a score for every entry of an embedding, if there is one.
 
-    That is the one as large as it with more outputs than inputs, or the model's last one, padded outputs allowed.
+    That is the one as large as it with more outputs than inputs, or the model's last one, padded outputs allowed. One
+    with as many outputs as inputs is none: tables have the width of what is around them.
     """
     if any(hasattr(module, "get_output_embeddings") for module in model.modules()):
         return None  # which says what it is
@@ -46,7 +49,9 @@ def _head_by_size(model: nn.Module) -> nn.Module | None:
         return heads[0] if heads else None
     last, (outputs, inputs) = sizes[-1]
     most = max((entries for entries, width in tables if width == inputs), default=outputs + 1)
-    return last if 0 <= outputs - most < PADDING else None
+    padding = outputs - most
+    padded = 0 < padding < PADDING and outputs % PADDED_TO == 0 and ENTRIES * padding <= most
+    return last if outputs != inputs and (padding == 0 or padded) else None
 
 
 def chosen_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> list[Layer]:

@@ -162,6 +162,7 @@ def _mask(name: str, value: Any, padding: bool) -> Tensor | None:
         ones = "True at padding and False at tokens" if padding else "1 or True at tokens and 0 or False at padding"
         raise ArgumentError(
             f"{name}: expected (samples, tokens) of {ones}, got shape {tuple(value.shape)}, values from {value.min()} "
-            f"to {value.max()}; with mask=None all tokens count"
+            f"to {value.max()}; where this is labels, pass [ids for ids, labels in loader]; with mask=None all tokens "
+            f"count"
         )
     return value == 0 if padding else value.bool()

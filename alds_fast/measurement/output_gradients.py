@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,14 +17,26 @@ KL = "kl"
 _PART = 1 << 22  # probabilities at once
 
 
-def first_floating(output: Any) -> Tensor | None:
-    """The first floating-point tensor of a model's output, whatever containers it is in."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+def _all_floating(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield output
     if is_dataclass(output) and not isinstance(output, Mapping):  # those of transformers are both
         output = [getattr(output, field.name) for field in fields(output)]
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return next((t for v in values if (t := first_floating(v)) is not None), None)
+    for value in values:
+        yield from _all_floating(value)
+
+
+def first_floating(output: Any) -> Tensor | None:
+    """The first floating-point tensor of a model's output that is no number, whatever containers it is in.
+
+    A number, as the loss is that models return before their logits if the batch has labels, where there is no other.
+
+    >>> first_floating({"loss": torch.tensor(0.5), "logits": torch.ones(1, 2)})
+    tensor([[1., 1.]])
+    """
+    found = list(_all_floating(output))
+    return next((tensor for tensor in found if tensor.dim()), found[0] if found else None)
 
 
 def named_logits(output: Any) -> Tensor | None:

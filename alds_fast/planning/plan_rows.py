@@ -75,8 +75,20 @@ class Latency:
         """Relative distance of the measured share from the one asked for."""
         return abs(self.measured / self.asked - 1.0)
 
+    @property
+    def saves_half(self) -> bool:
+        """Whether at least half of the time that was to be saved is saved: what is less is as good as nothing."""
+        return self.asked >= 1.0 or self.measured <= (1.0 + self.asked) / 2
+
+    @property
+    def is_met(self) -> bool:
+        """Within the tolerance, and with half of the saving at least."""
+        return self.distance <= self.TOLERANCE and self.saves_half
+
     def __str__(self) -> str:
-        far = f", NOT within {self.TOLERANCE:.0%} of it" if self.distance > self.TOLERANCE else ""
+        far = "" if self.is_met else f", NOT within {self.TOLERANCE:.0%} of it"
+        if not self.saves_half:
+            far = ", NOT half of the saving"
         times = f"{self.dense_ms:.3g} -> {self.compressed_ms:.3g} ms"
         asked = f"latency {self.asked:.2f} asked, {self.measured:.2f} measured{far}, {times} on {self.device}"
         return f"{asked}; up to {MAX_LATENCY_GROUPS} channel slices were tried"

@@ -104,9 +104,9 @@ def analyze(
         data: batches of the model's inputs, each a tensor, a tuple of positional or a mapping of keyword arguments,
             or inputs and labels (:func:`alds_fast.measurement.without_labels`); the moments of the layers' inputs are
             collected on them, see :func:`alds_fast.criteria.collect_moments`.
-        sensitivity: with data, also collect gradients: True for those of the model's first output, "kl" where that is
-            logits (language models), or a function of (output, batch) that returns the tensor whose squared error
-            matters, or a loss.
+        sensitivity: with data, also collect gradients: True for those of the model's first output that is no number (a
+            loss is one, where batches have labels), "kl" where that is logits (language models), or a function of
+            (output, batch) that returns the tensor whose squared error matters, or a loss.
         mask: name of the argument (samples, tokens) that is 1 at tokens and 0 at padding, which does not count; the
             default stands for all usual names, see :func:`alds_fast.measurement.masks_of`.
         moment_order: layers whose inputs have more entries (channels * kernel area) get the moment of their output,

@@ -320,6 +320,20 @@ def test_a_latency_is_not_refused_while_a_faster_plan_was_measured(monkeypatch, 
     assert timed_plan.latency.measured == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("asked", [0.95, 0.8])
+def test_a_model_that_is_hardly_any_faster_however_small_gets_no_plan(monkeypatch, tmp_path, asked):
+    """Its small layers take the time of large ones: errors for nothing, or the dense model, would be no answer."""
+
+    class Slow(Timer):
+        def model(self, model):
+            dense = sum(self.layer(m) for m in net().modules()) + self.fixed
+            return dense if count(model) == count(net()) else 0.98 * dense
+
+    use(monkeypatch, Slow())
+    with pytest.raises(BudgetError, match=rf"latency={asked} cannot be met: .* nearest takes (0.98|1.00) of the dense"):
+        plan(None, tmp_path, asked)
+
+
 def test_limits_are_corrected_between_what_was_measured():
     table = CostTable("latency", 0.5, (np.array([100, 30, 60, 80]),), 0, 100, 50, "ms")
     for shares, expected in (

@@ -7,7 +7,7 @@ from torch import nn
 import alds_fast as alds
 from alds_fast.layers import chosen_layers
 
-REASON = "output head of a language model; name it in include= to decompose it"
+REASON = 'output head of a language model; include="*" decomposes it with all others'
 
 
 class Decoder(nn.Module):
@@ -118,8 +118,15 @@ def test_a_head_that_no_method_names_is_known_by_its_size():
     assert {layer.name: layer.reason for layer in alds.analyze(ByHand(40), include="*").layers}["out"] is None
 
 
-@pytest.mark.parametrize(("entries", "width", "outputs"), [(65, 128, 65), (200, 64, 256), (128, 128, 128)])
-def test_heads_of_few_symbols_of_padded_vocabularies_and_square_ones(entries, width, outputs):
+@pytest.mark.parametrize(("entries", "width", "outputs"), [(10, 32, 50), (40, 64, 64), (256, 256, 256), (100, 32, 111)])
+def test_last_layers_that_only_look_like_heads_are_decomposed(entries, width, outputs):
+    """Classes beside a table of kinds, a hidden layer as wide as a table of positions."""
+    layers = nn.Embedding(entries, width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    assert reasons(nn.Sequential(*layers, nn.Linear(width, outputs)))["3"] is None
+
+
+@pytest.mark.parametrize(("entries", "width", "outputs"), [(65, 128, 65), (250, 64, 256), (50257, 8, 50304)])
+def test_heads_of_few_symbols_and_of_padded_vocabularies(entries, width, outputs):
     layers = nn.Embedding(entries, width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
     model = nn.Sequential(*layers, nn.Linear(width, outputs))
     assert "has an output for every entry" in reasons(model)["3"] and reasons(model)["1"] is None

@@ -88,9 +88,9 @@ def collect_moments(
 
     Args:
         data: batches, each a tensor, a tuple or list of positional or a mapping of keyword arguments of the model.
-        sensitivity: also collect gradients: True for those of the model's first output, "kl" where that is logits, for
-            the Kullback-Leibler divergence, or a function of (output, batch) that returns the tensor whose squared
-            error matters, or a loss (0-dimensional).
+        sensitivity: also collect gradients: True for those of the model's first output that is no number, "kl"
+            where that is logits, for the Kullback-Leibler divergence, or a function of (output, batch) that returns the
+            tensor whose squared error matters, or a loss (0-dimensional).
         mask: name of an argument (samples, tokens), 1 or True at tokens and 0 or False at padding, which is not counted
             in Linear layers; the other way round for torch's "..._key_padding_mask". The default stands for all usual
             names, see :func:`alds_fast.measurement.masks_of`.
