@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 from torch import nn
 
@@ -60,7 +60,11 @@ def open_module(module: nn.Module, opener: Opener) -> nn.Module:
     return new
 
 
-def register(kind: type[nn.Module], open: _Function | None = None) -> Callable[[_Function], _Function] | _Function:
+@overload
+def register(kind: type[nn.Module]) -> Callable[[_Function], _Function]: ...
+@overload
+def register(kind: type[nn.Module], open: _Function) -> _Function: ...
+def register(kind: type[nn.Module], open: Any = None) -> Any:
     """Have layers of a type of your own decomposed.
 
     Args:
