@@ -16,9 +16,10 @@ from ..errors import ArgumentError
 def _check_example(example_inputs: Any, name: str) -> None:
     named = isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs)
     if not named and not isinstance(example_inputs, Tensor | tuple | list):
+        remedy = '; of text pass tokenizer(text, return_tensors="pt")' if isinstance(example_inputs, str) else ""
         raise ArgumentError(
             f"{name} is a {type(example_inputs).__name__}: expected a tensor, a tuple or list of positional arguments, "
-            f"or a dict of keyword arguments"
+            f"or a dict of keyword arguments{remedy}"
         )
 
 

@@ -67,17 +67,20 @@ def draft_factors(
     wanted = {number: choice for number, choice in choices.items() if isinstance(choice, Choice)}
     own = work.share([number for number in wanted if not work.journal.has(DRAFT, number)])
     for count, number in enumerate(own, 1):
-        choice = wanted[number]
-        layer, weighting = layers[choice.name], basis.weighting(layers[choice.name])
-        let_go([work.shards.folder, work.journal.folder])  # the moments
-        if weighting is None:
-            _, low, report = next(plain_layers([(choice, layer)], {}, plan.exact))
-        else:
-            low, report, _ = weighted_layer(layer, choice, weighting)
-        _put(work, DRAFT, number, low, report)
+        _put(work, DRAFT, number, *_draft(work, plan, basis, layers[wanted[number].name], wanted[number]))
         let_go([work.shards.folder])
         work.progress("factors", count, len(own))
     work.world.together()
+
+
+def _draft(
+    work: Work, plan: Plan, basis: Basis, layer: DecomposableLayer, choice: Choice
+) -> tuple[LowRankLayer, FactorReport]:
+    weighting = basis.weighting(layer)
+    let_go([work.shards.folder, work.journal.folder])  # the moments
+    if weighting is None:
+        return next(plain_layers([(choice, layer)], {}, plan.exact))[1:]
+    return weighted_layer(layer, choice, weighting)[:2]
 
 
 class _Gradients(Mapping[str, Gradient]):
