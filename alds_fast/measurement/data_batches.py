@@ -44,7 +44,8 @@ def check_data(data: Any) -> None:
     """ArgumentError for what is no iterable of batches."""
     if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
         remedy = '; of text [tokenizer(text, return_tensors="pt")]' if isinstance(data, str) else ""
-        raise ArgumentError(f"data is a {type(data).__name__}: expected an iterable of batches, for example [x]{remedy}")
+        kind = type(data).__name__
+        raise ArgumentError(f"data is a {kind}: expected an iterable of batches, for example [x]{remedy}")
 
 
 def first_batch(model: nn.Module, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:

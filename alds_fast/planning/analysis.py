@@ -31,11 +31,11 @@ from .budgets import PlanProblem, errors_of_layers, seen_in_runs, solve_shares
 from .findings import SWEPT, Sweep, analysis_text, smallest_of_quality, sweep
 from .options import (
     budget_amount,
-    check_importance,
     check_is_possible,
     check_plan_options,
     check_quality,
     choices_of,
+    importance_of_layers,
     keeps_constants,
     pins_of_layers,
     read_pins,
@@ -180,12 +180,12 @@ class Analysis(ShownInNotebooks):
         basis = self._basis(resolved_criterion(criterion, self.moments, method), bias_correction)
         if self.world.size > 1:
             basis.of_all(layers, self.world, basis.look_at)
-        if criterion is None and method not in BASELINES and tell_too_little(basis, layers):
+        if criterion is None and method not in BASELINES and tell_too_little(basis, layers, hidden_units):
             basis = self._basis(DEFAULT_CRITERION, bias_correction)
         few = error is None and method not in BASELINES and basis.used and basis.goes_by_samples_kept_aside(layers)
         p = resolved_norm(p, basis.criterion, shares, method, few)
         names = [layer.name for layer in layers]
-        weights = dict.fromkeys(names, 1.0) | check_importance(importance, self.model, names)
+        weights = importance_of_layers(importance, self.model, self.layers)
         pinned = pins_of_layers(pins, min_rank, self.model, self.layers)
         if not check_is_possible([k for k, share in shares.items() if share is not None], basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])

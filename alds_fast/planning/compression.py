@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,11 @@ from .options import (
     AnalysisOptions,
     CompressOptions,
     PlanOptions,
-    check_importance,
     check_needs,
     check_plan_options,
     check_quality,
     check_refining,
+    importance_of_layers,
     pins_of_layers,
     resolved_precision,
 )
@@ -84,7 +85,8 @@ def compress(
     """
     unknown = sorted(set(options) - _ANALYSIS_OPTIONS - _PLAN_OPTIONS)
     if unknown:
-        known = ", ".join(sorted(_ANALYSIS_OPTIONS | _PLAN_OPTIONS))
+        own = set(inspect.signature(compress).parameters) - {"model", "options"}
+        known = ", ".join(sorted(own | _ANALYSIS_OPTIONS | _PLAN_OPTIONS))
         raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
     planning: dict[str, Any] = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
     if not isinstance(refit, bool):
@@ -105,7 +107,7 @@ def compress(
     if planning.get("importance") or planning.get("pins"):
         whole = opened(model, options.get("exclude"))
         chosen = chosen_layers(whole, options.get("include"), options.get("exclude"))
-        check_importance(planning.get("importance"), whole, [layer.name for layer in decomposable(chosen)])
+        importance_of_layers(planning.get("importance"), whole, chosen)
         pins_of_layers(planning.get("pins"), planning.get("min_rank", 1), whole, chosen)
     check_copyable(model)
     if check_lists(blocks) and not (refit or refine):

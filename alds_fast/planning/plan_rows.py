@@ -136,7 +136,8 @@ def plan_row(
     criterion = basis.criterion_of(layer.name)
     if criterion != basis.criterion:
         row = replace(row, criterion=criterion)
-    remarks = [text for text in (basis.remark(layer.name), pin.remark if pin.said else None) if text]
+    counted = None if weight == 1.0 else f"its error is stated times {weight:g}, as importance= says"
+    remarks = [text for text in (basis.remark(layer.name), pin.remark if pin.said else None, counted) if text]
     row = replace(row, remark="; ".join(remarks) or None)
     if not basis.has_kept_aside(layer):
         return row

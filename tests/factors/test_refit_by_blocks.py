@@ -137,7 +137,7 @@ def test_ridges_are_tried_on_sums_of_many_filters():
     sums = cross_sums.CrossSums()
     for half in (0, 1):
         y = x[half] @ weight[0].T + 3 * torch.randn(40, 1, 400).double()
-        sums.add(y, cross_sums.rows_read(x[half], 40, sums.shift), half)
+        sums.add(y, cross_sums.rows_read(x[half], 40, sums.shift, False), half)
     best = ridge.best_weight(weight, sums, False)
     assert torch.equal(best, weight)  # what stands beside it is noise, which every other ridge learns
     signs = ridge._signs(400)

@@ -59,8 +59,8 @@ def test_error_budgets_trade_against_parameters(analysis):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "one budget or several of params=, flops=, memory= and latency=, or error= alone, got none"),
-        ({"params": 0.5, "error": 0.5}, "or error= alone, got error= with params"),
+        ({}, "one budget or several of params=, flops=, memory= and latency=, or error= alone, or quality= with"),
+        ({"params": 0.5, "error": 0.5}, "or quality= with evaluate=, got error= with params"),
         ({"params": 0}, r"params=0 is outside \(0, 1\]"),
         ({"params": 1.5}, r"params=1\.5 is outside \(0, 1\].*an integer above 1 is a number of them"),
         ({"params": 5e6}, r"params=5000000\.0 is outside"),
@@ -149,7 +149,7 @@ def test_bad_analysis_options_are_refused(options, message):
 
 
 def test_compress_refuses_an_unknown_option():
-    with pytest.raises(ArgumentError, match="unknown option 'rank'; options are align, bias_correction, cache"):
+    with pytest.raises(ArgumentError, match="unknown option 'rank'; options are align, bias_correction, blocks, cache"):
         alds.compress(small_net(), params=0.5, rank=3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ class Means(NamedTuple):
     def lost(self, weight: Tensor, centred: bool) -> float:
         """E||y - V x'||^2 for a weight V (g0, f, n); ``centred``: a bias takes up its mean."""
         second, cross = self.spread(centred)
-        explained = (2 * cross * weight - (weight @ second) * weight).sum()
-        return self.energy - float(explained) - (float(self.mean_y.square().sum()) if centred else 0.0)
+        explained = 2 * float((cross * weight).sum()) - float((weight @ second).mul_(weight).sum())
+        return self.energy - explained - (float(self.mean_y.square().sum()) if centred else 0.0)
 
 
 class Rows(NamedTuple):
@@ -53,15 +54,18 @@ class Rows(NamedTuple):
 
     x: Tensor  # (g0, r, n), float64 if they are, float32 otherwise
     drawn_from: int
-    strips: list[tuple[slice, Tensor]]  # the upper triangle of the sum of x' x'^T
+    strips: Callable[[], Iterable[tuple[slice, Tensor]]]  # the upper triangle of the sum of x' x'^T
     total: Tensor  # (g0, n)
     distinct: int
     fourth: float  # sum of the fourth power of their distances from ``shift``
     shift: Tensor  # (g0, 1, n)
 
 
-def rows_read(samples: Tensor, count: int, shift: Tensor | None) -> Rows | None:
-    """Of rows (r, g0, n), by default with their mean as ``shift``; None without any: there was nothing but padding."""
+def rows_read(samples: Tensor, count: int, shift: Tensor | None, shared: bool) -> Rows | None:
+    """Of rows (r, g0, n), by default with their mean as ``shift``; None without any: there was nothing but padding.
+
+    ``shared``: several layers take up the products, which are then kept.
+    """
     if not len(samples):
         return None
     with torch.inference_mode(False):
@@ -69,7 +73,8 @@ def rows_read(samples: Tensor, count: int, shift: Tensor | None) -> Rows | None:
         shift = x.mean(1, keepdim=True) if shift is None else shift.to(x.device)
         squares = (x - shift).square().sum(-1, dtype=torch.float64)
         fourth = float(squares.square().sum())
-        return Rows(x, count, list(triangle(x)), x.sum(1), distinct_rows(x), fourth, shift)
+        strips = partial(iter, list(triangle(x))) if shared else partial(triangle, x)
+        return Rows(x, count, strips, x.sum(1), distinct_rows(x), fourth, shift)
 
 
 class LastRead:
@@ -126,7 +131,7 @@ class CrossSums:
                 size = rows.x.shape[-1]
                 totals.append(rows.x.new_zeros(len(rows.x), size, size, dtype=torch.float64))
                 totals.extend(torch.zeros_like(part, dtype=torch.float64) for part in parts)
-            for at, strip, _ in in_float64(rows.strips):
+            for at, strip, _ in in_float64(rows.strips()):
                 totals[0][at].add_(strip, alpha=scale)
             for total, part in zip(totals[1:], parts, strict=True):
                 total.add_(part, alpha=scale)
@@ -142,7 +147,8 @@ class CrossSums:
 
     def finite(self) -> bool:
         """Whether no NaN or infinite value was seen."""
-        return all(bool(part.isfinite().all()) for half in self.halves for part in half)
+        extremes = (float(value) for half in self.halves for part in half for value in part.aminmax())
+        return all(map(math.isfinite, extremes))
 
     def noise(self) -> tuple[float, float]:
         """Expected squared distance of the covariance of x' from the true one, and that covariance's squared norm.

@@ -84,8 +84,11 @@ class _Batch:
                 self.outputs[-1].append((samples if self.room is None else self.room.keep(samples), wanted))
                 self.drawn += len(samples)
 
-    def low_into(self, sums: CrossSums, last: LastRead) -> Any:
-        """A hook before a call of the low-rank layer: the same rows as those of the dense layer's call are added."""
+    def low_into(self, sums: CrossSums, last: LastRead, shared: bool) -> Any:
+        """A hook before a call of the low-rank layer: the same rows as those of the dense layer's call are added.
+
+        ``shared``: several layers read them.
+        """
 
         def low(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x, dense = first_input(args, kwargs), self.layer.module
@@ -100,7 +103,7 @@ class _Batch:
                 found: list[Rows | None] = []
                 for (_, wanted), part in zip(dense_outputs, parts, strict=True):
                     shift = next((rows.shift for rows in found if rows is not None), sums.shift)
-                    found.append(rows_read(*patches(dense, *part, wanted, self.seed), shift))
+                    found.append(rows_read(*patches(dense, *part, wanted, self.seed), shift, shared))
                 return found
 
             sides = last.rows(x, self._key(x, keep, sums), made)
@@ -198,7 +201,7 @@ class Pairs:
         for number, batch in self._batches():
             seen = self._kept.get(number) or self._dense(number, batch, [stage], drawn, None)
             last = LastRead()
-            low = {name: seen[name].low_into(sums[name], last) for name in stage.calls}
+            low = {name: seen[name].low_into(sums[name], last, len(stage.calls) > 1) for name in stage.calls}
             with naming_batch(number, "refit="):
                 run_until(self.small, batch, number, low, sum(stage.calls.values()), "forward_pre_hook")
             if number == 1:

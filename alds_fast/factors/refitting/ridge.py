@@ -48,7 +48,8 @@ def _solve(matrix: Tensor, more: Tensor, right: Tensor) -> Tensor:
         ridged = matrix.clone()
         ridged.diagonal(dim1=-2, dim2=-1).add_(more)
         return solve_each(ridged, right)
-    return torch.cholesky_solve(right.mT, factor, upper=True).mT
+    half = torch.linalg.solve_triangular(factor, right, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=False, left=False)
 
 
 def _signs(filters: int) -> Tensor:

@@ -8,7 +8,6 @@ from .checks import (
     budget_amount,
     check_groups,
     check_held_out,
-    check_importance,
     check_moment_memory,
     check_plan_options,
     check_quality,
@@ -25,7 +24,7 @@ from .defaults import (
     resolved_precision,
     tell_too_little,
 )
-from .pins import Pin, choices_of, pins_of_layers, read_pins, saying_what_is_pinned
+from .pins import Pin, choices_of, importance_of_layers, pins_of_layers, read_pins, saying_what_is_pinned
 from .registered import check_registered
 from .typed import AnalysisOptions, CompressOptions, PlanOptions
 
@@ -38,7 +37,6 @@ __all__ = [
     "budget_amount",
     "check_groups",
     "check_held_out",
-    "check_importance",
     "check_is_possible",
     "check_moment_memory",
     "check_needs",
@@ -48,6 +46,7 @@ __all__ = [
     "check_registered",
     "check_schemes",
     "choices_of",
+    "importance_of_layers",
     "is_float32",
     "keeps_constants",
     "pins_of_layers",

@@ -17,7 +17,6 @@ from ...errors import ArgumentError, BudgetError
 from ...factors import check_chain, check_schedule, check_wide
 from ...linalg import SCHEMES
 from ...measurement import first_batch, without_labels
-from ...selection import ModuleNames
 from .defaults import is_counted_alone
 from .pins import check_pins
 
@@ -69,20 +68,6 @@ def is_float32(precision: str) -> bool:
     return precision == "float32"
 
 
-def check_importance(
-    importance: Mapping[Any, float] | None, model: nn.Module, names: Sequence[str]
-) -> dict[str, float]:
-    """The factors of the errors of the layers ``names``, of those that are meant; of several patterns the last counts.
-
-    LayerNotFoundError for a pattern that means none of them, ArgumentError for a factor outside [0, inf).
-    """
-    for pattern, value in (importance or {}).items():
-        if not (is_number(value) and 0 <= value < math.inf):
-            raise ArgumentError(f"importance[{pattern!r}]={value!r} is outside [0, inf)")
-    meant = ModuleNames(model).by_layer(importance or {}, names, "importance")
-    return {name: float(list(values.values())[-1]) for name, values in meant.items()}
-
-
 _COUNTS = {
     "params": "; an integer above 1 is a number of them, for example params=5_000_000",
     "flops": "; an integer above 1 is a number of them, for example flops=200_000_000",
@@ -114,7 +99,8 @@ def _check_budgets(shares: Mapping[str, object], error: object, example_inputs: 
         budgets = " and ".join((", ".join(f"{name}=" for name in [*SHARES][:-1]), f"{[*SHARES][-1]}="))
         text = f"error= with {', '.join(given)}" if given else "none"
         raise BudgetError(
-            f"give one budget or several of {budgets}, or error= alone, got {text}; for example params=0.5 keeps half"
+            f"give one budget or several of {budgets}, or error= alone, or quality= with evaluate=, got {text}; for "
+            f"example params=0.5 keeps half"
         )
     for name in given:
         share = shares[name]

@@ -44,10 +44,18 @@ def resolved_criterion(criterion: str | None, moments: Mapping[str, Moments], me
     return criterion
 
 
-def tell_too_little(basis: Basis, layers: Sequence[DecomposableLayer]) -> bool:
-    """Whether the data of a basis tell next to nothing of the layers, with a warning that is the caller's caller's."""
+def tell_too_little(basis: Basis, layers: Sequence[DecomposableLayer], hidden_units: bool) -> bool:
+    """Whether the data of a basis tell next to nothing of the layers, with a warning that is the caller's caller's.
+
+    ArgumentError with ``hidden_units``, which need them.
+    """
     if not basis.used or not basis.untold(layers):
         return False
+    if hidden_units:
+        raise ArgumentError(
+            f"hidden_units=True needs data, and data= has too few samples that differ to tell what the layers see; "
+            f"pass more samples, or criterion={basis.criterion!r} to go by these"
+        )
     warnings.warn(
         f"data= has too few samples that differ to tell what the layers see: the plan goes by the weights alone "
         f"(criterion={DEFAULT_CRITERION!r}); pass more samples, or criterion={basis.criterion!r}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ...allocation import BASELINES, Candidates, candidates, least_error_of_pivots
-from ...checks import is_count, is_share
+from ...checks import is_count, is_number, is_share
 from ...criteria import Errors
 from ...errors import ArgumentError, BudgetError
 from ...layers import DecomposableLayer, Layer, decomposable, label
@@ -121,16 +122,42 @@ def pins_of_layers(pins: object, min_rank: int, model: nn.Module, layers: Sequen
     LayerNotFoundError for a pattern that means none of the ``layers``; ArgumentError where pins of a layer contradict
     each other, or where a pattern of limits means only layers that cannot be decomposed.
     """
-    known, ready = read_pins(pins), [layer.name for layer in decomposable(layers)]
-    meant = ModuleNames(model).by_layer(known, [layer.name for layer in layers], "pins")
-    for pattern, value in known.items():
-        left_out = next((layer for layer in layers if pattern in meant.get(layer.name, {})), None)
-        if value != _DENSE and left_out and not any(pattern in meant.get(name, {}) for name in ready):
+    known = read_pins(pins)
+    meant = _values_by_layer(known, model, layers, "pins")
+    return {layer.name: _together(layer.name, meant.get(layer.name, {}), min_rank) for layer in decomposable(layers)}
+
+
+def importance_of_layers(
+    importance: Mapping[Any, float] | None, model: nn.Module, layers: Sequence[Layer]
+) -> dict[str, float]:
+    """The factors of the errors of the layers that can be decomposed, by name, 1 by default.
+
+    Of several patterns that mean a layer the last counts. LayerNotFoundError for a pattern that means none of the
+    ``layers``, ArgumentError for one that means only layers that cannot be decomposed, or a factor outside [0, inf).
+    """
+    for pattern, value in (importance or {}).items():
+        if not (is_number(value) and 0 <= value < math.inf):
+            raise ArgumentError(f"importance[{pattern!r}]={value!r} is outside [0, inf)")
+    meant = _values_by_layer(importance or {}, model, layers, "importance")
+    ready = [layer.name for layer in decomposable(layers)]
+    return {name: float([1.0, *meant.get(name, {}).values()][-1]) for name in ready}
+
+
+def _values_by_layer(
+    given: Mapping[Any, Any], model: nn.Module, layers: Sequence[Layer], argument: str
+) -> dict[str, dict[str, Any]]:
+    """Of every layer, the values given for patterns that mean it, by pattern; raises where one means none."""
+    ready = [layer.name for layer in decomposable(layers)]
+    meant = ModuleNames(model).by_layer(given, [layer.name for layer in layers], argument)
+    values = {pattern: value for of_layer in meant.values() for pattern, value in of_layer.items()}
+    for pattern, value in values.items():
+        left_out = next(layer for layer in layers if pattern in meant.get(layer.name, {}))
+        if value != _DENSE and not any(pattern in meant.get(name, {}) for name in ready):
             raise ArgumentError(
-                f"pins[{pattern!r}]={value} means no layer that can be decomposed: {label(left_out.name)} is left out "
-                f"({left_out.reason})"
+                f"{argument}[{pattern!r}]={value} means no layer that can be decomposed: {label(left_out.name)} is "
+                f"left out ({left_out.reason})"
             )
-    return {name: _together(name, meant.get(name, {}), min_rank) for name in ready}
+    return meant
 
 
 def _together(name: str, said: Mapping[str, Any], min_rank: int) -> Pin:
