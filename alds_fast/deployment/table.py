@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..files import target_file, write_text
-from ..text import shape_text, table
+from ..text import ShownInNotebooks, shape_text, table
 
 FORMAT = "alds_fast.deploy"
 VERSION = 1
@@ -57,7 +57,7 @@ class DeployRow:
 
 
 @dataclass(frozen=True)
-class DeployTable:
+class DeployTable(ShownInNotebooks):
     """All low-rank layers of a deployed model.
 
     Attributes:
@@ -87,6 +87,9 @@ class DeployTable:
         if json.loads(json.dumps(dict(environment))) != json.loads(json.dumps(self.environment)):
             return {}
         return {row.call: row for row in self.rows if row.times_ms}
+
+    def __repr__(self) -> str:
+        return f"<DeployTable of {len(self.rows)} layers, kept: {self.kept}; print() has them>"
 
     def __str__(self) -> str:
         headers = ["layer", "shape", "structure", "dense ms", "two-op ms", "fused ms", "kept", "ratio", "error", "note"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ def evaluate(
 def _check_functions(model: Any, quality: Any, data: Any, after: Any, workers: Any) -> None:
     if not callable(model):
         raise ModelError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a function of the seed")
+    if not isinstance(model, nn.Module):
+        with suppress(ValueError):  # a function that does not tell
+            try:
+                inspect.signature(model).bind(0)
+            except TypeError as e:
+                raise ModelError(f"model= is called with a seed ({e}): def build(seed), even if it needs none") from e
     for name, function in (("quality", quality), ("data", data), ("after", after)):
         if not callable(function) and not (function is None and name != "quality"):
             raise ArgumentError(f"{name} is a {type(function).__name__}, not a function")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import ArgumentError
 from ..files import write_text
+from ..text import ShownInNotebooks
 from .log import FORMAT, VERSION, Record, Records, json_record
 from .plot import plot_quality
 from .run_cell import DONE, SECONDS
@@ -27,7 +28,7 @@ ROUNDING = 1e-9  # of a difference of two qualities
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(ShownInNotebooks):
     """Every variant under every budget with every seed; made by :func:`alds_fast.evaluate` or :meth:`read`.
 
     Attributes:
@@ -153,6 +154,10 @@ class Evaluation:
             cells = [_cell(s, n, s["done"] == s["cells"] and s[n] == best.get(n)) for n in named]
             lines.append([s["variant"].replace("|", "\\|"), *cells, s["note"]])
         return "\n".join([f"### {self.budget} = {share:g}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+    def __repr__(self) -> str:
+        variants = len({row["variant"] for row in self.rows})
+        return f"<Evaluation of {variants} variants in {len(self.rows)} cells by {self.budget}; print() has them>"
 
     def __str__(self) -> str:
         return self.to_markdown()

@@ -124,6 +124,10 @@ class Sweep(ShownInNotebooks):
         below = (saved - saved.min()) / spans[0] - (errors - errors.min()) / spans[1]
         return self.plans[int(below.argmax())] if below.max() > 0 else None
 
+    def __repr__(self) -> str:
+        missing = f", {len(self.left_out)} cannot be met" if self.left_out else ""
+        return f"<Sweep of {len(self.plans)} plans by {self.budget}{missing}; print() lists them>"
+
     def __str__(self) -> str:
         headers, knee, rows = ["asked", "parameters", "kept", "FLOPs kept", "MB", "largest error", ""], self.knee, []
         for plan in self.plans:

@@ -35,6 +35,7 @@ def test_same_as_in_memory(kind, dtype, tmp_path):
     assert checkpoints.contents(tmp_path / "dense") == before
     assert result.plan.params <= 0.7 * result.plan.params_before and result.plan.gap < 0.05
     assert set(result.factors) == {row.name for row in result.plan.layers if row.choice} != set()
+    assert f"small', {len(result.factors)} low-rank layers: <Plan for " in repr(result) and len(repr(result)) < 300
     expected = result.plan.apply(dense)
     small = alds.from_pretrained(tmp_path / "small", dtype=dtype)
     assert type(small) is type(dense) and not small.training

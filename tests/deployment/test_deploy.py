@@ -181,6 +181,8 @@ def test_table_is_printed(monkeypatch):
     text = str(table)
     for part in ("dense ms", "two-op ms", "fused ms", "ratio", "1.50", "kept: deployed", "dense 3."):
         assert part in text
+    assert repr(table) == f"<DeployTable of {len(table.rows)} layers, kept: deployed; print() has them>"
+    assert "dense ms" in table._repr_html_()
 
 
 def test_notes_stand_below_the_table_each_once(monkeypatch):

@@ -410,6 +410,8 @@ def test_refusals_before_any_work(options, error, message):
 
 
 def test_refused_models():
+    with pytest.raises(ModelError, match=r"model= is called with a seed .*: def build\(seed\)"):
+        alds.evaluate(lambda: nn.Linear(8, 8), lambda model: 1.0)
     with pytest.raises(ModelError, match="model is a int"):
         alds.evaluate(3, kept)
     with pytest.raises(ModelError, match="model returned a str"):

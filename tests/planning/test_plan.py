@@ -157,6 +157,8 @@ def test_plans_and_analyses_are_short_in_words_and_small_errors_have_digits():
     assert repr(analysis) == "<Analysis of 2 layers, 2 can be factorised; print() lists them>"
     assert repr(plan).startswith("<Plan for params=0.6: 1,200 -> ") and len(repr(plan)) < 120
     assert f"{plan.error:.4g}; print() has layers>" in repr(plan)
+    swept = repr(analysis.sweep([0.6, 0.5, 0.001]))
+    assert swept == "<Sweep of 2 plans by params, 1 cannot be met; print() lists them>"
     texts = [
         row_cells(dataclasses.replace(plan.layers[0], error=error), False)[6] for error in (0.0, 0.25, 2e-3, 1.23e-4)
     ]

@@ -57,6 +57,9 @@ class CompressedCheckpoint:
     plan: Plan
     factors: dict[str, FactorReport]
 
+    def __repr__(self) -> str:
+        return f"<CompressedCheckpoint in {str(self.folder)!r}, {len(self.factors)} low-rank layers: {self.plan!r}>"
+
 
 def _settings(
     params: float | None, error: float | None, criterion: str | None, p: float | None, align: int,
