@@ -5,11 +5,11 @@ Here belongs what reads and writes models. What other libraries prescribe belong
 
 from .analyses import load_analysis, save_analysis
 from .file_format import read_header
-from .pretrained import compressed_layers, from_pretrained
+from .pretrained import PLAN, compressed_layers, from_pretrained, plan_of_directory
 from .safetensors_reader import INDEX, open_shards
 from .safetensors_writer import Entry, write_shard
 from .save_load import assign, load, model_file, rebuild, save, structure, unique_tensors
-from .streaming import PLAN, CompressedCheckpoint, compress_checkpoint
+from .streaming import CompressedCheckpoint, compress_checkpoint
 from .with_data import one_block_at_a_time
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "model_file",
     "one_block_at_a_time",
     "open_shards",
+    "plan_of_directory",
     "read_header",
     "rebuild",
     "save",

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import nn
 
 from ..errors import ArgumentError, FileFormatError, ModelError, PlanError
-from ..integrations import METHOD, quantization_config, read_layers, read_narrowed, transformers_name
-from ..layers import LowRankLayer
+from ..integrations import (
+    METHOD,
+    keep_when_saved,
+    quantization_config,
+    read_layers,
+    read_narrowed,
+    transformers_name,
+)
+from ..layers import LowRankLayer, annotate
+from ..planning import Plan
 from .safetensors_reader import Shards, open_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PLAN = "alds_plan.json"
 Class = TypeVar("Class", bound=nn.Module)
 Folder = str | os.PathLike[str]
 
@@ -87,7 +98,34 @@ def from_pretrained(folder: Folder, cls: Any = None, **kwargs: Any) -> Any:
     _check_loaded(model, info, layers, os.fspath(folder))
     if not new_where_sizes_differ:
         _check_sizes(model, info, os.fspath(folder))
+    plan = plan_of_directory(shards.folder)
+    if plan is not None and {row.name for row in plan.layers if row.choice} <= {n for n, _ in model.named_modules()}:
+        annotate(model, plan=plan)
+        keep_when_saved(model)
     return (model, info) if wants_info else model
+
+
+def plan_of_directory(folder: Folder) -> Plan | None:
+    """The plan of a compressed directory: of the file that holds it, or else of config.json; None without any.
+
+    Raises MissingFileError or FileFormatError as :func:`from_pretrained` does.
+    """
+    path = Path(folder) / PLAN
+    if not path.is_file():
+        return _plan_in(open_shards(folder))
+    try:
+        return Plan.from_json(path.read_text())
+    except (PlanError, ValueError) as e:
+        raise FileFormatError(f"{str(path)!r} is damaged ({e}); compress the checkpoint again") from e
+
+
+def _plan_in(shards: Shards) -> Plan | None:
+    settings = shards.config.get("quantization_config")
+    kept = settings.get("plan") if isinstance(settings, dict) else None
+    try:
+        return None if kept is None else Plan.from_json(json.dumps(kept))
+    except (PlanError, ValueError) as e:
+        raise FileFormatError(f"{str(shards.folder)!r}: the plan in config.json is damaged ({e})") from e
 
 
 def compressed_layers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

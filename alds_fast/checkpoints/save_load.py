@@ -233,7 +233,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
         raise ModelError(
             f"{without_values[0]!r} is on the meta device and not in the file; build the model on a real device"
         )
-    keep_when_saved(small)
     if header["plan"] is not None:
         annotate(small, plan=header["plan"])
+    keep_when_saved(small)
     return small.eval()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..allocation import SHARES
-from ..checkpoints import PLAN, model_file, read_header, save
+from ..checkpoints import model_file, plan_of_directory, read_header, save
 from ..criteria import CRITERIA
 from ..errors import AldsError, ArgumentError, FileFormatError, MissingFileError
 from ..factors import PASSES
@@ -134,13 +134,15 @@ def _run_compress(args: argparse.Namespace) -> None:
 
 
 def _run_show(args: argparse.Namespace) -> None:
-    path = Path(args.file) / PLAN if Path(args.file).is_dir() else Path(args.file)
-    if Path(args.file).is_dir() and not path.is_file():
-        show_layers(args.file, args.json)
-        return
-    if path.suffix == ".json" and path.is_file():
+    path, plan = Path(args.file), None
+    if path.is_dir():
+        plan = plan_of_directory(args.file)
+        if plan is None:
+            show_layers(args.file, args.json)
+            return
+    elif path.suffix == ".json" and path.is_file():
         try:
-            plan: Plan | None = Plan.from_json(path.read_text())
+            plan = Plan.from_json(path.read_text())
         except UnicodeDecodeError as e:
             raise FileFormatError(f"{args.file!r} is not a text file") from e
     else:

@@ -5,6 +5,7 @@ It is imported only where transformers is: :func:`alds_fast.integrations.transfo
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -26,20 +27,25 @@ class AldsFastConfig(QuantizationConfigMixin):
 
     ``narrowed``: the same of what :func:`alds_fast.layers.narrowed_sizes` gives.
 
-    ``opened_experts``: all mixtures of experts that can be opened are.
+    ``opened_experts``: all mixtures of experts that can be opened are. ``plan``: what the model was compressed by, of
+    JSON's types.
     """
 
     opened_experts = False
     narrowed: Any = None
+    plan: Any = None
 
     def __init__(
-        self, layers: Any = None, version: Any = 1, opened_experts: bool = False, narrowed: Any = None, **kwargs: Any
-    ) -> None:
+        self, layers: Any = None, version: Any = 1, opened_experts: bool = False, narrowed: Any = None,
+        plan: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.quant_method = METHOD
         if opened_experts:
             self.opened_experts = True
         if narrowed:
             self.narrowed, version = read_narrowed(narrowed), max(version, VERSION)
+        if plan:
+            self.plan = plan
         self.version, self.layers = version, read_layers(layers, version)
 
 
@@ -112,8 +118,8 @@ def mark_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(model: nn.Module) -> None:
-    """Make the models of transformers in it say, in their configs and when they are saved, which layers are low-rank
-    and whether experts are opened.
+    """Make the models of transformers in it say, in their configs and when they are saved, which layers are low-rank,
+    whether experts are opened, and by which plan.
 
     Only the outermost models' configs say it, for those of their parts are in these.
     """
@@ -127,8 +133,9 @@ def describe(model: nn.Module) -> None:
 
 
 def _config_of(model: nn.Module) -> AldsFastConfig:
-    experts, narrowed = has_opened_experts(model), narrowed_sizes(model)
-    return AldsFastConfig(fields_of_layers(model), opened_experts=experts, narrowed=narrowed)
+    experts, narrowed, plan = has_opened_experts(model), narrowed_sizes(model), vars(model).get("alds_plan")
+    known = None if plan is None else json.loads(plan.to_json())
+    return AldsFastConfig(fields_of_layers(model), opened_experts=experts, narrowed=narrowed, plan=known)
 
 
 def _models(model: nn.Module) -> list[Any]:

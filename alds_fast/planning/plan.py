@@ -209,8 +209,8 @@ class Plan(ShownInNotebooks):
         check_result(small, names, self.params)
         warn_of_holders(model, [*names, *fewer])
         warn_of_lost_merging(small, names)
-        keep_when_saved(small)
         annotate(small, plan=replace(self, spectra={}, basis=None), factors=reports)  # models carry no data
+        keep_when_saved(small)
         return small
 
     def _basis(self, moments: Mapping[str, Moments] | None) -> Basis:

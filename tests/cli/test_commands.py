@@ -243,13 +243,23 @@ def test_budgets_that_need_an_input(tmp_path, capsys):
     assert "flops=0.6" in capsys.readouterr().out
 
 
-def test_show_of_a_directory_without_a_plan(capsys, tmp_path):
-    """As save_pretrained writes it: the layers stand in its config.json."""
+def test_show_of_what_save_pretrained_wrote(capsys, tmp_path):
+    """The plan stands in its config.json; of older ones, and of models that were changed by hand, the layers alone."""
     transformers = pytest.importorskip("transformers")
     config = {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16}
     small = alds.compress(transformers.ResNetForImageClassification(transformers.ResNetConfig(**config)), params=0.5)
     small.save_pretrained(tmp_path / "small")
     capsys.readouterr()
+    code, text, _ = _run(capsys, "show", str(tmp_path / "small"))
+    assert code == 0 and text.startswith(str(small.alds_plan))
+    path = tmp_path / "small" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["quantization_config"]["plan"]["p"] = "four"
+    path.write_text(json.dumps(settings))
+    code, _, refusal = _run(capsys, "show", str(tmp_path / "small"))
+    assert code == 1 and "the plan in config.json is damaged" in refusal
+    del settings["quantization_config"]["plan"]
+    path.write_text(json.dumps(settings))
     code, text, _ = _run(capsys, "show", str(tmp_path / "small"))
     low = {n: m for n, m in small.named_modules() if isinstance(m, (alds.LowRankConv2d, alds.LowRankLinear))}
     name, layer = next(iter(low.items()))

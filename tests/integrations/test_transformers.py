@@ -50,6 +50,8 @@ def test_saved_and_loaded_it_stays_small(kind, small, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = alds.from_pretrained(tmp_path / "saved")
     assert size(loaded) == size(model) and torch.equal(logits(loaded, kind), logits(model, kind))
+    plan = alds.Plan.from_json((small / kind / "alds_plan.json").read_text())
+    assert model.alds_plan == plan == loaded.alds_plan  # out of alds_plan.json, then of config.json
     auto = type(model).from_pretrained(tmp_path / "saved")  # transformers' own, now that it knows the format
     assert size(auto) == size(model) and torch.equal(logits(auto, kind), logits(model, kind))
 

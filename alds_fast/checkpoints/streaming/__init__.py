@@ -4,10 +4,8 @@ Here belongs what works through a checkpoint a part at a time. Formats of files 
 """
 
 from .api import CompressedCheckpoint, compress_checkpoint
-from .journal import PLAN
 
 __all__ = [
-    "PLAN",
     "CompressedCheckpoint",
     "compress_checkpoint",
 ]

@@ -34,10 +34,11 @@ from ...processes import join_processes, own_device
 from ...progress import Progress, ProgressOption, telling
 from ...selection import Selection, patterns
 from ...version import __version__
+from ..pretrained import PLAN
 from ..safetensors_reader import CONFIG, Shards, Stored, open_shards
 from ..with_data import WithData
 from .factors_and_files import FACTORS, compress_streamed
-from .journal import JOB, PLAN, Journal
+from .journal import JOB, Journal
 from .output_files import companions
 from .source_checksums import batches_digest, check_unchanged, sensitivity_text
 from .streamed_model import Settings, Work

@@ -15,10 +15,11 @@ from ...files import crc32, whole_or_nothing, write_whole
 from ...integrations import layer_fields, quantization_config
 from ...layers import filters_first
 from ...planning import Plan
+from ..pretrained import PLAN
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
 from ..with_data import WithData
-from .journal import JOB, PLAN, Journal, changed_tensors
+from .journal import JOB, Journal, changed_tensors
 from .output_files import NarrowDense, OutputFile, Replacement, companions, index_of, output_files
 from .source_checksums import check_crc32, read_record, record_checksums
 from .spectra_and_plan import find_plan, find_spectra

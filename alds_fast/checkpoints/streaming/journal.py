@@ -23,10 +23,11 @@ from torch import Tensor
 
 from ...errors import ArgumentError, FileFormatError, MissingFileError
 from ...files import crc32, sync_folder, whole_or_nothing, write_whole
+from ..pretrained import PLAN
 from ..safetensors_reader import CODES, Stored, stored_in
 from ..safetensors_writer import Entry, write_shard
 
-FOLDER, JOB, PLAN, LOCK = ".alds_fast", "alds_job.json", "alds_plan.json", "lock"
+FOLDER, JOB, LOCK = ".alds_fast", "alds_job.json", "lock"
 LATER = {"budget", "p", "include", "exclude", "max_shard_bytes", "float32"}  # matter from the plan on
 DONE = {"files", "tensors"}  # in the file of a finished job: the output's sizes and the input's checksums
 

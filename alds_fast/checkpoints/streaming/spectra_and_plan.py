@@ -13,7 +13,7 @@ from ...errors import FileFormatError, PlanError
 from ...files import write_whole
 from ...layers import DecomposableLayer, count_params
 from ...planning import Analysis, Plan
-from .journal import PLAN
+from ..pretrained import PLAN
 from .stored_spectra import DOUBT, _deciding_settings, _exact, check_sums, exact_values, in_doubt, kind_of, spectra_of
 from .streamed_model import Work
 

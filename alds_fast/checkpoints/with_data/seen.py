@@ -18,7 +18,7 @@ from ...files import write_whole
 from ...layers import Layer, as_narrowed, count_params, decomposable, is_linear, label, reader_reason
 from ...measurement import Sensitivity, weight_readers
 from ...planning import Analysis, Plan
-from ..streaming.journal import PLAN
+from ..pretrained import PLAN
 from ..streaming.output_files import Replacement
 from ..streaming.spectra_and_plan import find_spectra
 from ..streaming.stored_spectra import spectra_of
