@@ -62,7 +62,11 @@ class Target:
     def function(self) -> Callable[..., Any]:
         """The function itself; ModelError, with the traceback on standard error, if it cannot be loaded."""
         place, _, function = self.name.rpartition(":")
-        loaded: Callable[..., Any] = self._guard(lambda: getattr(_module(place), function))
+        module = self._guard(lambda: _module(place))
+        if not hasattr(module, function):
+            here = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[:1] != "_"]
+            raise ModelError(f"{place!r} has no {function!r}; its functions are {', '.join(here) or 'none'}")
+        loaded: Callable[..., Any] = getattr(module, function)
         return loaded
 
     def _guard(self, call: Callable[[], Any]) -> Any:

@@ -257,4 +257,4 @@ class Analysis(ShownInNotebooks):
         return f"<Analysis of {len(self.layers)} layers, {len(self.spectra)} can be factorised; print() lists them>"
 
     def __str__(self) -> str:
-        return analysis_text(self.layers, self.spectra, self.params)
+        return analysis_text(self.layers, self.spectra, self.params, self.moments)

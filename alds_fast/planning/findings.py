@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..allocation import candidates, least_error_of_pivots
 from ..checks import is_number
-from ..criteria import CRITERIA, DEFAULT_CRITERION, LayerSpectra
+from ..criteria import CRITERIA, DEFAULT_CRITERION, LayerSpectra, Moments
 from ..errors import ArgumentError, BudgetError
 from ..layers import Layer, annotate
 from ..linalg import Decomposition
@@ -54,7 +54,9 @@ def fewest_within(spectra: LayerSpectra, errors: Sequence[float]) -> list[Found 
     return results
 
 
-def analysis_text(layers: Sequence[Layer], spectra: Mapping[str, LayerSpectra], params: int) -> str:
+def analysis_text(
+    layers: Sequence[Layer], spectra: Mapping[str, LayerSpectra], params: int, moments: Mapping[str, Moments]
+) -> str:
     """The table of an analysis of a model of so many parameters."""
     headers = ["layer", "kind", "shape", "params", "folds x groups"]
     for error in WITHIN:
@@ -78,7 +80,14 @@ def analysis_text(layers: Sequence[Layer], spectra: Mapping[str, LayerSpectra], 
         shares = [f"{k / inside:.1%} within {e:.0%}" for k, e in zip(kept, WITHIN, strict=True)]
         total += f"; of these, {' and '.join(shares)} error of the weights"
     left = (0, 1, *(5 + 3 * i for i in range(len(WITHIN))), len(headers))
-    return table([*headers, "reason left out"], rows, left=left) + "\n" + total
+    lines = [table([*headers, "reason left out"], rows, left=left), total]
+    if moments:
+        graded = sum(of.gradient is not None for of in moments.values())
+        lines.append(
+            f"data: what {len(moments)} layers read, {max(of.rows for of in moments.values()):,} rows at most; "
+            f"gradients at {graded}; plans go by these, the columns above by the weights"
+        )
+    return "\n".join(lines)
 
 
 def _cells(best: Found | None) -> list[str]:

@@ -161,7 +161,7 @@ def test_module_by_dotted_name_and_weights(model, capsys, tmp_path):
         (["analyze", "."], "'.': expected package.module:function or file.py:function; a checkpoint directory goes to"),
         (["analyze", "nowhere.py:net"], "'nowhere.py' does not exist"),
         (["analyze", "no_such_module:net"], "No module named 'no_such_module'"),
-        (["analyze", "my_model.py:missing"], "has no attribute 'missing'"),
+        (["analyze", "my_model.py:missing"], "'my_model.py' has no 'missing'; its functions are "),
         (["analyze", "my_model.py:broken"], "ValueError: this model is broken"),
         (["analyze", "my_model.py:nothing"], "returned a NoneType, not a torch.nn.Module"),
         (["analyze", "my_model.py:net", "--include", "zzz"], "include='zzz' matches no layer"),

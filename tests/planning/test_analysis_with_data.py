@@ -108,6 +108,13 @@ def test_a_plan_from_json_needs_the_moments(net, analysis):
         alds.Plan.from_json(text)
 
 
+def test_printed_it_says_what_it_has_of_the_data(net, analysis):
+    rows = max(moments.rows for moments in analysis.moments.values())
+    last = str(analysis).splitlines()[-1]
+    assert f"data: what {len(analysis.moments)} layers read, {rows:,} rows at most; gradients at" in last
+    assert "data:" not in str(alds.analyze(net))
+
+
 def test_saved_and_loaded(net, analysis, tmp_path):
     small = analysis.plan(params=0.5).apply(net)
     alds.save(small, tmp_path / "small.safetensors")
