@@ -120,7 +120,7 @@ def test_options_of_the_analysis_and_retraining(folder, capsys):
     ("args", "message"),
     [
         (["--quality", "evaluated.py", "--params", "0.5"], "'evaluated.py': expected package.module:function"),
-        (["--quality", "evaluated.py:none", "--params", "0.5"], "has no attribute 'none'"),
+        (["--quality", "evaluated.py:none", "--params", "0.5"], "'evaluated.py' has no 'none'; its functions are "),
         (["--quality", "evaluated.py:quality", "--flops", "0.5"], "--flops needs --input"),
         (["--quality", "evaluated.py:quality", "--params", "0"], "0.0 is outside (0, 1]"),
         (["--quality", "evaluated.py:quality", "--params", "0.5", "--methods", "magic"], "'magic' is not one of"),

@@ -61,4 +61,4 @@ def test_refusals(folder, capsys):
     assert (
         main(["report", "reported.py:dense", "reported.py:small", "--input", "4,32", "--quality", "reported.py:q"]) == 1
     )
-    assert "reported.py:q' could not be called" in capsys.readouterr().err
+    assert "'reported.py' has no 'q'; its functions are " in capsys.readouterr().err
