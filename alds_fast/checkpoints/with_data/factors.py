@@ -84,13 +84,17 @@ def _draft(
 
 
 class _Gradients(Mapping[str, Gradient]):
-    """The second moments of gradients, and their noise, of layers judged by them; read when they are asked for."""
+    """The second moments of gradients, and their noise, of layers judged by them; read when they are asked for.
 
-    def __init__(self, basis: Basis, names: Sequence[str]) -> None:
-        self.basis = basis
+    That is before a layer is fitted: what was run for its sums is let go.
+    """
+
+    def __init__(self, work: Work, basis: Basis, names: Sequence[str]) -> None:
+        self.work, self.basis = work, basis
         self.names = [n for n in names if CRITERIA[basis.criterion_of(n)].needs_gradients]
 
     def __getitem__(self, name: str) -> Gradient:
+        let_go([self.work.shards.folder, self.work.journal.folder])
         if name not in self.names:
             raise KeyError(name)
         moments = self.basis.moments[name]
@@ -135,7 +139,7 @@ def refit_factors(
         run_on(work.device, small, folder, blocks),
     ):  # fmt: skip
         refit(
-            small, model, [layers[name] for name in numbers], batches, gradients=_Gradients(basis, list(numbers)),
+            small, model, [layers[name] for name in numbers], batches, gradients=_Gradients(work, basis, list(numbers)),
             bias_correction=False, mask=USUAL, chain=chain, known=known, done=done, room=lambda: room(work),
             world=work.world, rows=rows_kept(plan.hidden_units),
         )  # fmt: skip
