@@ -126,11 +126,11 @@ def _largest_stage(
     graph = 4 * max(rows) * of_block("columns", "filters")
     logits = (3 if gradients else 2) * parts.item * max(rows) * parts.table
     moments = max(of_block("inputs", "aside"), of_block("gradients")) + graph
-    planned = max(7 * x.inputs + 3 * x.gradients + 5 * x.weight for x in layers)
+    planned = max(2 * (x.inputs + x.gradients) + 4 * x.weight for x in layers)
     stages = [parts.block + max(moments, logits, planned)]
     if work.settings.refit:
         outputs = min(IN_MEMORY, 4 * sum(rows) * of_block("filters"))
-        stages.append(2 * parts.block + outputs + max(14 * x.inputs + 10 * x.weight for x in layers))
+        stages.append(2 * parts.block + outputs + max(3 * (x.inputs + x.weight) for x in layers))
     if work.settings.refine:
         models = 2 * parts.block if parts.item >= 4 else 2 * 4 * parts.numbers
         trained = 5 * 4 * parts.block // parts.item  # parameters, gradients, two of AdamW, the best ones

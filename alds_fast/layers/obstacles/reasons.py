@@ -33,7 +33,7 @@ _MOVED = (
     "off by accelerate.hooks.remove_hook_from_module(model, recurse=True)"
 )
 _RECURRENT = (
-    "torch runs its matrices in one packed kernel, which takes no product of two in the place of one; a cell by cell "
+    "torch runs its matrices in one packed kernel, which takes no product of two in the place of one; a step by step "
     "loop of nn.Linear layers is decomposed"
 )
 _NORMS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # the old ones, which are hooks
@@ -86,7 +86,9 @@ def _reason_of_kind(module: nn.Module) -> str | None:
         names = [n for n, p in module._parameters.items() if p is not None and (_is_waiting(p) or p.dim() >= 2)]
         stays = f", its {names[0]} stays" if names else ""
         why = (
-            f": {_RECURRENT}" if isinstance(module, nn.RNNBase) else f"{stays}; docs/layers.md names the types that are"
+            f": {_RECURRENT}"
+            if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+            else f"{stays}; docs/layers.md names the types that are"
         )
         return f"{type(module).__name__} is not decomposed{why}"
     if parametrize.is_parametrized(module):
