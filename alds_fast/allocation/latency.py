@@ -43,6 +43,7 @@ from ..measurement import (
     paired_ratios,
     quartile_spread,
 )
+from ..progress import Progress, tell_nobody
 from .candidates import Candidates, Curve
 from .costs import Calls, CostTable
 from .pareto import Floats, Ints
@@ -74,8 +75,7 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
 def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
     """Everything that the time of a layer's call depends on beside the hardware, as JSON."""
     module: Any = layer.module
-    names = ["stride", "padding", "dilation", "padding_mode"]
-    names += ["output_padding"] if getattr(module, "transposed", False) else []
+    names = ["stride", "padding", "dilation", "padding_mode", *["output_padding"] * getattr(module, "transposed", False)]
     options = {n: getattr(module, n) for n in names if hasattr(module, n)}
     weight: dict[str, Any] = {"shape": layer.weight, "dtype": str(module.weight.dtype)}
     if isinstance(module, LowRankLayer):
@@ -151,12 +151,12 @@ class LayerTimes:
 
     Args:
         model: the dense model; ``layers`` are those of ``choices``, ``calls`` what they are called with in one run.
-        timings: what is known already, and where to keep what is measured.
+        timings: what is known already, and where to keep what is measured; ``tell``: told how many calls are timed.
     """
 
     def __init__(
         self, model: nn.Module, example_inputs: Any, layers: Sequence[DecomposableLayer],
-        choices: Sequence[Candidates], calls: Calls, timings: Timings, device: torch.device,
+        choices: Sequence[Candidates], calls: Calls, timings: Timings, device: torch.device, tell: Progress = tell_nobody,
     ) -> None:  # fmt: skip
         self._layers, self._choices, self._calls, self._timings = layers, choices, calls, timings
         self._sites: dict[str, tuple[nn.Module, InputSpec, list[Curve]]] = {}
@@ -164,9 +164,10 @@ class LayerTimes:
             for spec in calls[layer.name]:
                 curves = self._sites.setdefault(call_key(layer, spec), (layer.module, spec, []))[2]
                 curves += choice.curves
-        for text, (module, spec, curves) in self._sites.items():
+        for count, (text, (module, spec, curves)) in enumerate(self._sites.items(), 1):
             if _survey(module, spec, curves, timings.of(text)):
                 timings.save()
+            tell("timings of layers", count, len(self._sites))
         self._time_dense(model, example_inputs, device)
 
     def warn_if_unsteady(self) -> None:

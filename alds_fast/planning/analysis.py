@@ -205,7 +205,7 @@ class Analysis(ShownInNotebooks):
                 if error is not None:
                     outcome = problem.within(float(error))
                     break
-                outcome = solve_shares(problem, asked, example_inputs, p, cache)
+                outcome = solve_shares(problem, asked, example_inputs, p, cache, progress)
             doubt = problem.doubt(outcome, list(weights.values()), p)
             if not doubt:
                 break

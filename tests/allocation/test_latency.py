@@ -345,6 +345,13 @@ def test_limits_are_corrected_between_what_was_measured():
         assert corrected_limit(table, [([pick], share) for pick, share in shares.items()]) == pytest.approx(expected)
 
 
+def test_progress_tells_of_the_timings(timer, tmp_path):
+    told = []
+    plan(timer, tmp_path, 0.6, progress=lambda *of: told.append(of))
+    done = [done for what, done, _ in told if what == "timings of layers"]
+    assert done == list(range(1, told[-1][2] + 1)) != []
+
+
 def test_parameters_and_latency_hold_at_once(timer, tmp_path):
     for params, share in ((0.5, 0.6), (0.3, 0.9), (0.9, 0.5)):
         model, timed_plan = plan(timer, tmp_path, share, params=params)

@@ -14,6 +14,7 @@ import torch
 from ...allocation import CostTable, LayerTimes, corrected_limit, end_to_end, largest_error, relax
 from ...errors import BudgetError
 from ...measurement import Timings, device_name, device_of
+from ...progress import ProgressOption, telling
 from ..plan_rows import Latency
 from .problem import PlanOutcome, PlanProblem
 
@@ -27,6 +28,7 @@ def solve_once(
     example_inputs: Any,
     p: float,
     cache: str | os.PathLike[str] | bool | None,
+    progress: ProgressOption,
 ) -> PlanOutcome:
     """Least p-norm of the errors within all that is asked for, with the activations that the problem assumes.
 
@@ -42,8 +44,9 @@ def solve_once(
     device = device_of(problem.model)
     assert problem.counted is not None  # as latency= needs example inputs
     calls, timings = problem.counted[0], Timings(device, cache)
-    times = LayerTimes(problem.model, example_inputs, layers, problem.choices, calls, timings, device)
-    return _solve_within_latency(problem, tables, times, float(latency), example_inputs, p, device)
+    with telling(progress) as tell:
+        times = LayerTimes(problem.model, example_inputs, layers, problem.choices, calls, timings, device, tell)
+        return _solve_within_latency(problem, tables, times, float(latency), example_inputs, p, device)
 
 
 def _measure(

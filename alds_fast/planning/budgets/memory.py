@@ -21,6 +21,7 @@ from ...allocation import BASELINES, MAX_LATENCY_GROUPS, Calls, p_norm, random_m
 from ...errors import BudgetError
 from ...linalg import Decomposition
 from ...measurement import Peak, count_inputs, peak_of_activations
+from ...progress import ProgressOption
 from .latency import solve_once
 from .problem import PlanOutcome, PlanProblem
 
@@ -48,6 +49,7 @@ def solve_shares(
     example_inputs: Any,
     p: float,
     cache: str | os.PathLike[str] | bool | None,
+    progress: ProgressOption,
 ) -> PlanOutcome:
     """Least p-norm of the errors within all that is asked for, of "params", "flops", "memory" and "latency".
 
@@ -57,8 +59,8 @@ def solve_shares(
     if asked["latency"] is not None:
         problem = replace(problem, choices=[c.few_groups(MAX_LATENCY_GROUPS) for c in problem.choices])
     if asked["memory"] is None or problem.activations is None:
-        return solve_once(problem, asked, example_inputs, p, cache)
-    search = _Search(problem, asked, example_inputs, p, cache)
+        return solve_once(problem, asked, example_inputs, p, cache, progress)
+    search = _Search(problem, asked, example_inputs, p, cache, progress)
     best = search.closing_in()
     if problem.method in BASELINES or (best is not None and _bytes(best)[1] <= search.dense):
         other = None
@@ -78,6 +80,7 @@ class _Search:
     example_inputs: Any
     p: float
     cache: str | os.PathLike[str] | bool | None
+    progress: ProgressOption
     _peaks: dict[frozenset[tuple[str, Decomposition]], Peak] = field(default_factory=dict)
     _refused: BudgetError | None = None
     _least: PlanOutcome | None = None
@@ -93,7 +96,7 @@ class _Search:
         """The plan with at most these bytes of weights, the layers ``kept`` dense, measured; None if there is none."""
         problem = replace(self.problem, activations=(self.dense, self.limit - weights), kept_dense=kept)
         try:
-            outcome = solve_once(problem, self.asked, self.example_inputs, self.p, self.cache)
+            outcome = solve_once(problem, self.asked, self.example_inputs, self.p, self.cache, self.progress)
         except BudgetError as e:
             self._refused = e
             return None
