@@ -75,7 +75,7 @@ def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankL
 def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
     """Everything that the time of a layer's call depends on beside the hardware, as JSON."""
     module: Any = layer.module
-    names = ["stride", "padding", "dilation", "padding_mode", *["output_padding"] * getattr(module, "transposed", False)]
+    names = ["stride", "padding", "dilation", "padding_mode", *["output_padding"] * getattr(module, "transposed", 0)]
     options = {n: getattr(module, n) for n in names if hasattr(module, n)}
     weight: dict[str, Any] = {"shape": layer.weight, "dtype": str(module.weight.dtype)}
     if isinstance(module, LowRankLayer):
@@ -155,8 +155,8 @@ class LayerTimes:
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, layers: Sequence[DecomposableLayer],
-        choices: Sequence[Candidates], calls: Calls, timings: Timings, device: torch.device, tell: Progress = tell_nobody,
+        self, model: nn.Module, example_inputs: Any, layers: Sequence[DecomposableLayer], choices: Sequence[Candidates],
+        calls: Calls, timings: Timings, device: torch.device, tell: Progress = tell_nobody,
     ) -> None:  # fmt: skip
         self._layers, self._choices, self._calls, self._timings = layers, choices, calls, timings
         self._sites: dict[str, tuple[nn.Module, InputSpec, list[Curve]]] = {}
