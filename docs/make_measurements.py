@@ -30,6 +30,7 @@ COMMANDS = {
     "deploy_cpu": "python -m benchmarks.cpu.deploy",
     "latency_budget": "python -m benchmarks.cpu.latency_budget",
     "large": "python -m benchmarks.cpu.large",
+    "large_with_data": "python -m benchmarks.cpu.large_with_data --blocks 31 --count 8 --length 512 --no-refit",
     "aot": "python -m benchmarks.gpu.aot_table",
     "zoo": "make zoo",
 }
@@ -181,6 +182,17 @@ def large() -> list[str]:
     ]
 
 
+def large_with_data() -> list[str]:
+    rows = [[f"{job['gb']:.2f}", f"{job['count']} x {job['length']}", s["stage"], f"{s['wall_s']:.0f}",
+             f"{s['cpu_s']:.0f}", f"{s['peak_mb'] / 1e3:.2f}"]
+            for job in load("large_with_data")["jobs"] for s in job["stages"]]  # fmt: skip
+    return [
+        "The same checkpoint with data and `--sensitivity`. Other work took a share of the machine: what counts are "
+        "CPU-seconds.",
+        table(["GB", "tokens", "stage", "wall seconds", "CPU-seconds", "peak GB"], rows),
+    ]
+
+
 @functools.cache
 def quality_rows() -> tuple[dict[str, float], dict[tuple[str, str, float], float]]:
     """Mean quality over the seeds: of the dense networks, and by variant, network and share."""
@@ -283,6 +295,7 @@ def sections() -> dict[str, list[str]]:
         "From a model to its half-sized copy": [source("cpu"), *compression()],
         "Memory": [source("cpu"), *memory()],
         "Large checkpoints": [source("large"), *large()],
+        "Large checkpoints with data": [source("large_with_data"), *large_with_data()],
         "Deployed against dense": [
             source("deploy_cpu"),
             "float32, channels-last, random weights, the sides taking turns. Plain: the same plan without pivots.",
