@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,10 +114,7 @@ class Sweep(ShownInNotebooks):
 
     def kept(self, plan: Plan) -> float:
         """The share of the dense model's parameters, operations or bytes that a plan keeps."""
-        if self.budget == "params":
-            return plan.keep_ratio
-        before, after = (bytes_held(plan.costs) or (1, 1)) if self.budget == "memory" else plan.costs[self.budget]
-        return after / before
+        return _kept(self.budget, plan)
 
     @property
     def knee(self) -> Plan | None:
@@ -149,6 +147,13 @@ class Sweep(ShownInNotebooks):
         return "\n".join(lines)
 
 
+def _kept(budget: str, plan: Plan) -> float:
+    if budget == "params":
+        return plan.keep_ratio
+    before, after = (bytes_held(plan.costs) or (1, 1)) if budget == "memory" else plan.costs[budget]
+    return after / before
+
+
 def sweep(plan: Callable[..., Plan], budgets: Sequence[float], budget: str, options: Mapping[str, Any]) -> Sweep:
     """The plans that ``plan`` makes, each under one of the budgets; BudgetError where none can be met."""
     if budget not in SWEPT_BUDGETS:
@@ -156,11 +161,12 @@ def sweep(plan: Callable[..., Plan], budgets: Sequence[float], budget: str, opti
     if isinstance(budgets, str) or not isinstance(budgets, Sequence) or not budgets:
         raise BudgetError(f"budgets={budgets!r}: expected a list of budgets, for example (0.7, 0.5, 0.3)")
     plans, left_out = [], {}
-    for amount in sorted(budgets, reverse=True):
+    for amount in budgets:
         try:
             plans.append(_trying(plan, **{budget: amount}, **options))
         except BudgetError as e:
             left_out[amount] = str(e)
+    plans.sort(key=partial(_kept, budget), reverse=True)  # shares, numbers and texts may be mixed
     if not plans:
         raise BudgetError(next(iter(left_out.values())))
     return Sweep(budget, tuple(plans), left_out)

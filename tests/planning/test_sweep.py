@@ -66,6 +66,16 @@ def test_the_knee_of_a_network_that_half_can_be_left_out_of():
     assert flat.knee is None and "knee" not in str(flat)
 
 
+def test_shares_numbers_and_texts_may_be_mixed():
+    analysis = alds.analyze(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), groups=(1,))
+    by_params = analysis.sweep((0.9, 6000, 0.4, None))
+    assert [plan.budget for plan in by_params.plans] == ["params=0.9", "params=6000", "params=0.4"]
+    assert list(by_params.left_out) == [None]
+    by_memory = analysis.sweep(("30kB", "9kB", 0.5), budget="memory")
+    sizes = [plan.memory for plan in by_memory.plans]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
+
+
 def test_a_curve_that_bends_the_other_way_has_no_knee():
     sweep = alds.analyze(small_net()).sweep([1.0, 0.5])
     assert sweep.plans[0].error < sweep.plans[1].error and sweep.knee is None
