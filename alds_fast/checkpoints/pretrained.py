@@ -84,7 +84,7 @@ def from_pretrained(folder: Folder, cls: Any = None, **kwargs: Any) -> Any:
         raise ArgumentError("trust_remote_code=True: code that comes with a checkpoint is never run")
     kwargs.pop("local_files_only", None)
     shards = open_shards(folder)
-    layers = _layers_in(shards)
+    layers, plan = _layers_in(shards), plan_of_directory(shards.folder)  # what is damaged is said before the work
     model_class = class_of(shards.config) if cls is None else cls
     opened = bool(shards.config["quantization_config"].get("opened_experts"))
     narrowed = read_narrowed(shards.config["quantization_config"].get("narrowed"))
@@ -98,7 +98,6 @@ def from_pretrained(folder: Folder, cls: Any = None, **kwargs: Any) -> Any:
     _check_loaded(model, info, layers, os.fspath(folder))
     if not new_where_sizes_differ:
         _check_sizes(model, info, os.fspath(folder))
-    plan = plan_of_directory(shards.folder)
     if plan is not None and {row.name for row in plan.layers if row.choice} <= {n for n, _ in model.named_modules()}:
         annotate(model, plan=plan)
         keep_when_saved(model)
