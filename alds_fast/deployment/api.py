@@ -28,6 +28,7 @@ from .autotune import (
     calls_key,
     is_plain,
     model_ratios,
+    model_spreads,
     module_for,
     whole_model_ms,
 )
@@ -243,9 +244,12 @@ def deploy(
     times = whole_model_ms({side: build(side) for side in sides}, example_inputs, rounds)
     changed = any(row.won not in ("dense", SEPARATE) for row in rows)
     kept = best_model(times) if backend is None and changed else "deployed"
-    medians, ratios = {n: median(ms) for n, ms in times.items()}, model_ratios(times) if backend is None else {}
-    deployed = DeployTable(tuple(rows), environment(device_of(model)), medians, kept, ratios)
+    decided = (model_ratios(times), model_spreads(times)) if backend is None and changed else ({}, {})
+    medians = {name: median(ms) for name, ms in times.items()}
+    deployed = DeployTable(tuple(rows), environment(device_of(model)), medians, kept, *decided)
     _LOG.info("deploy: %s", deployed.decided)
+    if not deployed.steady:
+        warnings.warn(f"deploy: the machine is busy, on a quiet one another may win: {deployed.decided}", stacklevel=2)
     result = build(kept)  # a fresh copy: those that were timed may have counted their calls
     annotate(result, deployed=deployed)
     return (result, deployed) if report else result

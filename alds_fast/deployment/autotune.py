@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers import LOW_RANK, LowRankLayer, LowRankLinear, MergedLinears, has_hooks, low_rank_like
 from ..measurement import (
+    STEADY,
     InputSpec,
     call_model,
     copy_batch,
@@ -21,12 +22,16 @@ from ..measurement import (
     interleaved_ms,
     keeping_state,
     median_ratio,
+    paired_ratios,
+    quartile_spread,
 )
 from .equivalent_shapes import regroup, variants
 
 TIE = 0.98  # a less simple candidate must take at most this share of the simpler one's time
 MULTIPLE = {"cpu": 8, "cuda": 16}  # ranks that oneDNN's vectors and the tensor cores' tiles like
 SEPARATE = "separate"
+TRIES = 3  # times that rounds of whole models are made at most
+WHOLE = ("deployed", "two-op"), ("deployed", "dense"), ("two-op", "dense")
 Specs = Mapping[InputSpec, int]
 Modules = Mapping[str, Callable[[Tensor], Sequence[Tensor]]]
 
@@ -175,8 +180,12 @@ def _double(layer: LowRankLayer) -> LowRankLayer:
 
 
 def whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of whole models, which take turns with copies of the example; random state is put back after."""
-    device = device_of(next(iter(sides.values())))
+    """Milliseconds of whole models, which take turns with copies of the example; random state is put back after.
+
+    Of more rounds where ratios to the first side are far apart, ``TRIES`` times as many at most.
+    """
+    first = next(iter(sides))
+    device = device_of(sides[first])
 
     def call(model: nn.Module) -> Callable[[], object]:
         def run() -> object:
@@ -186,8 +195,15 @@ def whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: 
         return run
 
     example_inputs = copy_batch(example_inputs)
-    with keeping_state(next(iter(sides.values()))):
-        return interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    with keeping_state(sides[first]):
+        for _ in range(TRIES):
+            more = interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
+            for name, ms in more.items():
+                times[name] += ms
+            if all(quartile_spread(paired_ratios(times, name, first)) <= STEADY for name in sides):
+                break
+    return times
 
 
 def best_model(times: Mapping[str, Sequence[float]]) -> str:
@@ -198,5 +214,9 @@ def best_model(times: Mapping[str, Sequence[float]]) -> str:
 
 def model_ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """What decides between the whole models: by "deployed / two-op" and the like, medians of paired ratios."""
-    pairs = ("deployed", "two-op"), ("deployed", "dense"), ("two-op", "dense")
-    return {f"{a} / {b}": median_ratio(times, a, b) for a, b in pairs}
+    return {f"{a} / {b}": median_ratio(times, a, b) for a, b in WHOLE}
+
+
+def model_spreads(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """How far the quartiles of these ratios are apart, over the median."""
+    return {f"{a} / {b}": quartile_spread(paired_ratios(times, a, b)) for a, b in WHOLE}

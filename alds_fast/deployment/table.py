@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ArgumentError, FileFormatError, MissingFileError
 from ..files import target_file, write_text
+from ..measurement import STEADY
 from ..text import ShownInNotebooks, shape_text, table
 
 FORMAT = "alds_fast.deploy"
@@ -67,7 +68,9 @@ class DeployTable(ShownInNotebooks):
             (the model as it was given, as library calls) and "deployed".
         kept: "deployed", or "two-op" or "dense" where the deployed model as a whole was slower than that.
         ratios: what decided it: by "deployed / two-op" and the like, medians of the ratios of runs side by side, which
-            need not be the ratios of the medians; empty where a backend was forced.
+            need not be the ratios of the medians; empty where nothing was to decide, a backend being forced or no layer
+            using its factors.
+        spreads: how far the quartiles of these ratios are apart, over the median.
     """
 
     rows: tuple[DeployRow, ...]
@@ -75,12 +78,22 @@ class DeployTable(ShownInNotebooks):
     model_ms: dict[str, float] = field(default_factory=dict)
     kept: str = "deployed"
     ratios: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
 
     @property
     def decided(self) -> str:
         """In words which of the three models was kept, and why."""
-        pairs = ", ".join(f"{name} {ratio:.3f}" for name, ratio in self.ratios.items())
-        return f"kept: {self.kept}" + (f", by the medians of paired ratios of times: {pairs}" if pairs else "")
+        if not self.ratios:
+            dense = self.rows and all(row.won in ("dense", "separate") for row in self.rows)
+            return f"kept: {self.kept}" + ", every layer dense" * bool(dense)
+        apart = {name: f" (quartiles {spread:.0%} apart)" for name, spread in self.spreads.items()}
+        pairs = ", ".join(f"{name} {ratio:.3f}{apart.get(name, '')}" for name, ratio in self.ratios.items())
+        return f"kept: {self.kept}, by the medians of paired ratios of times: {pairs}"
+
+    @property
+    def steady(self) -> bool:
+        """Whether the rounds of the whole models were near enough to one another to trust what they decided."""
+        return all(spread <= STEADY for spread in self.spreads.values())
 
     def known(self, environment: Mapping[str, Any]) -> dict[str, DeployRow]:
         """Measured rows by call, for this environment; none where it differs."""
@@ -115,9 +128,8 @@ class DeployTable(ShownInNotebooks):
             rows = tuple(_row(fields) for fields in data["rows"])
             if data["kept"] not in ("dense", "two-op", "deployed"):
                 raise ValueError(f"kept is {data['kept']!r}")
-            return cls(
-                rows, dict(data["environment"]), _times(data["model_ms"]), data["kept"], _times(data.get("ratios", {}))
-            )
+            decided = _times(data.get("ratios", {})), {str(k): float(v) for k, v in data.get("spreads", {}).items()}
+            return cls(rows, dict(data["environment"]), _times(data["model_ms"]), data["kept"], *decided)
         except FileNotFoundError as e:
             raise MissingFileError(f"{os.fspath(path)!r} does not exist") from e
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

@@ -148,7 +148,8 @@ def _read_latency(fields: Any) -> Latency | None:
     """A plan's latency from its JSON fields, None for null."""
     if fields is None:
         return None
-    if not isinstance(fields, dict) or set(fields) != {field.name for field in dataclasses.fields(Latency)}:
+    names = {field.name for field in dataclasses.fields(Latency)}
+    if not isinstance(fields, dict) or set(fields) | {"spread"} != names:
         raise PlanError(f"not a plan: latency={fields!r} does not have the fields of a measured latency")
     shares = {n: _read_number(fields, "latency", n) for n in ("asked", "measured", "dense_ms", "compressed_ms")}
     if not all(0 < value < math.inf for value in shares.values()):
@@ -157,7 +158,8 @@ def _read_latency(fields: Any) -> Latency | None:
         _read_field(fields, "latency", "device", str),
         _read_field(fields, "latency", "refinements", int),
     )
-    return Latency(**shares, device=device, refinements=refinements)
+    spread = None if fields.get("spread") is None else _read_number(fields, "latency", "spread")
+    return Latency(**shares, device=device, refinements=refinements, spread=spread)
 
 
 def _read_field(fields: dict[str, Any], where: str, name: str, kind: type) -> Any:

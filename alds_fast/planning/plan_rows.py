@@ -11,6 +11,7 @@ from ..criteria import Basis
 from ..factors import Choice
 from ..layers import DecomposableLayer, Layer
 from ..linalg import Decomposition, Pivots, WeightShape
+from ..measurement import STEADY
 from .options import Pin
 
 
@@ -57,8 +58,10 @@ class LayerPlan:
 class Latency:
     """What a budget on latency achieved, measured end to end with dense and compressed taking turns.
 
-    ``asked`` and ``measured`` are shares of the dense model's latency; the milliseconds are medians of that
-    measurement; ``device`` names the hardware and ``refinements`` counts how often the timings were corrected.
+    ``asked`` and ``measured`` are shares of the dense model's latency. The rounds are ordered by this share, and the
+    milliseconds are those of the one in the middle, whose share is ``measured``; ``spread`` is how far the quartiles
+    are apart, over that share, None in plans of older versions. ``device`` names the hardware, ``refinements`` counts
+    how often the timings were corrected.
     """
 
     asked: float
@@ -67,6 +70,7 @@ class Latency:
     compressed_ms: float
     device: str
     refinements: int
+    spread: float | None = None
 
     TOLERANCE: ClassVar[float] = 0.1
 
@@ -81,6 +85,11 @@ class Latency:
         return self.asked >= 1.0 or self.measured <= (1.0 + self.asked) / 2
 
     @property
+    def steady(self) -> bool:
+        """Whether the rounds were near enough to one another to refuse a plan for what they say."""
+        return self.spread is None or self.spread <= STEADY
+
+    @property
     def is_met(self) -> bool:
         """Within the tolerance, and with half of the saving at least."""
         return self.distance <= self.TOLERANCE and self.saves_half
@@ -91,7 +100,8 @@ class Latency:
             far = ", NOT half of the saving"
         times = f"{self.dense_ms:.3g} -> {self.compressed_ms:.3g} ms"
         asked = f"latency {self.asked:.2f} asked, {self.measured:.2f} measured{far}, {times} on {self.device}"
-        return f"{asked}; up to {MAX_LATENCY_GROUPS} channel slices were tried"
+        spread = "" if self.spread is None else f"; quartiles of its rounds {self.spread:.0%} apart"
+        return f"{asked}{spread}; up to {MAX_LATENCY_GROUPS} channel slices were tried"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from support.models import count, images, small_net
 from torch import nn
 
 import alds_fast as alds
-from alds_fast.allocation import CostTable, candidates, corrected_limit, latency
-from alds_fast.allocation.latency import call_key, interpolate, random_low_rank
+from alds_fast.allocation import CostTable, candidates, corrected_limit
+from alds_fast.allocation.latency import LayerTimes, layer_times, random_models
+from alds_fast.allocation.latency.layer_times import call_key, interpolate
+from alds_fast.allocation.latency.random_models import random_low_rank
 from alds_fast.criteria import Basis, layer_errors
 from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.layers import LowRankLayer
@@ -48,7 +50,7 @@ class Timer:
     def __call__(self, calls, device, *, rounds=7, min_ms=2.0):
         times = {}
         for name, call in calls.items():
-            whole = call.func is latency.call_model
+            whole = call.func is layer_times.call_model
             times[name] = [self.model(call.args[0]) if whole else self.layer(call.func)] * rounds
             if isinstance(call.func, LowRankLayer):
                 self.timed.append((call.func.weight_shape, *call.func.decomposition))
@@ -56,8 +58,9 @@ class Timer:
 
 
 def use(monkeypatch, timer):
-    monkeypatch.setattr(latency, "interleaved_ms", timer)
-    monkeypatch.setattr(latency, "ms_by_part", timer.parts)
+    for module in (layer_times, random_models):
+        monkeypatch.setattr(module, "interleaved_ms", timer)
+    monkeypatch.setattr(layer_times, "ms_by_part", timer.parts)
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_the_cost_table_holds_the_times(timer, tmp_path):
     errors = [layer_errors(analysis.spectra[layer.name], basis, None) for layer in layers]
     choices = [candidates(layer.shape, e, 1, 0.0) for layer, e in zip(layers, errors, strict=True)]
     calls = layer_inputs(model, images(), [layer.name for layer in layers])
-    table = latency.LayerTimes(model, images(), layers, choices, calls, timings, CPU).table(0.5)
+    table = LayerTimes(model, images(), layers, choices, calls, timings, CPU).table(0.5)
     assert table.fixed == pytest.approx(timer.fixed * 1e6, abs=10) and table.limit == int(0.5 * table.total)
     for layer, choice, costs in zip(layers, choices, table.costs, strict=True):
         assert costs.dtype == np.int64 and costs[-1] == pytest.approx(timer.layer(layer.module) * 1e6, abs=2)
@@ -119,7 +122,9 @@ def test_the_cost_table_holds_the_times(timer, tmp_path):
 
 def test_layers_of_one_kind_are_timed_once_and_few_slices_only(timer, tmp_path):
     _, timed_plan = plan(timer, tmp_path)
-    assert str(timed_plan).endswith("on " + timed_plan.latency.device + "; up to 8 channel slices were tried")
+    assert str(timed_plan).endswith(
+        f"on {timed_plan.latency.device}; quartiles of its rounds 0% apart; up to 8 channel slices were tried"
+    )
     twins = [t for t in timer.timed if t[0].weight == (32, 32, 3, 3)]
     assert len(twins) == len(set(twins)) and {t[2] for t in timer.timed} == {1, 2, 3, 4, 8}
 
@@ -245,6 +250,42 @@ def test_timings_of_a_busy_hour_are_repeated_and_not_kept(tmp_path, monkeypatch)
     _, calm = plan(timer, tmp_path)
     assert timer.timed
     assert calm == plan(timer, tmp_path / "never busy")[1]
+
+
+class BusyRuns(Timer):
+    """Rounds of the compressed model take by turns as long as they should and twice as long as the dense one."""
+
+    runs = 0
+
+    def __call__(self, calls, device, *, rounds=7, min_ms=2.0):
+        times = super().__call__(calls, device, rounds=rounds, min_ms=min_ms)
+        if "compressed" in calls:
+            self.runs += 1
+            times["dense"] = [t * (1 + i / 10) for i, t in enumerate(times["dense"])]
+            late = [2 * d if i % 2 == 0 else d / 2 for i, d in enumerate(times["dense"])]
+            times["compressed"] = late
+        return times
+
+
+def test_runs_that_are_far_apart_are_repeated_and_refuse_nothing(tmp_path, monkeypatch):
+    timer = BusyRuns()
+    use(monkeypatch, timer)
+    with pytest.warns(UserWarning, match=r"quartiles of its rounds 75% apart.*The machine is busy"):
+        model, timed_plan = plan(timer, tmp_path)
+    achieved = timed_plan.latency
+    assert timer.runs % 3 == 0 and timer.runs and not achieved.steady and achieved.spread == pytest.approx(0.75)
+    assert achieved.measured == pytest.approx(achieved.compressed_ms / achieved.dense_ms) == 2.0
+    assert alds.Plan.from_json(timed_plan.to_json()).latency == achieved and timed_plan.apply(model)
+
+
+def test_plans_of_before_have_no_spread(timer, tmp_path):
+    text = json.loads(plan(timer, tmp_path)[1].to_json())
+    del text["latency"]["spread"]
+    old = alds.Plan.from_json(json.dumps(text)).latency
+    assert old.spread is None and old.steady and "quartiles" not in str(old)
+    text["latency"]["spread"] = -0.5
+    with pytest.raises(PlanError, match=r"latency: spread=-0\.5 is not a number >= 0"):
+        alds.Plan.from_json(json.dumps(text))
 
 
 # ----------------------------------------------------------------------------------------- refinement

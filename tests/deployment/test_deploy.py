@@ -333,10 +333,36 @@ def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
         monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
         fast, table = alds.deploy(model, x, report=True)
         assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
-        assert table.decided == f"kept: {kept}, by the medians of paired ratios of times: deployed / two-op " + (
-            f"{deployed / two_op:.3f}, deployed / dense {deployed / dense:.3f}, two-op / dense {two_op / dense:.3f}"
+        ratios = {"deployed / two-op": deployed / two_op, "deployed / dense": deployed / dense}
+        ratios["two-op / dense"] = two_op / dense
+        assert table.decided == f"kept: {kept}, by the medians of paired ratios of times: " + ", ".join(
+            f"{name} {ratio:.3f} (quartiles 0% apart)" for name, ratio in ratios.items()
         )
         assert table.decided in str(table)
+
+
+def test_runs_of_a_busy_machine_are_repeated_and_warned_of(monkeypatch, tmp_path):
+    rounds_made = []
+
+    def interleaved_ms(calls, device, *, rounds):
+        if "deployed" not in calls:
+            return {name: [1.0 if name == "two-op" else 2.0] * rounds for name in calls}
+        rounds_made.append(rounds)
+        return {name: [1.0 + i % 2 * (name == "two-op") for i in range(rounds)] for name in calls}
+
+    monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
+    model, x = nn.Sequential(alds.LowRankLinear(32, 32, 2)), torch.randn(4, 32)
+    with pytest.warns(UserWarning, match=r"the machine is busy.*two-op / dense 1.000 \(quartiles 100% apart\)"):
+        table = alds.deploy(model, x, report=True, rounds=5)[1]
+    assert rounds_made == [5, 5, 5] and not table.steady
+    table.save(tmp_path / "table.json")
+    assert alds.DeployTable.load(tmp_path / "table.json") == table
+
+
+def test_nothing_is_said_to_have_decided_where_no_layer_uses_its_factors(monkeypatch):
+    fake_timer(monkeypatch, by_backend(1.0, 2.0, 4.0))
+    table = alds.deploy(nn.Sequential(alds.LowRankLinear(16, 16, 2)), torch.randn(4, 16), report=True)[1]
+    assert (table.decided, table.rows[0].won, table.ratios) == ("kept: deployed, every layer dense", "dense", {})
 
 
 @pytest.mark.slow

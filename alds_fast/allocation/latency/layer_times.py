@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..layers import DecomposableLayer, LowRankLayer, low_rank_like, oriented_weight, replace_layers
-from ..linalg import Decomposition
-from ..measurement import (
+from ...layers import DecomposableLayer, LowRankLayer
+from ...linalg import Decomposition
+from ...measurement import (
     STEADY,
     InputSpec,
     Ratios,
@@ -43,33 +43,16 @@ from ..measurement import (
     paired_ratios,
     quartile_spread,
 )
-from ..progress import Progress, tell_nobody
-from .candidates import Candidates, Curve
-from .costs import Calls, CostTable
-from .pareto import Floats, Ints
+from ...progress import Progress, tell_nobody
+from ..candidates import Candidates, Curve
+from ..costs import Calls, CostTable
+from ..pareto import Floats, Ints
+from .random_models import REPEATS, random_low_rank
 
 MAX_LATENCY_GROUPS = 8  # channel slices that are tried under latency=
 LEVELS, SPACING = 4, 3
-ROUNDS, REPEATS = 5, 3
+ROUNDS = 5
 NS_PER_MS = 1_000_000
-
-
-def random_low_rank(module: nn.Module, decomposition: Decomposition) -> LowRankLayer:
-    """A low-rank layer in the place of ``module``, to be timed: random factors whose product has the weight's norm.
-
-    (So activations keep their scale through a deep model, and no denormal numbers distort the time.)
-    """
-    weight: Any = module.weight
-    layer = low_rank_like(module, decomposition).to(weight.dtype).to_empty(device=weight.device)
-    scale = (float(oriented_weight(module).float().square().mean()) / decomposition.rank) ** 0.25
-    layer.reset_order()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for factor in (layer.encoder, layer.decoder):
-            factor.copy_(torch.randn(factor.shape, generator=generator, device="cpu") * scale)
-        if layer.bias is not None:
-            layer.bias.zero_()
-    return layer
 
 
 def call_key(layer: DecomposableLayer, spec: InputSpec) -> str:
@@ -237,24 +220,3 @@ class LayerTimes:
             module, spec, _ = self._sites[text]
             _time(module, spec, sorted(decompositions), self._timings.of(text))
         self._timings.save()
-
-
-def random_model(model: nn.Module, replaced: Mapping[str, Decomposition]) -> nn.Module:
-    """A copy with low-rank layers of random factors in the place of these, by name. ModelError if it cannot be made."""
-    modules = dict(model.named_modules())
-    return replace_layers(model, {name: random_low_rank(modules[name], d) for name, d in replaced.items()})
-
-
-def end_to_end(
-    model: nn.Module, replaced: Mapping[str, Decomposition], example_inputs: Any, device: torch.device
-) -> tuple[float, float, float]:
-    """Latency of a compressed model over that of the dense one, and the milliseconds of dense and compressed.
-
-    The factors are random: what they are does not change the time. ModelError if the model cannot be copied.
-    """
-    small = random_model(model, replaced)
-    with inference(model), inference(small), keeping_state(model):
-        sides = {"dense": partial(call_model, model, copy_batch(example_inputs))}
-        sides["compressed"] = partial(call_model, small, copy_batch(example_inputs))
-        times = interleaved_ms(sides, device)
-    return median_ratio(times, "compressed", "dense"), median(times["dense"]), median(times["compressed"])
