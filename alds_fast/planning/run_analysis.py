@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from ..criteria import (
     MAX_DATA_GROUPS,
     Groups,
     LayerSpectra,
+    Moments,
     collect_moments,
     layer_spectra,
     total_work,
@@ -30,6 +32,7 @@ from ..layers import (
     chosen_layers,
     count_params,
     decomposable,
+    label,
     left_out_text,
     opened,
     reader_reason,
@@ -51,6 +54,19 @@ from .options import (
 )
 
 _LOG = logging.getLogger(__name__)
+
+
+def _warn_of_zeros(moments: Mapping[str, Moments]) -> None:
+    """A UserWarning that names a layer whose input, or output, was zero in all of the data."""
+    seen = {name: m.second if m.second is not None else m.output for name, m in moments.items()}
+    silent = [name for name, second in seen.items() if second is not None and not bool(second.any())]
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(moments)} layers see nothing but zeros of data=, {label(silent[0])} for one: they "
+            f"count as without error at the smallest rank; pass data that reaches them (labels may have been taken for "
+            f"an input: pass batches without them), or leave them out with exclude=",
+            stacklevel=3,
+        )
 
 
 def _without_used(model: nn.Module, layers: Sequence[Layer], inputs: Any, name: str) -> list[Layer]:
@@ -166,6 +182,7 @@ def analyze(
             model, data, ready, sensitivity=sensitivity, mask=mask, order=moment_order, held_out=held_out,
             memory=moment_memory, done=lambda count: told("moments", count, batches),
         ) if ready and data is not None else {}  # fmt: skip
+    _warn_of_zeros(moments)
     analysis = Analysis(tuple(layers), spectra, count_params(given), model, moments, inputs=named[0])
     sliced = data is not None and groups == "divisors"
     return dataclasses.replace(analysis, max_groups=MAX_DATA_GROUPS) if sliced else analysis

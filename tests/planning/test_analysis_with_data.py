@@ -305,6 +305,14 @@ def test_data_that_reach_nothing_are_refused():
         alds.compress(net, params=0.5, data=[torch.zeros(0, 6)])
 
 
+def test_layers_that_see_only_zeros_are_named():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4))
+    nn.init.constant_(net[1].bias, -1e3)
+    with pytest.warns(UserWarning, match="1 of 3 layers see nothing but zeros of data=, '3' for one"):
+        analysis = alds.analyze(net, data=[torch.randn(9, 6)])
+    assert analysis.plan(params=0.99, min_rank=1).layers[2].error == 0.0
+
+
 def changed(net, small, x):
     with torch.no_grad():
         return float((net(x) - small(x)).norm() / net(x).norm())
