@@ -33,7 +33,13 @@ def amount(text: str) -> int | float | str:
 
 
 def share_or_count(text: str) -> int | float:
-    """A share like 0.5, or a number like 5000000."""
+    """A share like 0.5 or 50%, or a number like 5000000.
+
+    >>> share_or_count("0.5"), share_or_count("50%"), share_or_count("5000000")
+    (0.5, 0.5, 5000000)
+    """
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
     try:
         return int(text)
     except ValueError:

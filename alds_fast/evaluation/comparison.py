@@ -82,6 +82,9 @@ class Report(ShownInNotebooks):
         busy = "; rounds were far apart: measure again on a quiet machine" if noisy else ""
         return f"{where}; quartiles of the ratios of ms: {', '.join(halves)}{busy}"
 
+    def __repr__(self) -> str:
+        return f"<Report of {', '.join(self.values)}; print() has the table>"
+
     def __str__(self) -> str:
         return f"{table(*self._cells)}\n{self._remarks}"
 

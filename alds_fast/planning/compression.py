@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack  # torch needs it too
 
 from ..blocks import check_lists
 from ..errors import ArgumentError
@@ -31,9 +32,6 @@ from .options import (
 )
 from .plan import Plan
 from .run_analysis import analyze
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # of typing from Python 3.11 on
 
 _ANALYSIS_OPTIONS, _PLAN_OPTIONS = set(AnalysisOptions.__annotations__), set(PlanOptions.__annotations__)
 

@@ -49,6 +49,14 @@ def _panel(axes: Any, analysis: Analysis, row: LayerPlan) -> None:
     axes.tick_params(labelsize=6)
 
 
+def _check_types(**arguments: tuple[Any, type]) -> None:
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            raise ArgumentError(
+                f"{name} is a {type(value).__name__}, expected a {kind.__name__}: see the order of them"
+            )
+
+
 def check_plot(path: str | os.PathLike[str]) -> None:
     """ArgumentError unless a picture can be written there: matplotlib, a directory that exists, a known ending."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -62,8 +70,9 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
     """Write a picture (PNG, PDF or SVG by the ending) of the largest error over what is kept, with the knee.
 
-    Needs matplotlib (``pip install alds_fast[plot]``); raises ArgumentError without it.
+    Needs matplotlib (``pip install alds_fast[plot]``); raises ArgumentError without it, or for what is no sweep.
     """
+    _check_types(sweep=(sweep, Sweep))
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -90,6 +99,7 @@ def plot_plan(analysis: Analysis, plan: Plan, path: str | os.PathLike[str]) -> N
     ``plan`` must come from ``analysis``. Needs matplotlib (``pip install alds_fast[plot]``); raises ArgumentError
     without it or if the plan is not of this analysis.
     """
+    _check_types(analysis=(analysis, Analysis), plan=(plan, Plan))
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -233,6 +233,10 @@ def test_plot_refuses_a_plan_of_another_analysis(tmp_path):
         alds.plot_plan(one, other.plan(params=0.5), tmp_path / "p.png")
     alds.plot_plan(one, one.plan(params=1.0), tmp_path / "dense.png")
     assert (tmp_path / "dense.png").stat().st_size > 1000
+    with pytest.raises(alds.AldsError, match="analysis is a Plan, expected a Analysis: see the order"):
+        alds.plot_plan(one.plan(params=1.0), one, tmp_path / "p.png")
+    with pytest.raises(alds.AldsError, match="sweep is a str, expected a Sweep"):
+        alds.plot_sweep(str(tmp_path / "p.png"), one)
 
 
 def test_budgets_that_need_an_input(tmp_path, capsys):

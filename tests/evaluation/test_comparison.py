@@ -73,6 +73,7 @@ def test_the_table_by_hand():
         "a CPU, threads 2, torch 2.13, 9 rounds in turns; quartiles of the ratios of ms: compressed 0.490 to 0.520"
     )
     assert "| quality | 0.9 | 0.89 | -0.01 |\n\na CPU" in BY_HAND.to_markdown() and "<pre" in BY_HAND._repr_html_()
+    assert repr(BY_HAND) == "<Report of dense, compressed; print() has the table>"
     noisy = alds.Report(BY_HAND.values, BY_HAND.ratios, {"compressed": (0.3, 0.7)}, BY_HAND.conditions)
     assert str(noisy).endswith("rounds were far apart: measure again on a quiet machine")
 

@@ -112,6 +112,11 @@ def test_every_public_name_is_documented():
                 assert inspect.getdoc(value), f"{name}.{method}"
 
 
+def test_types_can_be_looked_up_at_run_time():
+    for name in ("compress", "analyze", "deploy", "compress_checkpoint", "evaluate", "report"):
+        assert "return" in typing.get_type_hints(getattr(alds, name))
+
+
 def test_every_error_is_an_alds_error():
     kinds = [v for v in vars(errors).values() if inspect.isclass(v)]
     assert all(issubclass(k, alds.AldsError) for k in kinds) and issubclass(errors.BudgetError, ValueError)

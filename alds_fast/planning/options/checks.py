@@ -20,7 +20,7 @@ from ...measurement import first_batch, without_labels
 from .defaults import is_counted_alone
 from .pins import check_pins
 
-UNITS = {f"{letter}{i}B": (1024 if i else 1000) ** n for n, letter in ((1, "k"), (2, "M"), (3, "G")) for i in ("", "i")}
+UNITS = {f"{letter}{i}B": (1024 if i else 1000) ** n for n, letter in enumerate("kMGT", 1) for i in ("", "i")}
 UNITS |= {"KB": 1000, "KiB": 1024, "B": 1}
 _BYTES = re.compile(rf"(\d+\.?\d*) ?({'|'.join(UNITS)})")
 METHODS = ("alds", *BASELINES)
