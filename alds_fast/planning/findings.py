@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..allocation import candidates, least_error_of_pivots
-from ..checks import is_number
+from ..checks import is_count, is_number, is_share
 from ..criteria import CRITERIA, DEFAULT_CRITERION, LayerSpectra, Moments
 from ..errors import ArgumentError, BudgetError
 from ..layers import Layer, annotate
@@ -22,6 +22,7 @@ from ..linalg import Decomposition
 from ..measurement import inference
 from ..progress import ProgressOption, telling
 from ..text import ShownInNotebooks, shape_text, table
+from .options import budget_amount
 from .plan import Plan
 from .plan_rows import Quality, bytes_held
 from .result_check import LOST_TEXT
@@ -155,7 +156,7 @@ def _kept(budget: str, plan: Plan) -> float:
 
 
 def sweep(plan: Callable[..., Plan], budgets: Sequence[float], budget: str, options: Mapping[str, Any]) -> Sweep:
-    """The plans that ``plan`` makes, each under one of the budgets; BudgetError where none can be met."""
+    """Plans that ``plan`` makes, each under one of the budgets; BudgetError where none can be met or one is none."""
     if budget not in SWEPT_BUDGETS:
         raise ArgumentError(f"budget={budget!r} is not one of {', '.join(SWEPT_BUDGETS)}")
     if isinstance(budgets, str) or not isinstance(budgets, Sequence) or not budgets:
@@ -165,6 +166,9 @@ def sweep(plan: Callable[..., Plan], budgets: Sequence[float], budget: str, opti
         try:
             plans.append(_trying(plan, **{budget: amount}, **options))
         except BudgetError as e:
+            asked = budget_amount(amount) if budget == "memory" else amount
+            if not is_share(asked) and not is_count(asked):
+                raise  # it is no budget at all
             left_out[amount] = str(e)
     plans.sort(key=partial(_kept, budget), reverse=True)  # shares, numbers and texts may be mixed
     if not plans:

@@ -4,7 +4,7 @@
 Checkpoints are those of :mod:`benchmarks.cpu.large`, Llama-shaped, bfloat16, random; so are the data's tokens: memory
 does not depend on what they say. A stage's peak is the largest resident set (VmHWM) while its parts were at work,
 weights that are mapped from files among it. ``--until STAGE`` ends a job after that stage. Each job is a process of
-its own, on one thread.
+its own, on one thread. Jobs of other sizes and options that the results have stay there, each with its commit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measure import resident_mb
-from benchmarks.common.results import described, environment, page, table, write
+from benchmarks.common.results import RESULTS, described, environment, page, table, write
 
 from .large import KEEP, VOCABULARY, make_checkpoint
 
@@ -88,13 +88,13 @@ def markdown(results: dict[str, Any]) -> str:
     for job in results["jobs"]:
         tokens = f"{job['count']} x {job['length']}"
         for stage in job["stages"]:
-            rows.append([job["blocks"], f"{job['gb']:.2f}", tokens, stage["stage"], f"{stage['wall_s']:.0f}",
-                         f"{stage['cpu_s']:.0f}", f"{stage['peak_mb'] / 1e3:.2f}"])  # fmt: skip
-    what = ", ".join(kind for kind in ("sensitivity", "refit") if results["jobs"][0][kind])
+            kinds = " + ".join(["data", *(kind for kind in ("sensitivity", "refit") if job[kind])])
+            figures = f"{stage['wall_s']:.0f}", f"{stage['cpu_s']:.0f}", f"{stage['peak_mb'] / 1e3:.2f}"
+            rows.append([job["blocks"], f"{job['gb']:.2f}", tokens, kinds, job["commit"], stage["stage"], *figures])
     return page(
         f"{described(results['environment'])}; `python -m benchmarks.cpu.large_with_data`",
-        f"Llama-shaped checkpoints, bfloat16, {KEEP:.0%} of the parameters kept, with data and {what}, one thread:",
-        table(["blocks", "GB", "tokens", "stage", "wall s", "CPU s", "peak GB"], rows),
+        f"Llama-shaped checkpoints, bfloat16, {KEEP:.0%} of the parameters kept, one thread:",
+        table(["blocks", "GB", "tokens", "with", "commit", "stage", "wall s", "CPU s", "peak GB"], rows),
     )
 
 
@@ -110,12 +110,18 @@ def main() -> None:
     parser.add_argument("--until", help="the last stage, as progress calls it")
     args = parser.parse_args()
     options = {key: value for key, value in vars(args).items() if key != "blocks"}
-    results: dict[str, Any] = {"environment": environment(), "jobs": []}
+    file = RESULTS / "large_with_data.json"
+    jobs: list[dict[str, Any]] = json.loads(file.read_text())["jobs"] if file.exists() else []
+    results: dict[str, Any] = {"environment": environment()}
     for blocks in args.blocks:
         with tempfile.TemporaryDirectory() as root:
             size = make_checkpoint(Path(root) / "model", blocks)
             stages = measured(Path(root) / "model", options)
-            results["jobs"].append({"blocks": blocks, "gb": size / 1e9, **options, "stages": stages})
+            asked = {"blocks": blocks, **options}
+            jobs = [job for job in jobs if any(job[key] != value for key, value in asked.items())]
+            commit = results["environment"]["commit"]
+            jobs.append({"gb": size / 1e9, **asked, "commit": commit, "stages": stages})
+    results["jobs"] = jobs
     write("large_with_data", results, markdown(results))
 
 

@@ -33,7 +33,7 @@ from .networks import NETWORKS, Network
 WINDOWS = 8  # of SmolLM2's 80
 DEFAULT, BEFORE, SEARCH = "p=4, constants", "p=4", "paper's search"
 FEW = BEFORE, DEFAULT, SEARCH
-SHARES = {"minilm": (0.8, 0.6), "smollm2": (0.9, 0.8)}
+SHARES = {"minilm": (0.8, 0.6, 0.5), "smollm2": (0.9, 0.8, 0.5)}
 Cell = tuple[str, str, str]  # network, budget, variant
 
 

@@ -68,9 +68,14 @@ def test_the_knee_of_a_network_that_half_can_be_left_out_of():
 
 def test_shares_numbers_and_texts_may_be_mixed():
     analysis = alds.analyze(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), groups=(1,))
-    by_params = analysis.sweep((0.9, 6000, 0.4, None))
+    by_params = analysis.sweep((0.9, 6000, 0.4, 0.001))
     assert [plan.budget for plan in by_params.plans] == ["params=0.9", "params=6000", "params=0.4"]
-    assert list(by_params.left_out) == [None]
+    assert list(by_params.left_out) == [0.001]
+    for none in (None, 1.5, 0, "30kB"):
+        with pytest.raises(alds.AldsError, match="params=|give one budget"):
+            analysis.sweep((0.9, none))
+    with pytest.raises(alds.AldsError, match="memory='30 apples' is not like"):
+        analysis.sweep((0.9, "30 apples"), budget="memory")
     by_memory = analysis.sweep(("30kB", "9kB", 0.5), budget="memory")
     sizes = [plan.memory for plan in by_memory.plans]
     assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
