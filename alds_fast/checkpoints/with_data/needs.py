@@ -25,7 +25,7 @@ from ...measurement import leaves_of
 from ..streaming.streamed_model import Work
 
 LIBRARIES = 300 << 20  # bytes of what is loaded and compiled after the job has begun
-IN_MEMORY = 1 << 26  # bytes of blocks' outputs that are kept in memory; what is beyond lies in files of the journal
+IN_MEMORY = 1 << 24  # bytes of blocks' outputs that are kept in memory; what is beyond lies in files of the journal
 WIDEST_INPUT = 8192  # columns of a layer whose input's moment is kept
 _LOG = logging.getLogger(__name__)
 
