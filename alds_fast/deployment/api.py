@@ -186,7 +186,7 @@ def deploy(
         backend: None measures; "dense", "two-op" or "fused" force one on every layer that is called.
         table: a :class:`DeployTable` of an earlier call, or the path of a saved one: what it holds for this hardware,
             torch version and thread count is not measured again.
-        rounds: turns that every side takes.
+        rounds: turns that every side takes; whole models up to three times as many where these are far apart.
         report: also return the :class:`DeployTable`.
         reorder: layers with output pivots leave these in the order in which they are made, and weights of the layers
             after them are put in that order, see :mod:`alds_fast.deployment.channel_orders`. For models that are run as
@@ -198,6 +198,7 @@ def deploy(
         which model was kept and why, as the logger "alds_fast" does.
 
     Raises:
+        UserWarning: the whole models' rounds are far apart all the same (``DeployTable.steady``).
         ArgumentError: an argument is out of range. ModelError: the example does not run, or nothing can be copied.
         BackendError: backend="fused" where the kernel cannot run a layer. FileFormatError: the table is not one.
 

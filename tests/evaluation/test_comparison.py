@@ -46,7 +46,7 @@ def test_it_counts_what_is_there_and_leaves_models_as_they_were(models):
         assert (values["params"], values["flops"]) == (params, counter.get_total_flops())
         assert values["megabytes"] == size / 1e6 and values["quality"] == 0.0 and values["ms"] > 0
     low, high = seen.spreads["compressed"]
-    assert low <= seen.ratios["compressed"]["ms"] <= high and seen.conditions["rounds"] == 3
+    assert low <= seen.ratios["compressed"]["ms"] <= high and seen.conditions["rounds"] in (3, 6, 9)
     assert seen.ratios["compressed"]["params"] == small.alds_plan.keep_ratio
 
 

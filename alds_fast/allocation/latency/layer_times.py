@@ -4,7 +4,7 @@ For every distinct kind of layer call (shape, options, type, input) and every (s
 by a factor of three up to the largest that is smaller than dense, are timed taking turns with the dense layer; what is
 kept is the ratio, so that the drift of a busy machine cancels. Smaller ranks go first: once one is not faster than
 dense, larger ones are not timed but taken to cost in proportion to the rank. Between ranks the ratio is
-interpolate, below the smallest it is that of the smallest, and it never falls with the rank.
+interpolated, below the smallest it is that of the smallest, and it never falls with the rank.
 
 A layer costs calls x dense milliseconds x ratio, in whole nanoseconds. Dense layers are timed inside of the model's
 runs; on CUDA, where these are graphs, alone, taking turns with it. What the model takes beyond its layers is the fixed
