@@ -10,6 +10,7 @@ from .errors import ArgumentError
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much, 0 where that is not known
 ProgressOption = Progress | bool | None
+SLOWEST = 3600.0  # seconds that steps which tell of the speed may take together
 
 
 def tell_nobody(what: str, done: int, total: int) -> None:
@@ -52,12 +53,13 @@ class _Bars:
 
     def _open(self) -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich import progress
 
         console = Console(stderr=True)
         shown = console.is_terminal or console.is_jupyter if self._shown is None else self._shown
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-        bars = Progress(*columns, console=console, disable=not shown)
+        share = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn()
+        times = progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()
+        bars = progress.Progress(*share, *times, console=console, disable=not shown, speed_estimate_period=SLOWEST)
         bars.start()
         return bars
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -34,6 +35,16 @@ def shape_text(shape: Sequence[int]) -> str:
 def number(value: float | None) -> float | str | None:
     """JSON for a number: null for NaN and None, "inf" for infinity."""
     return None if value is None or math.isnan(value) else "inf" if math.isinf(value) else value
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """A question after the word that is most like this one; nothing where none is.
+
+    >>> meant("param", ["params", "error"])
+    "; did you mean 'params'?"
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class ShownInNotebooks:

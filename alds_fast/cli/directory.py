@@ -100,7 +100,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     print(f"wrote {done.folder}: load it with alds_fast.from_pretrained")
     if rows:
         print(table(["text", "perplexity, dense", "compressed"], [[n, f"{a:.4g}", f"{b:.4g}"] for n, a, b in rows]))
-    if batches is None and kind.endswith(_LANGUAGE):
+    if batches is None and methods and kind.endswith(_LANGUAGE):
         print(NO_DATA)
 
 

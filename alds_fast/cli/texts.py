@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checks import is_count
-from ..errors import ArgumentError, FileFormatError, MissingFileError
+from ..errors import ArgumentError, DependencyError, FileFormatError, MissingFileError
 from ..integrations import transformers_name
 from ..measurement import check_data
 from .targets import Target
@@ -73,6 +73,8 @@ def _text(path: Path) -> str:
 def _tokenized(text: str, folder: str) -> Tensor:
     try:
         tokenizer = transformers_name("AutoTokenizer").from_pretrained(folder, local_files_only=True)
+    except DependencyError:
+        raise
     except Exception as e:
         raise ArgumentError(
             f"{folder!r} has no tokenizer that transformers can load ({type(e).__name__}); pass input_ids in a "

@@ -14,6 +14,7 @@ and the decoder has no taps. PCA of the output (Zhang, Zou, He, Sun, TPAMI 2016)
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -92,20 +93,31 @@ def slice_bases(w: Weighting, scheme: int, groups: int, blocks: Tensor | None) -
 
 
 def _pairs(bases: Bases, blocks: Tensor) -> Tensor:
-    """N (r, r): the error of rank j is the sum of its entries beyond j in both directions."""
+    """N (r, r): the error of rank j is the sum of its entries beyond j in both directions.
+
+    It is the sum of (U^T U) o (R C R^T) over pairs of (tap, slice), and one half of them has the other's transposed
+    values. Where there is one tap a slice's own columns are at right angles, and it adds to the diagonal alone.
+    """
     k, r = bases.left.shape[1], bases.left.shape[3]
-    taps = blocks.shape[1]
+    one_tap, taps = blocks.shape[1] == 1, range(blocks.shape[1])
     right = bases.left.mT @ bases.slices  # (g0, k, r, cols / k)
-    left = bases.left.unflatten(2, (-1, taps)).permute(0, 3, 2, 1, 4).flatten(3)  # (g0, taps, filters, k * r)
+    left = bases.left.unflatten(2, (-1, len(taps))).movedim(3, 1)  # (g0, taps, k, filters, r)
     total = blocks.new_zeros(r, r)
-    for a in range(taps):
-        for b in range(a, taps):
-            cross = blocks[:, a, :, b, :].unflatten(1, (k, -1)).unflatten(3, (k, -1))  # (g0, k, c, k, c)
-            seen = (right @ cross.flatten(3)).unflatten(3, (k, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-            products = (seen @ right.mT).unflatten(2, (k, r)).permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
-            both = (left[:, a].mT @ left[:, b]) * products
-            pairs = both.unflatten(1, (k, r)).unflatten(3, (k, r)).sum((0, 1, 3))
-            total += pairs if a == b else pairs + pairs.mT
+    for a, b in itertools.combinations_with_replacement(taps, 2):
+        cross = blocks[:, a, :, b, :].unflatten(1, (k, -1)).unflatten(3, (k, -1))  # (g0, k, c, k, c)
+        for g in range(k - one_tap) if a == b else (None,):  # all slices together where no pair has its mirror here
+            these, those = (slice(None),) * 2 if g is None else (slice(g, g + 1), slice(g + one_tap, None))
+            seen = (right[:, these] @ cross[:, these, :, those].flatten(3)).unflatten(
+                3, cross[:, :, :, those].shape[3:]
+            )
+            products = seen.permute(0, 3, 1, 2, 4).flatten(2, 3) @ right[:, those].mT  # (g0, those, these * r, r)
+            ours = left[:, a, these].mT.flatten(1, 2).unsqueeze(1)  # (g0, 1, these * r, filters)
+            pairs = (ours @ left[:, b, those] * products).unflatten(2, (-1, r)).sum((0, 2))  # (those, r, r)
+            half = pairs.sum(0)
+            total += half + half.mT - (pairs[0] if a == b and not one_tap else 0.0)
+    if one_tap:
+        own = (right @ _slice_moments(blocks, k) * right).sum(-1) * bases.left.square().sum(-2)
+        total.diagonal().add_(own.sum((0, 1)))
     return total
 
 

@@ -74,9 +74,9 @@ def check_batches(data: Any, name: str = "refit=") -> None:
 def without_labels(model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
     """The batches, those that are inputs and labels without the labels.
 
-    That is a tuple or list whose values are one more than the positional arguments that the model's forward takes, as
-    loaders of datasets with labels give them. Or the last value would be an optional mask and cannot be one: an integer
-    for each of the first value's samples, which have rows of their own.
+    Of a tuple or list with more values than the positional arguments that the model's forward takes, as loaders of
+    datasets with labels give them, it is the first ones. Or the last of these would be an optional mask and cannot be
+    one: an integer for each of the first value's samples, which have rows of their own.
 
     >>> without_labels(nn.Linear(2, 2), [(torch.ones(1, 2), torch.zeros(1)), torch.ones(1, 2)])
     [tensor([[1., 1.]]), tensor([[1., 1.]])]
@@ -100,11 +100,14 @@ class _WithoutLabels:
 
 
 def _inputs_of(model: nn.Module, batch: Any) -> Any:
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or not _takes(model, batch[:-1]):
+    if not isinstance(batch, tuple | list):
         return batch
-    if _takes(model, batch) and not _has_labels_for_mask(model, batch):
+    taken = next((n for n in range(len(batch), 0, -1) if _takes(model, batch[:n])), len(batch))
+    if taken > 1 and _takes(model, batch[: taken - 1]) and _has_labels_for_mask(model, batch[:taken]):
+        taken -= 1
+    if taken == len(batch):
         return batch
-    return batch[0] if len(batch) == 2 and isinstance(batch[0], Tensor) else batch[:-1]
+    return batch[0] if taken == 1 and isinstance(batch[0], Tensor) else batch[:taken]
 
 
 def _takes(model: nn.Module, values: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ import copy
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, ModuleType
@@ -229,7 +229,8 @@ def check_runs(model: nn.Module, inputs: Any, name: str) -> Any:
     except AldsError:
         raise
     except Exception as e:
+        words = "; a dict holds keyword arguments: one that model(...) takes itself goes into a tuple, ({...},)"
         raise ModelError(
             f"{name} did not run through the model ({type(e).__name__}: {e}); pass what model(...) takes, without "
-            f"labels; of a pair (x, y) x alone"
+            f"labels; of a pair (x, y) x alone{words if isinstance(inputs, Mapping) else ''}"
         ) from e

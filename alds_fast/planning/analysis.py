@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 from torch import nn
 
@@ -39,6 +39,7 @@ from .options import (
     keeps_constants,
     pins_of_layers,
     read_pins,
+    refuse_unknown,
     resolved_criterion,
     resolved_norm,
     saying_what_is_pinned,
@@ -102,6 +103,7 @@ class Analysis(ShownInNotebooks):
         min_rank: int = 1,
         hidden_units: bool = False,
         progress: ProgressOption = None,
+        **unknown: Never,
     ) -> Plan:
         """Choose (scheme, groups, rank), or dense, for every layer.
 
@@ -167,6 +169,7 @@ class Analysis(ShownInNotebooks):
             ModelError: the model does not run with the example inputs, or has changed since its spectra were computed
                 in float32.
         """
+        refuse_unknown(unknown, self.plan)
         shares: dict[str, Any] = {"params": params, "flops": flops, "memory": memory, "latency": latency}
         options: dict[str, Any] = {"criterion": criterion, "p": p, "method": method, "align": align, "cache": cache}
         options |= {"bias_correction": bias_correction, "importance": importance, "pivots": pivots}
@@ -184,12 +187,11 @@ class Analysis(ShownInNotebooks):
             basis = self._basis(DEFAULT_CRITERION, bias_correction)
         few = error is None and method not in BASELINES and basis.used and basis.goes_by_samples_kept_aside(layers)
         p = resolved_norm(p, basis.criterion, shares, method, few)
-        names = [layer.name for layer in layers]
         weights = importance_of_layers(importance, self.model, self.layers)
         pinned = pins_of_layers(pins, min_rank, self.model, self.layers)
         if not check_is_possible([k for k, share in shares.items() if share is not None], basis.criterion, method):
             self._recompute([(name, key) for name, s in self.spectra.items() for key in sorted(s.float32)])
-        seen = seen_in_runs(self.model, example_inputs, names, memory is not None)
+        seen = seen_in_runs(self.model, example_inputs, [layer.name for layer in layers], memory is not None)
         sizes = self.params, count_bytes(self.model), *seen
         if hidden_units:
             search = WidthSearch(self, basis, few, weights, pinned, int(align), pivots, asked, example_inputs, *seen)
@@ -206,8 +208,7 @@ class Analysis(ShownInNotebooks):
                     outcome = problem.within(float(error))
                     break
                 outcome = solve_shares(problem, asked, example_inputs, p, cache, progress)
-            doubt = problem.doubt(outcome, list(weights.values()), p)
-            if not doubt:
+            if not (doubt := problem.doubt(outcome, list(weights.values()), p)):
                 break
             self._recompute(doubt)
         if not layers:
@@ -232,8 +233,7 @@ class Analysis(ShownInNotebooks):
 
     def _basis(self, criterion: str, bias_correction: bool) -> Basis:
         """What errors are measured by, kept for the next plan."""
-        key = criterion, bias_correction
-        return self._bases.setdefault(key, Basis(criterion, self.moments, bias_correction))
+        return self._bases.setdefault((criterion, bias_correction), Basis(criterion, self.moments, bias_correction))
 
     def _recompute(self, wanted: Sequence[tuple[str, Key]]) -> None:
         """These spectra in float64, in the place of those there are; without any, known errors stay."""

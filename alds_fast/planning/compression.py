@@ -17,6 +17,7 @@ from ..layers import check_copyable, chosen_layers, decomposable, opened
 from ..measurement import USUAL, check_batches, check_data, first_batch, without_labels
 from ..progress import telling
 from ..selection import Selection
+from ..text import meant
 from .findings import smallest_of_quality
 from .options import (
     AnalysisOptions,
@@ -84,8 +85,8 @@ def compress(
     unknown = sorted(set(options) - _ANALYSIS_OPTIONS - _PLAN_OPTIONS)
     if unknown:
         own = set(inspect.signature(compress).parameters) - {"model", "options"}
-        known = ", ".join(sorted(own | _ANALYSIS_OPTIONS | _PLAN_OPTIONS))
-        raise ArgumentError(f"unknown option {unknown[0]!r}; options are {known}")
+        known = sorted(own | _ANALYSIS_OPTIONS | _PLAN_OPTIONS)
+        raise ArgumentError(f"unknown option {unknown[0]!r}{meant(unknown[0], known)}; options are {', '.join(known)}")
     planning: dict[str, Any] = {k: v for k, v in options.items() if k in _PLAN_OPTIONS}
     if not isinstance(refit, bool):
         raise ArgumentError(

@@ -23,7 +23,7 @@ from ..text import ShownInNotebooks
 from .fitting import inputs_of_run, refine_steps, refit_steps
 from .options import check_refining
 from .plan_json import plan_text, read_plan
-from .plan_rows import Latency, LayerPlan, Quality, bytes_held
+from .plan_rows import Latency, LayerPlan, Quality, bytes_held, row_of
 from .plan_texts import costs_lines, diff_text, rows_text
 from .result_check import check_result, check_run, check_way, naming_readers, warn_if_changed
 
@@ -106,10 +106,7 @@ class Plan(ShownInNotebooks):
 
     @property
     def held_out(self) -> float | None:
-        """The largest relative error on samples that were kept aside (``analyze(held_out=)``); None without any.
-
-        Of the plan's own factors, before ``refit=``.
-        """
+        """The largest error on samples kept aside, of the plan's own factors before ``refit=``; None without any."""
         return max((row.held_out for row in self.layers if row.held_out is not None), default=None)
 
     @property
@@ -124,9 +121,11 @@ class Plan(ShownInNotebooks):
         """
         if not isinstance(other, Plan):
             raise PlanError(f"diff: expected a plan, got a {type(other).__name__}")
-        if [(row.name, row.params_before) for row in self.layers] != [(x.name, x.params_before) for x in other.layers]:
-            raise PlanError("diff: the other plan has other layers; both must be plans of one model")
         return diff_text((self.layers, other.layers), (self._total, other._total))
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        """The row of one layer; LayerNotFoundError for another name."""
+        return row_of(self.layers, name)
 
     @torch.inference_mode(False)  # or the result could not be trained
     def apply(

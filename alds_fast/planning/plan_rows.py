@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 from ..allocation import MAX_LATENCY_GROUPS, Candidates
 from ..criteria import Basis
+from ..errors import LayerNotFoundError
 from ..factors import Choice
 from ..layers import DecomposableLayer, Layer
 from ..linalg import Decomposition, Pivots, WeightShape
 from ..measurement import STEADY
+from ..text import meant
 from .options import Pin
 
 
@@ -52,6 +54,15 @@ class LayerPlan:
             return None
         shape = WeightShape(self.shape[0], self.shape[1] * self.conv_groups, self.shape[2:], self.conv_groups)
         return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank, self.pivots))
+
+
+def row_of(rows: Sequence[LayerPlan], name: str) -> LayerPlan:
+    """The row of the layer of that name; LayerNotFoundError where none has it."""
+    by_name = {row.name: row for row in rows}
+    if name not in by_name:
+        words = f"{meant(str(name), by_name)}; [row.name for row in plan.layers] has the names"
+        raise LayerNotFoundError(f"plan[{name!r}]: no layer has that name{words}")
+    return by_name[name]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from ..errors import PlanError
 from ..text import shape_text, table
 from .plan_rows import LayerPlan, bytes_held
 
@@ -85,7 +86,12 @@ def costs_lines(costs: Mapping[str, tuple[int, int]], memory: float | None = Non
 
 
 def diff_text(rows: tuple[Sequence[LayerPlan], Sequence[LayerPlan]], totals: tuple[str, str]) -> str:
-    """Two plans of the same layers side by side: those that differ, and below the totals of each."""
+    """Two plans of the same layers side by side: those that differ, and below the totals of each.
+
+    PlanError for plans of other layers.
+    """
+    if len({tuple((row.name, row.params_before) for row in of_one) for of_one in rows}) > 1:
+        raise PlanError("diff: the other plan has other layers; both must be plans of one model")
     pairs = [pair for pair in zip(*rows, strict=True) if pair[0] != pair[1]]
     headers = ["layer", "shape", "scheme, groups, rank", "then", "error", "then", "after", "then", "change"]
     lines = []

@@ -212,7 +212,7 @@ def test_the_model_is_left_as_it_was():
         (["text"], ArgumentError, "str"),
         ([torch.zeros(1, 5)], ModelError, "batch 1 of data= did not run through the model"),
         (
-            [torch.zeros(1, 3), (torch.zeros(1, 3), 1, 2)],
+            [torch.zeros(1, 3), torch.zeros(1, 5)],
             ModelError,
             r"batch 2 .* without labels; of pairs \(x, y\) pass \[x",
         ),

@@ -108,7 +108,24 @@ def test_classes_are_no_mask():
     assert without_labels(model, [(ids, classes)])[0] is ids and without_labels(model, [(ids, mask)]) == [(ids, mask)]
 
 
-def test_more_than_labels_is_refused_as_ever():
-    refused = r"batch 1 of data= did not run through the model .* without labels; of a pair \(x, y\) x alone"
-    with pytest.raises(ModelError, match=refused):
-        alds.analyze(net(), data=[(X, Y, Y)])
+def test_of_labels_and_numbers_of_samples_the_inputs_are_taken():
+    """A loader may give more than labels beside what the model takes."""
+    same = alds.analyze(net(), data=[X]).moments
+    for batch in ((X, Y, Y), [X, Y, torch.arange(len(X)), "name"]):
+        found = alds.analyze(net(), data=[batch]).moments
+        assert all(torch.equal(found[name].second, same[name].second) for name in same)
+
+
+def test_a_dict_that_the_model_takes_itself_goes_into_a_tuple():
+    class Taking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, given):
+            return self.layer(given["x"])
+
+    batch = {"x": torch.randn(64, 8)}
+    with pytest.raises(ModelError, match=r"a dict holds keyword arguments: .* goes into a tuple"):
+        alds.analyze(Taking(), data=[batch])
+    assert alds.analyze(Taking(), data=[(batch,)]).moments["layer"].second is not None

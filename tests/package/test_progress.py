@@ -2,6 +2,8 @@
 
 import io
 import logging
+import re
+import time
 
 import pytest
 import torch
@@ -40,6 +42,17 @@ def test_a_terminal_shows_bars_of_every_part_unless_they_are_switched_off(screen
     alds.compress(small_net(), **options)
     parts = "spectra", "moments", "errors by rank", "factors", "refit"
     assert all(part in screen.getvalue() for part in parts)
+
+
+def test_bars_tell_the_time_left(screen):
+    screen.terminal = True
+    with telling(None) as tell:
+        tell("moments", 0, 100)
+        for done in (25, 50):
+            time.sleep(0.3)
+            tell("moments", done, 100)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert re.search(r"moments .* 50% 0:00:\d\d left 0:00:\d\d", plain)
 
 
 def test_a_function_is_told_all_of_the_work():

@@ -10,7 +10,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.criteria import WEIGHT_CRITERIA
-from alds_fast.errors import AldsError, ArgumentError, BudgetError, ModelError, WeightError
+from alds_fast.errors import AldsError, ArgumentError, BudgetError, LayerNotFoundError, ModelError, WeightError
 from alds_fast.layers import weight_shape
 from alds_fast.linalg.folding import fold
 
@@ -149,8 +149,33 @@ def test_bad_analysis_options_are_refused(options, message):
 
 
 def test_compress_refuses_an_unknown_option():
-    with pytest.raises(ArgumentError, match="unknown option 'rank'; options are align, bias_correction, blocks, cache"):
+    with pytest.raises(
+        ArgumentError, match="unknown option 'rank'; did you mean 'min_rank'[?]; options are align, bias"
+    ):
         alds.compress(small_net(), params=0.5, rank=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ({"param": 0.5}, "; did you mean 'params'[?]"),
+        ({"exclude": "0"}, ": analyze.. takes it; pins=.pattern: 'dense'. keeps layers dense"),
+        ({"zzz": 1}, "; options are params, flops, memory"),
+    ],
+)
+def test_plan_refuses_an_unknown_option(analysis, option, hint):
+    with pytest.raises(ArgumentError, match=f"plan has no option '{next(iter(option))}'{hint}"):
+        analysis.plan(**option)
+
+
+def test_a_row_of_a_plan_by_name(analysis):
+    plan = analysis.plan(params=0.5)
+    assert [plan[row.name] for row in plan.layers] == list(plan.layers)
+    near = plan.layers[0].name
+    with pytest.raises(LayerNotFoundError, match=f"no layer has that name; did you mean '{near}'"):
+        plan[near + "x"]
+    with pytest.raises(LayerNotFoundError, match="plan.0.: no layer has that name"):
+        plan[0]
 
 
 # ------------------------------------------------------------------------------------------------- content

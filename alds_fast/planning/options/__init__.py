@@ -14,6 +14,7 @@ from .checks import (
     check_refining,
     check_schemes,
     is_float32,
+    refuse_unknown,
 )
 from .defaults import (
     check_is_possible,
@@ -51,6 +52,7 @@ __all__ = [
     "keeps_constants",
     "pins_of_layers",
     "read_pins",
+    "refuse_unknown",
     "resolved_criterion",
     "resolved_norm",
     "resolved_precision",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from ...errors import ArgumentError, BudgetError
 from ...factors import check_chain, check_schedule, check_wide
 from ...linalg import SCHEMES
 from ...measurement import first_batch, without_labels
+from ...text import meant
 from .defaults import is_counted_alone
 from .pins import check_pins
 
@@ -24,6 +26,16 @@ UNITS = {f"{letter}{i}B": (1024 if i else 1000) ** n for n, letter in enumerate(
 UNITS |= {"KB": 1000, "KiB": 1024, "B": 1}
 _BYTES = re.compile(rf"(\d+\.?\d*) ?({'|'.join(UNITS)})")
 METHODS = ("alds", *BASELINES)
+
+
+def refuse_unknown(given: Iterable[str], function: Callable[..., Any]) -> None:
+    """ArgumentError for names that ``plan`` has no options of; those of what it is too late for say where they go."""
+    for name in given:
+        known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        words = meant(name, known) or f"; options are {', '.join(known)}"
+        if name in ("include", "exclude"):
+            words = ": analyze() takes it; pins={pattern: 'dense'} keeps layers dense in one plan"
+        raise ArgumentError(f"plan has no option {name!r}{words}")
 
 
 def check_schemes(schemes: Sequence[int]) -> tuple[int, ...]:
