@@ -52,8 +52,8 @@ class _Bars:
         self._tasks: dict[str, Any] = {}
 
     def _open(self) -> Any:
-        from rich.console import Console
         from rich import progress
+        from rich.console import Console
 
         console = Console(stderr=True)
         shown = console.is_terminal or console.is_jupyter if self._shown is None else self._shown
