@@ -20,6 +20,7 @@ import alds_fast as alds
 from alds_fast import errors
 from alds_fast.checkpoints.streaming import factors_and_files
 from alds_fast.checkpoints.streaming.source_checksums import batches_digest, sensitivity_text
+from alds_fast.checkpoints.with_data import refining
 from alds_fast.cli.commands import main
 from alds_fast.cli.texts import read_windows
 from alds_fast.layers import LowRankLayer
@@ -123,6 +124,31 @@ def test_half_types(tmp_path, way, methods):
     assert {report.method for report in done.factors.values()} <= methods
     small = alds.from_pretrained(tmp_path / "small", dtype="auto")
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_of_half_types_are_refined_as_those_in_float32_in_memory(tmp_path, dtype, monkeypatch):
+    """The models are mapped out of the journal, where they lie in float32 until the job is done."""
+    checkpoints.make("deep", tmp_path / "dense", dtype=dtype)
+    alds.compress_checkpoint(tmp_path / "dense", tmp_path / "drafted", **SMALLER)
+    small = alds.from_pretrained(tmp_path / "drafted", dtype=torch.float32)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    want = alds.refine(small, dense, batches(), epochs=2)[0].state_dict()
+    seen = []
+
+    def refine_blocks(*models, own=refining.refine_blocks, **options):
+        maps = Path("/proc/self/maps").read_text()
+        seen.extend({p.dtype for p in net.parameters()} for net in models[:2])
+        seen.extend(name in maps for name in ("000000.wide.safetensors", "000000.wide-small.safetensors"))
+        return own(*models, **options)
+
+    monkeypatch.setattr(refining, "refine_blocks", refine_blocks)
+    alds.compress_checkpoint(tmp_path / "dense", tmp_path / "refined", refine=2, **SMALLER)
+    assert seen == [{torch.float32}, {torch.float32}, True, True]
+    got = alds.from_pretrained(tmp_path / "refined", dtype="auto").state_dict()
+    if dtype == torch.bfloat16:  # the drafted factors are in that type
+        assert all(torch.equal(value, want[name].to(value.dtype)) for name, value in got.items())
+    assert not list((tmp_path / "refined").rglob("*wide*"))
 
 
 def test_what_it_needs_is_said_before_the_work(tmp_path, caplog, monkeypatch):

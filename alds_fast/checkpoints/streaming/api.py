@@ -155,7 +155,7 @@ def compress_checkpoint(
         sensitivity: with data, also collect gradients, as for :func:`alds_fast.analyze`; "kl" for language models.
         refit: with data, fit the factors to it layer after layer, see :meth:`alds_fast.Plan.apply`.
         refine: with data, in the end train block after block, with that many passes over the data, to return what the
-            dense model's return, see :func:`alds_fast.refine`. Half types are trained in float32, in memory.
+            dense model's return, see :func:`alds_fast.refine`. Half types are trained in float32.
         blocks: with data, names of the lists that hold the model's blocks, "model.layers" for one, where these are not
             found; several as a sequence or with commas. ArgumentError if they are no chain.
 

@@ -33,6 +33,7 @@ DONE = {"files", "tensors"}  # in the file of a finished job: the output's sizes
 
 
 CHANGED = "changed"  # what is a result of the whole job: tensors in the place of the input's, by their names there
+WIDE = "wide"  # how kinds begin that are no results: parameters in float32, of the dense model and of others
 
 
 def _text(job: Mapping[str, Any]) -> str:
@@ -82,7 +83,8 @@ class Journal:
         return False
 
     def _has_results(self) -> bool:
-        return (self.folder / PLAN).exists() or any(self.folder.glob("*.safetensors"))
+        found = [path for path in self.folder.glob("*.safetensors") if f".{WIDE}" not in path.name]
+        return (self.folder / PLAN).exists() or bool(found)
 
     def _read(self, place: Path) -> dict[str, Any]:
         try:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...blocks import BlockChain, LeftChain, Room, find_blocks, find_chain, kinds_of
+from ...blocks import BlockChain, LeftChain, Room, find_chain, kinds_of
 from ...criteria import GRADIENTS, INPUTS, collect_by_blocks, collect_moments
 from ...errors import ModelError
 from ...layers import DecomposableLayer
 from ...measurement import Sensitivity, private_runs
 from ..streaming.streamed_model import Work
-from .mapped import let_go, one_block_at_a_time, run_on
+from .mapped import let_go, runs
 from .needs import IN_MEMORY
 from .stored_moments import StoredMoments
 
@@ -29,12 +29,8 @@ def room(work: Work) -> Room:
 
 def tried_chain(work: Work, model: nn.Module, batches: Sequence[Any]) -> BlockChain:
     """The model's blocks, tried on batches of every kind."""
-    folder, lists = work.shards.folder, work.settings.blocks
-    with (
-        one_block_at_a_time(model, folder, lists), run_on(work.device, model, folder, find_blocks(model, lists)),
-        private_runs(model) as run,
-    ):  # fmt: skip
-        return find_chain(model, run, kinds_of(enumerate(batches, 1)), "data=", lists)
+    with runs(work, model), private_runs(model) as run:
+        return find_chain(model, run, kinds_of(enumerate(batches, 1)), "data=", work.settings.blocks)
 
 
 def check_one_process(work: Work, chain: BlockChain) -> None:
@@ -58,7 +54,7 @@ def collect(
 
     if chain.blocks:
         try:
-            with run_on(work.device, model, work.shards.folder, chain.blocks):
+            with runs(work, model, blocks=chain.blocks):
                 collect_by_blocks(
                     model, batches, layers, chain, store, sensitivity=sensitivity, held_out=HELD_OUT,
                     room=lambda: room(work), done=done, world=work.world,
@@ -74,7 +70,7 @@ def collect(
         f"in memory",
         stacklevel=2,
     )
-    with torch.inference_mode(False), run_on(work.device, model, work.shards.folder, ()):
+    with torch.inference_mode(False), runs(work, model, blocks=()):
         moments = collect_moments(
             model, batches, layers, sensitivity=sensitivity, held_out=HELD_OUT,
             done=lambda count: work.progress("moments", count, len(batches)),

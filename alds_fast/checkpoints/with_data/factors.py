@@ -15,10 +15,11 @@ from ...layers import DecomposableLayer, LowRankLayer, low_rank_like
 from ...measurement import USUAL
 from ...planning import Plan
 from ..safetensors_reader import DTYPES
+from ..streaming.journal import WIDE
 from ..streaming.output_files import Replacement
 from ..streaming.streamed_model import Work
 from .calibration import room
-from .mapped import let_go, one_block_at_a_time, run_on
+from .mapped import as_computed, let_go, runs
 from .narrowing import NARROW, load_narrow
 
 DRAFT, REFITTED = "draft", "refitted"
@@ -133,11 +134,7 @@ def refit_factors(
         let_go([work.shards.folder, work.journal.folder])
         work.progress("refit", count, len(choices))
 
-    folder, blocks = work.shards.folder, chain.blocks or None
-    with (
-        one_block_at_a_time(model, folder, work.settings.blocks), run_on(work.device, model, folder, blocks),
-        run_on(work.device, small, folder, blocks),
-    ):  # fmt: skip
+    with runs(work, model, small, blocks=chain.blocks or None):
         refit(
             small, model, [layers[name] for name in numbers], batches, gradients=_Gradients(work, basis, list(numbers)),
             bias_correction=False, mask=USUAL, chain=chain, known=known, done=done, room=lambda: room(work),
@@ -146,8 +143,8 @@ def refit_factors(
 
 
 def load_small(work: Work, plan: Plan, choices: Mapping[int, Replacement], wide: bool = False) -> nn.Module:
-    """The compressed model as far as it is, its weights mapped; ``wide`` as :func:`load_narrow`."""
-    small = load_narrow(work, plan, wide)
+    """The compressed model as far as it is, its weights mapped; ``wide`` as :func:`as_computed`."""
+    small = load_narrow(work, plan)
     for number, choice in choices.items():
         dense: Any = small.get_submodule(choice.name)
         if not isinstance(choice, Choice):
@@ -158,10 +155,10 @@ def load_small(work: Work, plan: Plan, choices: Mapping[int, Replacement], wide:
         low.bias = dense.bias if isinstance(dense.bias, Tensor) else None
         _take(work, best_kind(work, number), number, low)
         small.set_submodule(choice.name, low.eval())
-    return small
+    return as_computed(work, small, f"{WIDE}-small", wide)
 
 
 def _take(work: Work, kind: str, number: int, low: nn.Module) -> None:
     """Give a layer the factors that are in the journal, mapped, in the parameters that it has."""
     for name, tensor in work.journal.some(kind, number, {name: name for name in _names(low)}).items():
-        getattr(low, name).data = tensor.to(getattr(low, name).dtype)
+        getattr(low, name).data = tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from ...blocks import find_blocks
 from ...errors import ModelError
 from ...measurement import MAPPED
 from ..pretrained import class_of
-from ..safetensors_reader import Shards
+from ..safetensors_reader import CHUNK, CODES, Shards
+from ..safetensors_writer import Entry, write_shard
+from ..streaming.journal import WIDE
+from ..streaming.streamed_model import Work
 from .offloading import is_offloaded, offloaded
 
 _DONTNEED = 4  # of madvise
 
 
-def load_mapped(shards: Shards, device: torch.device, wide: bool = False) -> nn.Module:
-    """The dense model in the type that it is stored in, its weights mapped out of the files, on the CPU.
-
-    ``wide``, and float16 where a CPU computes with it, as float32, in memory.
-    """
+def load_mapped(shards: Shards) -> nn.Module:
+    """The dense model in the type that it is stored in, its weights mapped out of the files, on the CPU."""
     cls = class_of(shards.config)
     fixed = {"dtype": "auto", "local_files_only": True, "trust_remote_code": False}
     try:
@@ -35,28 +35,51 @@ def load_mapped(shards: Shards, device: torch.device, wide: bool = False) -> nn.
         raise ModelError(f"transformers cannot load {str(shards.folder)!r}: {type(e).__name__}: {e}") from e
     config: Any = model.config
     config.use_cache = False
-    types = {p.dtype for p in model.parameters()}
-    if (wide and types - {torch.float32, torch.float64}) or (device.type == "cpu" and torch.float16 in types):
-        model = model.float()
-    else:
-        setattr(model, MAPPED, True)
-    if is_offloaded(device):
-        setattr(model, MAPPED, True)  # its weights are where they are for a run only
+    setattr(model, MAPPED, True)
     return model
 
 
-def let_go(folders: Iterable[Path]) -> None:
-    """Take the pages of the safetensors files in these folders out of this process's memory, and what malloc has free.
+def as_computed(work: Work, model: nn.Module, kind: str, wide: bool = False) -> nn.Module:
+    """The mapped model as runs compute with it: ``wide``, and float16 on a CPU, as float32.
+
+    Parameters of half types then lie in a file of the journal, of that kind, and are mapped out of it; buffers of half
+    types are in memory.
+    """
+    half = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if not wide and (work.device.type != "cpu" or all(p.dtype != torch.float16 for p in half.values())):
+        return model
+    folders, number = [work.shards.folder, work.journal.folder], work.world.rank
+
+    def content(entry: Entry) -> Iterator[memoryview]:
+        for part in half[entry.name].detach().view(-1).split(CHUNK):
+            yield part.float().view(torch.uint8).numpy().data
+        let_go(folders)
+
+    entries = [Entry(name, CODES[torch.float32], tuple(p.shape), 4 * p.numel()) for name, p in half.items()]
+    write_shard(work.journal.path(kind, number), entries, content, {"notes": "{}"})
+    for name, tensor in work.journal.some(kind, number, {name: name for name in half}).items():
+        half[name].data = tensor
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+            buffer.data = buffer.data.float()
+    return model
+
+
+def let_go(places: Iterable[Path]) -> None:
+    """Take the pages of safetensors files, these or all in these folders, out of memory, and what malloc has free.
 
     Mapped tensors keep their values, which are read again where they are used; none of them may have been changed in
     place. On Linux; elsewhere the system does so when memory is short.
     """
     if not sys.platform.startswith("linux"):
         return
-    wanted, libc = {folder.resolve() for folder in folders}, ctypes.CDLL(None)
+    wanted, libc = {place.resolve() for place in places}, ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         name = line.removesuffix(" (deleted)")
-        if name.endswith(".safetensors") and Path((fields := name.split(maxsplit=5))[5]).parent in wanted:
+        if not name.endswith(".safetensors"):
+            continue
+        file = Path((fields := name.split(maxsplit=5))[5])
+        if file in wanted or file.parent in wanted:
             start, end = (int(number, 16) for number in fields[0].split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
     if hasattr(libc, "malloc_trim"):  # of glibc: up to 0.2 GB of holes between what is in use
@@ -64,19 +87,25 @@ def let_go(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def one_block_at_a_time(model: nn.Module, folder: Path, lists: Sequence[str] | None = None) -> Iterator[None]:
-    """Runs of the model let its mapped weights go after every block, found or in ``lists``."""
+def one_block_at_a_time(model: nn.Module, *places: Path, lists: Sequence[str] | None = None) -> Iterator[None]:
+    """Runs of the model let weights mapped out of these places go after every block, found or in ``lists``."""
     with ExitStack() as stack:
         for block in find_blocks(model, lists):
-            hook = model.get_submodule(block).register_forward_hook(lambda *_: let_go([folder]))
+            hook = model.get_submodule(block).register_forward_hook(lambda *_: let_go(places))
             stack.callback(hook.remove)
         yield
 
 
-def run_on(
-    device: torch.device, model: nn.Module, folder: Path, blocks: Sequence[str] | None = None
-) -> AbstractContextManager[None]:
-    """The model runs there, with one of its blocks at a time; ``blocks``: by default those that look like some."""
-    if not is_offloaded(device):
-        return nullcontext()
-    return offloaded(model, find_blocks(model) if blocks is None else blocks, device, lambda: let_go([folder]))
+@contextmanager
+def runs(work: Work, model: nn.Module, *others: nn.Module, blocks: Sequence[str] | None = None) -> Iterator[None]:
+    """Runs of these models are on the job's device, and the first one lets its weights go after every block.
+
+    ``blocks``: what is on the device one at a time, by default those that look like some.
+    """
+    lists = work.settings.blocks
+    places = [work.shards.folder, *work.journal.folder.glob(f"*.{WIDE}*.safetensors")]
+    with one_block_at_a_time(model, *places, lists=lists), ExitStack() as stack:
+        for net in (model, *others) if is_offloaded(work.device) else ():
+            found = find_blocks(net, lists) if blocks is None else blocks
+            stack.enter_context(offloaded(net, found, work.device, lambda: let_go(places)))
+        yield

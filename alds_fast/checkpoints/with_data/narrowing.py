@@ -34,9 +34,9 @@ def narrow_groups(work: Work, plan: Plan, basis: Basis, layers: Mapping[str, Dec
     work.world.together()
 
 
-def load_narrow(work: Work, plan: Plan, wide: bool = False) -> nn.Module:
-    """The dense model with its narrower layers, all mapped; ``wide`` as :func:`load_mapped`."""
-    model = load_mapped(work.shards, work.device, wide)
+def load_narrow(work: Work, plan: Plan) -> nn.Module:
+    """The dense model with its narrower layers, all mapped."""
+    model = load_mapped(work.shards)
     numbers = {layer.name: i for i, layer in work.ready.items()}
     for name in (name for units in plan.hidden_units for name in units.layers):
         dense: Any = model.get_submodule(name)
@@ -45,13 +45,12 @@ def load_narrow(work: Work, plan: Plan, wide: bool = False) -> nn.Module:
 
 
 def stored_linear(work: Work, kind: str, number: int, dense: Any) -> nn.Module:
-    """A narrower layer out of the journal, with the weight of that kind, of the type that ``dense`` has."""
+    """A narrower layer out of the journal, with the weight of that kind, in the place of ``dense``."""
     (weight,) = work.journal.some(kind, number, {"": "weight"}).values()
     bias = None
     if dense.bias is not None:
         (bias,) = work.journal.some(NARROW, number, {"": "bias"}).values()
-        bias = bias.to(dense.bias.dtype)
-    return narrow_layer(dense, filters_first(dense, weight.to(dense.weight.dtype)), bias).requires_grad_(False)
+    return narrow_layer(dense, filters_first(dense, weight), bias).requires_grad_(False)
 
 
 def put_biases(work: Work, plan: Plan, others: Mapping[str, Any]) -> None:

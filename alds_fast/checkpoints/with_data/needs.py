@@ -74,9 +74,9 @@ class _Checkpoint(NamedTuple):
     size: int  # bytes
     numbers: int
     item: int  # bytes of a number
-    block: int  # bytes of the largest block
+    block: int  # bytes of the largest block, as it is computed with
     table: int  # rows of the largest matrix outside of blocks: how many outputs there are
-    half: bool  # whether it is computed with in float32, in memory
+    wide: bool  # whether it is computed with in float32, of which a copy lies on the disk
     left: int  # numbers of all factors
 
 
@@ -92,9 +92,10 @@ def _checkpoint(work: Work, blocks: Sequence[str]) -> _Checkpoint:
     numbers = sum(p.numel() for p in work.model.parameters())
     inner = sum(layer.shape.numel for layer in work.ready.values())
     left = max(0, inner - round((1 - work.settings.budget.get("params", 1.0)) * numbers))
-    half = any(stored.dtype == "F16" for stored in work.shards.tensors.values())
+    wide = work.device.type == "cpu" and any(stored.dtype == "F16" for stored in work.shards.tensors.values())
     item = max(1, round(size / max(1, numbers)))
-    return _Checkpoint(size, numbers, item, max(in_blocks.values(), default=size), table, half, left)
+    largest = max(in_blocks.values(), default=size) * (max(4, item) if wide else item) // item
+    return _Checkpoint(size, numbers, item, largest, table, wide, left)
 
 
 def needs_of(work: Work, batches: Sequence[Any], gradients: bool) -> Needs:
@@ -111,6 +112,8 @@ def needs_of(work: Work, batches: Sequence[Any], gradients: bool) -> Needs:
     copies = parts.item * (2 + bool(work.settings.refit)) + (4 if work.settings.refine else 0)  # of the factors
     dense = sum(x.weight for x in layers) // 8
     disk = sum(x.inputs + x.gradients + x.aside for x in layers) + max(0, ends - IN_MEMORY) + copies * parts.left
+    if parts.wide or (parts.item < 4 and work.settings.refine):  # the dense model and the compressed one in float32
+        disk += 4 * (2 * parts.numbers - (dense - parts.left))
     return Needs(memory, disk + parts.size - parts.item * (dense - parts.left))
 
 
@@ -132,10 +135,9 @@ def _largest_stage(
         outputs = min(IN_MEMORY, 4 * sum(rows) * of_block("filters"))
         stages.append(2 * parts.block + outputs + max(3 * (x.inputs + x.weight) for x in layers))
     if work.settings.refine:
-        models = 2 * parts.block if parts.item >= 4 else 2 * 4 * parts.numbers
-        trained = 5 * 4 * parts.block // parts.item  # parameters, gradients, two of AdamW, the best ones
-        stages.append(models + trained + graph)
-    return max(stages) + (4 * parts.numbers if parts.half else 0)
+        block = parts.block if parts.wide or parts.item >= 4 else 4 * parts.block // parts.item
+        stages.append((2 + 5) * block + graph)  # both; parameters, gradients, two of AdamW, the best ones
+    return max(stages)
 
 
 def _in_use() -> int:

@@ -13,11 +13,12 @@ from ...factors import FactorReport, Refined, Steps, refine_blocks, trained_repo
 from ...layers import LowRankLayer, is_narrowed
 from ...planning import Plan
 from ..safetensors_reader import DTYPES
+from ..streaming.journal import WIDE
 from ..streaming.output_files import Replacement
 from ..streaming.streamed_model import Work
 from .calibration import room
 from .factors import FIELDS, best_kind, load_small
-from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
+from .mapped import as_computed, let_go, load_mapped, runs
 from .narrowing import load_narrow
 
 REFINED = "refined"
@@ -74,15 +75,11 @@ def refine_factors(
     if not chain.blocks:
         raise ModelError(f"refine= needs a chain of blocks: {chain.reason}; leave it out")
     wide = any(p.dtype.itemsize < 4 for p in model.parameters())
-    dense = load_mapped(work.shards, work.device, wide) if wide else model
+    dense = as_computed(work, load_mapped(work.shards), WIDE, wide) if wide else model
     small = load_small(work, plan, choices, wide)
-    narrow = load_narrow(work, plan, wide) if plan.hidden_units else dense
+    narrow = load_narrow(work, plan) if plan.hidden_units else dense
     steps = _Steps(work, small, narrow, chain.blocks, {choice.name: number for number, choice in choices.items()})
-    folder, blocks = work.shards.folder, chain.blocks
-    with (
-        one_block_at_a_time(dense, folder, work.settings.blocks), run_on(work.device, dense, folder, blocks),
-        run_on(work.device, small, folder, blocks),
-    ):  # fmt: skip
+    with runs(work, dense, small, blocks=chain.blocks):
         refine_blocks(
             small, dense, batches, epochs=passes, chain=chain, steps=steps, room=lambda: room(work),
             progress=work.progress,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from ...blocks import BlockChain, find_blocks
+from ...blocks import BlockChain
 from ...criteria import MAX_DATA_GROUPS, Basis, LayerSpectra
 from ...errors import ArgumentError, FileFormatError, PlanError
 from ...factors import BATCHNORMS, NarrowMoments
@@ -19,13 +18,14 @@ from ...layers import Layer, as_narrowed, count_params, decomposable, is_linear,
 from ...measurement import Sensitivity, weight_readers
 from ...planning import Analysis, Plan
 from ..pretrained import PLAN
+from ..streaming.journal import WIDE
 from ..streaming.output_files import Replacement
 from ..streaming.spectra_and_plan import find_spectra
 from ..streaming.stored_spectra import spectra_of
 from ..streaming.streamed_model import Work
 from .calibration import check_one_process, collect, tried_chain
 from .factors import draft_factors, put_final, refit_factors
-from .mapped import let_go, load_mapped, one_block_at_a_time, run_on
+from .mapped import as_computed, let_go, load_mapped, runs
 from .narrowing import load_narrow, narrow_groups, put_biases
 from .needs import tell_needs
 from .offloading import on_device
@@ -49,7 +49,7 @@ class WithData:
     @cached_property
     def model(self) -> nn.Module:
         """The dense model, mapped."""
-        model = load_mapped(self.work.shards, self.work.device)
+        model = as_computed(self.work, load_mapped(self.work.shards), WIDE)
         if self.work.settings.refit and any(isinstance(m, BATCHNORMS) for m in model.modules()):
             raise ArgumentError(
                 f"refit= moves statistics of BatchNorms, of which {type(model).__name__} has some, and to a directory "
@@ -67,19 +67,11 @@ class WithData:
         """Those of the directory with their weights, but for those whose weights the model uses itself."""
         layers = [dataclasses.replace(layer, module=self.model.get_submodule(layer.name)) for layer in self.work.layers]
         modules = {layer.name: layer.module for layer in decomposable(layers)}
-        with self._runs():
+        with runs(self.work, self.model):
             readers = weight_readers(self.model, modules, self.batches[0], "batch 1 of data=")
         return [
             layer.left_out(reader_reason(readers[layer.name])) if layer.name in readers else layer for layer in layers
         ]
-
-    @contextmanager
-    def _runs(self) -> Iterator[None]:
-        """The model is run in there, a block at a time in memory."""
-        folder, lists = self.work.shards.folder, self.work.settings.blocks
-        found = find_blocks(self.model, lists)
-        with one_block_at_a_time(self.model, folder, lists), run_on(self.work.device, self.model, folder, found):
-            yield
 
     @cached_property
     def moments(self) -> StoredMoments:
@@ -133,7 +125,7 @@ class WithData:
             options: dict[str, Any] = {**s.budget, "criterion": s.criterion, "p": s.p, "align": s.align, **s.pinned}
             self.work.progress("plan", 0, 1)
             options |= {"pivots": s.pivots, "hidden_units": bool(s.hidden_units), "bias_correction": False}
-            with self._runs():
+            with runs(self.work, self.model):
                 self.plan = self._analysis.plan(**options, progress=False)
             text = world.told_by(0, self.plan.to_json() if world.first else None)
             if world.first:
