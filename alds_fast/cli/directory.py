@@ -29,10 +29,11 @@ from ..text import shape_text, table
 from .arguments import as_pins
 from .eval import check_data_flags
 from .log_lines import log_lines
-from .texts import calibration, perplexity, read_windows
+from .texts import calibration, is_function, perplexity, read_windows
 
 _MODEL_ONLY = ("weights", "flops", "quality", "evaluate", "latency", "input", "plot")
-_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # models whose outputs are logits of tokens
+_NEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # where they are decoders, of the token that comes
+_LANGUAGE = (*_NEXT, "ForMaskedLM")  # models whose outputs are logits of tokens
 NO_DATA = (
     "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
     "--sensitivity"
@@ -89,7 +90,7 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     if not first:
         return
     methods = dict(Counter(report.method for report in done.factors.values()))
-    rows = _perplexities(args.target, done.folder, texts)
+    rows = _perplexities(kind, args.target, done.folder, texts)
     if args.json:
         summary = {"output": str(done.folder), "factors": methods, "params": done.plan.params}
         summary |= {"perplexity": {name: list(values) for name, *values in rows}} if rows else {}
@@ -106,23 +107,31 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
 
 def _data(args: argparse.Namespace, config: dict[str, Any], kind: str) -> tuple[list[Any] | None, list[Text]]:
     """Batches of --data, None without, and texts on which perplexities are told: what is kept aside, and --also."""
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    if args.data and isinstance(longest, int) and args.sequence > longest:
+    speaks = {**config, **(config.get("text_config") or {})}  # of a model of texts and pictures
+    longest = speaks.get("max_position_embeddings") or speaks.get("n_positions")
+    written = bool(args.data) and not is_function(args.data)
+    if written and isinstance(longest, int) and args.sequence > longest:
         raise ArgumentError(f"--sequence {args.sequence} is more than the {longest} positions that the model has")
-    batches, aside = calibration(args.data, args.target, args.sequence, args.tokens) if args.data else (None, None)
-    texts = [] if aside is None or not kind.endswith(_LANGUAGE[:2]) else [(f"{args.data}, kept aside", aside)]
+    if written and config.get("is_encoder_decoder"):
+        raise ArgumentError(
+            f"--data {args.data!r}: {kind or 'the model'} has an encoder and a decoder, which want inputs each: pass "
+            f"file.py:function that returns batches with input_ids and decoder_input_ids"
+        )
+    words = args.target, args.sequence, speaks.get("vocab_size")
+    batches, aside = calibration(args.data, *words, args.tokens) if args.data else (None, None)
+    texts = [] if aside is None or not kind.endswith(_NEXT) else [(f"{args.data}, kept aside", aside)]
     if args.also and not texts:
         raise ArgumentError("--also goes with a text as --data, and a model that foretells the next token")
     if args.also:
-        texts.append((args.also, read_windows(args.also, args.target, args.sequence)[:MOST_WINDOWS]))
+        texts.append((args.also, read_windows(args.also, *words)[:MOST_WINDOWS]))
     return batches, texts
 
 
-def _perplexities(source: str, compressed: Path, texts: Sequence[Text]) -> list[tuple[str, float, float]]:
-    """Of the texts, by the dense model and by the compressed one."""
+def _perplexities(kind: str, source: str, compressed: Path, texts: Sequence[Text]) -> list[tuple[str, float, float]]:
+    """Of the texts, by the dense model, of that class, and by the compressed one."""
     if not texts:
         return []
-    dense = transformers_name("AutoModelForCausalLM").from_pretrained(source, dtype="auto", local_files_only=True)
+    dense = transformers_name(kind).from_pretrained(source, dtype="auto", local_files_only=True)
     with one_block_at_a_time(dense, Path(source)):
         before = [perplexity(dense, windows) for _, windows in texts]
     del dense

@@ -24,10 +24,16 @@ ASIDE = 1 / 8  # of the windows, kept aside to say what is lost
 _FORMS = "a text file, .jsonl with a text in every line, .safetensors with input_ids, or file.py:function"
 
 
-def read_windows(name: str, folder: str, length: int) -> Tensor:
+def is_function(name: str) -> bool:
+    """Whether ``--data`` names a function, file.py:function."""
+    return ":" in name and not Path(name).is_file()
+
+
+def read_windows(name: str, folder: str, length: int, vocabulary: int | None = None) -> Tensor:
     """Windows of so many tokens (windows, length) of a file, texts tokenized by the tokenizer of a directory.
 
-    Raises MissingFileError, FileFormatError or ArgumentError for what cannot be read.
+    Raises MissingFileError, FileFormatError or ArgumentError for what cannot be read, and tokens that are not within
+    the ``vocabulary``.
     """
     if not is_count(length) or length < 2:
         raise ArgumentError(f"--sequence {length!r} is not a number of tokens of at least 2")
@@ -39,6 +45,12 @@ def read_windows(name: str, folder: str, length: int) -> Tensor:
     if len(rows) < 2:
         had = f"{name!r} has {tokens.numel()} tokens, fewer than two windows of --sequence {length}"
         raise ArgumentError(f"{had}; name a longer text, or a shorter --sequence")
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ArgumentError(
+            f"{name!r} has tokens from {low} to {high}, the model knows those from 0 to "
+            f"{'its last' if vocabulary is None else vocabulary - 1}; is it of another tokenizer?"
+        )
     return rows
 
 
@@ -89,15 +101,17 @@ def batches_of(windows: Tensor, tokens: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": part} for part in windows[:count].split(max(1, BATCH_TOKENS // windows.shape[1]))]
 
 
-def calibration(name: str, folder: str, length: int, tokens: int) -> tuple[list[Any], Tensor | None]:
+def calibration(
+    name: str, folder: str, length: int, vocabulary: int | None, tokens: int
+) -> tuple[list[Any], Tensor | None]:
     """Batches of ``--data``, and windows that are kept aside; none of a function's."""
-    if ":" in name and not Path(name).is_file():
+    if is_function(name):
         batches = Target(name).function()
         check_data(batches)
         return list(batches), None
     if not is_count(tokens):
         raise ArgumentError(f"--tokens {tokens!r} is not a positive number")
-    windows = read_windows(name, folder, length)
+    windows = read_windows(name, folder, length, vocabulary)
     aside = max(1, int(len(windows) * ASIDE))
     spread = torch.linspace(0, len(windows) - 1, aside, device="cpu").round().long()  # over the whole text
     used = torch.ones(len(windows), dtype=torch.bool, device="cpu")
