@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def draw(rows: Rows, file: Path) -> None:
 
 
 def write_results(rows: Rows, folder: Path) -> None:
-    """peers.md and peers.png in the folder."""
+    """peers.json, peers.md and peers.png in the folder."""
+    write_text(folder / "peers.json", json.dumps(rows, indent=1) + "\n")
     write_text(folder / "peers.md", text_page(rows))
     draw(rows, folder / "peers.png")
     print(text_page(rows))
