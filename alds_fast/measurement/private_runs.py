@@ -236,8 +236,9 @@ def check_runs(model: nn.Module, inputs: Any, name: str) -> Any:
     except AldsError:
         raise
     except Exception as e:
-        words = "; a dict holds keyword arguments: one that model(...) takes itself goes into a tuple, ({...},)"
-        raise ModelError(
-            f"{name} did not run through the model ({type(e).__name__}: {e}); pass what model(...) takes, without "
-            f"labels; of a pair (x, y) x alone{words if isinstance(inputs, Mapping) else ''}"
-        ) from e
+        words = "pass what model(...) takes, without labels; of a pair (x, y) x alone"
+        if isinstance(e, IndexError) and "out of range" in str(e):  # of a table, as torch says it on a CPU
+            words = "are there tokens beyond the vocabulary, or more of them than positions?"
+        elif isinstance(inputs, Mapping):
+            words += "; a dict holds keyword arguments: one that model(...) takes itself goes into a tuple, ({...},)"
+        raise ModelError(f"{name} did not run through the model ({type(e).__name__}: {e}); {words}") from e

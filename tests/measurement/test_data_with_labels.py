@@ -129,3 +129,9 @@ def test_a_dict_that_the_model_takes_itself_goes_into_a_tuple():
     with pytest.raises(ModelError, match=r"a dict holds keyword arguments: .* goes into a tuple"):
         alds.analyze(Taking(), data=[batch])
     assert alds.analyze(Taking(), data=[(batch,)]).moments["layer"].second is not None
+
+
+def test_tokens_beyond_the_vocabulary_are_named():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8))
+    with pytest.raises(ModelError, match=r"index out of range in self\); are there tokens beyond the vocabulary"):
+        alds.analyze(model, data=[torch.tensor([[3, 16]])])

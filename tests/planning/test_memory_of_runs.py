@@ -141,3 +141,16 @@ def test_in_one_call_in_a_sweep_and_in_files():
     assert all(0.99 * share < swept.kept(plan) <= share for plan, share in zip(swept.plans, (0.8, 0.4), strict=True))
     data = json.loads(swept.plans[0].to_json())
     assert data["costs"]["activations"] == list(swept.plans[0].costs["activations"])
+
+
+def test_a_plan_that_does_not_fit_ends_no_search():
+    """Peaks of plans go up and down: many of more weights fit than the first that does."""
+    torch.manual_seed(0)
+    convs = [part for c in (3, 64, 64) for part in (nn.Conv2d(c, 64, 3, padding=1), nn.ReLU())]
+    heads = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10)
+    model, x = nn.Sequential(*convs, *heads).eval(), torch.randn(1, 3, 16, 16)
+    analysis = alds.analyze(model)
+    plan, other = analysis.plan(memory=0.6, example_inputs=x), analysis.plan(params=0.55)
+    limit = 0.6 * sum(plan.costs[part][0] for part in ("memory", "activations"))
+    assert sum(sizes(other.apply(model), x)) <= limit
+    assert plan.memory <= limit and plan.error <= other.error

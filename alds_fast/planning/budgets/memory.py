@@ -126,13 +126,15 @@ class _Search:
             if outcome is None:
                 break
             left = self.limit - _bytes(outcome)[1]
-            if _bytes(outcome)[0] <= left:
+            fits = _bytes(outcome)[0] <= left
+            if fits:
                 best, low = outcome, weights
             elif weights == least:
                 break
             else:
                 high = weights
-            if best is not None and min(left, high - 1) - low <= UNSPENT * self.limit:
+            most = min(left, high - 1) if fits else high - 1  # what a plan that does not fit leaves is of its own peak
+            if best is not None and most - low <= UNSPENT * self.limit:
                 break
             if best is None and (left <= least or done == MOST_PLANS - 2):
                 weights = least
