@@ -15,7 +15,7 @@ from ...errors import ModelError
 from ...layers import DecomposableLayer
 from ...measurement import Sensitivity, private_runs
 from ..streaming.streamed_model import Work
-from .mapped import let_go, runs
+from .mapped import let_weights_go, runs, runs_on_device
 from .needs import IN_MEMORY
 from .stored_moments import StoredMoments
 
@@ -49,12 +49,12 @@ def collect(
     reason = chain.reason
 
     def done(part: int, parts: int) -> None:
-        let_go([work.shards.folder])
+        let_weights_go(work)
         work.progress("moments", part, parts)
 
     if chain.blocks:
         try:
-            with runs(work, model, blocks=chain.blocks):
+            with runs_on_device(work, model, blocks=chain.blocks):
                 collect_by_blocks(
                     model, batches, layers, chain, store, sensitivity=sensitivity, held_out=HELD_OUT,
                     room=lambda: room(work), done=done, world=work.world,
@@ -70,7 +70,7 @@ def collect(
         f"in memory",
         stacklevel=2,
     )
-    with torch.inference_mode(False), runs(work, model, blocks=()):
+    with torch.inference_mode(False), runs_on_device(work, model, blocks=()):
         moments = collect_moments(
             model, batches, layers, sensitivity=sensitivity, held_out=HELD_OUT,
             done=lambda count: work.progress("moments", count, len(batches)),

@@ -19,7 +19,7 @@ from ..streaming.journal import WIDE
 from ..streaming.output_files import Replacement
 from ..streaming.streamed_model import Work
 from .calibration import room
-from .mapped import as_computed, let_go, runs
+from .mapped import as_computed, let_go, let_weights_go, runs
 from .narrowing import NARROW, load_narrow
 
 DRAFT, REFITTED = "draft", "refitted"
@@ -69,7 +69,7 @@ def draft_factors(
     own = work.share([number for number in wanted if not work.journal.has(DRAFT, number)])
     for count, number in enumerate(own, 1):
         _put(work, DRAFT, number, *_draft(work, plan, basis, layers[wanted[number].name], wanted[number]))
-        let_go([work.shards.folder])
+        let_weights_go(work)
         work.progress("factors", count, len(own))
     work.world.together()
 

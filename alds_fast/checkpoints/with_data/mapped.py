@@ -96,16 +96,34 @@ def one_block_at_a_time(model: nn.Module, *places: Path, lists: Sequence[str] | 
         yield
 
 
+def _places(work: Work) -> list[Path]:
+    """Where weights are mapped from: the checkpoint, and what lies in float32 in the journal."""
+    return [work.shards.folder, *work.journal.folder.glob(f"*.{WIDE}*.safetensors")]
+
+
+def let_weights_go(work: Work) -> None:
+    """:func:`let_go` of what weights are mapped from."""
+    let_go(_places(work))
+
+
+@contextmanager
+def runs_on_device(work: Work, *models: nn.Module, blocks: Sequence[str] | None = None) -> Iterator[None]:
+    """Runs of these models are on the job's device.
+
+    ``blocks``: what is there one at a time, by default those that look like some.
+    """
+    with ExitStack() as stack:
+        for net in models if is_offloaded(work.device) else ():
+            found = find_blocks(net, work.settings.blocks) if blocks is None else blocks
+            stack.enter_context(offloaded(net, found, work.device, lambda: let_weights_go(work)))
+        yield
+
+
 @contextmanager
 def runs(work: Work, model: nn.Module, *others: nn.Module, blocks: Sequence[str] | None = None) -> Iterator[None]:
-    """Runs of these models are on the job's device, and the first one lets its weights go after every block.
-
-    ``blocks``: what is on the device one at a time, by default those that look like some.
-    """
-    lists = work.settings.blocks
-    places = [work.shards.folder, *work.journal.folder.glob(f"*.{WIDE}*.safetensors")]
-    with one_block_at_a_time(model, *places, lists=lists), ExitStack() as stack:
-        for net in (model, *others) if is_offloaded(work.device) else ():
-            found = find_blocks(net, lists) if blocks is None else blocks
-            stack.enter_context(offloaded(net, found, work.device, lambda: let_go(places)))
+    """As :func:`runs_on_device`, and the first model lets its weights go after every block."""
+    with (
+        one_block_at_a_time(model, *_places(work), lists=work.settings.blocks),
+        runs_on_device(work, model, *others, blocks=blocks),
+    ):
         yield

@@ -25,7 +25,7 @@ from ..streaming.stored_spectra import spectra_of
 from ..streaming.streamed_model import Work
 from .calibration import check_one_process, collect, tried_chain
 from .factors import draft_factors, put_final, refit_factors
-from .mapped import as_computed, let_go, load_mapped, runs
+from .mapped import as_computed, let_weights_go, load_mapped, runs
 from .narrowing import load_narrow, narrow_groups, put_biases
 from .needs import tell_needs
 from .offloading import on_device
@@ -99,7 +99,7 @@ class WithData:
         check_one_process(self.work, self.chain)
 
     def _let_go(self) -> None:
-        let_go([self.work.shards.folder])
+        let_weights_go(self.work)
 
     @property
     def _analysis(self) -> Analysis:
