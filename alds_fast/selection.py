@@ -77,7 +77,8 @@ class ModuleNames:
         """LayerNotFoundError for a pattern that means none of the layers of these names."""
         for pattern in patterns:
             if not any(self.means(pattern, name) for name in names):
-                close = difflib.get_close_matches(pattern, names, n=3) or [name for name in names if name][:3]
+                known = [*names, *{above: None for name in names for above in _names_above(name)}]
+                close = difflib.get_close_matches(pattern, known, n=3) or [name for name in names if name][:3]
                 raise LayerNotFoundError(
                     f"{argument}={pattern!r} matches no layer, neither by name nor by class; layers are, for example, "
                     f"{close}"

@@ -21,8 +21,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     are passed on around one of the two. So
     torch.fx, torch.jit.script, quantisation, adapters and exporters see what they know. Outputs are equal up to
     rounding. Parameters keep their type, device and ``requires_grad``; tied ones stay tied. Attributes of the dense
-    layer, such as ``in_features``, stay readable. A transposed convolution that is called with ``output_size=`` does
-    not run in this form, whose ``nn.Sequential`` takes one input alone.
+    layer, such as ``in_features``, stay readable.
 
     The copy is for tools, not for files of this library: save the compressed model, and call this after loading it.
 

@@ -2,13 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import in_this_order
-from ..layers import AbsentWeight, LowRankConv, LowRankEmbedding, LowRankLayer
+from ..layers import AbsentWeight, LowRankConv, LowRankConvTranspose, LowRankEmbedding, LowRankLayer
 
 
 class SlicedLinear(nn.Module):
@@ -75,6 +75,38 @@ class InputPivots(nn.Module):
         return ordered.narrow(self.dim, 0, self.count) + self.rest(ordered.narrow(self.dim, self.count, left))
 
 
+class TransposedHalves(nn.Sequential):
+    """Encoder and decoder of a transposed convolution; ``output_size`` is taken as by ``nn.ConvTranspose2d``.
+
+    ``encoder_axes``: those of the kernel that the encoder goes along; a half that takes a size is a transposed
+    convolution, the other one of kernel 1.
+    """
+
+    __constants__ = ("ndim", "encoder_axes", "encoder_takes_size", "decoder_takes_size")
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, ndim: int, encoder_axes: list[int]) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.ndim, self.encoder_axes = ndim, encoder_axes
+        self.encoder_takes_size = isinstance(encoder, nn.modules.conv._ConvTransposeNd)
+        self.decoder_takes_size = isinstance(decoder, nn.modules.conv._ConvTransposeNd)
+
+    def forward(self, input: Tensor, output_size: Optional[list[int]] = None) -> Tensor:  # noqa: UP045 - for scripts
+        if output_size is None:
+            return self.decoder(self.encoder(input))
+        size = output_size[-self.ndim :]
+        if self.encoder_takes_size:
+            axes = self.encoder_axes
+            middle = self.encoder(
+                input, [size[a] if a in axes else input.size(a - self.ndim) for a in range(self.ndim)]
+            )
+        else:
+            middle = self.encoder(input)
+        if self.decoder_takes_size:
+            return self.decoder(middle, size)
+        return self.decoder(middle)
+
+
 def _linear(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Linear:
     """The ``nn.Linear`` that holds these very parameters."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
@@ -110,7 +142,10 @@ def plain_module(layer: LowRankLayer) -> nn.Sequential:
         decoder = OutputPivots(decoder, layer.order, bias, dim)
     elif layer.pivots:
         encoder = InputPivots(encoder, layer.order, layer.groups_of_encoder * layer.rank, dim)
-    plain: Any = nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder)).train(layer.training)
+    plain: Any = nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder))
+    if isinstance(layer, LowRankConvTranspose):
+        plain = TransposedHalves(encoder, decoder, layer.ndim, layer.encoder_axes)
+    plain.train(layer.training)
     for name in layer.dense_attributes:
         setattr(plain, name, getattr(layer, name))
     plain.weight = AbsentWeight(f"the plain form of {type(layer).__name__}", layer.stored_shape, plain)

@@ -40,8 +40,16 @@ def transformers_name(name: str) -> Any:
 
 
 def _dependency_error(error: Exception) -> DependencyError:
-    first_line = next(iter(str(error).splitlines()), type(error).__name__)
-    return DependencyError(f"this needs transformers 5.24 or newer, whose import fails ({first_line}): {_INSTALL}")
+    cause: BaseException = error
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
+    first_line = next(iter(str(cause).splitlines()), "")
+    remedy = _INSTALL
+    if cause is not error:
+        remedy += ", or mend the package at fault: this is the first of its import's errors"
+    return DependencyError(
+        f"this needs transformers 5.24 or newer, whose import fails ({type(cause).__name__}: {first_line}): {remedy}"
+    )
 
 
 def keep_when_saved(model: nn.Module) -> None:

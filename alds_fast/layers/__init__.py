@@ -21,6 +21,7 @@ from .discovery import (
 from .experts import OpenedExperts, Routed, routed_rows
 from .linear import LowRankLinear
 from .low_rank import (
+    LowRankConvTranspose,
     LowRankConvTranspose1d,
     LowRankConvTranspose2d,
     LowRankConvTranspose3d,
@@ -68,6 +69,7 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose",
     "LowRankConvTranspose1d",
     "LowRankConvTranspose2d",
     "LowRankConvTranspose3d",

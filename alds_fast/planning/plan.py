@@ -23,17 +23,17 @@ from ..text import ShownInNotebooks
 from .fitting import inputs_of_run, refine_steps, refit_steps
 from .options import check_refining
 from .plan_json import plan_text, read_plan
-from .plan_rows import Latency, LayerPlan, Quality, bytes_held, row_of
+from .plan_rows import Latency, LayerPlan, Quality, RowsByName, bytes_held
 from .plan_texts import costs_lines, diff_text, rows_text
 from .result_check import check_result, check_run, check_way, naming_readers, warn_if_changed
 
 
 @dataclass(frozen=True)
-class Plan(ShownInNotebooks):
+class Plan(RowsByName, ShownInNotebooks):
     """The whole-model allocation; made by :meth:`alds_fast.Analysis.plan`, applied by :meth:`apply`.
 
     Attributes:
-        layers: one :class:`LayerPlan` per layer, those left out included.
+        layers: one :class:`LayerPlan` per layer, those left out included; ``for row in plan`` goes over them.
         params_before: parameters of the dense model, shared ones once.
         budget, criterion, method, p, align: how it was made; ``budget`` as "params=0.5", "params=0.5, flops=0.5" or
             "error=0.3".
@@ -122,10 +122,6 @@ class Plan(ShownInNotebooks):
         if not isinstance(other, Plan):
             raise PlanError(f"diff: expected a plan, got a {type(other).__name__}")
         return diff_text((self.layers, other.layers), (self._total, other._total))
-
-    def __getitem__(self, name: str) -> LayerPlan:
-        """The row of one layer; LayerNotFoundError for another name."""
-        return row_of(self.layers, name)
 
     @torch.inference_mode(False)  # or the result could not be trained
     def apply(

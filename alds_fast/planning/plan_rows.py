@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -56,13 +56,21 @@ class LayerPlan:
         return Choice(self.name, shape, Decomposition(self.scheme, self.groups, self.rank, self.pivots))
 
 
-def row_of(rows: Sequence[LayerPlan], name: str) -> LayerPlan:
-    """The row of the layer of that name; LayerNotFoundError where none has it."""
-    by_name = {row.name: row for row in rows}
-    if name not in by_name:
-        words = f"{meant(str(name), by_name)}; [row.name for row in plan.layers] has the names"
-        raise LayerNotFoundError(f"plan[{name!r}]: no layer has that name{words}")
-    return by_name[name]
+class RowsByName:
+    """Rows that are looped over, and found by the names of their layers."""
+
+    layers: Sequence[LayerPlan]
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        """The row of one layer; LayerNotFoundError for another name."""
+        by_name = {row.name: row for row in self.layers}
+        if name not in by_name:
+            words = f"{meant(str(name), by_name)}; [row.name for row in plan] has the names"
+            raise LayerNotFoundError(f"plan[{name!r}]: no layer has that name{words}")
+        return by_name[name]
 
 
 @dataclass(frozen=True)

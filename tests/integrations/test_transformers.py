@@ -363,6 +363,7 @@ BROKEN = {
     "a part is missing": "import no_such_module_at_all",
     "it says so in several lines": "raise RuntimeError('Failed to import\\nbecause of\\nthis')",
     "too old": "",
+    "deep within": "try:\n    raise OSError('deep')\nexcept OSError as e:\n    raise RuntimeError('Failed') from e",
 }
 
 
@@ -378,6 +379,8 @@ def test_a_broken_transformers_is_told_in_one_line(text, small, tmp_path, monkey
         with pytest.raises(errors.DependencyError, match="needs transformers 5.24 or newer, whose import fails") as e:
             call()
         assert "\n" not in str(e.value)
+    if "deep" in text:
+        assert "(OSError: deep)" in str(e.value) and "mend the package at fault" in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["some-org/some.model", "gpt2"])

@@ -76,9 +76,14 @@ def test_output_size_is_taken_as_by_the_dense_layer():
             y = low(given(module), output_size=size)
             assert list(y.shape[-2:]) == size
             torch.testing.assert_close(y, low.to_dense()(given(module), output_size=size), rtol=1e-9, atol=1e-9)
+            plain = alds.to_plain(low)
+            for same in (plain, torch.jit.script(plain)):
+                torch.testing.assert_close(same(given(module), output_size=size), y, rtol=1e-9, atol=1e-9)
         assert list(low(given(module)).shape[-2:]) == [6, 8]
     with pytest.raises(ValueError, match="output size"):
         low(given(module), output_size=[9, 9])
+    with pytest.raises(ValueError, match="output size"):
+        alds.to_plain(low)(given(module), output_size=[9, 9])
 
 
 @cases

@@ -73,6 +73,9 @@ def test_what_means_no_layer_is_refused_with_names_that_are_near():
         LayerNotFoundError, match=r"exclude='1\.conv' matches no layer, neither by name nor by class.*1.conv"
     ):
         alds.analyze(net(), exclude="1.conv")
+    deep = nn.ModuleDict({"layer1": net(), "layer2": net()})
+    with pytest.raises(LayerNotFoundError, match="exclude='laye1' matches no layer.*'layer1'"):
+        alds.analyze(deep, exclude="laye1")
     with pytest.raises(LayerNotFoundError, match="include='torch.nn.modules.conv.Conv1d' matches no layer"):
         alds.analyze(net(), include=nn.Conv1d)
     with pytest.raises(LayerNotFoundError, match="importance='7' matches no layer"):

@@ -58,7 +58,7 @@ def test_memory_is_the_bytes_of_parameters_and_buffers(dtype, memory):
 
 
 def test_memory_as_a_text_and_with_other_budgets(analysis):
-    assert [budget_amount(t) for t in ("20MB", "1.5 GiB", "512KiB", "3 kB", "7B", "1TB")] == [
+    assert [budget_amount(t) for t in ("20MB", "1.5 GiB", "512KiB", "3 kb", "7B", "1TB")] == [
         20_000_000, 1_610_612_736, 524_288, 3000, 7, 10**12,
     ]  # fmt: skip
     plan = analysis.plan(memory="13 kB")

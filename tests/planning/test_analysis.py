@@ -170,7 +170,7 @@ def test_plan_refuses_an_unknown_option(analysis, option, hint):
 
 def test_a_row_of_a_plan_by_name(analysis):
     plan = analysis.plan(params=0.5)
-    assert [plan[row.name] for row in plan.layers] == list(plan.layers)
+    assert [plan[row.name] for row in plan] == list(plan.layers)
     near = plan.layers[0].name
     with pytest.raises(LayerNotFoundError, match=f"no layer has that name; did you mean '{near}'"):
         plan[near + "x"]

@@ -4,6 +4,7 @@ Those of Linear and of convolutions stand in the wing itself, by whose names mod
 """
 
 from .conv_transpose import (
+    LowRankConvTranspose,
     LowRankConvTranspose1d,
     LowRankConvTranspose2d,
     LowRankConvTranspose3d,
@@ -12,6 +13,7 @@ from .conv_transpose import (
 from .embedding import LowRankEmbedding, LowRankEmbeddingBag
 
 __all__ = [
+    "LowRankConvTranspose",
     "LowRankConvTranspose1d",
     "LowRankConvTranspose2d",
     "LowRankConvTranspose3d",

@@ -97,16 +97,18 @@ class LowRankConvTranspose(LowRankConv):
         """As of the dense layer."""
         return self._extra
 
+    @property
+    def encoder_axes(self) -> list[int]:
+        """The axes of the kernel that the encoder goes along; the decoder goes along the others."""
+        decoder = decoder_axes(self.scheme, self.kernel_size)
+        return [a for a in range(self.ndim) if a not in decoder]
+
     def _halves(self) -> tuple[Any, Any]:
         return self._halves_with(self._extra)
 
     def _halves_with(self, extra: tuple[int, ...]) -> tuple[_HalfTransposed, _HalfTransposed]:
-        decoder = decoder_axes(self.scheme, self.kernel_size)
-        encoder = tuple(a for a in range(self.ndim) if a not in decoder)
-        return (
-            _HalfTransposed(self, encoder, self.groups_of_encoder, extra),
-            _HalfTransposed(self, decoder, self.groups, extra),
-        )
+        encoder = _HalfTransposed(self, tuple(self.encoder_axes), self.groups_of_encoder, extra)
+        return encoder, _HalfTransposed(self, decoder_axes(self.scheme, self.kernel_size), self.groups, extra)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``output_size`` as of ``nn.ConvTranspose2d``."""

@@ -24,7 +24,7 @@ from .pins import check_pins
 
 UNITS = {f"{letter}{i}B": (1024 if i else 1000) ** n for n, letter in enumerate("kMGT", 1) for i in ("", "i")}
 UNITS |= {"KB": 1000, "KiB": 1024, "B": 1}
-_BYTES = re.compile(rf"(\d+\.?\d*) ?({'|'.join(UNITS)})")
+_BYTES = re.compile(rf"(\d+\.?\d*) ?({'|'.join(UNITS)})", re.IGNORECASE)
 METHODS = ("alds", *BASELINES)
 
 
@@ -93,14 +93,14 @@ def budget_amount(value: Any) -> float:
 
     BudgetError for a text that is none. Other values that are no budgets stay as they are.
 
-    >>> budget_amount("20MB"), budget_amount("1.5 GiB"), budget_amount(0.5)
+    >>> budget_amount("20MB"), budget_amount("1.5 gib"), budget_amount(0.5)
     (20000000, 1610612736, 0.5)
     """
     if isinstance(value, str):
         amount = _BYTES.fullmatch(value.strip())
         if amount is None:
             raise BudgetError(f"memory={value!r} is not like '20MB', with a unit out of {', '.join(UNITS)}")
-        return int(float(amount[1]) * UNITS[amount[2]])
+        return int(float(amount[1]) * next(UNITS[unit] for unit in UNITS if unit.lower() == amount[2].lower()))
     return int(value) if is_count(value, 2) else float(value) if is_number(value) else value
 
 
