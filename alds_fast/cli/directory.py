@@ -15,8 +15,10 @@ from torch import Tensor
 from ..allocation import BASELINES
 from ..checkpoints import (
     PLAN,
+    Shards,
     compress_checkpoint,
     compressed_layers,
+    config_of,
     from_pretrained,
     one_block_at_a_time,
     open_shards,
@@ -35,7 +37,7 @@ _MODEL_ONLY = ("weights", "flops", "quality", "evaluate", "latency", "input", "p
 _NEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # where they are decoders, of the token that comes
 _LANGUAGE = (*_NEXT, "ForMaskedLM")  # models whose outputs are logits of tokens
 NO_DATA = (
-    "note: by their weights alone language models measured as useless after compression; pass --data calibration.txt "
+    "note: by their weights alone language models measured as useless after compression; pass --data {data} "
     "--sensitivity"
 )
 MOST_WINDOWS = 64  # of a text that is only looked at
@@ -69,9 +71,9 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     if not 0 < args.max_shard_gb < math.inf:
         raise ArgumentError(f"--max-shard-gb {args.max_shard_gb:g} is not a positive number")
     check_data_flags(args)
-    config = open_shards(args.target).config
-    kind = str((config.get("architectures") or [""])[0])
-    batches, texts = _data(args, config, kind)
+    shards = open_shards(args.target)
+    kind = str((shards.config.get("architectures") or [""])[0])
+    batches, texts = _data(args, shards, kind)
     same = ("params", "memory", "error", "p", "align", "schemes", "include", "exclude", "pivots", "criterion", "refit")
     options: dict[str, Any] = {name: getattr(args, name) for name in (*same, "blocks", "min_rank", "hidden_units")}
     options |= {
@@ -102,22 +104,24 @@ def compress_directory(args: argparse.Namespace, first: bool) -> None:
     if rows:
         print(table(["text", "perplexity, dense", "compressed"], [[n, f"{a:.4g}", f"{b:.4g}"] for n, a, b in rows]))
     if batches is None and methods and kind.endswith(_LANGUAGE):
-        print(NO_DATA)
+        two = shards.config.get("is_encoder_decoder")
+        print(NO_DATA.format(data="file.py:function" if two else "calibration.txt"))
 
 
-def _data(args: argparse.Namespace, config: dict[str, Any], kind: str) -> tuple[list[Any] | None, list[Text]]:
+def _data(args: argparse.Namespace, shards: Shards, kind: str) -> tuple[list[Any] | None, list[Text]]:
     """Batches of --data, None without, and texts on which perplexities are told: what is kept aside, and --also."""
-    speaks = {**config, **(config.get("text_config") or {})}  # of a model of texts and pictures
-    longest = speaks.get("max_position_embeddings") or speaks.get("n_positions")
     written = bool(args.data) and not is_function(args.data)
-    if written and isinstance(longest, int) and args.sequence > longest:
+    speaks = config_of(shards).get_text_config() if written else None  # that of the texts, if there are pictures
+    longest = getattr(speaks, "max_position_embeddings", None)
+    if isinstance(longest, int) and args.sequence > longest:
         raise ArgumentError(f"--sequence {args.sequence} is more than the {longest} positions that the model has")
-    if written and config.get("is_encoder_decoder"):
+    if speaks is not None and speaks.is_encoder_decoder:
+        first = getattr(transformers_name(kind), "main_input_name", "input_ids")
         raise ArgumentError(
             f"--data {args.data!r}: {kind or 'the model'} has an encoder and a decoder, which want inputs each: pass "
-            f"file.py:function that returns batches with input_ids and decoder_input_ids"
+            f"file.py:function that returns batches with {first} and decoder_input_ids"
         )
-    words = args.target, args.sequence, speaks.get("vocab_size")
+    words = args.target, args.sequence, getattr(speaks, "vocab_size", None)
     batches, aside = calibration(args.data, *words, args.tokens) if args.data else (None, None)
     texts = [] if aside is None or not kind.endswith(_NEXT) else [(f"{args.data}, kept aside", aside)]
     if args.also and not texts:

@@ -61,7 +61,7 @@ class Analysis(ShownInNotebooks):
         params: parameters of the model, shared ones once.
         model: the model itself, which budgets on operations and latency run.
         moments: by layer name, what the layers called with ``data`` see; empty without.
-        max_groups: most channel slices tried by criteria that use them, None for no limit.
+        max_groups: most channel slices tried with data, where those of large matrices are not; None for no limit.
         recompute_in_float64: computes the spectra of some (layer, (scheme, groups)) in float64.
         world: the processes that plan together, each of which computes some layers' errors.
         inputs: what the model was run with, the first batch of ``data`` or example inputs; None without any.

@@ -114,7 +114,8 @@ def analyze(
         model: any ``nn.Module``; its Linear and Conv1d/2d/3d layers are analysed, on CPU or CUDA, in any floating
             type.
         schemes: the folds to try, see :mod:`alds_fast.linalg.folding`.
-        groups: numbers of channel slices to try: "divisors" for all divisors of a layer's channels, or a sequence.
+        groups: numbers of channel slices to try: "divisors" for all divisors of a layer's channels (with data up to 8,
+            and one slice of matrices of more than 2^18 weights), or a sequence.
         include, exclude: layers, one or several: shell-style patterns of names, names of modules that hold layers, or
             classes, of layers or of modules that hold them (:class:`alds_fast.selection.ModuleNames`).
         data: batches of the model's inputs, each a tensor, a tuple of positional or a mapping of keyword arguments,

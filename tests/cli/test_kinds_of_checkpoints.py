@@ -67,10 +67,26 @@ def test_an_encoder_and_a_decoder(compress, capsys):
     assert "pass --data" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("build", [with_pictures, with_encoder, masked])
-def test_all_say_that_they_need_data(build, compress, capsys):
+@pytest.mark.parametrize(
+    ("build", "data"),
+    [(with_pictures, "calibration.txt"), (with_encoder, "file.py:function"), (masked, "calibration.txt")],
+)
+def test_all_say_that_they_need_data(build, data, compress, capsys):
     assert compress(build) == 0
-    assert "pass --data calibration.txt --sensitivity" in capsys.readouterr().out
+    assert f"pass --data {data} --sensitivity" in capsys.readouterr().out
+
+
+def test_what_config_json_leaves_out_is_known(compress, tmp_path, capsys):
+    """Files of the hub leave out what is a default, here the 512 positions."""
+    assert compress(masked, "--data", "tokens.safetensors", "--sequence", "8") == 0
+    file = tmp_path / "dense" / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["max_position_embeddings"]
+    file.write_text(json.dumps(fields))
+    tokens = str(tmp_path / "tokens.safetensors")
+    command = ["compress", str(tmp_path / "dense"), "-o", str(tmp_path / "other"), "--params", "0.9", "--data", tokens]
+    assert main([*command, "--sequence", "600"]) == 1
+    assert "--sequence 600 is more than the 512 positions" in capsys.readouterr().err
 
 
 def test_a_function_makes_batches_of_its_own_length(compress, capsys):

@@ -10,6 +10,7 @@ from support.population import analyze_population
 from torch import nn
 
 import alds_fast as alds
+from alds_fast.criteria import errors_by_rank
 from alds_fast.criteria.weighted_errors import errors
 from alds_fast.errors import ArgumentError, LayerNotFoundError, PlanError
 from alds_fast.factors.weighted import factors
@@ -195,6 +196,20 @@ def test_no_more_than_eight_slices_unless_asked_for():
     plan = alds.analyze(net, data=[x]).plan(params=0.5)
     assert plan.layers[0].groups <= 8
     assert alds.analyze(net, groups=(16,), data=[x]).plan(params=0.6).layers[0].groups == 16
+
+
+def test_large_linear_layers_have_one_slice_with_data_unless_asked_for(monkeypatch):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(32, 48)), [torch.randn(256, 32)]
+    with torch.no_grad():  # each half of the channels goes along two directions of its own
+        net[0].weight.copy_(torch.cat([torch.randn(48, 2) @ torch.randn(2, 16) for _ in range(2)], 1))
+
+    def slices(**options):
+        return alds.analyze(net, **options).plan(params=0.2).layers[0].groups
+
+    assert (slices(), slices(data=x)) == (2, 2)
+    monkeypatch.setattr(errors_by_rank, "LARGE", 32 * 48 - 1)
+    assert (slices(), slices(data=x), slices(data=x, groups=(1, 2))) == (2, 1, 2)
 
 
 def test_pca_by_hand():

@@ -4,8 +4,10 @@ Here belongs what works through a checkpoint a part at a time. Formats of files 
 """
 
 from .api import CompressedCheckpoint, compress_checkpoint
+from .meta_model import config_of
 
 __all__ = [
     "CompressedCheckpoint",
     "compress_checkpoint",
+    "config_of",
 ]

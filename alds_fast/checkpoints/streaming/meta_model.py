@@ -15,7 +15,8 @@ from ..pretrained import class_of
 from ..safetensors_reader import Shards
 
 
-def _config_of(shards: Shards) -> Any:
+def config_of(shards: Shards) -> Any:
+    """transformers' configuration of a checkpoint directory; ModelError where it knows none."""
     try:
         return transformers_name("AutoConfig").from_pretrained(
             shards.folder, trust_remote_code=False, local_files_only=True
@@ -40,7 +41,7 @@ def skeleton(shards: Shards) -> nn.Module:
             f"the checkpoint {str(shards.folder)!r} is quantized or compressed already ({method})"
             f"{ours if method == 'alds_fast' else '; pass the directory of the weights before that'}"
         )
-    cls, config = class_of(shards.config), _config_of(shards)
+    cls, config = class_of(shards.config), config_of(shards)
     try:
         with torch.device("meta"):
             model: nn.Module = cls(config)
