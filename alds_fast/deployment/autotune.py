@@ -24,6 +24,7 @@ from ..measurement import (
     median_ratio,
     paired_ratios,
     quartile_spread,
+    steady_ms,
 )
 from .equivalent_shapes import regroup, variants
 
@@ -195,15 +196,9 @@ def whole_model_ms(sides: Mapping[str, nn.Module], example_inputs: Any, rounds: 
         return run
 
     example_inputs = copy_batch(example_inputs)
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    calls = {name: call(model) for name, model in sides.items()}
     with keeping_state(sides[first]):
-        for _ in range(TRIES):
-            more = interleaved_ms({name: call(model) for name, model in sides.items()}, device, rounds=rounds)
-            for name, ms in more.items():
-                times[name] += ms
-            if all(quartile_spread(paired_ratios(times, name, first)) <= STEADY for name in sides):
-                break
-    return times
+        return steady_ms(calls, device, first, rounds=rounds, repeats=TRIES, steady=STEADY)
 
 
 def best_model(times: Mapping[str, Sequence[float]]) -> str:

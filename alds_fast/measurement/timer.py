@@ -98,6 +98,28 @@ def interleaved_ms(
     return times
 
 
+def steady_ms(
+    calls: Mapping[str, Call],
+    device: torch.device | str,
+    baseline: str,
+    *,
+    rounds: int = 7,
+    repeats: int,
+    steady: float,
+) -> dict[str, list[float]]:
+    """As :func:`interleaved_ms`, of more rounds where those of a side over the baseline's are far apart.
+
+    ``repeats`` times as many at most, until the quartiles of these ratios are within ``steady`` of their median.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, ms in interleaved_ms(calls, device, rounds=rounds).items():
+            times[name] += ms
+        if all(quartile_spread(paired_ratios(times, name, baseline)) <= steady for name in calls):
+            break
+    return times
+
+
 def _runs_by_part(run: Call, modules: Mapping[str, nn.Module], rounds: int) -> list[tuple[float, Parts]]:
     """Milliseconds of runs on the CPU, each with those inside of calls of the modules; one run before warms up."""
     begins: dict[str, tuple[InputSpec, float]] = {}

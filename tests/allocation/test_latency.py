@@ -14,7 +14,7 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast.allocation import CostTable, candidates, corrected_limit
-from alds_fast.allocation.latency import LayerTimes, layer_times, random_models
+from alds_fast.allocation.latency import LayerTimes, layer_times
 from alds_fast.allocation.latency.layer_times import call_key, interpolate
 from alds_fast.allocation.latency.random_models import random_low_rank
 from alds_fast.criteria import Basis, layer_errors
@@ -22,6 +22,7 @@ from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.layers import LowRankLayer
 from alds_fast.linalg import Decomposition, index_count
 from alds_fast.measurement import InputSpec, Timed, Timings, layer_inputs
+from alds_fast.measurement import timer as timer_module
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ class Timer:
 
 
 def use(monkeypatch, timer):
-    for module in (layer_times, random_models):
+    for module in (layer_times, timer_module):
         monkeypatch.setattr(module, "interleaved_ms", timer)
     monkeypatch.setattr(layer_times, "ms_by_part", timer.parts)
 

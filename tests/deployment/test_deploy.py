@@ -15,6 +15,7 @@ import alds_fast as alds
 from alds_fast.deployment import DeployTable, autotune
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
 from alds_fast.layers import MergedLinears, MergedPart
+from alds_fast.measurement import timer
 
 INTERPRETED = not torch.cuda.is_available()
 
@@ -31,7 +32,8 @@ def fake_timer(monkeypatch, cost):
         asked.append(list(calls))
         return {name: [cost(name) * (1 + 0.1 * i) for i in range(rounds)] for name in calls}
 
-    monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
+    for module in (autotune, timer):
+        monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
     return asked
 
 
@@ -330,7 +332,8 @@ def test_the_fastest_of_the_three_whole_models_is_kept(monkeypatch):
                 for name in calls
             }
 
-        monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
+        for module in (autotune, timer):
+            monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
         fast, table = alds.deploy(model, x, report=True)
         assert table.kept == kept and isinstance(fast[0], nn.Linear) == (kept == "dense")
         ratios = {"deployed / two-op": deployed / two_op, "deployed / dense": deployed / dense}
@@ -350,7 +353,8 @@ def test_runs_of_a_busy_machine_are_repeated_and_warned_of(monkeypatch, tmp_path
         rounds_made.append(rounds)
         return {name: [1.0 + i % 2 * (name == "two-op") for i in range(rounds)] for name in calls}
 
-    monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
+    for module in (autotune, timer):
+        monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
     model, x = nn.Sequential(alds.LowRankLinear(32, 32, 2)), torch.randn(4, 32)
     with pytest.warns(UserWarning, match=r"the machine is busy.*two-op / dense 1.000 \(quartiles 100% apart\)"):
         table = alds.deploy(model, x, report=True, rounds=5)[1]

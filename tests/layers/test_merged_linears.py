@@ -10,7 +10,7 @@ import alds_fast as alds
 from alds_fast.deployment import DeployTable, autotune
 from alds_fast.errors import ArgumentError, BackendError
 from alds_fast.layers import MergedLinears, MergedPart
-from alds_fast.measurement import shared_inputs
+from alds_fast.measurement import shared_inputs, timer
 
 NAMES = ("q", "k", "v", "gate", "up", "other")
 
@@ -149,7 +149,8 @@ def _timer(monkeypatch, cost):
     def interleaved_ms(calls, device, *, rounds):
         return {name: [cost(name)] * rounds for name in calls}
 
-    monkeypatch.setattr(autotune, "interleaved_ms", interleaved_ms)
+    for module in (autotune, timer):
+        monkeypatch.setattr(module, "interleaved_ms", interleaved_ms)
 
 
 @pytest.mark.parametrize("merge", [True, False])

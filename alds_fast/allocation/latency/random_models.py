@@ -16,10 +16,10 @@ from ...measurement import (
     call_model,
     copy_batch,
     inference,
-    interleaved_ms,
     keeping_state,
     paired_ratios,
     quartile_spread,
+    steady_ms,
 )
 
 REPEATS = 3  # times that rounds are repeated at most while they are far apart
@@ -69,16 +69,11 @@ def end_to_end(
     ModelError if the model cannot be copied.
     """
     small = random_model(model, replaced)
-    rounds: list[tuple[float, float, float]] = []
     with inference(model), inference(small), keeping_state(model):
         sides = {"dense": partial(call_model, model, copy_batch(example_inputs))}
         sides["compressed"] = partial(call_model, small, copy_batch(example_inputs))
-        for _ in range(REPEATS):
-            times = interleaved_ms(sides, device)
-            ratios = paired_ratios(times, "compressed", "dense")
-            rounds += zip(ratios, times["dense"], times["compressed"], strict=True)
-            spread = quartile_spread([ratio for ratio, *_ in rounds])
-            if spread <= STEADY:
-                break
-    ratio, dense_ms, compressed_ms = sorted(rounds)[len(rounds) // 2]
-    return EndToEnd(ratio, spread, dense_ms, compressed_ms)
+        times = steady_ms(sides, device, "dense", repeats=REPEATS, steady=STEADY)
+    ratios = paired_ratios(times, "compressed", "dense")
+    rounds = sorted(zip(ratios, times["dense"], times["compressed"], strict=True))
+    ratio, dense_ms, compressed_ms = rounds[len(rounds) // 2]
+    return EndToEnd(ratio, quartile_spread(ratios), dense_ms, compressed_ms)
