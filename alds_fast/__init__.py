@@ -16,6 +16,7 @@ except ImportError as e:
     ) from e
 
 from .allocation import filter_threshold
+from .bench import Benchmark, benchmark
 from .checkpoints import (
     CompressedCheckpoint,
     compress_checkpoint,
@@ -49,6 +50,7 @@ from .version import __version__ as __version__
 __all__ = [
     "AldsError",
     "Analysis",
+    "Benchmark",
     "CompressedCheckpoint",
     "DeployTable",
     "Distilled",
@@ -69,6 +71,7 @@ __all__ = [
     "Retrained",
     "Sweep",
     "analyze",
+    "benchmark",
     "compress",
     "compress_checkpoint",
     "deploy",

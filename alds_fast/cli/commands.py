@@ -1,4 +1,4 @@
-"""Command line: ``alds-fast analyze | compress | eval | report | show``.
+"""Command line: ``alds-fast analyze | bench | compress | eval | report | show``.
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
@@ -42,6 +42,7 @@ from ..planning import (
 from ..progress import Progress, telling
 from ..version import __version__
 from .arguments import amount, as_pins, group_counts, integers, passes, pin, share_or_count
+from .bench import add_bench
 from .directory import compress_directory, show_layers
 from .eval import add_eval, check_data_flags
 from .report import add_report
@@ -173,9 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("analyze", parents=[model, output], help="list the layers and what can be done")
     listing.set_defaults(run=_run_analyze)
     compress = commands.add_parser("compress", parents=[model, output], help="compress a model and save it")
-    compress.add_argument(
-        "--params", type=share_or_count, help="share of the parameters to keep, in (0, 1], or their number"
-    )
+    compress.add_argument("--params", type=share_or_count, help="share of the parameters, in (0, 1], or their number")
     compress.add_argument("--flops", type=share_or_count, help="share of the FLOPs, or their number; needs --input")
     compress.add_argument(
         "--memory", type=amount, help="share of the bytes of weights (with --input of activations too), or like 20MB"
@@ -228,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.set_defaults(run=_run_compress)
     add_eval(commands, [model, output], integers)
     add_report(commands, [output])
+    add_bench(commands, [output])
     show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
     show.add_argument("file", help="a model written by save, a compressed directory, or a plan in JSON")
     show.set_defaults(run=_run_show)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from torch import nn
 from ..checks import check_model, is_count
 from ..deployment import whole_model_ms
 from ..errors import ArgumentError, ModelError
-from ..files import replacing, target_file, write_text
+from ..files import replacing
 from ..layers import count_bytes, count_params
 from ..measurement import (
     STEADY,
@@ -30,6 +29,7 @@ from ..measurement import (
 from ..planning import check_plot, measured_quality
 from ..text import ShownInNotebooks, table
 from .plot import COLOURS
+from .saving import Saved
 from .variants import DENSE
 
 FORMAT = "alds_fast.report"
@@ -39,7 +39,7 @@ _WORDS = {"params": "parameters", "megabytes": "MB", "flops": "FLOPs", "ms": "ms
 
 
 @dataclass(frozen=True)
-class Report(ShownInNotebooks):
+class Report(Saved, ShownInNotebooks):
     """What models cost and are worth; made by :func:`alds_fast.report`.
 
     Attributes:
@@ -97,21 +97,6 @@ class Report(ShownInNotebooks):
     def to_json(self) -> str:
         """Everything as JSON text."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table (.md), all numbers (.json) or a picture of the ratios (.png, .pdf, .svg), as a whole.
-
-        Raises ArgumentError for another ending, or for a picture without matplotlib; MissingFileError if the directory
-        does not exist.
-        """
-        target = target_file(path)
-        texts = {".md": self.to_markdown, ".json": self.to_json}
-        if target.suffix.lower() in texts:
-            write_text(target, texts[target.suffix.lower()]())
-            return
-        if target.suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise ArgumentError(f"path={os.fspath(path)!r} does not end in .md, .json, .png, .pdf or .svg")
-        self._draw(target)
 
     def _draw(self, path: Path) -> None:
         check_plot(path)

@@ -20,11 +20,11 @@ from torch import nn
 
 import alds_fast as alds
 from alds_fast import linalg
+from alds_fast.bench import synchronize
 from benchmarks.common.networks import SHAPED
 from benchmarks.common.results import described, environment, page, save, table
 
 from .device import add_options, check_options, device_name, results_file
-from .timing import synchronize
 
 GROUPS, KEEP = (1, 2, 4), 0.8
 Results = dict[str, Any]

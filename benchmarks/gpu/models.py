@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alds_fast as alds
+from alds_fast import bench
+from alds_fast.bench import BenchSettings, check_device, compiled
 from alds_fast.errors import BackendError
 from alds_fast.layers import LowRankLayer
 from benchmarks.common.networks import resnet50, with_falling_spectrum
-
-from . import timing
-from .rows import Settings, check_device, compiled
 
 Result = dict[str, Any]
 
@@ -97,7 +96,7 @@ def compressed(name: str) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     return model, small, about | {"layers": len(plan.layers), "plan_s": time.perf_counter() - begin}
 
 
-def on_device(model: nn.Module, options: Settings) -> nn.Module:
+def on_device(model: nn.Module, options: BenchSettings) -> nn.Module:
     """A copy in bf16 (float32 on the CPU), channels last, on the device."""
     dtype = torch.bfloat16 if options.cuda else torch.float32
     return copy.deepcopy(model).to(options.device, dtype).to(memory_format=torch.channels_last).eval()
@@ -133,14 +132,14 @@ def deployed(small: nn.Module, x: Tensor, result: Result) -> nn.Module:
     return model
 
 
-def memory(model: nn.Module, x: Tensor, options: Settings) -> dict[str, int | None]:
+def memory(model: nn.Module, x: Tensor, options: BenchSettings) -> dict[str, int | None]:
     """Bytes of the weights, of everything a run adds at its peak, and both with the input (CUDA only)."""
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     if not options.cuda:
         return {"weights_bytes": weights, "run_bytes": None, "peak_bytes": None}
     model(x)  # chooses algorithms, whose trials take memory of their own
     torch.cuda.synchronize()
-    timing.release(options.device)
+    bench.release(options.device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     model(x)
@@ -159,13 +158,13 @@ def output_error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
 class EndToEnd:
     """One model at one batch size: ``result`` fills up step by step, and ``save`` is called after each."""
 
-    def __init__(self, name: str, batch: int, options: Settings, save: Callable[[Result], None], deadline: float):
+    def __init__(self, name: str, batch: int, options: BenchSettings, save: Callable[[Result], None], deadline: float):
         self.name, self.batch, self.options, self.save, self.deadline = name, batch, options, save, deadline
         self.result: Result = {"model": name, "batch": batch, "dtype": "bfloat16" if options.cuda else "float32"}
         self.result |= {"sides": {}, "ratios": {}, "memory": {}, "errors": {}, "reasons": {}, "seconds": {}}
         self.result["compile_mode"] = next(iter(options.model_mode.values()))
         self.models: dict[str, nn.Module] = {}
-        self.ready: dict[str, timing.Prepared] = {}
+        self.ready: dict[str, bench.Prepared] = {}
 
     def attempt(self, name: str, step: Callable[[], object]) -> None:
         """Run a step; what it raises is noted, and the others go on. Raises DeviceLost."""
@@ -173,7 +172,7 @@ class EndToEnd:
         try:
             step()
         except Exception as e:
-            self.result["reasons"][name] = timing.describe(e)
+            self.result["reasons"][name] = bench.error_text(e)
             check_device(self.options.device, e)
         self.result["seconds"][name] = time.perf_counter() - begin
         self.save(self.result)
@@ -215,7 +214,7 @@ class EndToEnd:
             self.result["errors"][name] = output_error(self.models[name], reference, x)
 
     def prepare(self, name: str, model: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.ready[name] = timing.prepare(model, [x], self.options.device)
+        self.ready[name] = bench.prepare(model, [x], self.options.device)
 
     def compile(self, name: str, x: Tensor) -> None:
         if name not in self.models:
@@ -228,9 +227,9 @@ class EndToEnd:
         """All sides that are ready take turns, and dense and deployed without a graph as well."""
         sides = dict(self.ready)
         for name in {"dense", "deployed"} & self.models.keys():
-            sides[f"{name}_eager"] = timing.Prepared(lambda m=self.models[name]: m(x), [], 1)
+            sides[f"{name}_eager"] = bench.Prepared(lambda m=self.models[name]: m(x), [], 1)
         rounds = self.options.rounds
-        self.result["sides"] = timing.interleaved(sides, self.options.device, rounds, 5 * self.options.min_ms)
+        self.result["sides"] = bench.interleaved(sides, self.options.device, rounds, 5 * self.options.min_ms)
         self.result["ratios"] = ratios({name: t["ms"] for name, t in self.result["sides"].items()})
 
 

@@ -43,9 +43,10 @@ from xml.etree import ElementTree
 
 import torch
 
+from alds_fast import bench
 from benchmarks.common.results import ROOT, environment
 
-from . import report, rows
+from . import report
 from .device import add_options, check_options, device_name, results_file
 from .state import START, STEPS, Results, blame, save, say, tasks
 from .worker import LOST, worker
@@ -213,7 +214,7 @@ def parse() -> argparse.Namespace:
     args.steps = tuple(args.steps.split(","))
     if set(args.steps) - set(STEPS):
         parser.error(f"--steps {','.join(args.steps)}: choose from {', '.join(STEPS)}")
-    if rows.interpreted(torch.device(args.device)):  # whole models would take minutes
+    if bench.interpreted(torch.device(args.device)):  # whole models would take minutes
         args.steps = tuple(s for s in args.steps if s != "end_to_end")
     check_options(parser, args)
     args.minutes = args.minutes or (9.0 if not args.quick else 3.0 if args.device == "cuda" else 1.5)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from alds_fast.bench import NOT_COMPILED
 from benchmarks.common.results import page, table
 
 Row = dict[str, Any]
@@ -194,7 +195,7 @@ def _notes(results: dict[str, Any]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for row in results["rows"]:
         for side, why in row["reasons"].items():
-            if why != "not among the rows that are compiled":
+            if why != NOT_COMPILED:
                 by_reason.setdefault(f"{side}: {why}", []).append(row["name"])
     text += [f"- {why} ({len(names)}: {'; '.join(names)})" for why, names in by_reason.items()]
     text += [f"- process ended in {d['task']}: {d['error']}" for d in results["deaths"]]

@@ -16,7 +16,7 @@ from support.house import ROOT, House, counts, floors, imported_by_call, imports
 WINGS = (
     *("linalg", "kernels", "layers", "measurement", "integrations"),
     *("blocks", "criteria", "allocation", "factors", "planning"),
-    *("deployment", "checkpoints", "retraining", "evaluation", "cli"),
+    *("deployment", "checkpoints", "retraining", "evaluation", "bench", "cli"),
 )
 LEAVES = ("checks", "errors", "files", "import_hooks", "processes", "progress", "selection", "text", "version")
 HEAVY = ("numba", "scipy", "triton", "transformers", "peft", "matplotlib", "rich", "torch._dynamo", "torch.export")

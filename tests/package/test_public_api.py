@@ -16,7 +16,7 @@ NAMES = {
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
     *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "register", "retrain", "save", "to_plain"),
     *("filter_threshold", "plot_plan", "plot_sweep", "Sweep", "refine", "Refined", "distill", "Distilled", "own_text"),
-    *("measured_importance", "load_analysis", "save_analysis", "report", "Report"),
+    *("measured_importance", "load_analysis", "save_analysis", "report", "Report", "benchmark", "Benchmark"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
     *("LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d"),
     *("LowRankEmbedding", "LowRankEmbeddingBag"),

@@ -1,4 +1,4 @@
-"""How the GPU suite times: CUDA graphs over rotating copies, sides taking turns, medians with quantiles.
+"""How calls are timed: CUDA graphs over rotating copies, sides taking turns, medians with quantiles.
 
 On the CPU the same functions run the copies one after another and use the wall clock.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 MAX_COPIES = 512
 QUANTILES = (0.2, 0.8)
+SHORT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 class Prepared(NamedTuple):
@@ -27,7 +28,7 @@ class Prepared(NamedTuple):
     copies: int
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Type and the first lines of the message."""
     return f"{type(error).__name__}: {error}"[:600]
 
@@ -111,16 +112,26 @@ def sample_ms(run: Callable[[], object], count: int, device: torch.device) -> fl
     return first.elapsed_time(last) / count
 
 
-def summary(times: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> tuple[float, float, float]:
     """Median and quantiles."""
-    low, high = (sorted(times)[round(q * (len(times) - 1))] for q in QUANTILES)
-    return {"ms": statistics.median(times), "q20": low, "q80": high}
+    low, high = (sorted(values)[round(q * (len(values) - 1))] for q in QUANTILES)
+    return statistics.median(values), low, high
+
+
+def _side(times: Sequence[float], firsts: Sequence[float]) -> dict[str, Any]:
+    """What is told of a side: its times, and those of the first side over its own, of every round."""
+    ms, low, high = summary(times)
+    return {"ms": ms, "q20": low, "q80": high, "gain": summary([a / b for a, b in zip(firsts, times, strict=True)])}
 
 
 def interleaved(
     sides: Mapping[str, Prepared], device: torch.device, rounds: int, min_ms: float
-) -> dict[str, dict[str, float]]:
-    """Milliseconds per call of every side: one sample a round of at least ``min_ms``, in alternating order."""
+) -> dict[str, dict[str, Any]]:
+    """Of every side milliseconds per call, "ms", "q20" and "q80", and "gain", how many times those of the first side.
+
+    One sample a round of at least ``min_ms``, in alternating order; a gain is of the samples of one round, its median
+    and quantiles.
+    """
     counts = {}
     for name, side in sides.items():
         side.run()
@@ -130,17 +141,19 @@ def interleaved(
     for i in range(rounds + 1):
         for name in list(sides) if i % 2 == 0 else reversed(list(sides)):
             samples[name].append(sample_ms(sides[name].run, counts[name], device) / sides[name].copies)
-    return {name: summary(times[1:]) for name, times in samples.items()}  # the first round brings the clocks up
+    first, *_ = samples.values()
+    return {name: _side(times[1:], first[1:]) for name, times in samples.items()}  # a round brings the clocks up
 
 
-def ceilings(device: torch.device, quick: bool) -> dict[str, float | None]:
-    """What the device does at best: bytes a second of a copy, bf16 operations a second, a launch in a CUDA graph."""
-    count, n = (1 << 22, 256) if quick else (1 << 30, 8192)
-    source = torch.randint(0, 255, (count // 4,), dtype=torch.int32, device=device)
+def ceilings(device: torch.device, quick: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, float | None]:
+    """What the device does at best: bytes a second of a copy, operations a second, a launch in a CUDA graph."""
+    count, n = (1 << 22, 256) if quick else (1 << 30, 8192) if device.type == "cuda" else (1 << 27, 2048)
+    drawn = torch.Generator(device).manual_seed(0)
+    source = torch.randint(0, 255, (count // 4,), dtype=torch.int32, device=device, generator=drawn)
     target = torch.empty_like(source)
     # a kernel that reads and writes: the copy engine that copy_ becomes in a graph took 1.5 times as long on an H200
     copy = prepare(lambda s: torch.add(s[0], 1, out=s[1]), [(source, target)], device)
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=drawn) for _ in range(2))
     product = prepare(lambda s: s[0] @ s[1], [(a, b)], device)
     one = torch.zeros(1, device=device)
     launches = 100 if quick else 1000
@@ -148,7 +161,7 @@ def ceilings(device: torch.device, quick: bool) -> dict[str, float | None]:
     times = interleaved({"copy": copy, "product": product, "empty": empty}, device, 5 if quick else 15, 2.0)
     return {
         "copy_bytes_per_s": 2 * count / times["copy"]["ms"] * 1e3,
-        "bf16_flops_per_s": 2 * n**3 / times["product"]["ms"] * 1e3,
+        f"{SHORT[dtype]}_flops_per_s": 2 * n**3 / times["product"]["ms"] * 1e3,
         "graph_launch_us": times["empty"]["ms"] / launches * 1e3 if device.type == "cuda" else None,
         "l2_bytes": l2_bytes(device),
     }

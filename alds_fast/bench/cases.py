@@ -1,8 +1,8 @@
-"""The operations that the GPU suite times: shapes, random tensors, and the ways to compute each.
+"""The operations that are timed: shapes, random tensors, and the ways to compute each.
 
-A case is one operation at one size. ``sides`` are what takes turns: "dense", "two_op" (library calls), "fused", and
-for some "padded" (the grouped encoder as a dense one with zeros), "separate" (three fused layers instead of merged
-ones) and "merged_two_op" (one encoder call for three layers).
+A case is one operation at one size. ``sides`` are what takes turns: "dense", "two_op" (library calls), "fused", for
+some "padded" (the grouped encoder as a dense one with zeros), "separate" (three fused layers instead of merged ones)
+and "merged_two_op" (one encoder call for three layers), and functions that users have registered.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears
+from ..kernels import lowrank_conv2d, lowrank_linear, lowrank_linears
+from .registered import CONV, LINEAR, functions_of
 
-CONVS, LINEARS = ("conv3x3", "conv1x1"), ("linear",)
 Tensors = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Case:
-    """``q`` = groups * rank (of each layer for "qkv"); ``rows`` for linears, ``batch`` and ``size`` for convolutions.
+class Operation:
+    """``op`` is "linear", "qkv" or like "conv3x3"; ``q`` = groups * rank (of each layer for "qkv").
 
-    ``aim`` is what the design expects of an H100: dense / deployed and two-op / deployed. Cases of ``priority`` 0 run
-    first; ``compiled`` ones are also timed under torch.compile, if time is left.
+    ``rows`` are those of linears; ``batch`` and ``size`` are of convolutions, which keep the size. ``aim`` is what the
+    design expects of an H100: dense / deployed and two-op / deployed. Cases of ``priority`` 0 run first; ``compiled``
+    ones are also timed under torch.compile, if time is left.
     """
 
     op: str
@@ -47,7 +48,7 @@ class Case:
 
     @property
     def kernel(self) -> int:
-        return 3 if self.op == "conv3x3" else 1
+        return int(self.op.rpartition("x")[2]) if self.is_conv else 1
 
     @property
     def layers(self) -> int:
@@ -55,7 +56,7 @@ class Case:
 
     @property
     def is_conv(self) -> bool:
-        return self.op in CONVS
+        return self.op.startswith(CONV)
 
     @property
     def key(self) -> str:
@@ -88,16 +89,22 @@ class Case:
     def describe(self) -> dict[str, Any]:
         """The fields of a row that are known beforehand, the others empty."""
         measured = ("dense_ms", "two_op_ms", "fused_ms", "deployed_ms", "compiled_ms", "roofline_ms", "max_error")
-        about = {"name": self.key, "op": self.op, "shape": self.shape, "dtype": self.dtype, "aim": self.aim}
+        about: dict[str, Any] = {
+            "name": self.key,
+            "op": self.op,
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "aim": self.aim,
+        }
         about |= {"flop_reduction": self.reduction(), "deployed": None, "interpreted": False, "copies": None}
         return (
             about
             | dict.fromkeys(measured)
-            | {"quantiles": {}, "errors": {}, "reasons": {}, "errors_ok": None, "error": None}
+            | {"quantiles": {}, "gains": {}, "errors": {}, "reasons": {}, "errors_ok": None, "error": None}
         )
 
 
-def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
+def make(case: Operation, device: torch.device, seed: int = 0) -> Tensors:
     """Random tensors of a case; the dense weight is the product of the factors, rounded."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
@@ -121,7 +128,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     return {"x": x, "encoder": encoder, "decoders": decoders, "biases": biases, "weights": weights}
 
 
-def compose(encoder: Tensor, decoder: Tensor, case: Case) -> Tensor:
+def compose(encoder: Tensor, decoder: Tensor, case: Operation) -> Tensor:
     """The dense weight of one layer, in the type of its factors."""
     parts = []
     for e, d in zip(encoder.float().chunk(case.groups), decoder.float().chunk(case.groups, 1), strict=True):
@@ -157,7 +164,7 @@ def size_bytes(tensors: Tensors, *names: str) -> int:
     return sum(t.numel() * t.element_size() for t in every)
 
 
-def roofline_bytes(case: Case, tensors: Tensors) -> int:
+def roofline_bytes(case: Operation, tensors: Tensors) -> int:
     """Input, factors and biases read once, output written once."""
     out = case.positions * case.filters * case.layers * tensors["x"].element_size()
     return size_bytes(tensors, "x", "encoder", "decoders", "biases") + out
@@ -168,7 +175,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
-def lowrank(case: Case, t: Tensors, backend: str) -> Tensor:
+def lowrank(case: Operation, t: Tensors, backend: str) -> Tensor:
     """One factorised layer by the library's own function."""
     args, groups = (t["x"], t["encoder"], t["decoders"][0], t["biases"][0]), case.groups
     if case.is_conv:
@@ -187,7 +194,7 @@ def merged(t: Tensors, backend: str) -> list[Tensor]:
     return lowrank_linears(t["x"], t["encoder"], t["decoders"], t["biases"], backend=backend)
 
 
-def sides(case: Case) -> dict[str, Callable[[Tensors], Any]]:
+def sides(case: Operation) -> dict[str, Callable[[Tensors], Any]]:
     """The calls that take turns, by name; each takes the tensors."""
     if case.op == "qkv":
         return {
@@ -203,17 +210,24 @@ def sides(case: Case) -> dict[str, Callable[[Tensors], Any]]:
         "two_op": lambda t: lowrank(case, t, "two-op"),
         "fused": lambda t: lowrank(case, t, "fused"),
     }
+    for name, function in functions_of(CONV if case.is_conv else LINEAR):
+        calls[name] = _of_user(case, function)
     if case.groups > 1 and case.is_conv:
         calls["padded"] = lambda t: F.conv2d(convolve(t["x"], t["full"], None), t["decoders"][0], t["biases"][0])
     return calls
 
 
-def two_op(case: Case) -> Callable[[Tensors], Any]:
+def _of_user(case: Operation, function: Callable[..., Tensor]) -> Callable[[Tensors], Tensor]:
+    options = {"groups": case.groups} | ({"padding": case.kernel // 2} if case.is_conv else {})
+    return lambda t: function(t["x"], t["encoder"], t["decoders"][0], t["biases"][0], **options)
+
+
+def two_op(case: Operation) -> Callable[[Tensors], Any]:
     """The call that torch.compile gets."""
     return sides(case)["two_op"]
 
 
-def reference(case: Case, tensors: Tensors) -> list[Tensor]:
+def exact_result(case: Operation, tensors: Tensors) -> list[Tensor]:
     """The result in float64 from the same rounded factors."""
     exact = {n: [None if t is None else t.double() for t in v] if isinstance(v, list) else v.double()
              for n, v in tensors.items() if n != "weights"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""One row of the GPU suite: all ways to compute a case, their times, errors and floor."""
+"""One operation: all ways to compute a case, their times, errors and floor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alds_fast.errors import BackendError
-
+from ..errors import BackendError
 from . import cases, timing
-from .cases import Case
+from .cases import Operation
 from .timing import Prepared
 
 Row = dict[str, Any]
+NOT_COMPILED = "not among the rows that are compiled"
 
 
 class DeviceLost(RuntimeError):
@@ -25,7 +25,7 @@ class DeviceLost(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """Where and how long to measure; ``mode`` is torch.compile's for rows, ``model_mode`` that for whole models."""
 
     device: torch.device
@@ -40,13 +40,13 @@ class Settings:
         return self.device.type == "cuda"
 
 
-def settings(device: str, quick: bool, model_mode: str = "default") -> Settings:
+def settings(device: str, quick: bool, model_mode: str = "default") -> BenchSettings:
     """Those of a full or a quick run. Graphs are captured here, so compilation makes none of its own."""
-    mode, whole = {"mode": "max-autotune-no-cudagraphs"}, {"mode": model_mode}
+    mode, whole = {"mode": "max-autotune-no-cudagraphs" if device == "cuda" else "default"}, {"mode": model_mode}
     if quick and device == "cpu":  # no compiler of machine code, only the way there
         mode = whole = {"backend": "aot_eager"}
     count, min_ms = (3, 0.5) if quick else (15, 2.0)
-    return Settings(torch.device(device), quick, count, min_ms, mode, whole)
+    return BenchSettings(torch.device(device), quick, count, min_ms, mode, whole)
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ def check_device(device: torch.device, cause: BaseException, where: str = "") ->
         timing.synchronize(device)
         torch.ones(1, device=device).item()
     except Exception as e:
-        raise DeviceLost(f"{where} {timing.describe(cause)}".strip()) from e
+        raise DeviceLost(f"{where} {timing.error_text(cause)}".strip()) from e
 
 
 def interpreted(device: torch.device) -> bool:
@@ -69,7 +69,7 @@ def interpreted(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _rotated(case: Case, device: torch.device) -> list[cases.Tensors]:
+def _rotated(case: Operation, device: torch.device) -> list[cases.Tensors]:
     tensors = cases.make(case, device)
     if case.groups > 1 and case.is_conv:
         tensors["full"] = cases.padded_encoder(tensors["encoder"], case.groups)
@@ -78,13 +78,13 @@ def _rotated(case: Case, device: torch.device) -> list[cases.Tensors]:
     return [tensors] + [cases.copy_of(tensors) for _ in range(copies - 1)]
 
 
-def _prepared(case: Case, sets: list, options: Settings, row: Row, compile_it: bool) -> dict[str, Prepared]:
+def _prepared(case: Operation, sets: list, options: BenchSettings, row: Row, compile_it: bool) -> dict[str, Prepared]:
     """Every side that runs; why the others do not goes to the row."""
     calls, prepared = dict(cases.sides(case)), {}
     if compile_it:
         calls["compiled"] = compiled(cases.two_op(case), options.mode)
     else:
-        row["reasons"]["compiled"] = "not among the rows that are compiled" if not case.compiled else "no time left"
+        row["reasons"]["compiled"] = "no time left" if case.compiled else NOT_COMPILED
     for name, call in calls.items():
         try:
             prepared[name] = timing.prepare(call, sets, options.device)
@@ -92,7 +92,7 @@ def _prepared(case: Case, sets: list, options: Settings, row: Row, compile_it: b
             row["reasons"][name] = str(e)
         except Exception as e:
             check_device(options.device, e, f"{name}:")
-            row["reasons"][name] = row["error"] = f"{name}: {timing.describe(e)}"
+            row["reasons"][name] = row["error"] = f"{name}: {timing.error_text(e)}"
     return prepared
 
 
@@ -102,11 +102,13 @@ def relative_error(results: list[Tensor], exact: list[Tensor]) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _check(case: Case, tensors: cases.Tensors, prepared: dict[str, Prepared], options: Settings, row: Row) -> None:
+def _check(
+    case: Operation, tensors: cases.Tensors, prepared: dict[str, Prepared], options: BenchSettings, row: Row
+) -> None:
     """Errors of every side against float64, of outputs that were poisoned before; the rule is that of the tests."""
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
-        exact = cases.reference(case, tensors)
+        exact = cases.exact_result(case, tensors)
     finally:
         torch.backends.cudnn.benchmark = benchmark
     for name, side in prepared.items():
@@ -128,18 +130,24 @@ def _errors_ok(errors: dict[str, Any]) -> bool:
     return all(errors[n] <= 2 * errors["two_op"] for n in ("fused", "separate") if n in errors and "two_op" in errors)
 
 
-def _roofline(case: Case, tensors: cases.Tensors, ceilings: dict[str, Any] | None) -> float | None:
+def _roofline(case: Operation, tensors: cases.Tensors, ceilings: dict[str, Any] | None) -> float | None:
     if not ceilings or not ceilings.get("copy_bytes_per_s"):
         return None
-    by_memory = cases.roofline_bytes(case, tensors) / ceilings["copy_bytes_per_s"]
-    return 1e3 * max(by_memory, case.flops()[1] / ceilings["bf16_flops_per_s"])
+    return floor_ms(cases.roofline_bytes(case, tensors), case.flops()[1], ceilings)
 
 
-def _fill(row: Row, times: dict[str, dict[str, float]]) -> None:
+def floor_ms(size: int, flops: int, ceilings: dict[str, Any]) -> float:
+    """Milliseconds that so many bytes or operations take at best."""
+    rate = next(value for name, value in ceilings.items() if name.endswith("_flops_per_s"))
+    return 1e3 * max(size / ceilings["copy_bytes_per_s"], flops / rate)
+
+
+def _fill(row: Row, times: dict[str, dict[str, Any]]) -> None:
     """Milliseconds of every side, and the fastest of the three that deploy chooses from."""
     for name, t in times.items():
         row[f"{name}_ms"] = t["ms"]
         row["quantiles"][name] = [t["q20"], t["q80"]]
+        row["gains"][name] = list(t["gain"])
     choices = {n: times[n]["ms"] for n in ("dense", "two_op", "fused") if n in times}
     if choices:
         row["deployed"] = min(choices, key=lambda name: choices[name])
@@ -147,7 +155,7 @@ def _fill(row: Row, times: dict[str, dict[str, float]]) -> None:
 
 
 @torch.no_grad()
-def measure(case: Case, options: Settings, ceilings: dict[str, Any] | None, compile_it: bool = False) -> Row:
+def measure(case: Operation, options: BenchSettings, ceilings: dict[str, Any] | None, compile_it: bool = False) -> Row:
     """The row of a case; what fails in it is in its "error" and "reasons". Raises DeviceLost."""
     row = case.describe()
     try:
@@ -161,5 +169,5 @@ def measure(case: Case, options: Settings, ceilings: dict[str, Any] | None, comp
         raise
     except Exception as e:
         check_device(options.device, e)
-        row["error"] = timing.describe(e)
+        row["error"] = timing.error_text(e)
     return row
