@@ -123,6 +123,18 @@ def test_cut_off_it_goes_on_to_the_same_bytes(made, kind, number, when, monkeypa
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(folder / "whole")
 
 
+@pytest.mark.parametrize("made", ["opt"], indirect=True)
+def test_a_narrower_layer_that_was_removed_is_made_again(made, monkeypatch, tmp_path):
+    _, folder = made
+    options = {**OPTIONS, "max_shard_bytes": 30_000}
+    with cut_off(monkeypatch, "narrow", 1, "after"):
+        alds.compress_checkpoint(folder / "dense", tmp_path / "small", **options)
+    first, *_ = sorted((tmp_path / "small" / ".alds_fast").glob("*.narrow.safetensors"))
+    first.unlink()
+    alds.compress_checkpoint(folder / "dense", tmp_path / "small", **options)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(folder / "small")
+
+
 def test_needs_gradients(made):
     _, folder = made
     for options in ({}, {"data": batches(2)}):

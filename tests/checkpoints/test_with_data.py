@@ -199,6 +199,31 @@ def test_cut_off_while_it_works(deep, tmp_path, monkeypatch, kind, number, when)
     assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(deep / "small")
 
 
+@pytest.mark.parametrize("kind", ["inputs", "gradients"])
+def test_moments_that_were_removed_are_collected_again(deep, tmp_path, monkeypatch, kind):
+    """As the message about a damaged file asks for."""
+    with cut_off(monkeypatch, "collected", 0, "after"):
+        alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    (tmp_path / "small" / ".alds_fast" / f"000001.{kind}.safetensors").unlink()
+    alds.compress_checkpoint(deep / "dense", tmp_path / "small", refit=True, **OPTIONS)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(deep / "small")
+
+
+def test_a_refined_block_with_one_bit_changed_is_noticed(refined, tmp_path, monkeypatch):
+    options = {"refine": 4, **SMALLER}
+    with cut_off(monkeypatch, "refined", 2, "after"):
+        alds.compress_checkpoint(refined / "dense", tmp_path / "small", **options)
+    file = tmp_path / "small" / ".alds_fast" / "000002.refined.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(errors.FileFormatError, match=r"000002\.refined\.safetensors' is damaged; remove it and run"):
+        alds.compress_checkpoint(refined / "dense", tmp_path / "small", **options)
+    file.unlink()
+    alds.compress_checkpoint(refined / "dense", tmp_path / "small", **options)
+    assert checkpoints.contents(tmp_path / "small") == checkpoints.contents(refined / "refined")
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment(deep, tmp_path):
     killed = Path(__file__).parents[1] / "support" / "killed.py"

@@ -55,6 +55,7 @@ def as_computed(work: Work, model: nn.Module, kind: str, wide: bool = False) -> 
             yield part.float().view(torch.uint8).numpy().data
         let_go(folders)
 
+    work.journal.drop(kind, number)  # that of a run before: the disk holds one
     entries = [Entry(name, CODES[torch.float32], tuple(p.shape), 4 * p.numel()) for name, p in half.items()]
     write_shard(work.journal.path(kind, number), entries, content, {"notes": "{}"})
     for name, tensor in work.journal.some(kind, number, {name: name for name in half}).items():

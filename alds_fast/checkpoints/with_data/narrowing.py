@@ -24,7 +24,8 @@ def narrow_groups(work: Work, plan: Plan, basis: Basis, layers: Mapping[str, Dec
     """The layers of all groups, narrower, where they are not there yet."""
     numbers = {layer.name: i for i, layer in work.ready.items()}
     groups = {numbers[units.consumer]: units for units in plan.hidden_units}
-    own = work.share([number for number in groups if not work.journal.has(NARROW, number)])
+    left = [n for n, units in groups.items() if not all(work.journal.has(NARROW, numbers[i]) for i in units.layers)]
+    own = work.share(left)
     for count, number in enumerate(own, 1):
         for name, module in narrow_layers(layers, groups[number], basis.weighting).items():  # the consumer in the end
             tensors = {key: value.detach().cpu() for key, value in module.named_parameters()}

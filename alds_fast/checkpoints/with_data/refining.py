@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...blocks import BlockChain
-from ...errors import ModelError
+from ...errors import FileFormatError, ModelError
 from ...factors import FactorReport, Refined, Steps, refine_blocks, trained_reports
+from ...files import crc32
 from ...layers import LowRankLayer, is_narrowed
 from ...planning import Plan
 from ..safetensors_reader import DTYPES
@@ -22,6 +23,7 @@ from .mapped import as_computed, let_go, load_mapped, runs
 from .narrowing import load_narrow
 
 REFINED = "refined"
+_REPORTS, _SUMS = "reports", "crc32"
 Results = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # by layer: how, and its factors
 
 
@@ -36,6 +38,7 @@ class _Steps(Steps):
         self._names = {id(p): name for name, p in small.named_parameters()}
         self._trained: Sequence[nn.Parameter] = ()
         for block in self.known:
+            self._check(self.blocks.index(block))
             self._take(self.blocks.index(block))
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -53,9 +56,18 @@ class _Steps(Steps):
         better = [block.block] if block.after < block.before else []
         reports = before | trained_reports(before, self.small, self.narrow, REFINED, better)
         fields = {name: {field: getattr(report, field) for field in FIELDS} for name, report in reports.items()}
-        journal.put(REFINED, position, {self._names[id(p)]: p.detach().cpu() for p in self._trained}, fields)
+        trained = {self._names[id(p)]: p.detach().cpu() for p in self._trained}
+        sums = {name: crc32(tensor) for name, tensor in trained.items()}
+        journal.put(REFINED, position, trained, {_REPORTS: fields, _SUMS: sums})
         self._take(position)
         let_go([self.work.shards.folder, journal.folder])
+
+    def _check(self, position: int) -> None:
+        """FileFormatError where a block is not what was written: those behind it are trained on its outputs."""
+        tensors, notes = self.work.journal.get(REFINED, position)
+        if {name: crc32(tensor) for name, tensor in tensors.items()} != notes[_SUMS]:
+            damaged = str(self.work.journal.path(REFINED, position))
+            raise FileFormatError(f"{damaged!r} is damaged; remove it and run the same command again")
 
     def _take(self, position: int) -> None:
         """Mapped out of the journal."""
@@ -99,7 +111,7 @@ def _results(work: Work, small: nn.Module, blocks: int) -> tuple[Results, dict[s
             if (field in ("encoder", "decoder") and isinstance(module, LowRankLayer)) or (
                 field == "weight" and is_narrowed(module)
             ):
-                results.setdefault(layer, (notes[layer], {}))[1][field] = tensor
+                results.setdefault(layer, (notes[_REPORTS][layer], {}))[1][field] = tensor
             else:
                 source = work.names[name]
                 others[source] = tensor.to(DTYPES[work.shards.tensors[source].dtype])

@@ -38,8 +38,11 @@ class StoredMoments(Mapping[str, Moments]):
 
     @property
     def complete(self) -> bool:
-        """Whether all parts are in the journal."""
-        return self.journal.has(_ALL, 0)
+        """Whether all parts are in the journal; one that was damaged and removed is not."""
+        if not self.journal.has(_ALL, 0):
+            return False
+        kinds = (INPUTS, GRADIENTS) if self.gradients else (INPUTS,)
+        return all(self.has(kind, part) for kind in kinds for part in range(self.journal.notes(_ALL, 0)["parts"]))
 
     def finish(self, parts: int) -> None:
         """So many parts were all."""
