@@ -217,6 +217,8 @@ def parse() -> argparse.Namespace:
     if bench.interpreted(torch.device(args.device)):  # whole models would take minutes
         args.steps = tuple(s for s in args.steps if s != "end_to_end")
     check_options(parser, args)
+    if args.match and all(task.kind == "ceilings" for task in tasks(args)):
+        parser.error(f"--match {args.match}: no task of these steps has such a name")
     args.minutes = args.minutes or (9.0 if not args.quick else 3.0 if args.device == "cuda" else 1.5)
     args.deadline = args.deadline or START + 60 * args.minutes - (5 if args.quick else 12)  # the report takes some
     args.out, args.file = args.out.resolve(), results_file(args, "gpu")
