@@ -1,8 +1,8 @@
 """Compile every configuration that the launchers can choose for sm_80 and sm_90, without a GPU; run as a script.
 
-Prints one JSON row per compilation: kernel, dtype, tiles, architecture, registers, spilled bytes, shared bytes, how many
-programs run on a multiprocessor at once, and what the hot loops have (:func:`benchmarks.gpu.sass.counts`). The widest
-epilogue is compiled (bias, residual, GELU). "wide" configurations are for channels, ranks and filters that are
+Prints one JSON row per compilation: kernel, dtype, tiles, architecture, registers, spilled bytes, shared bytes, how
+many programs run on a multiprocessor at once, and what the hot loops have (:func:`benchmarks.gpu.sass.counts`). The
+widest epilogue is compiled (bias, residual, GELU). "wide" configurations are for channels, ranks and filters that are
 multiples of 16, the others for any.
 """
 

@@ -14,7 +14,7 @@ from benchmarks.common.results import environment, page, table, write
 
 from .aot import SHOWN, compiled_rows
 
-TILES = (*SHOWN, "ONE_SLICE", "GROUPS", "CHUNKS", "wide")
+TILES = (*SHOWN, "ONE_SLICE", "GROUPS", "CHUNKS", "wide", "HAS_RESIDUAL", "ACTIVATION")
 
 
 NOTES = (
@@ -63,15 +63,14 @@ def head(compilations: list[dict], about: dict) -> str:
     )
 
 
-def configuration(row: dict) -> tuple:
-    """Kernel, type, tiles, warps and stages."""
-    tiles = ", ".join(f"{k}={row[k]}" for k in TILES if k in row)
-    return row["kernel"], row["dtype"], tiles, f"{row['warps']} x {row['stages']}"
+def tiling(row: dict) -> tuple[str, str]:
+    """Tiles, then warps and stages."""
+    return ", ".join(f"{k}={row[k]}" for k in TILES if k in row), f"{row['warps']} x {row['stages']}"
 
 
 def markdown(compilations: list[dict], about: dict) -> str:
     """Per configuration one line."""
-    lines = by_architecture(compilations, configuration)
+    lines = by_architecture(compilations, lambda row: (row["kernel"], row["dtype"], *tiling(row)))
     headers = ["kernel", "type", "tiles", "warps x stages", *CELLS]
     return page(head(compilations, about), NOTES, table(headers, lines))
 
