@@ -1,8 +1,8 @@
 """Compile the kernels exactly as they are launched for some layers, without a GPU; run as a script.
 
-The layers stand for all that there is: every kernel and epilogue, 1 to 8 parts of an encoder, sizes that are multiples of
-16 and not. Launches are recorded on tensors without data, and specialised as Triton's launcher does. Prints one JSON row
-per kernel and architecture, as aot.py does.
+The layers stand for all that there is: every kernel and epilogue, 1 to 8 parts of an encoder, sizes that are multiples
+of 16 and not. Launches are recorded on tensors without data, and specialised as Triton's launcher does. Prints one JSON
+row per kernel and architecture, as aot.py does.
 """
 
 import json
@@ -31,9 +31,8 @@ def convolution(images, side, channels, filters, hidden, groups=1, activation="r
 
     x, y = (empty(images, n, side, side) for n in (channels, filters))
     factors = empty(hidden, channels // groups, 3, 3), empty(filters, hidden, 1, 1)
-    conv2d.run_conv2d(
-        x, *factors, empty(filters), y if residual else None, groups, (1, 1), (1, 1), (1, 1), activation, y
-    )
+    added, ones = y if residual else None, (1, 1)
+    conv2d.run_conv2d(x, *factors, empty(filters), added, groups, ones, ones, ones, activation, y)
 
 
 def linear(rows, channels, filters, hidden, groups=1, activation=None, bias=True, residual=False, pivots=False,
@@ -82,14 +81,17 @@ LAYERS = {  # q hidden values
 @contextmanager
 def recorded(sm):
     """A list to which launches go as (kernel, arguments by name, options); they are taken for ones of that device."""
-    from alds_fast.kernels.fused import few_rows
     from triton.runtime import JITFunction
+
+    from alds_fast.kernels.fused import few_rows
 
     launches = []
 
-    def record(kernel, *values, grid, warmup, **rest):
-        arguments = dict(zip(kernel.arg_names, values)) | {k: v for k, v in rest.items() if k in kernel.arg_names}
-        launches.append((kernel, arguments, {k: v for k, v in rest.items() if k not in kernel.arg_names}))
+    def record(kernel, *values, grid, warmup, **named):
+        names = kernel.arg_names
+        arguments = dict(zip(names[: len(values)], values, strict=True))
+        arguments |= {name: named.pop(name) for name in names if name in named}
+        launches.append((kernel, arguments, named))
 
     with mock.patch.object(JITFunction, "run", record), mock.patch.object(few_rows, "early_launch", lambda x: sm >= 90):
         yield launches

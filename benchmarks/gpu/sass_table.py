@@ -35,9 +35,10 @@ def over_limits(row: dict) -> list[str]:
 
 def grown(row: dict, before: dict) -> list[str]:
     """Where a kernel's hot loops are longer than in the table by more than ``GROWTH``, or are not the same."""
-    made, was = (tuple((k, v) for k, v in r.items() if k not in COUNTED) for r in (row, before))
+    made, was = ({k: v for k, v in r.items() if k not in COUNTED} for r in (row, before))
     if made != was:
-        return [f"is launched as {dict(set(made) - set(was))}, in the table as {dict(set(was) - set(made))}"]
+        changed = sorted(k for k in made | was if made.get(k) != was.get(k))
+        return [f"is launched with {k}={made.get(k)}, in the table with {was.get(k)}" for k in changed]
     loops, earlier = ([loop["instructions"] for loop in r["hot_loops"]] for r in (row, before))
     if len(loops) != len(earlier) or row["unrolled"] != before["unrolled"]:
         return [f"has hot loops of {loops} instructions, in the table {earlier}"]

@@ -106,7 +106,7 @@ def test_compiled_anew_no_launch_spills_or_has_longer_loops(stored):
         ({"spilled_bytes": 8}, "spills 8 bytes"),
         ({"shared_bytes": 233_000}, "takes 233000 bytes of shared memory"),
         ({"registers": 255, "warps": 16}, "takes 130560 registers of 65536"),
-        ({"stages": 7}, "is launched as {'stages': 7}"),
+        ({"stages": 7}, "is launched with stages=7, in the table with 4"),
         ({"unrolled": True}, "has hot loops of"),
         ({"layer": "another"}, "not in both"),
     ],

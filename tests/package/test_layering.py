@@ -27,9 +27,8 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = ("body", "cases")  # what statements that hold others have
 OF_FORMATS = ("FORMAT", "VERSION")  # constants of every file that has a format of its own
 OUTSIDE = ("tests", "examples", "benchmarks")
-COMPILES_KERNELS = {
-    ROOT / "benchmarks" / "gpu" / f"{name}.py" for name in ("aot", "launches")
-}  # need the kernels themselves
+# they need the kernels themselves
+COMPILES_KERNELS = [ROOT / "benchmarks" / "gpu" / file for file in ("aot.py", "launches.py")]
 
 
 def dotted(module):
