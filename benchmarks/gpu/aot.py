@@ -1,6 +1,7 @@
 """Compile every configuration that the launchers can choose for sm_80 and sm_90, without a GPU; run as a script.
 
-Prints one JSON row per compilation: kernel, dtype, tiles, architecture, registers, spilled bytes, shared bytes. The
+Prints one JSON row per compilation: kernel, dtype, tiles, architecture, registers, spilled bytes, shared bytes, how
+many programs run on a multiprocessor at once, and what the hot loops have (:func:`benchmarks.gpu.sass.counts`). The
 widest epilogue is compiled (bias, residual, GELU). "wide" configurations are for channels, ranks and filters that are
 multiples of 16, the others for any.
 """
@@ -18,8 +19,10 @@ import torch
 
 from benchmarks.common.results import ROOT
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, CUDA C++ programming guide, table of features
+from . import sass
+
 SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS", "PIVOTS")
+OF_TILES = ("cols_per_program", "channels_per_part")  # multiples of a tile whatever the sizes are
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -113,15 +116,33 @@ def _kernel(name):
     }[name]
 
 
-def compile_one(job):
-    """Compile and read the resources of the machine code."""
+def compiled(source, sm, options):
+    """(the resources of the machine code, the cubin) of a Triton source."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    kernel = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    shared = kernel.metadata.shared
+    return {
+        "registers": used["REG"], "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": shared, "shared_limit_bytes": sass.SHARED_LIMIT[sm],
+        "programs": sass.programs_of_a_multiprocessor(used["REG"], options["num_warps"], shared, sm),
+    }, kernel.asm["cubin"]  # fmt: skip
+
+
+def compile_one(job):
+    """(the row of a configuration, its cubin)."""
     from triton.compiler import ASTSource
 
     name, dtype, constants, (warps, stages), arch, wide = job
     kernel = _kernel(name)
-    free = ("M", "H", "W", "OH", "OW", "channels_per_part") if wide else kernel.arg_names
+    free = ("M", "H", "W", "OH", "OW") if wide else kernel.arg_names
     widest = {"ACTIVATION": "gelu", "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     widest |= {"EARLY": arch >= 90, "WAIT": arch >= 90}
     constants = {**{k: v for k, v in widest.items() if k in kernel.arg_names}, **constants}
@@ -134,25 +155,25 @@ def compile_one(job):
             continue
         pointer = arg.rstrip("012") in types
         signature[arg] = f"*{types[arg.rstrip('012')]}" if pointer else "i32"
-        if pointer or arg not in free or arg == "cols_per_program":
+        if pointer or arg not in free or arg in OF_TILES:
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    resources, cubin = compiled(source, arch, {"num_warps": warps, "num_stages": stages})
     tiles = {k: v for k, v in constants.items() if k in SHOWN}
     flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "GROUPS", "CHUNKS")}
-    return {
-        "kernel": name, "dtype": dtype, **tiles, **flags, "warps": warps, "stages": stages, "sm": arch,
-        "wide": wide, "registers": used["REG"], "spilled_bytes": used["STACK"] + used["LOCAL"],
-        "shared_bytes": compiled.metadata.shared, "shared_limit_bytes": SHARED_LIMIT[arch],
-    }  # fmt: skip
+    row = {"kernel": name, "dtype": dtype, **tiles, **flags, "warps": warps, "stages": stages, "sm": arch, "wide": wide}
+    return {**row, **resources}, cubin
+
+
+def counted(results):
+    """The rows of (row, cubin) with what the hot loops have."""
+    by_sm: dict[int, list] = {}
+    for row, cubin in results:
+        by_sm.setdefault(row["sm"], []).append((row, cubin))
+    for sm, some in by_sm.items():
+        for (row, _), code in zip(some, sass.disassembled([cubin for _, cubin in some], sm), strict=True):
+            row |= sass.counts(code)
+    return [row for row, _ in results]
 
 
 def jobs():
@@ -162,10 +183,14 @@ def jobs():
             yield name, kind, constants, (t.num_warps, t.num_stages), arch, wide
 
 
-def compiled_rows():
-    """The rows of everything, from a process in which Triton compiles instead of interpreting."""
+def _rows(some):
+    return counted([compile_one(job) for job in some])
+
+
+def compiled_rows(module="benchmarks.gpu.aot"):
+    """The rows that a module of this folder prints, from a process in which Triton compiles instead of interpreting."""
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu.aot"]
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables, timeout=3600)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -173,9 +198,11 @@ def compiled_rows():
 
 
 def main():
+    everything = list(jobs())
+    batches = [everything[i : i + 16] for i in range(0, len(everything), 16)]
     with concurrent.futures.ProcessPoolExecutor(int(os.environ.get("AOT_PROCESSES", 2))) as pool:
-        for row in pool.map(compile_one, jobs(), chunksize=4):
-            print(json.dumps(row), flush=True)
+        for rows in pool.map(_rows, batches):
+            print("\n".join(map(json.dumps, rows)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Registers, shared memory and spills of every kernel configuration, compiled ahead of time; no GPU is needed.
+"""What the machine code of every kernel configuration says, compiled ahead of time; no GPU is needed.
 
 Writes benchmarks/results/aot.json and aot.md. The configurations are those of aot.py, which CI checks.
 """
@@ -6,6 +6,7 @@ Writes benchmarks/results/aot.json and aot.md. The configurations are those of a
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import triton
 
@@ -13,28 +14,65 @@ from benchmarks.common.results import environment, page, table, write
 
 from .aot import SHOWN, compiled_rows
 
-TILES = (*SHOWN, "ONE_SLICE", "GROUPS", "CHUNKS", "wide")
+TILES = (*SHOWN, "ONE_SLICE", "GROUPS", "CHUNKS", "wide", "HAS_RESIDUAL", "ACTIVATION")
 
 
-def markdown(compilations: list[dict], about: dict) -> str:
-    """Per configuration one line: registers and shared kilobytes on sm_80 / sm_90."""
-    head = (
+NOTES = (
+    "Programs: how many run on a multiprocessor at once. Then what the hot loops have, those with tensor instructions "
+    "or else with loads, in their order and each without the loops inside of it: instructions, tensor instructions "
+    "(HMMA, HGMMA), barriers, asynchronous copies (LDGSTS, UTMALDG). *Italic* is a kernel that the compiler unrolled: "
+    "all of it counts. A cell is sm_80 / sm_90."
+)
+
+
+def in_loops(row: dict, kind: str) -> str:
+    """What the hot loops have of one kind, one number a loop."""
+    text = " + ".join(str(loop[kind]) for loop in row["hot_loops"])
+    return f"*{text}*" if row["unrolled"] else text
+
+
+CELLS = {
+    "registers": lambda row: f"{row['registers']}" + f", spills {row['spilled_bytes']} B" * (row["spilled_bytes"] > 0),
+    "shared KiB": lambda row: f"{row['shared_bytes'] / 1024:.0f}",
+    "programs": lambda row: row["programs"],
+    "instructions": lambda row: in_loops(row, "instructions"),
+    "tensor": lambda row: in_loops(row, "tensor"),
+    "barriers": lambda row: in_loops(row, "barriers"),
+    "copies": lambda row: in_loops(row, "async_copies"),
+}
+
+
+def by_architecture(compilations: list[dict], key: Callable[[dict], tuple]) -> list[list[object]]:
+    """One line for the compilations of one key; in each cell sm_80 and sm_90."""
+    merged: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    for row in compilations:
+        merged[key(row)][row["sm"]] = row
+    return [
+        [*cells, *(" / ".join(str(of(sms[sm])) if sm in sms else "-" for sm in (80, 90)) for of in CELLS.values())]
+        for cells, sms in merged.items()
+    ]
+
+
+def head(compilations: list[dict], about: dict) -> str:
+    """What all of a table's lines have in common."""
+    return (
         f"triton {about['triton']}, commit {about['commit']}; {len(compilations)} compilations, "
         f"{sum(r['spilled_bytes'] > 0 for r in compilations)} of them spill, most registers "
         f"{max(r['registers'] for r in compilations)}. Limits: 255 registers a thread, "
         f"163 KiB (sm_80) and 227 KiB (sm_90) of shared memory a block."
     )
-    merged: dict[tuple, dict[int, dict]] = defaultdict(dict)
-    for row in compilations:
-        tiles = ", ".join(f"{k}={row[k]}" for k in TILES if k in row)
-        merged[row["kernel"], row["dtype"], tiles, f"{row['warps']} x {row['stages']}"][row["sm"]] = row
-    rows = []
-    for key, by_sm in merged.items():
-        registers = " / ".join(str(by_sm[sm]["registers"]) if sm in by_sm else "-" for sm in (80, 90))
-        shared = " / ".join(f"{by_sm[sm]['shared_bytes'] / 1024:.0f}" if sm in by_sm else "-" for sm in (80, 90))
-        rows.append([*key, registers, shared])
-    headers = ["kernel", "type", "tiles", "warps x stages", "registers sm_80 / sm_90", "shared KiB sm_80 / sm_90"]
-    return page(head, table(headers, rows))
+
+
+def tiling(row: dict) -> tuple[str, str]:
+    """Tiles, then warps and stages."""
+    return ", ".join(f"{k}={row[k]}" for k in TILES if k in row), f"{row['warps']} x {row['stages']}"
+
+
+def markdown(compilations: list[dict], about: dict) -> str:
+    """Per configuration one line."""
+    lines = by_architecture(compilations, lambda row: (row["kernel"], row["dtype"], *tiling(row)))
+    headers = ["kernel", "type", "tiles", "warps x stages", *CELLS]
+    return page(head(compilations, about), NOTES, table(headers, lines))
 
 
 def main() -> None:

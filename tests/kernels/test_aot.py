@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.gpu import aot
+from benchmarks.gpu import aot, sass_table
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +17,5 @@ def test_every_configuration_compiles(rows):
 
 
 def test_none_spills_or_exceeds_shared_memory_or_registers(rows):
-    bad = [
-        r for r in rows
-        if r["spilled_bytes"] or r["shared_bytes"] > r["shared_limit_bytes"] or r["registers"] * r["warps"] * 32 > 65536
-    ]  # fmt: skip
+    bad = [(row, fault) for row in rows for fault in sass_table.over_limits(row)]
     assert not bad, "\n".join(map(str, bad))
