@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op_shared import decoder_output, flop_formula, on_device_of, save_inputs, triton_module
+from .op_shared import (
+    as_operator,
+    decoder_output,
+    differentiated_by,
+    flop_formula,
+    on_device_of,
+    save_inputs,
+    triton_module,
+    without_values,
+)
 from .reference import activation_grad, halves, output_size
 
 
@@ -25,7 +34,7 @@ def _empty_output(x: Tensor, encoder: Tensor, decoder: Tensor, stride: Sequence[
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("alds_fast::lowrank_conv2d", mutates_args=(), device_types=("cuda", "cpu"))
+@as_operator("lowrank_conv2d")
 def lowrank_conv2d_op(
     x: Tensor,
     encoder: Tensor,
@@ -49,7 +58,7 @@ def lowrank_conv2d_op(
     return y
 
 
-@lowrank_conv2d_op.register_fake
+@without_values("lowrank_conv2d")
 def _(
     x: Tensor,
     encoder: Tensor,
@@ -89,7 +98,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple:
     )  # fmt: skip
 
 
-lowrank_conv2d_op.register_autograd(_conv2d_backward, setup_context=save_inputs)
+differentiated_by("lowrank_conv2d", _conv2d_backward, save_inputs)
 
 
 @flop_formula("lowrank_conv2d")

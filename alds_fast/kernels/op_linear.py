@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .op_shared import decoder_output, flop_formula, on_device_of, rows_of, save_inputs, triton_module
+from .op_shared import (
+    as_operator,
+    decoder_output,
+    differentiated_by,
+    flop_formula,
+    on_device_of,
+    rows_of,
+    save_inputs,
+    triton_module,
+    without_values,
+)
 from .pivot_table import outputs_number, outputs_of
 from .reference import activation_grad, decode_linear, encode_linear
 
 
-@torch.library.custom_op("alds_fast::lowrank_linear", mutates_args=(), device_types=("cuda", "cpu"))
+@as_operator("lowrank_linear")
 def lowrank_linear_op(
     x: Tensor,
     encoder: Tensor,
@@ -41,7 +51,7 @@ def lowrank_linear_op(
     return y
 
 
-@lowrank_linear_op.register_fake
+@without_values("lowrank_linear")
 def _(
     x: Tensor,
     encoder: Tensor,
@@ -77,7 +87,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     )  # fmt: skip
 
 
-lowrank_linear_op.register_autograd(_linear_backward, setup_context=save_inputs)
+differentiated_by("lowrank_linear", _linear_backward, save_inputs)
 
 
 @flop_formula("lowrank_linear")

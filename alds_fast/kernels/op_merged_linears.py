@@ -14,10 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op_shared import flop_formula, on_device_of, rows_of, triton_module
+from .op_shared import (
+    as_operator,
+    differentiated_by,
+    flop_formula,
+    on_device_of,
+    rows_of,
+    triton_module,
+    without_values,
+)
 
 
-@torch.library.custom_op("alds_fast::lowrank_linears", mutates_args=(), device_types=("cuda", "cpu"))
+@as_operator("lowrank_linears")
 def lowrank_linears_op(
     x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool]
 ) -> list[Tensor]:
@@ -32,7 +40,7 @@ def lowrank_linears_op(
     return ys
 
 
-@lowrank_linears_op.register_fake
+@without_values("lowrank_linears")
 def _(
     x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool]
 ) -> list[Tensor]:
@@ -57,7 +65,7 @@ def _linears_backward(ctx: Any, grads: list[Tensor]) -> tuple:
     return (grad_hidden @ encoder).view(x.shape), grad_encoder, grad_decoders, grad_biases, None
 
 
-lowrank_linears_op.register_autograd(_linears_backward, setup_context=_linears_save)
+differentiated_by("lowrank_linears", _linears_backward, _linears_save)
 
 
 @flop_formula("lowrank_linears")

@@ -7,14 +7,12 @@ import torch
 from support.kernel_cases import DEVICE, by_one, conv_case, linear_case, pivoted_case, ran, random
 from support.marks import slow
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import alds_fast as alds
 from alds_fast.errors import ArgumentError, BackendError
-from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears, pivot_table
-from alds_fast.kernels.op_conv2d import lowrank_conv2d_op
-from alds_fast.kernels.op_linear import lowrank_linear_op
-from alds_fast.kernels.op_merged_linears import lowrank_linears_op
+from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears, op_linear, op_shared, pivot_table
 
 CONV = {
     "encode": (conv_case(2, 8, (5, 6), 2, 3, 12, by_one(3, 3)), {"groups": 2, "padding": 1, "stride": 2}),
@@ -93,19 +91,54 @@ def test_gradients_of_linears():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+class Counted(TorchDispatchMode):
+    """The operators of this library that are called inside."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen = [*getattr(self, "seen", []), *([func.__name__] if func.namespace == "alds_fast" else [])]
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    """A tensor of a type of its own."""
+
+
+def test_the_dispatcher_is_asked_where_somebody_listens():
+    case = linear_case(2, 16, 2, 3, 8)
+    args = *case.values(), 2, None, None
+    with Counted() as mode:
+        lowrank_linear(**case, groups=2, backend="fused")
+    assert mode.seen == ["lowrank_linear.default"]
+    graded = {**case, "encoder": case["encoder"].clone().requires_grad_()}
+    assert lowrank_linear(**graded, groups=2, backend="fused").grad_fn is not None
+    with torch.no_grad():
+        assert op_shared._is_plain_call((*graded.values(), 2, None))
+    assert op_shared._is_plain_call(args) and not op_shared._is_plain_call(tuple(graded.values()))
+    assert not op_shared._is_plain_call((case["x"].as_subclass(Subclass),))
+    assert not op_shared._is_plain_call((case["x"], [graded["encoder"]]))
+    with Counted():
+        assert not op_shared._is_plain_call(args)
+    encoders = torch.stack([case["encoder"], 2 * case["encoder"]])  # a transform of which x tells nothing
+    both = torch.vmap(lambda e: lowrank_linear(**{**case, "encoder": e}, groups=2, backend="fused"))(encoders)
+    each = [lowrank_linear(**{**case, "encoder": e}, groups=2, backend="fused") for e in encoders]
+    torch.testing.assert_close(both, torch.stack(each))
+    traced = torch.jit.trace(lambda x: op_linear.lowrank_linear_op(x, *args[1:]), case["x"])
+    assert "alds_fast::lowrank_linear" in str(traced.graph)
+
+
 @pytest.mark.slow
 def test_opcheck():
     case = {k: v.requires_grad_() for k, v in linear_case(5, 16, 2, 3, 8).items()}
-    torch.library.opcheck(lowrank_linear_op, (*case.values(), 2, "gelu"))
+    torch.library.opcheck(torch.ops.alds_fast.lowrank_linear.default, (*case.values(), 2, "gelu"))
     case, order = pivoted_case(5, 16, 5, 12)
     pivoted = [t.requires_grad_() for t in case.values()]
-    torch.library.opcheck(lowrank_linear_op, (*pivoted, 1, "gelu", order))
+    torch.library.opcheck(torch.ops.alds_fast.lowrank_linear.default, (*pivoted, 1, "gelu", order))
     tensors, _ = CONV["encode"]
     args = [t.detach().clone().requires_grad_() for t in tensors.values()]
-    torch.library.opcheck(lowrank_conv2d_op, (*args, None, 2, [2, 2], [1, 1], [1, 1], "relu"))
+    torch.library.opcheck(torch.ops.alds_fast.lowrank_conv2d.default, (*args, None, 2, [2, 2], [1, 1], [1, 1], "relu"))
     decoders = [random(8, 4).requires_grad_(), random(6, 5).requires_grad_()]
     merged = (random(3, 16).requires_grad_(), random(9, 16).requires_grad_(), decoders, [random(8)], [True, False])
-    torch.library.opcheck(lowrank_linears_op, merged)
+    torch.library.opcheck(torch.ops.alds_fast.lowrank_linears.default, merged)
 
 
 class Net(nn.Module):
