@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..limits import precision
-from .common import Tiling, addresses, finish, multiple_of_16, power_of_two
+from .common import Tiling, addresses, ceil_div, finish, multiple_of_16, power_of_two
 
 MAX_FILTERS = 256  # output columns of a program; more are cut into several, each with the hidden values of its own
 MAX_CHUNK = 128  # ranks of a slice whose hidden values are on chip at once
@@ -236,7 +236,7 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
         sizes, delivered = (h, w, oh, ow), t.rows
         options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
     far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
-    run[triton.cdiv(pixels, delivered), triton.cdiv(filters, t.cols)](
-        x, encoder, decoder, bias, residual, y, pixels, *sizes, **options, CHUNKS=triton.cdiv(rank, chunk),
+    run[ceil_div(pixels, delivered), ceil_div(filters, t.cols)](
+        x, encoder, decoder, bias, residual, y, pixels, *sizes, **options, CHUNKS=ceil_div(rank, chunk),
         BM=t.rows, BK=t.reduction, BR=chunk, BF=t.cols, FAR=far, num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

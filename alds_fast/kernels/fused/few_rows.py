@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..limits import MAX_MERGED, precision
-from .common import Tiling, addresses, finish, multiple_of_16
+from .common import Tiling, addresses, ceil_div, finish, multiple_of_16
 from .tickets import take_tickets
 from .vectors import encode_vectors_kernel, uses_vectors, vector_tile, vector_tiling
 
@@ -165,8 +165,8 @@ def split(channels: int, tiles: int, reduction: int) -> tuple[int, int]:
     """(parts, channels of each): enough parts for some 256 programs, at most 8, each a multiple of ``reduction``."""
     wanted = max(1, min(8, 256 // max(1, tiles), channels // (2 * reduction)))
     parts = 1 << (wanted.bit_length() - 1)
-    per_part = triton.cdiv(channels, parts * reduction) * reduction
-    return triton.cdiv(channels, per_part), per_part
+    per_part = ceil_div(channels, parts * reduction) * reduction
+    return ceil_div(channels, per_part), per_part
 
 
 def early_launch(x: Tensor) -> bool:
@@ -180,13 +180,13 @@ def _encode(x: Tensor, encoder: Tensor, groups: int, hidden: Tensor, vectors: bo
     rank = q // groups
     if vectors:
         t = vector_tiling(c_group, m)
-        encode_vectors_kernel[triton.cdiv(rank, t.cols), groups](
+        encode_vectors_kernel[ceil_div(rank, t.cols), groups](
             x, encoder, hidden, rank, q, x.stride(0), C_GROUP=c_group, M=m, BN=t.cols, BK=t.reduction, EARLY=early,
             num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
         return
     t = encode_tiling(x.dtype)
-    tiles = triton.cdiv(rank, t.cols)
+    tiles = ceil_div(rank, t.cols)
     count, per_part = split(c_group, tiles * groups, t.reduction)
     parts, tickets = None, None
     if count > 1:
@@ -216,8 +216,8 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
     d, o = ([s[i] for i in last] for s in (decoders, ys))
     b = [biases[i] for i in last]
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
-    pivot_tiles = 0 if outputs is None else triton.cdiv(q, t.cols)
-    _decode_rows_kernel[pivot_tiles + sum(triton.cdiv(w.shape[0], t.cols) for w in decoders),](
+    pivot_tiles = 0 if outputs is None else ceil_div(q, t.cols)
+    _decode_rows_kernel[pivot_tiles + sum(ceil_div(w.shape[0], t.cols) for w in decoders),](
         hidden, *d, *b, residual, outputs, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),
         PIVOTS=outputs is not None, LAYERS=count, VECTORS=m if vectors else 0, BM=t.rows, BK=t.reduction, BF=t.cols,
         HAS_BIAS0=b[0] is not None, HAS_BIAS1=b[1] is not None, HAS_BIAS2=b[2] is not None,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..limits import MAX_ROWS, precision
-from .common import Tiling, addresses, finish, multiple_of_16, power_of_two
+from .common import Tiling, addresses, ceil_div, finish, multiple_of_16, power_of_two
 from .few_rows import run_rows
 
 
@@ -95,10 +95,10 @@ def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, resi
     wide = multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
     heavy = groups > 1 or residual is not None or activation in ("silu", "gelu")
     t = tile_tiling(padded, x.dtype, wide, heavy, outputs is not None)
-    row_tiles, col_tiles = triton.cdiv(m, t.rows), triton.cdiv(f, t.cols)
+    row_tiles, col_tiles = ceil_div(m, t.rows), ceil_div(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
-    per_program = triton.cdiv(col_tiles, splits) * t.cols
-    _lowrank_linear_kernel[row_tiles, triton.cdiv(f, per_program)](
+    per_program = ceil_div(col_tiles, splits) * t.cols
+    _lowrank_linear_kernel[row_tiles, ceil_div(f, per_program)](
         x, encoder, decoder, bias, residual, outputs, y, m, c, c // groups, q // groups, q, f, x.stride(0), per_program,
         BM=t.rows, BK=t.reduction, BQ=padded, BF=t.cols, ONE_SLICE=groups == 1, PIVOTS=outputs is not None,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "",

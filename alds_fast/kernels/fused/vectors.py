@@ -5,6 +5,8 @@ Importing this needs triton.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -65,6 +67,7 @@ def encode_vectors_kernel(
                 C_GROUP, M, BK, False, False, "", False)  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
 def vector_tiling(reduction: int, rows: int, least: int = 1) -> Tiling:
     """Tiles of vector products: some 4096 weights a program and row, ``least`` outputs or more (after an H200)."""
     padded = power_of_two(reduction)
