@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BackendError
-from .limits import MAX_HIDDEN, MAX_MERGED, MAX_ROWS, precision
+from .limits import LEAST_SAVED, MAX_HIDDEN, MAX_MERGED, MAX_ROWS, most_saved, precision
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FUSED_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -126,6 +126,21 @@ def _measure(about: dict[str, Any], x: Tensor, fused: Callable[[], Any], two_op:
     return {**about, "fused_ms": fused_ms, "two_op_ms": two_op_ms, "ran": ran}
 
 
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+
+
+def _why_not_timed(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
+    """Why two calls run at once: what fusing saves at most is less than what a fused product loses."""
+    channels = x.shape[1] if x.dim() == 4 and encoder.dim() == 4 else x.shape[-1]
+    if x.numel() <= MAX_ROWS * channels or x.dtype == torch.float32:
+        return None
+    saved = most_saved(_properties(x.device), encoder.shape[1:].numel(), decoder.shape[0])
+    if saved is None or saved >= LEAST_SAVED:
+        return None
+    return f"not timed: fusing saves at most {saved:.0%} of the products' time"
+
+
 def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: Callable[[], Any]) -> bool:
     """Whether fused is the faster one, by measurement where that is possible.
 
@@ -139,10 +154,12 @@ def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: 
     inputs = (shapes[0], x.stride()) if "conv2d" in key[0] else (rows, x.stride(-1) == 1)
     weights = shapes[1:] if key[0] == "lowrank_linears" else shapes[1:3]
     key = (*key, inputs, *weights, *(t is None for t in tensors), x.dtype, x.device, precision())
+    about = {"op": key[0], "shapes": shapes, "dtype": str(x.dtype), "device": str(x.device)}
+    if key not in _decisions and (why := _why_not_timed(x, tensors[1], tensors[2])) is not None:
+        _decisions[key] = {**about, "fused_ms": None, "two_op_ms": None, "ran": "two-op", "note": why}
     if key not in _decisions:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        about = {"op": key[0], "shapes": shapes, "dtype": str(x.dtype), "device": str(x.device)}
         _decisions[key] = _measure(about, x, fused, two_op)
     return bool(_decisions[key]["ran"] == "fused")
 

@@ -1,10 +1,35 @@
 """What the fused kernels take, and how they multiply float32: all that is known of them without triton."""
 
+from typing import Any
+
 import torch
 
 MAX_HIDDEN = 256  # groups * rank that fit on chip and pay: 512 took 2.4 times dense, 4096 x 4096 with 2048 rows (H200)
 MAX_ROWS = 16  # rows of x that the kernels for few rows take
 MAX_MERGED = 3  # layers that share one encoder launch
+LEAST_SAVED = 0.12  # share of the products' time that fusing must save: below it 10 rows of an H200 gave .33 to 1.06
+_FLOPS_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096}  # of a multiprocessor, half types, by compute capability
+
+
+def most_saved(properties: Any, inputs: int, outputs: int) -> float | None:
+    """What fusing saves at most, as a share of the products' time; None for devices whose speed is not known.
+
+    Hidden values need not be written and read: 4 bytes for each, beside 2 (inputs + outputs) operations; ``inputs`` are
+    those of a hidden value, taps times channels of a slice. ``properties`` are the device's, clocks in kHz, bits of the
+    memory's bus.
+
+    >>> from types import SimpleNamespace as Device
+    >>> h200 = Device(major=9, minor=0, multi_processor_count=132, clock_rate=1980000, memory_clock_rate=3125000,
+    ...               memory_bus_width=6144)
+    >>> f"{most_saved(h200, 9 * 64, 64):.2f} {most_saved(h200, 9 * 512, 512):.2f}"
+    '0.70 0.09'
+    """
+    per_clock = None if properties is None else _FLOPS_PER_CLOCK.get((properties.major, properties.minor))
+    if per_clock is None:
+        return None
+    flops = per_clock * properties.multi_processor_count * properties.clock_rate
+    bandwidth = 2 * properties.memory_clock_rate * properties.memory_bus_width / 8
+    return 2 * flops / bandwidth / (inputs + outputs)
 
 
 def precision() -> str:

@@ -1,5 +1,7 @@
 """Which backend runs: the fused kernel, or two calls of torch; and what is said where the kernel cannot."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.kernel_cases import DEVICE, by_one, conv_case, linear_case, ran, random
@@ -39,6 +41,26 @@ def test_auto_without_a_gpu_is_two_op():
     case = linear_case(20, 16, 1, 4, 8)
     assert not any("alds_fast" in name for name in ran(lambda: lowrank_linear(**case)))
     assert decisions() == []
+
+
+def test_auto_times_nothing_where_fusing_cannot_win(monkeypatch):
+    h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1980000,
+                           memory_clock_rate=3125000, memory_bus_width=6144)  # fmt: skip
+    monkeypatch.setattr(chooser, "_can_measure", lambda x: True)
+    monkeypatch.setattr(chooser, "_decisions", {})
+    monkeypatch.setattr(chooser, "_time_ms", lambda call: 1.0)
+    monkeypatch.setattr(chooser, "_properties", lambda device: h200)
+    x = random(32, 4096).half()
+    wide = random(8, 4096).half(), random(64, 8).half()
+    lowrank_linear(x, *wide)
+    lowrank_linear(x[:, :64], wide[0][:, :64], wide[1])
+    lowrank_linear(x[:16], *wide)  # the kernels for few rows save launches too
+    first, *others = decisions()
+    assert first["ran"] == "two-op" and first["note"] == "not timed: fusing saves at most 11% of the products' time"
+    assert [d["two_op_ms"] for d in others] == [1.0, 1.0]
+    monkeypatch.setattr(h200, "major", 12)  # of which no speed is known
+    lowrank_linear(x[:, :4064], wide[0][:, :4064], wide[1])
+    assert decisions()[-1]["two_op_ms"] == 1.0
 
 
 def test_auto_takes_the_measured_winner(monkeypatch):
