@@ -96,7 +96,7 @@ def _run_compress(args: argparse.Namespace) -> None:
     if args.also:
         raise ArgumentError("--also goes with a checkpoint directory and a text as --data")
     check_data_flags(args)
-    batches = Target(args.data).function() if args.data else None
+    batches = Target(args.data).batches() if args.data else None
     if args.refit or args.refine:
         check_batches(batches, "the result of --data")
     begin = time.perf_counter()

@@ -51,6 +51,6 @@ def run_report(args: argparse.Namespace) -> None:
 def _inputs(args: argparse.Namespace, dense: nn.Module) -> Any:
     if args.input is not None:
         return torch.randn(args.input, generator=torch.Generator().manual_seed(0), device="cpu")
-    batches = Target(args.data).function()
+    batches = Target(args.data).batches()
     check_data(batches)
     return first_batch(dense, without_labels(dense, batches))[0]

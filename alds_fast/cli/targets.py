@@ -69,6 +69,10 @@ class Target:
         loaded: Callable[..., Any] = getattr(module, function)
         return loaded
 
+    def batches(self) -> Any:
+        """What it returns without arguments; ModelError, with the traceback on standard error, if it raises."""
+        return self._guard(lambda: self.function())
+
     def _guard(self, call: Callable[[], Any]) -> Any:
         try:
             return call()

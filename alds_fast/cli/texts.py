@@ -106,7 +106,7 @@ def calibration(
 ) -> tuple[list[Any], Tensor | None]:
     """Batches of ``--data``, and windows that are kept aside; none of a function's."""
     if is_function(name):
-        batches = Target(name).function()
+        batches = Target(name).batches()
         check_data(batches)
         return list(batches), None
     if not is_count(tokens):

@@ -43,9 +43,11 @@ def compress(tmp_path):
         (tmp_path / "mine.py").write_text(
             "import torch\n\n\ndef batches():\n    ids = torch.arange(64).view(4, 16)\n"
             "    return [{'input_ids': ids, 'decoder_input_ids': ids}] * 3\n\n\n"
+            "def broken():\n    raise KeyError('nothing here')\n\n\n"
             "def rows():\n    return [{'input_ids': torch.arange(64).view(4, 16)}] * 3\n"
         )
-        named = [str(tmp_path / o) if o.endswith((".safetensors", ":batches", ":rows")) else o for o in options]
+        ours = ".safetensors", ":batches", ":rows", ":broken"
+        named = [str(tmp_path / o) if o.endswith(ours) else o for o in options]
         out = str(tmp_path / "small")
         return main(["compress", str(tmp_path / "dense"), "-o", out, "--params", "0.9", *named])
 
@@ -94,6 +96,9 @@ def test_a_function_makes_batches_of_its_own_length(compress, capsys):
     assert compress(masked, "--data", "tokens.safetensors") == 1
     assert "--sequence 512 is more than the 64 positions" in capsys.readouterr().err
     assert compress(masked, "--data", "mine.py:rows") == 0
+    capsys.readouterr()
+    assert compress(masked, "--data", "mine.py:broken") == 1
+    assert "mine.py:broken' could not be called: KeyError: 'nothing here'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--data", "--also"])

@@ -52,7 +52,7 @@ def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) 
     need, free = sum(file.size for file in missing) + factors, shutil.disk_usage(work.journal.output).free
     if free < need:
         raise FileWriteError(
-            f"{str(work.journal.output)!r}: {need / 1e9:.2f} GB are still to be written there, {free / 1e9:.2f} GB are "
+            f"{str(work.journal.output)!r}: {need / 1e9:.3g} GB are still to be written there, {free / 1e9:.3g} GB are "
             f"free; what was finished is kept: free some space and run the same command again"
         )
 

@@ -154,12 +154,12 @@ def tell_needs(work: Work, batches: Sequence[Any], gradients: bool) -> None:
     output = work.journal.output
     free = shutil.disk_usage(output).free
     _LOG.info(
-        "the job takes about %.2f GB of memory and, until it is done, up to %.2f GB in %r, where %.2f GB are free",
+        "the job takes about %.3g GB of memory and, until it is done, up to %.3g GB in %r, where %.3g GB are free",
         memory / 1e9, disk / 1e9, str(output), free / 1e9,
     )  # fmt: skip
     missing = disk - sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if free < missing:
         raise FileWriteError(
-            f"{str(output)!r}: up to {missing / 1e9:.2f} GB are to be written there, moments and factors included, "
-            f"{free / 1e9:.2f} GB are free: free some space, or name a directory on a larger disk"
+            f"{str(output)!r}: up to {missing / 1e9:.3g} GB are to be written there, moments and factors included, "
+            f"{free / 1e9:.3g} GB are free: free some space, or name a directory on a larger disk"
         )
