@@ -8,7 +8,7 @@ import torch
 from support.kernel_cases import CONV, LINEAR, PIVOTED, by_one, conv_case, linear_case, pivoted_case, random
 
 from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears
-from alds_fast.kernels.fused import conv2d
+from alds_fast.kernels.fused import conv2d, few_rows
 from benchmarks.gpu import aot
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -151,10 +151,14 @@ def _linear_tiling(kind, t, odd):
     return linear("tilings", kind, m, 80 * groups, groups, hidden // groups - odd, 80, **_epilogue(t), wanted=wanted)
 
 
+def _parts(kind, channels, wanted):
+    return linear("tilings", kind, 5, channels, 1, 20, 16, wanted=wanted)
+
+
 def _few_rows_tiling(name, kind, t, odd):
     wanted = name, {k: t[k] for k in TILES if k in t and (k != "BM" or name == "encode_rows")}
     if name == "encode_rows":
-        return linear("tilings", kind, 5, t["PARTS"] * 2 * t["BK"] + odd, 1, 20, 16, wanted=wanted)
+        return _parts(kind, t["PARTS"] * t["BK"] * (3 if odd else 2) - odd, wanted)
     if name == "encode_vectors":
         return linear("tilings", kind, t["M"], t["C_GROUP"], 1, 20, 16, wanted=wanted)
     m, rank, f = t["VECTORS"] or 5, t["RANK0"], 48 - odd
@@ -165,10 +169,12 @@ def _few_rows_tiling(name, kind, t, odd):
     return linear("tilings", kind, m, 16, 1, rank, f, "gelu", wanted=wanted)
 
 
-def _conv_tiling(name, kind, t):
+def _conv_tiling(name, kind, t, odd):
     """By rows of taps, or with a stride, which those do not take; tiles for many pixels by asking for few programs."""
     wanted = name, {k: t[k] for k in (*TILES, "GROUPS", "CHUNKS", "FAR") if k in t}
     options = {"padding": 1} if name == "conv2d_rows" else {"padding": 1, "stride": (2, 1)}
+    if t["CHUNKS"] > 1 and t["BR"] < (64 if odd or kind == "fp32" else conv2d.MAX_CHUNK):
+        return None  # compiled, but a larger chunk is chosen
     large = t["BM"] == (64 if name == "conv2d_rows" else 128)
     shape = (1, t["C"], (9, 11), t["GROUPS"], t["RANK"], t["F"], by_one(3, 3))
     programs = 0 if large else conv2d.FEW_PROGRAMS
@@ -179,18 +185,23 @@ def _tiling(name, kind, t, odd):
     """A call that launches this configuration."""
     if name == "linear":
         return _linear_tiling(kind, t, odd)
-    return _conv_tiling(name, kind, t) if "conv" in name else _few_rows_tiling(name, kind, t, odd)
+    return _conv_tiling(name, kind, t, odd) if "conv" in name else _few_rows_tiling(name, kind, t, odd)
 
 
 def tilings():
-    """Everything that the launchers can choose, as far as the IR of it differs."""
-    seen = set()
+    """Everything that the launchers can choose, as far as the IR of it differs; half types take turns."""
+    seen, halves = set(), itertools.cycle(("bf16", "fp16"))
     for name, kind, t, _, wide in aot.configurations():
         key = name, kind, wide, *(v for k, v in t.items() if k not in ("HAS_RESIDUAL", "ACTIVATION"))
-        case = _tiling(name, kind, t, 0 if wide else 3) if kind in TYPES and key not in seen else None
+        if kind not in ("bf16", "fp32") or key in seen:
+            continue
         seen.add(key)
+        case = _tiling(name, next(halves) if kind == "bf16" else kind, t, 0 if wide else 3)
         if case is not None:
             yield case
+    for kind, (parts, tiles) in itertools.product(TYPES, ((3, 9), (6, 17), (7, 19))):  # channels rounded up to tiles
+        channels = tiles * few_rows.encode_tiling(TYPES[kind]).reduction
+        yield _parts(kind, channels, ("encode_rows", {"PARTS": parts}))
 
 
 def all_cases():

@@ -73,8 +73,13 @@ def _part(entry, kept):
 @contextlib.contextmanager
 def checked_launches():
     """Triton's launches are checked; hands out the list that they are added to, and ttsem's session."""
-    from ttsem import harness, pidraces, sanitize
+    from ttsem import harness, mlir, pidraces, sanitize
 
+    def ir(record, stage, target):
+        """Compiled no further than it is executed: ttsem takes every kernel to machine code first."""
+        return mlir.to_generic(harness._stage_text(record, stage, target), None)
+
+    mlir.enable_generic_printing()
     launches, record_launch, find_race = [], harness.record_launch, pidraces.find_race
 
     def recorded(*args, **kwargs):
@@ -89,10 +94,13 @@ def checked_launches():
             launches[-1] = launches[-1]._replace(ticket=find_race(log) is not None)
         return find_race(rest)
 
-    patches = mock.patch.object(harness, "record_launch", recorded), mock.patch.object(pidraces, "find_race", race)
     torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
     try:
-        with patches[0], patches[1], sanitize.session(cuda_is_cpu=False) as session:
+        with (
+            mock.patch.multiple(harness, record_launch=recorded, ir_for_launch=ir),
+            mock.patch.object(pidraces, "find_race", race),
+            sanitize.session(cuda_is_cpu=False) as session,
+        ):
             yield launches, session
     finally:
         torch.use_deterministic_algorithms(False)
