@@ -109,6 +109,15 @@ def tails():
             yield conv("tails", kind, shape, {"dilation": d, "padding": d})
 
 
+def few_rows_tails():
+    """The same for up to 16 rows, with channels up to more than one tile has."""
+    for i, kind in zip(range(1, 49), itertools.cycle(TYPES), strict=False):
+        m, rank, f = 1 + i // 3 % 2, 49 - i, 11 * i % 64 + 1
+        yield linear("tails", kind, m, i, 1, rank, f)
+        yield pivoted("tails", kind, m, 5 * i + 97, rank, rank + f)
+        yield linear("tails", kind, 3 + i % 14, 5 * i + 97, 1, rank + i % 4 * 32, f)
+
+
 def epilogues():
     """Every epilogue of every path in bf16; in the other types with a bias and a residual."""
     every = list(itertools.product(ACTIVATIONS, (True, False), (True, False)))
@@ -205,4 +214,4 @@ def tilings():
 
 
 def all_cases():
-    return [*shapes(), *tails(), *epilogues(), *merges(), *far(), *tilings()]
+    return [*shapes(), *tails(), *few_rows_tails(), *epilogues(), *merges(), *far(), *tilings()]
