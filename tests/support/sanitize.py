@@ -139,10 +139,11 @@ def markdown(results):
         f"{groups}. {len(results['faults'])} faults."
     )
     notes = (
-        f"Errors are those of a whole call against float64. Allowed is twice that of plain PyTorch in the type, or for "
-        f"float32 twice the rounding of sums in sequence where that is larger, which "
-        f"{len(results['above_twice_plain'])} calls need. Tickets: launches that ttsem calls a race, as it knows no acquire and release. There every "
-        f"program stored its part before it drew, and only the last one to draw read them."
+        "Errors are those of a whole call against float64. Allowed is twice that of plain PyTorch in the type, or for "
+        "float32 twice the rounding of sums in sequence where that is larger, which "
+        f"{len(results['above_twice_plain'])} calls need. Tickets: launches that ttsem calls a race, as it knows no "
+        "acquire and release. There every program stored its part before it drew, and only the last one to draw read "
+        "them."
     )
     columns = ("kernel", "type", "calls", "launches", "tickets", "faults", "error / plain PyTorch", "error / allowed")
     rows = [

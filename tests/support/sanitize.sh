@@ -25,7 +25,7 @@ install() {  # torch of PyPI pins another Triton, which it does not need here
 if [ "$(cat "$venv"/.installed 2>/dev/null)" != "$pins" ]; then
     [ -n "$python" ] || skip "ttsem needs Python 3.12 to 3.14, and none is on the PATH or under ~/.pyenv/versions"
     log=$(mktemp) why=
-    install >"$log" 2>&1 || why="ttsem cannot be installed for $python: $(grep -i error "$log" | tail -n 1)"
+    install >"$log" 2>&1 || why="ttsem cannot be installed for $python: $(grep -i -m 1 error "$log")"
     rm -f "$log"
     [ -z "$why" ] || skip "$why"
 fi
