@@ -47,6 +47,7 @@ def test_parts_stored_after_the_draw_and_relaxed_tickets_are_not(entries):
 def test_only_the_last_to_draw_is_in_order():
     early = [*log()[:2], entry(0, "r", PARTS + 4), *log()[2:]]
     assert PARTS + 4 in [int(a) for e in without_ticketed(early) if e[0] == 0 and e[1] == "r" for a in e[3]]
+    assert without_ticketed([*log(), entry(2, "r", PARTS)])[-1][0] == 2  # a program that never drew
 
 
 def test_committed_results_have_no_fault_and_every_kernel_in_every_type():
