@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check lint bench quality peers zoo clean
+.PHONY: demo test check lint sanitize bench quality peers zoo clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
+# The fused kernels under ttsem's checks of bounds, races and uninitialised reads, where a Python for it is found.
+sanitize:
+	bash tests/support/sanitize.sh $(SANITIZE_ARGS)
+
 bench: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks/cpu --benchmark-only $(PYTEST_ARGS)
 
@@ -55,4 +59,4 @@ zoo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info alds_fast/linalg/_core*.so demo_output
+	rm -rf $(VENV) .venv-sanitize build dist *.egg-info alds_fast/linalg/_core*.so demo_output

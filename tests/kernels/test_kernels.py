@@ -21,6 +21,7 @@ from support.kernel_cases import (
     random,
 )
 from support.marks import slow
+from support.rounding import error, sequential_rounding
 
 from alds_fast.kernels import (
     lowrank_conv2d,
@@ -31,19 +32,6 @@ from alds_fast.kernels import (
 from alds_fast.kernels.fused import conv2d, few_rows, linear, tickets
 
 TYPES = [torch.float32, slow(torch.float16), torch.bfloat16]
-
-
-def error(result, reference):
-    return float((result.double() - reference).norm() / reference.norm())
-
-
-def sequential_rounding(*terms):
-    """Relative error to expect of float32 sums of so many random terms each, added one after the other.
-
-    The k-th partial sum is about sqrt(k / K) of the last one, and rounding it adds a uniform error of variance
-    eps^2 / 12 of its square: sqrt(sum_k eps^2 / 12 * k / K) = eps * sqrt(K / 24), for each product in turn.
-    """
-    return torch.finfo(torch.float32).eps * (sum(terms) / 24) ** 0.5
 
 
 def allowed(plain, case):
