@@ -165,9 +165,12 @@ def complaints(rows, controls):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="the results to benchmarks/results")
+    parser.add_argument("--type", help="only the cases of this type: bf16, fp16 or fp32")
     options = parser.parse_args()
     prepare()
-    CASES.extend(all_cases())
+    CASES.extend(case for case in all_cases() if options.type in (None, case.type))
+    if not CASES or (options.write and options.type):
+        parser.error(f"--type {options.type}: no case has it, or it goes with --write, which takes all")
     controls = [run_control(what) for what in CONTROLS]
     rows = [run_case(CASES[0])]  # which makes torch import much that the processes then share
     with multiprocessing.get_context("fork").Pool(min(PROCESSES, os.cpu_count() or 1)) as pool:
