@@ -51,7 +51,7 @@ def add_bench(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.add_argument("--params", type=share_or_count, help="share of --model's parameters to keep, or their number")
     parser.add_argument("--flops", type=share_or_count, help="share of its FLOPs, or their number (0.5)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="(bfloat16 on a GPU, else float32)")
-    parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    parser.add_argument("--device", help="cpu or cuda, also of --model (cuda where there is a GPU)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every way (%(default)s)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument(
@@ -69,20 +69,28 @@ def run_bench(args: argparse.Namespace) -> None:
     for name, target in args.kernel:
         register(name, target.function, "conv" if args.conv else "linear")
     options = {name: getattr(args, name) for name in _OPTIONS}
+    options["dtype"] = None if args.dtype is None else getattr(torch, args.dtype)
     if args.model is not None:
-        if args.input is None:
-            raise ArgumentError("--model needs --input, the shape of its input, for example 1,3,224,224")
-        options["model"] = ModelTarget(args.model, args.weights)()
-    elif args.weights is not None:
-        raise ArgumentError("--weights goes with --model")
-    if args.input is not None:
-        inputs = torch.randn(args.input, generator=torch.Generator().manual_seed(0), device="cpu")
-        options["example_inputs"] = inputs
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    seen = benchmark(**options, dtype=dtype, rounds=args.rounds, compile=args.compile)
+        options |= _of_model(args, options.pop("dtype"))
+    elif args.weights is not None or args.input is not None:
+        raise ArgumentError(f"--{'input' if args.weights is None else 'weights'} goes with --model")
+    seen = benchmark(**options, rounds=args.rounds, compile=args.compile)
     print(seen.to_json() if args.json else seen)
     if args.out is not None:
         _write(seen, args.out)
+
+
+def _of_model(args: argparse.Namespace, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The model and its input, of the type and on the device that were asked for."""
+    if args.input is None:
+        raise ArgumentError("--model needs --input, the shape of its input, for example 1,3,224,224")
+    model = ModelTarget(args.model, args.weights)()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(args.input, generator=torch.Generator().manual_seed(0), device="cpu")
+    try:
+        return {"model": model.to(device, dtype), "example_inputs": x.to(device, dtype), "device": None}
+    except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for CUDA
+        raise ArgumentError(f"--device {device}: {e}") from e
 
 
 def _write(seen: Benchmark, name: str) -> None:

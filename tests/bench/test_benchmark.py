@@ -174,10 +174,15 @@ def test_the_command(tmp_path, monkeypatch, capsys, functions):
     assert {p.suffix for p in tmp_path.glob("seen.*")} >= {".json", ".md"}
     assert main(["bench", "--model", "here.py:net", "--input", "2,16", *quick, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["op"] == "model"
+    half = ["--model", "here.py:net", "--input", "2,16", "--device", "cpu", "--dtype", "bfloat16", *quick, "--json"]
+    assert main(["bench", *half]) == 0
+    assert json.loads(capsys.readouterr().out)["conditions"]["dtype"] == "bfloat16"
     for wrong, message in (
         (["--linear", "16,16"], "need rank="),
         (["--model", "here.py:net"], "--model needs --input"),
         (["--linear", "16,16", "--rank", "2", "--weights", "x"], "--weights goes with --model"),
+        (["--linear", "16,16", "--rank", "2", "--input", "1,2"], "--input goes with --model"),
+        (["--model", "here.py:net", "--input", "2,16", "--device", "nowhere"], "--device nowhere"),
         (["--linear", "16,16", "--rank", "2", "--out", "nowhere/seen"], "does not exist; create it first"),
     ):
         assert main(["bench", *wrong]) == 1
