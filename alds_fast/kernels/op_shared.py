@@ -43,10 +43,10 @@ def as_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _is_plain_call(args: Sequence[Any]) -> bool:
-    """Whether no gradient, mode, tracer, functorch transform or subclass of tensors is at work."""
+    """Whether no gradient, mode, tracer, profiler, functorch transform or subclass of tensors is at work."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
         return False
     graded = torch.is_grad_enabled()
     for t in args:

@@ -122,6 +122,9 @@ def test_the_dispatcher_is_asked_where_somebody_listens():
     both = torch.vmap(lambda e: lowrank_linear(**{**case, "encoder": e}, groups=2, backend="fused"))(encoders)
     each = [lowrank_linear(**{**case, "encoder": e}, groups=2, backend="fused") for e in encoders]
     torch.testing.assert_close(both, torch.stack(each))
+    with torch.profiler.profile() as profile:
+        lowrank_linear(**case, groups=2, backend="fused")
+    assert "alds_fast::lowrank_linear" in [event.name for event in profile.events()]
     traced = torch.jit.trace(lambda x: op_linear.lowrank_linear_op(x, *args[1:]), case["x"])
     assert "alds_fast::lowrank_linear" in str(traced.graph)
 
