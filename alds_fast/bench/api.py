@@ -26,7 +26,7 @@ Counts = int | Sequence[int]
 
 
 def _counts(value: Counts, name: str) -> tuple[int, ...]:
-    several = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    several = tuple(value) if isinstance(value, list | tuple | range) else (value,)
     if not several or not all(map(is_count, several)):
         raise ArgumentError(f"{name}={value!r}: expected an integer >= 1, or several")
     return tuple(map(int, several))
@@ -62,9 +62,9 @@ def _convs(
     conv: Sequence[int], image: Counts, batch: Counts, ranks: Counts, groups: int, scheme: int, **options: Any
 ) -> list[Operation]:
     c, f, kernel = _shape(conv, CONV, "in_channels, out_channels, kernel_size")
-    if scheme not in (0, 3):
+    if not is_count(scheme, 0) or scheme not in (0, 3):
         raise ArgumentError(f"scheme={scheme!r} is neither 0, the encoder has the kernel, nor 3, the decoder has it")
-    options |= {"groups": groups, "scheme": scheme}
+    options |= {"groups": groups, "scheme": int(scheme)}
     every = [
         (r, b, s) for r in _counts(ranks, "rank") for b in _counts(batch, "batch") for s in _counts(image, "image")
     ]
@@ -81,8 +81,8 @@ def _settings(model: nn.Module | None, device: torch.device | str | None, rounds
         raise ArgumentError(f"compile={compile!r} is neither True nor False")
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        where = torch.device(device or default) if model is None else device_of(model)
-    except RuntimeError as e:
+        where = torch.device(default if device is None else device) if model is None else device_of(model)
+    except (RuntimeError, TypeError) as e:
         raise ArgumentError(f"device={device!r}: {e}") from e
     if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
         raise ArgumentError(f"device={str(where)!r}: expected 'cpu', or 'cuda' where there is a GPU")
@@ -163,28 +163,32 @@ def benchmark(
         "model": (model, {"example_inputs": example_inputs, "params": params, "flops": flops}),
     }
     _check_together(given)
-    groups = 1 if groups is None else groups
+    groups, bias = 1 if groups is None else groups, False if bias is None else bias
     if model is not None:
         check_model(model)
         if example_inputs is None:
             raise ArgumentError("model= needs example_inputs=, a tensor, tuple or dict as model(...) takes it")
-    elif rank is None:
+    ranks: Counts = () if rank is None else rank
+    if model is None and rank is None:
         raise ArgumentError("linear= and conv= need rank=, that of every channel slice, for example rank=64")
     if not is_count(groups):
         raise ArgumentError(f"groups={groups!r} is not an integer >= 1")
+    groups = int(groups)
+    if not isinstance(bias, bool):
+        raise ArgumentError(f"bias={bias!r} is neither True nor False")
     options = _settings(model, device, rounds, compile)
     if dtype is None:
         dtype = torch.bfloat16 if options.cuda else torch.float32
         dtype = dtype if model is None else next((p.dtype for p in model.parameters()), dtype)
     if dtype not in SHORT:
         raise ArgumentError(f"dtype={dtype!r} is not one of {', '.join(map(str, SHORT))}")
-    common: dict[str, Any] = {"bias": bool(bias), "dtype": str(dtype).removeprefix("torch."), "compiled": compile}
+    common: dict[str, Any] = {"bias": bias, "dtype": str(dtype).removeprefix("torch."), "compiled": compile}
     cases = []
     if linear is not None:
-        cases = _linears(linear, (1, 16, 2048) if rows is None else rows, rank or 0, groups, **common)
+        cases = _linears(linear, (1, 16, 2048) if rows is None else rows, ranks, groups, **common)
     elif conv is not None:
         sizes = 56 if image is None else image, 32 if batch is None else batch
-        cases = _convs(conv, *sizes, rank or 0, groups, scheme or 0, **common)
+        cases = _convs(conv, *sizes, ranks, groups, 0 if scheme is None else scheme, **common)
     with telling(progress) as told:
         best = ceilings(options.device, False, dtype)
         found = []

@@ -78,6 +78,8 @@ class Benchmark(Saved, ShownInNotebooks):
         for row in self.rows:
             for side, why in row["reasons"].items():
                 reasons.setdefault(f"no {WORDS.get(side, side)}: {why}", []).append(row["name"])
+            if row["error"] and row["error"] not in row["reasons"].values():
+                lines.append(f"FAILED: {row['name']}: {row['error']}")
             if row["errors_ok"] is False:
                 lines.append(f"WRONG: {row['name']}: more than twice the error of two calls, or NaN")
         every = len(self.rows)

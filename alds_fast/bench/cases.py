@@ -158,10 +158,15 @@ def copy_of(tensors: Tensors) -> Tensors:
     return {name: clone(value) for name, value in tensors.items()}
 
 
+def every_tensor(tensors: Tensors, *names: str) -> list[Tensor]:
+    """The named ones, or all, one after the other."""
+    values = [tensors[n] if isinstance(tensors[n], list) else [tensors[n]] for n in names or tensors]
+    return [t for several in values for t in several if t is not None]
+
+
 def size_bytes(tensors: Tensors, *names: str) -> int:
     """Of the named tensors."""
-    every = [t for n in names for t in (tensors[n] if isinstance(tensors[n], list) else [tensors[n]]) if t is not None]
-    return sum(t.numel() * t.element_size() for t in every)
+    return sum(t.numel() * t.element_size() for t in every_tensor(tensors, *names))
 
 
 def roofline_bytes(case: Operation, tensors: Tensors) -> int:
@@ -212,7 +217,7 @@ def sides(case: Operation) -> dict[str, Callable[[Tensors], Any]]:
     }
     for name, function in functions_of(CONV if case.is_conv else LINEAR):
         calls[name] = _of_user(case, function)
-    if case.groups > 1 and case.is_conv:
+    if case.groups > 1 and case.is_conv and case.scheme == 0:
         calls["padded"] = lambda t: F.conv2d(convolve(t["x"], t["full"], None), t["decoders"][0], t["biases"][0])
     return calls
 

@@ -28,10 +28,10 @@ def add_way(name: str, function: Callable[..., Tensor] | None, op: str = LINEAR)
     >>> add_way("mine", lambda x, encoder, decoder, bias, groups: x @ (decoder @ encoder).mT)
     >>> add_way("mine", None)
     """
-    if op not in _REGISTERED:
+    if not isinstance(op, str) or op not in _REGISTERED:
         raise ArgumentError(f"op={op!r} is neither 'linear' nor 'conv'")
-    if not isinstance(name, str) or not name or name in SIDES:
-        raise ArgumentError(f"name={name!r}: expected a text, and none of {', '.join(SIDES)}")
+    if not isinstance(name, str) or not name.isidentifier() or name in SIDES:
+        raise ArgumentError(f"name={name!r}: expected a word of letters and digits, and none of {', '.join(SIDES)}")
     if function is None:
         _REGISTERED[op].pop(name, None)
     elif callable(function):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import BackendError
 from . import cases, timing
 from .cases import Operation
+from .registered import registered_names
 from .timing import Prepared
 
 Row = dict[str, Any]
@@ -78,7 +79,20 @@ def _rotated(case: Operation, device: torch.device) -> list[cases.Tensors]:
     return [tensors] + [cases.copy_of(tensors) for _ in range(copies - 1)]
 
 
-def _prepared(case: Operation, sets: list, options: BenchSettings, row: Row, compile_it: bool) -> dict[str, Prepared]:
+def _why_refused(call: Callable[[Any], Any], tensors: cases.Tensors, exact: Tensor) -> str | None:
+    """Why a user's function is not timed; what it raises goes through."""
+    given = cases.copy_of(tensors)
+    y = call(given)
+    if not isinstance(y, Tensor) or (y.shape, y.dtype, y.device) != (exact.shape, tensors["x"].dtype, exact.device):
+        told = f"{tuple(y.shape)} of {y.dtype} on {y.device}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        return f"it returns {told}, expected {tuple(exact.shape)} of {tensors['x'].dtype} on {exact.device}"
+    pairs = zip(cases.every_tensor(given), cases.every_tensor(tensors), strict=True)
+    return None if all(torch.equal(a, b) for a, b in pairs) else "it changes its inputs"
+
+
+def _prepared(
+    case: Operation, sets: list, exact: list[Tensor], options: BenchSettings, row: Row, compile_it: bool
+) -> dict[str, Prepared]:
     """Every side that runs; why the others do not goes to the row."""
     calls, prepared = dict(cases.sides(case)), {}
     if compile_it:
@@ -87,6 +101,10 @@ def _prepared(case: Operation, sets: list, options: BenchSettings, row: Row, com
         row["reasons"]["compiled"] = "no time left" if case.compiled else NOT_COMPILED
     for name, call in calls.items():
         try:
+            why = _why_refused(call, sets[0], exact[0]) if name in registered_names() else None
+            if why is not None:
+                row["reasons"][name] = why
+                continue
             prepared[name] = timing.prepare(call, sets, options.device)
         except BackendError as e:
             row["reasons"][name] = str(e)
@@ -102,15 +120,16 @@ def relative_error(results: list[Tensor], exact: list[Tensor]) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _check(
-    case: Operation, tensors: cases.Tensors, prepared: dict[str, Prepared], options: BenchSettings, row: Row
-) -> None:
-    """Errors of every side against float64, of outputs that were poisoned before; the rule is that of the tests."""
+def _exact(case: Operation, tensors: cases.Tensors) -> list[Tensor]:
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
-        exact = cases.exact_result(case, tensors)
+        return cases.exact_result(case, tensors)
     finally:
         torch.backends.cudnn.benchmark = benchmark
+
+
+def _check(exact: list[Tensor], prepared: dict[str, Prepared], options: BenchSettings, row: Row) -> None:
+    """Errors of every side against float64, of outputs that were poisoned before; the rule is that of the tests."""
     for name, side in prepared.items():
         pairs = timing.poisoned(side, options.device)
         row["errors"][name] = worst = max(
@@ -162,8 +181,9 @@ def measure(case: Operation, options: BenchSettings, ceilings: dict[str, Any] | 
         sets = _rotated(case, options.device)
         row["copies"], row["interpreted"] = len(sets), interpreted(options.device)
         row["roofline_ms"] = _roofline(case, sets[0], ceilings)
-        prepared = _prepared(case, sets, options, row, compile_it)
-        _check(case, sets[0], prepared, options, row)
+        exact = _exact(case, sets[0])
+        prepared = _prepared(case, sets, exact, options, row, compile_it)
+        _check(exact, prepared, options, row)
         _fill(row, timing.interleaved(prepared, options.device, options.rounds, options.min_ms))
     except DeviceLost:
         raise

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..bench import Benchmark, benchmark, register
 from ..errors import ArgumentError
+from ..files import target_file
 from .arguments import integers, share_or_count
 from .targets import ModelTarget, Target
 
@@ -64,8 +64,8 @@ def add_bench(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     """Measure, print and, where asked to, write."""
-    if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise ArgumentError(f"--out {args.out}: its directory does not exist; create it first")
+    for ending in ENDINGS if args.out is not None else ():
+        target_file(f"{args.out}{ending}")  # refused before the work
     for name, target in args.kernel:
         register(name, target.function, "conv" if args.conv else "linear")
     options = {name: getattr(args, name) for name in _OPTIONS}

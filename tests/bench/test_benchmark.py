@@ -63,6 +63,7 @@ def test_a_linear_layer_has_a_row_for_every_number_of_rows_and_rank():
 def test_a_convolution(scheme):
     seen = alds.benchmark(conv=(4, 6, 5), rank=2, image=3, batch=1, groups=2, scheme=scheme, **QUICK)
     (row,) = seen.rows
+    assert row["error"] is None and ("padded" in row["gains"]) == (scheme == 0)
     assert row["op"] == "conv5x5" and row["errors"]["two_op"] < 1e-5 and row["errors"]["dense"] < 1e-5
     taps = (1, 25) if scheme == 3 else (25, 1)
     assert row["flop_reduction"] == pytest.approx(25 * 4 * 6 / (4 * (2 * taps[0] + 6 * taps[1])))
@@ -81,7 +82,7 @@ def test_functions_of_users_take_turns_and_are_judged(functions):
         raise ValueError("not today")
 
     bench.register("mine", mine)
-    bench.register("wrong", lambda *args, groups: torch.zeros(3, 16))
+    bench.register("wrong", lambda x, *args, groups: torch.zeros_like(x))
     bench.register("broken", broken)
     bench.register("mine", mine, "conv")
     seen = alds.benchmark(linear=(16, 16), rows=3, rank=2, **QUICK)
@@ -94,12 +95,57 @@ def test_functions_of_users_take_turns_and_are_judged(functions):
     assert "mine" not in alds.benchmark(linear=(16, 16), rows=3, rank=2, **QUICK).rows[0]["gains"]
 
 
+REFUSED = [
+    (lambda y, x: None, "it returns a NoneType, expected (3, 16)"),
+    (lambda y, x: (y, y), "it returns a tuple"),
+    (lambda y, x: y[:1], "it returns (1, 16) of torch.float32 on cpu, expected (3, 16)"),
+    (lambda y, x: y.double(), "of torch.float64 on cpu, expected (3, 16) of torch.float32"),
+    (lambda y, x: (x.zero_(), y)[1], "it changes its inputs"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSED)
+def test_what_a_function_spoils_is_its_own_row(spoil, message, functions):
+    bench.register("mine", lambda x, e, d, b, groups: spoil(x @ (d @ e).mT, x))
+    seen = alds.benchmark(linear=(16, 16), rows=3, rank=2, **QUICK)
+    (row,) = seen.rows
+    assert message in row["reasons"]["mine"] and "mine" not in row["gains"] and row["errors_ok"]
+    assert row["errors"]["two_op"] < 1e-5 and row["two_op_ms"] > 0 and f"no mine: {row['reasons']['mine']}" in str(seen)
+
+
+class Casts(nn.Module):
+    """Computes in float32, whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.layer(x.float())
+
+
+class Counts(nn.Sequential):
+    """Returns integers."""
+
+    def forward(self, x):
+        return super().forward(x).argmax(-1)
+
+
+@pytest.mark.parametrize("model", [Casts(), Counts(nn.Linear(16, 16))])
+def test_a_model_that_float64_says_nothing_of(model):
+    seen = alds.benchmark(model=model, example_inputs=torch.ones(2, 16), params=0.6, rounds=2, compile=False)
+    assert set(seen.rows[0]["gains"]) == {"dense", "two_op", "deployed"} and not seen.rows[0]["errors"]
+    assert "no errors against float64: " in str(seen)
+
+
 def test_what_cannot_be_registered_is_refused():
     for name, function, op, message in (
         ("dense", len, "linear", "none of dense, two_op"),
-        ("", len, "linear", "expected a text"),
+        ("", len, "linear", "expected a word"),
         ("mine", 3, "linear", "cannot be called"),
         ("mine", len, "attention", "neither 'linear' nor 'conv'"),
+        ("mine", len, ["linear"], "neither 'linear' nor 'conv'"),
+        ("a | b", len, "linear", "expected a word"),
     ):
         with pytest.raises(ArgumentError, match=message):
             bench.register(name, function, op)
@@ -124,6 +170,12 @@ BAD = [
     ({"linear": "4,4", "rank": 1}, r"expected \(in_features, out_features\)"),
     ({"linear": (4, 4), "rank": 5}, "rank=5 is more than the largest rank of linear 4->4 m1 q5 float32, 4"),
     ({"linear": (4, 4), "rank": 0}, "rank=0: expected an integer >= 1"),
+    ({"linear": (4, 4), "rank": []}, r"rank=\[\]: expected an integer >= 1"),
+    ({"linear": (4, 4), "rank": b"a"}, "rank=b'a': expected an integer >= 1"),
+    ({"linear": (4, 4), "rank": torch.ones(2)}, "rank=tensor.*: expected an integer >= 1"),
+    ({"linear": (4, 4), "rank": 1, "bias": "no"}, "bias='no' is neither True nor False"),
+    ({"linear": (4, 4), "rank": 1, "device": []}, r"device=\[\]"),
+    ({"conv": (4, 4, 3), "rank": 1, "scheme": 0.0}, "scheme=0.0 is neither 0"),
     ({"linear": (4, 4), "rank": 1, "groups": 3}, "groups=3 does not divide the 4 channels"),
     ({"linear": (4, 4), "rank": 1, "rows": ()}, r"rows=\(\): expected an integer >= 1, or several"),
     ({"linear": (4, 4), "rank": 1, "scheme": 0}, "scheme= does not go with linear="),
@@ -184,6 +236,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, functions):
     half = ["--model", "here.py:net", "--input", "2,16", "--device", "cpu", "--dtype", "bfloat16", *quick, "--json"]
     assert main(["bench", *half]) == 0
     assert json.loads(capsys.readouterr().out)["conditions"]["dtype"] == "bfloat16"
+    (tmp_path / "folder.md").mkdir()
     for wrong, message in (
         (["--linear", "16,16"], "need rank="),
         (["--model", "here.py:net"], "--model needs --input"),
@@ -191,6 +244,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, functions):
         (["--linear", "16,16", "--rank", "2", "--input", "1,2"], "--input goes with --model"),
         (["--model", "here.py:net", "--input", "2,16", "--device", "nowhere"], "--device nowhere"),
         (["--linear", "16,16", "--rank", "2", "--out", "nowhere/seen"], "does not exist; create it first"),
+        (["--linear", "16,16", "--rank", "2", "--out", "folder"], "is a directory"),
     ):
         assert main(["bench", *wrong]) == 1
         assert message in capsys.readouterr().err
