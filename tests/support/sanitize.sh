@@ -23,8 +23,8 @@ install() {  # torch of PyPI pins another Triton, which it does not need here
 }
 
 if [ "$(cat "$venv"/.installed 2>/dev/null)" != "$pins" ]; then
-    [ "$(df -Pk . | awk 'END { print $4 }')" -gt 10000000 ] || skip "its torch needs 10 GB of disk"
     [ -n "$python" ] || skip "ttsem needs Python 3.12 to 3.14, and none is on the PATH or under ~/.pyenv/versions"
+    [ "$(df -Pk . | awk 'END { print $4 }')" -gt 10000000 ] || skip "its torch needs 10 GB of disk"
     log=$(mktemp) why=
     install >"$log" 2>&1 || why="ttsem cannot be installed for $python within 4 minutes: $(grep -i -m 1 error "$log" || :)"
     rm -f "$log"
