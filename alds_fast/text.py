@@ -47,6 +47,15 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def size_text(size: int) -> str:
+    """Bytes for people.
+
+    >>> size_text(2_500_000_000), size_text(4096)
+    ('2.5 GB', '4,096 bytes')
+    """
+    return f"{size / 1e9:.3g} GB" if size >= 10_000_000 else f"{size:,} bytes"
+
+
 class ShownInNotebooks:
     """What is printed as a table is shown as one in a notebook."""
 

@@ -153,8 +153,8 @@ def benchmark(
         ArgumentError: not just one of linear, conv and model, or an option that does not go with it or is out of range.
 
     >>> seen = benchmark(linear=(64, 64), rows=4, rank=8, device="cpu", rounds=2, compile=False)
-    >>> seen.rows[0]["name"], sorted(seen.rows[0]["reasons"]), len(seen.rows[0]["gains"]["two_op"])
-    ('linear 64->64 m4 q8 float32', ['compiled', 'fused'], 3)
+    >>> seen.rows[0]["name"], "compiled" in seen.rows[0]["reasons"], len(seen.rows[0]["gains"]["two_op"])
+    ('linear 64->64 m4 q8 float32', True, 3)
     """
     layer = {"rank": rank, "groups": groups, "bias": bias, "dtype": dtype, "device": device}
     given = {

@@ -129,7 +129,7 @@ def test_again_does_nothing(llama):
 
 def test_too_little_room_is_said_before_the_work(tmp_path, llama, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(errors.FileWriteError, match=r"GB are still to be written there, 0.00 GB are free"):
+    with pytest.raises(errors.FileWriteError, match=r"bytes are still to be written there, 10 bytes are free"):
         alds.compress_checkpoint(llama / "dense", tmp_path / "small", **OPTIONS)
 
 

@@ -15,6 +15,7 @@ from ...files import crc32, whole_or_nothing, write_whole
 from ...integrations import layer_fields, quantization_config
 from ...layers import filters_first
 from ...planning import Plan
+from ...text import size_text
 from ..pretrained import PLAN
 from ..safetensors_reader import CONFIG, DTYPES, INDEX, Stored, stored_in
 from ..safetensors_writer import Entry, header, write_shard
@@ -52,7 +53,7 @@ def _check_room(work: Work, missing: Sequence[OutputFile], todo: Sequence[int]) 
     need, free = sum(file.size for file in missing) + factors, shutil.disk_usage(work.journal.output).free
     if free < need:
         raise FileWriteError(
-            f"{str(work.journal.output)!r}: {need / 1e9:.3g} GB are still to be written there, {free / 1e9:.3g} GB are "
+            f"{str(work.journal.output)!r}: {size_text(need)} are still to be written there, {size_text(free)} are "
             f"free; what was finished is kept: free some space and run the same command again"
         )
 

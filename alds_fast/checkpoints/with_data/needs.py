@@ -22,6 +22,7 @@ from ...blocks import find_blocks
 from ...criteria import MOST_ROWS, moment_forms
 from ...errors import FileWriteError
 from ...measurement import leaves_of
+from ...text import size_text
 from ..streaming.streamed_model import Work
 
 LIBRARIES = 300 << 20  # bytes of what is loaded and compiled after the job has begun
@@ -154,12 +155,12 @@ def tell_needs(work: Work, batches: Sequence[Any], gradients: bool) -> None:
     output = work.journal.output
     free = shutil.disk_usage(output).free
     _LOG.info(
-        "the job takes about %.3g GB of memory and, until it is done, up to %.3g GB in %r, where %.3g GB are free",
-        memory / 1e9, disk / 1e9, str(output), free / 1e9,
+        "the job takes about %s of memory and, until it is done, up to %s in %r, where %s are free",
+        size_text(memory), size_text(disk), str(output), size_text(free),
     )  # fmt: skip
     missing = disk - sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if free < missing:
         raise FileWriteError(
-            f"{str(output)!r}: up to {missing / 1e9:.3g} GB are to be written there, moments and factors included, "
-            f"{free / 1e9:.3g} GB are free: free some space, or name a directory on a larger disk"
+            f"{str(output)!r}: up to {size_text(missing)} are to be written there, moments and factors included, "
+            f"{size_text(free)} are free: free some space, or name a directory on a larger disk"
         )
