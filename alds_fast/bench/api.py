@@ -125,9 +125,10 @@ def benchmark(
 ) -> Benchmark:
     """Time a linear layer, a convolution or a whole model: dense, in two calls, compiled, fused, and in your own way.
 
-    The ways take turns, each on copies of weights and inputs that exceed twice the L2 cache of a GPU together, in CUDA
-    graphs there; medians and quantiles over the rounds. The floor comes from what the device did at best in the same
-    run: bytes and operations a second. Every result is compared with float64. What has no time here says why.
+    The ways take turns, in CUDA graphs on a GPU, and layers on copies of weights and inputs that exceed twice its L2
+    cache together; medians and quantiles over the rounds. The floor comes from what the device did at best in the same
+    run: bytes and operations a second. Results are compared with float64, those of models with the compressed one's.
+    What has no time here, or no error, says why.
 
     Args:
         linear: (in_features, out_features) of a linear layer, of ``rows`` inputs, 1, 16 and 2048 by default.

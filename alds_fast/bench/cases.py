@@ -48,18 +48,22 @@ class Operation:
 
     @property
     def kernel(self) -> int:
+        """Taps along an axis."""
         return int(self.op.rpartition("x")[2]) if self.is_conv else 1
 
     @property
     def layers(self) -> int:
+        """How many read one input."""
         return 3 if self.op == "qkv" else 1
 
     @property
     def is_conv(self) -> bool:
+        """Whether it is a convolution."""
         return self.op.startswith(CONV)
 
     @property
     def key(self) -> str:
+        """Its name."""
         size = f"b{self.batch} {self.size}x{self.size}" if self.is_conv else f"m{self.rows}"
         extra = (f" g{self.groups}" if self.groups > 1 else "") + (f" scheme{self.scheme}" if self.scheme else "")
         name = f"{self.op} {self.channels}->{self.filters} {size} q{self.q}{extra}"
@@ -67,11 +71,13 @@ class Operation:
 
     @property
     def shape(self) -> dict[str, int]:
+        """Its sizes, by name."""
         names = ("batch", "size", "kernel", "scheme") if self.is_conv else ("rows", "layers")
         return {n: getattr(self, n) for n in ("channels", "filters", "q", "groups", *names)}
 
     @property
     def positions(self) -> int:
+        """Rows, or pixels of all images."""
         return self.batch * self.size**2 if self.is_conv else self.rows
 
     def flops(self) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class BenchSettings:
 
     @property
     def cuda(self) -> bool:
+        """Whether it is a GPU."""
         return self.device.type == "cuda"
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..measurement import sample_ms
 
 MAX_COPIES = 512
 QUANTILES = (0.2, 0.8)
@@ -94,22 +95,6 @@ def poisoned(prepared: Prepared, device: torch.device) -> list[list[Tensor]]:
         prepared.run()
         torch.cuda.synchronize(device)
     return outputs
-
-
-def sample_ms(run: Callable[[], object], count: int, device: torch.device) -> float:
-    """Milliseconds a run, over ``count`` of them: events on CUDA, the wall clock elsewhere."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        for _ in range(count):
-            run()
-        return (time.perf_counter() - begin) * 1e3 / count
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(count):
-        run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / count
 
 
 def summary(values: Sequence[float]) -> tuple[float, float, float]:

@@ -154,13 +154,14 @@ def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: 
     inputs = (shapes[0], x.stride()) if "conv2d" in key[0] else (rows, x.stride(-1) == 1)
     weights = shapes[1:] if key[0] == "lowrank_linears" else shapes[1:3]
     key = (*key, inputs, *weights, *(t is None for t in tensors), x.dtype, x.device, precision())
-    about = {"op": key[0], "shapes": shapes, "dtype": str(x.dtype), "device": str(x.device)}
-    if key not in _decisions and (why := _why_not_timed(x, tensors[1], tensors[2])) is not None:
-        _decisions[key] = {**about, "fused_ms": None, "two_op_ms": None, "ran": "two-op", "note": why}
     if key not in _decisions:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        about = {"op": key[0], "shapes": shapes, "dtype": str(x.dtype), "device": str(x.device)}
+        if (why := _why_not_timed(x, tensors[1], tensors[2])) is not None:
+            _decisions[key] = {**about, "fused_ms": None, "two_op_ms": None, "ran": "two-op", "note": why}
+        elif x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        _decisions[key] = _measure(about, x, fused, two_op)
+        else:
+            _decisions[key] = _measure(about, x, fused, two_op)
     return bool(_decisions[key]["ran"] == "fused")
 
 

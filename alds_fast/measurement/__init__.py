@@ -29,7 +29,7 @@ from .run_model import (
     without_fast_paths,
 )
 from .samples import Samples, digest_of, leaves_of
-from .timer import interleaved_ms, median_ratio, ms_by_part, paired_ratios, quartile_spread, steady_ms
+from .timer import interleaved_ms, median_ratio, ms_by_part, paired_ratios, quartile_spread, sample_ms, steady_ms
 from .timing_cache import STEADY, Ratios, Timed, Timings, device_name, environment
 from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
 
@@ -86,6 +86,7 @@ __all__ = [
     "peak_of_activations",
     "private_runs",
     "quartile_spread",
+    "sample_ms",
     "shared_inputs",
     "signs_of",
     "steady_ms",

@@ -66,6 +66,11 @@ def _cuda_ms(call: Call, count: int) -> float:
     return begin.elapsed_time(end) / count
 
 
+def sample_ms(call: Call, count: int, device: torch.device) -> float:
+    """Milliseconds per call over ``count`` calls: by events on CUDA, by the wall clock elsewhere."""
+    return (_cuda_ms if device.type == "cuda" else _cpu_ms)(call, count)
+
+
 def _calls_per_sample(sample: Callable[[Call, int], float], call: Call, min_ms: float) -> int:
     """So many calls that they last ``min_ms``; the first call of all warms up."""
     sample(call, 1)

@@ -65,7 +65,7 @@ class _Steps(Steps):
     def _check(self, position: int) -> None:
         """FileFormatError where a block is not what was written: those behind it are trained on its outputs."""
         tensors, notes = self.work.journal.get(REFINED, position)
-        if {name: crc32(tensor) for name, tensor in tensors.items()} != notes[_SUMS]:
+        if {name: crc32(tensor) for name, tensor in tensors.items()} != notes.get(_SUMS):
             damaged = str(self.work.journal.path(REFINED, position))
             raise FileFormatError(f"{damaged!r} is damaged; remove it and run the same command again")
 
