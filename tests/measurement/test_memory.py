@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_what_operators_take_for_themselves_counts_too():
     assert peak_of_activations(model, x).whole >= followed_peak(model, x) >= 2 * 4 * 4 * 24 * 12 * 12
 
 
-def test_the_model_stays_as_it_was_and_nothing_is_said(capfd):
+def test_the_model_stays_as_it_was():
     model, x = Branches().train(), torch.randn(6, 8)
     before, environment = copy.deepcopy(model.state_dict()), dict(os.environ)
     torch.manual_seed(3)
@@ -60,7 +62,19 @@ def test_the_model_stays_as_it_was_and_nothing_is_said(capfd):
     )
     assert torch.equal(torch.rand(1), follows) and model.training and not model.left._forward_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert dict(os.environ) == environment and capfd.readouterr() == ("", "")
+    assert dict(os.environ) == environment
+
+
+def test_nothing_is_said_where_the_profiler_is_used_for_the_first_time():
+    """In a process of its own: torch's profiler reads once per process how much it is to say."""
+    code = """
+import torch
+from alds_fast.measurement import peak_of_activations
+for _ in range(2):
+    print(peak_of_activations(torch.nn.Linear(2, 2), torch.zeros(1, 2)).whole)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("8\n8\n", "")
 
 
 def test_another_profiler_is_in_the_way():
