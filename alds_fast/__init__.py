@@ -26,7 +26,7 @@ from .checkpoints import (
     save,
     save_analysis,
 )
-from .deployment import DeployTable, deploy
+from .deployment import DeployTable, TuningTable, deploy, tune
 from .errors import AldsError
 from .evaluation import Evaluation, Report, evaluate, measured_importance, report
 from .factors import Distilled, Refined, distill, refine
@@ -70,6 +70,7 @@ __all__ = [
     "Report",
     "Retrained",
     "Sweep",
+    "TuningTable",
     "analyze",
     "benchmark",
     "compress",
@@ -93,6 +94,7 @@ __all__ = [
     "save",
     "save_analysis",
     "to_plain",
+    "tune",
 ]
 
 

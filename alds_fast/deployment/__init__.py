@@ -7,10 +7,13 @@ from .api import deploy
 from .autotune import whole_model_ms
 from .channel_orders import with_channels_in_order
 from .table import DeployTable
+from .tuned_forms import TuningTable, tune
 
 __all__ = [
     "DeployTable",
+    "TuningTable",
     "deploy",
+    "tune",
     "whole_model_ms",
     "with_channels_in_order",
 ]

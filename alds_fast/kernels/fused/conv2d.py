@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..limits import precision
-from .common import Tiling, addresses, ceil_div, finish, multiple_of_16, power_of_two
+from ..tilings import ConvKey, Tiling, can_go_by_rows, tuned
+from .common import addresses, ceil_div, finish, multiple_of_16, power_of_two, size_class
 
 MAX_FILTERS = 256  # output columns of a program; more are cut into several, each with the hidden values of its own
 MAX_CHUNK = 128  # ranks of a slice whose hidden values are on chip at once
@@ -199,13 +200,10 @@ def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool) -> Tiling
     return Tiling(64, reduction, cols, 4, 2)
 
 
-def takes_rows(x: Tensor, kernel: Sequence[int], rank: int, groups: int, stride: Sequence[int], padding: Sequence[int],
-               dilation: Sequence[int]) -> bool:  # fmt: skip
-    """Whether the layer is computed by rows of taps."""
-    same = all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, kernel, strict=True))
-    channels = x.shape[1] // groups
-    fits = kernel[1] == 3 and same and tuple(stride) == (1, 1) and channels % reduction_tile(channels) == 0
-    return fits and x.dtype != torch.float32 and rank <= MAX_ROWS_RANK and dilation[1] <= 4
+def goes_by_rows(key: ConvKey) -> bool:
+    """Whether the first guess is rows of taps."""
+    channels, rank = key.channels // key.groups, key.hidden // key.groups
+    return can_go_by_rows(key) and channels % reduction_tile(channels) == 0 and rank <= MAX_ROWS_RANK
 
 
 def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
@@ -226,14 +224,18 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
     options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
     heavy = rank > chunk or groups > 1 or residual is not None or activation in ("silu", "gelu")
-    sizes: tuple[int, ...] = (h, w)
-    if wide and takes_rows(x, kernel, rank, groups, stride, padding, dilation):
-        t, run = rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel
+    places = (tuple(stride), tuple(padding), tuple(dilation))
+    key = ConvKey(x.dtype, size_class(pixels), c, filters, q, groups, (h, w), tuple(kernel), *places, bias is not None,
+                  residual is not None, activation, wide, options["PRECISION"])  # fmt: skip
+    t, sizes = tuned(x.device, key), tuple[int, ...]((h, w))
+    by_rows = goes_by_rows(key) if t is None else t.by_rows
+    if by_rows:
+        t, run = t or rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel
         delivered = t.rows - 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
-        t, run = taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide, heavy), _conv2d_taps_kernel
-        sizes, delivered = (h, w, oh, ow), t.rows
+        t = t or taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide, heavy)
+        run, sizes, delivered = _conv2d_taps_kernel, (h, w, oh, ow), t.rows
         options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
     far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
     run[ceil_div(pixels, delivered), ceil_div(filters, t.cols)](
