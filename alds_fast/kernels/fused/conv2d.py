@@ -200,10 +200,14 @@ def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool) -> Tiling
     return Tiling(64, reduction, cols, 4, 2)
 
 
-def goes_by_rows(key: ConvKey) -> bool:
-    """Whether the first guess is rows of taps."""
-    channels, rank = key.channels // key.groups, key.hidden // key.groups
-    return can_go_by_rows(key) and channels % reduction_tile(channels) == 0 and rank <= MAX_ROWS_RANK
+def first_conv2d(key: ConvKey, pixels: int) -> Tiling:
+    """What a launch takes where nothing was measured."""
+    channels, rank, cols = key.channels // key.groups, key.hidden // key.groups, power_of_two(key.filters)
+    heavy = rank > MAX_CHUNK or key.groups > 1 or key.residual or key.activation in ("silu", "gelu")
+    if can_go_by_rows(key) and channels % reduction_tile(channels) == 0 and rank <= MAX_ROWS_RANK:
+        return rows_tiling(pixels, channels, cols, heavy)._replace(by_rows=True)
+    chunk = min(power_of_two(rank), MAX_CHUNK if key.wide and key.dtype != torch.float32 else 64)
+    return taps_tiling(pixels, channels, chunk, cols, key.dtype, key.wide, heavy)
 
 
 def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
@@ -219,22 +223,18 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     (n, c, h, w), (filters, q), (oh, ow), kernel = x.shape, decoder.shape[:2], y.shape[2:], encoder.shape[2:]
     rank, pixels = q // groups, n * oh * ow
     wide = multiple_of_16(c // groups, rank, filters, *addresses(x, encoder, decoder))
-    chunk, cols = min(power_of_two(rank), MAX_CHUNK), power_of_two(filters)
+    chunk = min(power_of_two(rank), MAX_CHUNK)
     options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups, "KH": kernel[0]}
     options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
     options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
-    heavy = rank > chunk or groups > 1 or residual is not None or activation in ("silu", "gelu")
     places = (tuple(stride), tuple(padding), tuple(dilation))
     key = ConvKey(x.dtype, size_class(pixels), c, filters, q, groups, (h, w), tuple(kernel), *places, bias is not None,
                   residual is not None, activation, wide, options["PRECISION"])  # fmt: skip
-    t, sizes = tuned(x.device, key), tuple[int, ...]((h, w))
-    by_rows = goes_by_rows(key) if t is None else t.by_rows
-    if by_rows:
-        t, run = t or rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel
-        delivered = t.rows - 2 * dilation[1]
+    t = tuned(x.device, key) or first_conv2d(key, pixels)
+    if t.by_rows:
+        run, sizes, delivered = _conv2d_rows_kernel, tuple[int, ...]((h, w)), t.rows - 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
-        t = t or taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide, heavy)
         run, sizes, delivered = _conv2d_taps_kernel, (h, w, oh, ow), t.rows
         options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
     far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
