@@ -13,7 +13,7 @@ from .work import padded_tile
 
 MOST_MEASURED = 12  # of a launch
 WORTH = 1.5  # times the model's best time: what takes longer by the model is not measured
-RANKS_BY_ROWS = 64  # four times as many hidden values are held at once
+RANKS_BY_ROWS = 64  # of kernels three wide: four times as many hidden values are held at once
 
 
 def space(key: LaunchKey) -> Iterator[Tiling]:
@@ -27,7 +27,7 @@ def space(key: LaunchKey) -> Iterator[Tiling]:
         reductions = [k for k in (16, 32, 64, 128) if k <= padded_tile(channels)]
         cols = [n for n in (16, 32, 64, 128, 256) if n <= padded_tile(key.filters)]
         yield from itertools.starmap(Tiling, product(rows, reductions, cols, warps, stages))
-        if key.wide and can_go_by_rows(key) and key.hidden // key.groups <= RANKS_BY_ROWS:
+        if key.wide and can_go_by_rows(key) and key.hidden // key.groups <= RANKS_BY_ROWS * 3 // key.kernel[1]:
             whole = [k for k in reductions if channels % k == 0]
             for tiling in product(rows, whole, cols, warps, stages):
                 yield Tiling(*tiling, by_rows=True)

@@ -96,8 +96,8 @@ def _conv2d(key: ConvKey, t: Tiling) -> LaunchWork:
     chunk, channels = min(padded_tile(rank), 128 if key.wide and size == 2 else 64), key.channels // key.groups
     slices = key.groups * ceil(rank / chunk)
     turns = slices * ceil(channels / t.reduction) * (key.kernel[0] if t.by_rows else taps)
-    width = 4 * chunk if t.by_rows else chunk
-    delivered = t.rows - 2 * key.dilation[1] if t.by_rows else t.rows
+    width = (4 if key.kernel[1] == 3 else 8) * chunk if t.by_rows else chunk
+    delivered = t.rows - key.kernel[1] // 2 * 2 * key.dilation[1] if t.by_rows else t.rows
     programs = ceil(key.pixels / delivered) * ceil(key.filters / t.cols)
     encode, decode = Loop(turns, t.rows, t.reduction, width), Loop(slices, t.rows, chunk, t.cols, True, 1)
     read = turns * (t.rows * t.reduction + 0.6 * t.reduction * width) + 0.6 * key.hidden * t.cols

@@ -97,10 +97,11 @@ def _convolutions(kind, dtype, wide):
         taps = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
         runs = [("conv2d_taps", taps, {"SH": 1, "SW": 1, "PW": 1, "KW": 3})]
         if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK:
-            runs.append(("conv2d_rows", conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
+            for width in (3, 5) if chunk <= conv2d.MAX_ROWS_RANK // 2 else (3,):
+                runs.append(("conv2d_rows", conv2d.rows_tiling(pixels, channels, filters, heavy), {"KW": width}))
         odd = 0 if wide else 1
         for (name, t, place), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
-            key = name, t, chunk, channels, groups
+            key = name, t, chunk, channels, groups, place["KW"]
             several = chunks > 1 and (not heavy or (channels, filters) != (64, 256) or name == "conv2d_rows")
             if key in seen or several:  # the heavy epilogue comes first, and says more
                 continue

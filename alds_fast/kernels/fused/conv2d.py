@@ -2,9 +2,9 @@
 
 One launch: a program computes the hidden values of its pixels, some ranks of a slice at a time, and multiplies them
 with its part of the decoder, so that groups * rank channels are neither written to memory nor read back. There are two
-ways through the encoder. By taps: every tap reads its pixels anew. By rows, for stride 1 and kernels three wide: the
-pixels of a row of taps are read once and multiplied with the filters of its three taps side by side, and the three
-partial sums are shifted by a pixel and added; a third of the reads, but four times the hidden values at once.
+ways through the encoder. By taps: every tap reads its pixels anew. By rows, for stride 1 and kernels 3 or 5 wide: the
+pixels of a row of taps are read once and multiplied with the filters of its taps side by side, and these partial sums
+are shifted by pixels and added; a third or a fifth of the reads, but 4 or 8 times the hidden values at once.
 
 Accumulates in float32 and rounds the hidden values to the type of x, as two library calls do. The sizes of the layer
 are constants of the kernels, those of the images are not. Importing this needs triton.
@@ -101,24 +101,39 @@ def _conv2d_taps_kernel(
 
 
 @triton.jit
+def _halves(z, BM: tl.constexpr, COLS: tl.constexpr):
+    """z (BM, 2 * COLS) as its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(z, (BM, 2, COLS)), (0, 2, 1)))
+
+
+@triton.jit
+def _shifted(z, i, w, W, BY: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr):
+    """The rows of z (BM, BR) that are BY further on, 0 where these are pixels of another row of the image."""
+    place = tl.broadcast_to(tl.minimum(tl.maximum(i + BY, 0), BM - 1)[:, None], (BM, BR))
+    return tl.where(((w + BY >= 0) & (w + BY < W))[:, None], tl.gather(z, place, 0), 0.0)
+
+
+@triton.jit
 def _conv2d_rows_kernel(
     x, encoder, decoder, bias, residual, y, M, H, W,
     C: tl.constexpr, RANK: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
-    PH: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, KH: tl.constexpr,
+    PH: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
     FAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stride 1, KH x 3 taps and the padding that keeps the size; C / GROUPS is a multiple of BK.
+    """Stride 1, KH x KW taps (KW 3 or 5) and the padding that keeps the size; C / GROUPS is a multiple of BK.
 
-    A program multiplies BM pixels in a row, of which it delivers all but the first and last DW: their neighbours to
-    the left and right belong to other programs. Arguments as of the other kernel.
+    A program multiplies BM pixels in a row, of which it delivers all but the first and last KW // 2 * DW: their
+    neighbours to the left and right belong to other programs. Arguments as of the other kernel.
     """
     CG: tl.constexpr = C // GROUPS
     STEPS: tl.constexpr = CG // BK
-    K: tl.constexpr = KH * 3 * CG
+    K: tl.constexpr = KH * KW * CG
+    SUMS: tl.constexpr = 4 if KW == 3 else 8  # of every hidden value, one a tap, the last without one
+    HALO: tl.constexpr = KW // 2 * DW
     Q: tl.constexpr = GROUPS * RANK
-    first = tl.program_id(0).to(tl.int64) * (BM - 2 * DW) - DW  # the pixel of the tile's first row; it may be -DW
+    first = tl.program_id(0).to(tl.int64) * (BM - 2 * HALO) - HALO  # the pixel of the tile's first row; it may be < 0
     n0 = tl.maximum(first, 0) // (H * W)
     i = tl.arange(0, BM)
     local = (first - n0 * H * W).to(tl.int32) + i
@@ -128,7 +143,7 @@ def _conv2d_rows_kernel(
     w = pixel % W
     keep = (i + first >= 0) & (i + first < M)
     k = tl.arange(0, BK)
-    column = tl.arange(0, 4 * BR)
+    column = tl.arange(0, SUMS * BR)
     tap = column // BR
     r = column % BR
     f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -142,28 +157,35 @@ def _conv2d_rows_kernel(
         group = outer // CHUNKS
         r0 = outer % CHUNKS * BR
         eb = encoder + (group * RANK + r0) * K
-        z = tl.zeros((BM, 4 * BR), dtype=tl.float32)
+        z = tl.zeros((BM, SUMS * BR), dtype=tl.float32)
         for s in tl.range(0, KH * STEPS):
             t = s // STEPS
             c0 = (s - t * STEPS) * BK
             top = h + (t * DH - PH)
             x_mask = (keep & (top >= 0) & (top < H))[:, None]
             xt = tl.load(xb + (t * DH * W * C + group * CG + c0) + place, mask=x_mask, other=0.0)
-            e_mask = (tap[None, :] < 3) & (r0 + r[None, :] < RANK)
-            et = tl.load(eb + (t * 3 * CG + c0) + e_place, mask=e_mask, other=0.0)
+            e_mask = (tap[None, :] < KW) & (r0 + r[None, :] < RANK)
+            et = tl.load(eb + (t * KW * CG + c0) + e_place, mask=e_mask, other=0.0)
             z = tl.dot(xt, et, z, input_precision=PRECISION)
-        left_middle, right = tl.split(tl.permute(tl.reshape(z, (BM, 2, 2 * BR)), (0, 2, 1)))
-        z0, z1 = tl.split(tl.permute(tl.reshape(left_middle, (BM, 2, BR)), (0, 2, 1)))
-        z2, _ = tl.split(tl.permute(tl.reshape(right, (BM, 2, BR)), (0, 2, 1)))
-        before = tl.broadcast_to(tl.maximum(i - DW, 0)[:, None], (BM, BR))
-        after = tl.broadcast_to(tl.minimum(i + DW, BM - 1)[:, None], (BM, BR))
-        hidden = z1 + tl.where((w >= DW)[:, None], tl.gather(z0, before, 0), 0.0)
-        hidden += tl.where((w < W - DW)[:, None], tl.gather(z2, after, 0), 0.0)
+        if KW == 3:
+            left, right = _halves(z, BM, 2 * BR)
+            z0, z1 = _halves(left, BM, BR)
+            z2, _ = _halves(right, BM, BR)
+            hidden = z1 + _shifted(z0, i, w, W, -DW, BM, BR) + _shifted(z2, i, w, W, DW, BM, BR)
+        else:
+            left, right = _halves(z, BM, 4 * BR)
+            left, middle = _halves(left, BM, 2 * BR)
+            right, _ = _halves(right, BM, 2 * BR)
+            z0, z1 = _halves(left, BM, BR)
+            z2, z3 = _halves(middle, BM, BR)
+            z4, _ = _halves(right, BM, BR)
+            hidden = z2 + _shifted(z1, i, w, W, -DW, BM, BR) + _shifted(z3, i, w, W, DW, BM, BR)
+            hidden += _shifted(z0, i, w, W, -2 * DW, BM, BR) + _shifted(z4, i, w, W, 2 * DW, BM, BR)
         rank = r0 + tl.arange(0, BR)
         d_place = f[None, :] * Q + (group * RANK + rank)[:, None]
         dt = tl.load(decoder + d_place, mask=(f[None, :] < F) & (rank[:, None] < RANK), other=0.0)
         acc = tl.dot(hidden.to(x.dtype.element_ty), dt, acc, input_precision=PRECISION)
-    mask = (keep & (i >= DW) & (i < BM - DW))[:, None] & (f[None, :] < F)
+    mask = (keep & (i >= HALO) & (i < BM - HALO))[:, None] & (f[None, :] < F)
     finish(acc, y, bias, residual, first + i, f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
 
 
@@ -204,7 +226,8 @@ def first_conv2d(key: ConvKey, pixels: int) -> Tiling:
     """What a launch takes where nothing was measured."""
     channels, rank, cols = key.channels // key.groups, key.hidden // key.groups, power_of_two(key.filters)
     heavy = rank > MAX_CHUNK or key.groups > 1 or key.residual or key.activation in ("silu", "gelu")
-    if can_go_by_rows(key) and channels % reduction_tile(channels) == 0 and rank <= MAX_ROWS_RANK:
+    most = MAX_ROWS_RANK if key.kernel[1] == 3 else MAX_ROWS_RANK // 2  # as many partial sums
+    if can_go_by_rows(key) and channels % reduction_tile(channels) == 0 and rank <= most:
         return rows_tiling(pixels, channels, cols, heavy)._replace(by_rows=True)
     chunk = min(power_of_two(rank), MAX_CHUNK if key.wide and key.dtype != torch.float32 else 64)
     return taps_tiling(pixels, channels, chunk, cols, key.dtype, key.wide, heavy)
@@ -224,7 +247,8 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     rank, pixels = q // groups, n * oh * ow
     wide = multiple_of_16(c // groups, rank, filters, *addresses(x, encoder, decoder))
     chunk = min(power_of_two(rank), MAX_CHUNK)
-    options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups, "KH": kernel[0]}
+    options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups}
+    options |= {"KH": kernel[0], "KW": kernel[1]}
     options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
     options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
     places = (tuple(stride), tuple(padding), tuple(dilation))
@@ -232,11 +256,11 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
                   residual is not None, activation, wide, options["PRECISION"])  # fmt: skip
     t = tuned(x.device, key) or first_conv2d(key, pixels)
     if t.by_rows:
-        run, sizes, delivered = _conv2d_rows_kernel, tuple[int, ...]((h, w)), t.rows - 2 * dilation[1]
+        run, sizes, delivered = _conv2d_rows_kernel, tuple[int, ...]((h, w)), t.rows - kernel[1] // 2 * 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
         run, sizes, delivered = _conv2d_taps_kernel, (h, w, oh, ow), t.rows
-        options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
+        options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1]}
     far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
     run[ceil_div(pixels, delivered), ceil_div(filters, t.cols)](
         x, encoder, decoder, bias, residual, y, pixels, *sizes, **options, CHUNKS=ceil_div(rank, chunk),

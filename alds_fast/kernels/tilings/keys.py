@@ -23,6 +23,9 @@ class Tiling(NamedTuple):
     by_rows: bool = False
 
 
+MAX_HALO = 4  # pixels on either side that a program by rows of taps computes for its neighbours
+
+
 class LinearKey(NamedTuple):
     """A fused linear layer of more than 16 rows; ``rows`` is the power of two from the number of rows up."""
 
@@ -62,10 +65,10 @@ class ConvKey(NamedTuple):
 
 
 def can_go_by_rows(key: ConvKey) -> bool:
-    """Whether a convolution can go through rows of taps: in half types, of stride 1, three wide, keeping the size."""
+    """Whether a convolution can go through rows of taps: in half types, of stride 1, 3 or 5 wide, keeping the size."""
     same = all(2 * p == d * (k - 1) for p, d, k in zip(key.padding, key.dilation, key.kernel, strict=True))
-    fits = key.wide and same and key.kernel[1] == 3 and key.stride == (1, 1)
-    return fits and key.dtype != torch.float32 and key.dilation[1] <= 4
+    fits = key.wide and same and key.kernel[1] in (3, 5) and key.stride == (1, 1)
+    return fits and key.dtype != torch.float32 and key.kernel[1] // 2 * key.dilation[1] <= MAX_HALO
 
 
 class EncodeKey(NamedTuple):
