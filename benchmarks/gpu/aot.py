@@ -82,7 +82,7 @@ def _few_rows(kind, dtype, wide):
 
 
 def _convolutions(kind, dtype, wide):
-    """By taps and by rows of taps; one slice and two, one chunk and several, all tiles."""
+    """By taps and by rows of taps; one slice and two, one chunk and several, all tiles; images of any size and one."""
     from alds_fast.kernels.fused import conv2d
 
     small, large = ((16,), (16, 64), (16, 128)), ((64,), (16, 32, 64, 128), (64, 128, 256))
@@ -98,7 +98,8 @@ def _convolutions(kind, dtype, wide):
         runs = [("conv2d_taps", taps, {"SH": 1, "SW": 1, "PW": 1, "KW": 3})]
         if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK:
             for width in (3, 5) if chunk <= conv2d.MAX_ROWS_RANK // 2 else (3,):
-                runs.append(("conv2d_rows", conv2d.rows_tiling(pixels, channels, filters, heavy), {"KW": width}))
+                t = conv2d.rows_tiling(pixels, channels, filters, heavy, width)
+                runs.append(("conv2d_rows", t, {"KW": width}))
         odd = 0 if wide else 1
         for (name, t, place), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
             key = name, t, chunk, channels, groups, place["KW"]
@@ -109,7 +110,9 @@ def _convolutions(kind, dtype, wide):
             layer = {"C": groups * (channels + odd), "RANK": chunks * chunk - odd, "F": filters - odd}
             layer |= {"GROUPS": groups, "CHUNKS": chunks, "KH": 3, "PH": 1, "DH": 1, "DW": 1, "FAR": False}
             tiles = {"BM": t.rows, "BK": t.reduction, "BR": chunk, "BF": t.cols}
-            yield name, kind, {**tiles, **layer, **place, **epilogue(heavy)}, t, wide
+            side = (28, 28) if name == "conv2d_rows" else (28, 28, 28, 28)
+            for size in ((), side):
+                yield name, kind, {**tiles, **layer, **place, **epilogue(heavy), "SIZE": size}, t, wide
 
 
 def _kernel(name):
@@ -117,7 +120,7 @@ def _kernel(name):
 
     return {
         "conv2d_taps": conv2d._conv2d_taps_kernel,
-        "conv2d_rows": conv2d._conv2d_rows_kernel,
+        "conv2d_rows": conv2d.conv2d_rows_kernel,
         "linear": linear._lowrank_linear_kernel,
         "encode_rows": few_rows._encode_rows_kernel,
         "encode_vectors": vectors.encode_vectors_kernel,
@@ -184,7 +187,7 @@ def compile_one(job):
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
     resources, cubin = compiled(source, arch, {"num_warps": warps, "num_stages": stages})
     tiles = {k: v for k, v in constants.items() if k in SHOWN}
-    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "GROUPS", "CHUNKS")}
+    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "GROUPS", "CHUNKS", "KW", "SIZE")}
     row = {"kernel": name, "dtype": dtype, **tiles, **flags, "warps": warps, "stages": stages, "sm": arch, "wide": wide}
     return {**row, **resources}, cubin
 

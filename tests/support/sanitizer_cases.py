@@ -182,6 +182,8 @@ def _conv_tiling(name, kind, t, odd):
     """By rows of taps, or with a stride, which those do not take; tiles for many pixels by asking for few programs."""
     wanted = name, {k: t[k] for k in (*TILES, "GROUPS", "CHUNKS", "FAR", "KW") if k in t}
     options = {"padding": (1, t["KW"] // 2)} | ({} if name == "conv2d_rows" else {"stride": (2, 1)})
+    if t["SIZE"]:
+        return None  # as a constant where it is a layer's first: the other calls
     if t["CHUNKS"] > 1 and t["BR"] < (64 if odd or kind == "fp32" else conv2d.MAX_CHUNK):
         return None  # compiled, but a larger chunk is chosen
     large = t["BM"] == (64 if name == "conv2d_rows" else 128)
