@@ -43,8 +43,8 @@ def check_model(model: object) -> None:
     """ModelError unless it is a module whose parts can be replaced."""
     if isinstance(model, str | os.PathLike):
         raise ModelError(
-            f"model={os.fspath(model)!r} is a path; pass the torch.nn.Module itself, or compress a checkpoint "
-            f"directory with compress_checkpoint(source, output)"
+            f"model={os.fspath(model)!r} is a text; pass the torch.nn.Module itself: a file that save wrote gives it "
+            f"by load(file, dense_model), a checkpoint directory is compressed by compress_checkpoint(source, output)"
         )
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")

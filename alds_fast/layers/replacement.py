@@ -126,16 +126,26 @@ def _is_changed(module: nn.Module) -> bool:
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """Keep torch's transformer layers off their fused inference path, which reads the dense weights by name."""
+    """Keep torch's transformer layers off their fused inference path, which reads the dense weights by name.
+
+    All of an encoder that packs padded sequences: unpacked, a sequence that is padded as a whole is NaN on that path.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _is_changed(module):
-            vars(module).setdefault("alds_fast_path", module.activation_relu_or_gelu)
-            module.activation_relu_or_gelu = 0
+            _off(module, "activation_relu_or_gelu", 0)
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(m, LowRankLayer) or _is_changed(m) for m in module.modules()
         ):
-            vars(module).setdefault("alds_fast_path", module.use_nested_tensor)
-            module.use_nested_tensor = False
+            layers = module.layers if vars(module).get("alds_fast_path", module.use_nested_tensor) else ()
+            for layer in (m for m in layers if isinstance(m, nn.TransformerEncoderLayer)):
+                _off(layer, "activation_relu_or_gelu", 0)
+            _off(module, "use_nested_tensor", False)
+
+
+def _off(module: nn.Module, flag: str, value: Any) -> None:
+    """Change the flag, and keep what it was."""
+    vars(module).setdefault("alds_fast_path", getattr(module, flag))
+    setattr(module, flag, value)
 
 
 def annotate(model: nn.Module, **notes: Any) -> None:

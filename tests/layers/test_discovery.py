@@ -182,7 +182,7 @@ def test_something_that_is_not_a_module():
 @pytest.mark.parametrize("path", ["some/checkpoint", pathlib.Path("checkpoint")])
 def test_a_path_in_the_place_of_a_model_names_the_function_for_directories(path):
     for function in (alds.analyze, lambda model: alds.compress(model, params=0.5)):
-        with pytest.raises(ModelError, match=r"is a path; .* compress_checkpoint\(source, output\)"):
+        with pytest.raises(ModelError, match=r"is a text; .* compress_checkpoint\(source, output\)"):
             function(path)
 
 

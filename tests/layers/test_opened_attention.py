@@ -268,3 +268,18 @@ def test_the_class_that_was_opened_means_its_parts_everywhere():
     assert [row.name for row in pinned.layers if row.choice] == ["l"]
     by_class, by_name = (analysis.plan(params=0.7, importance={key: 5.0}) for key in (kind, "a"))
     assert [row.rank for row in by_class.layers] == [row.rank for row in by_name.layers]
+
+
+def test_a_sequence_that_is_padded_as_a_whole_is_no_nan():
+    """An encoder that does not pack keeps its dense layers off torch's fused path too, which gives NaN there."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 3).eval(), torch.randn(3, 6, 32)
+    small = alds.analyze(model, progress=False).plan(params=0.9, pins={"layers.0": "dense"}).apply(model)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[0] = True
+    assert model.use_nested_tensor and not small.use_nested_tensor
+    for graded in (False, True):
+        with torch.set_grad_enabled(graded):
+            assert model(x, src_key_padding_mask=padding).isfinite().all()
+            assert small(x, src_key_padding_mask=padding).isfinite().all()

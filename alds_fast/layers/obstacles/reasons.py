@@ -88,7 +88,7 @@ def _reason_of_kind(module: nn.Module) -> str | None:
         why = (
             f": {_RECURRENT}"
             if isinstance(module, nn.RNNBase | nn.RNNCellBase)
-            else f"{stays}; docs/layers.md names the types that are"
+            else f"{stays}; docs/layers.md names the types that are, alds_fast.register adds yours"
         )
         return f"{type(module).__name__} is not decomposed{why}"
     if parametrize.is_parametrized(module):
