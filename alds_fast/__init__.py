@@ -26,12 +26,13 @@ from .checkpoints import (
     save,
     save_analysis,
 )
-from .deployment import DeployTable, deploy
+from .deployment import DeployTable, QuantizeTable, deploy, quantize_factors
 from .errors import AldsError
 from .evaluation import Evaluation, Report, evaluate, measured_importance, report
 from .factors import Distilled, Refined, distill, refine
 from .integrations import open_experts, to_plain
 from .layers import (
+    Int8LowRankLinear,
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
@@ -53,6 +54,7 @@ __all__ = [
     "Benchmark",
     "CompressedCheckpoint",
     "DeployTable",
+    "Int8LowRankLinear",
     "Distilled",
     "Evaluation",
     "LayerPlan",
@@ -66,6 +68,7 @@ __all__ = [
     "LowRankEmbeddingBag",
     "LowRankLinear",
     "Plan",
+    "QuantizeTable",
     "Refined",
     "Report",
     "Retrained",
@@ -86,6 +89,7 @@ __all__ = [
     "own_text",
     "plot_plan",
     "plot_sweep",
+    "quantize_factors",
     "refine",
     "register",
     "report",

@@ -115,7 +115,7 @@ def _merged_rows(
 def _merge_candidates(
     model: nn.Module, example_inputs: Any, layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case]
 ) -> list[tuple[str, ...]]:
-    free = [n for n, m in layers.items() if isinstance(m, LowRankLinear) and m.slices == 1 and cases[n][1]]
+    free = [n for n, m in layers.items() if type(m) is LowRankLinear and m.slices == 1 and cases[n][1]]
     biases = tied_names(model)
     return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
 

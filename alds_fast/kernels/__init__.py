@@ -8,12 +8,13 @@ from .arguments import BACKENDS
 from .backend import decisions, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
 from .functional import lowrank_conv2d, lowrank_linear, lowrank_linears
 from .limits import MAX_MERGED
-from .reference import in_this_order, lowrank_linear_ref
+from .reference import dequantized, in_this_order, lowrank_linear_ref
 
 __all__ = [
     "BACKENDS",
     "MAX_MERGED",
     "decisions",
+    "dequantized",
     "in_this_order",
     "lowrank_conv2d",
     "lowrank_linear",

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .arguments import check_alike, check_dims, check_factors, check_input, check_options, check_rows, pair, sizes
+from .arguments import check_alike, check_dims, check_factors, check_input, check_int8, check_options, check_rows, pair, sizes
 from .backend import autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
-from .limits import MAX_HIDDEN
+from .limits import MAX_HIDDEN, MAX_ROWS
 from .op_conv2d import lowrank_conv2d_op
 from .op_linear import lowrank_linear_op
 from .op_merged_linears import lowrank_linears_op
 from .pivot_table import check_order
-from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
+from .reference import dequantized, halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
 
 
 def lowrank_linear(
@@ -37,6 +37,7 @@ def lowrank_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     order: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """activation(decoder @ blockdiag(encoder) @ x + bias + residual).
@@ -52,6 +53,9 @@ def lowrank_linear(
         order: of a layer whose hidden values are ``rank`` of its outputs, which a decoder (f - rank, rank) of one slice
             then leaves out: for every output its place among these followed by the decoder's rows, (f,) int64, a
             permutation (which is not checked).
+        scales: of int8 factors, one for every row of the encoder, (groups * rank,), and of the decoder, in the type of
+            x. Up to 16 rows of x the fused kernel reads the integers, more rows take dequantised factors. Factors so
+            stored have no gradients.
         backend: "fused" (CUDA; groups * rank <= 256, or any up to 16 rows), "two-op" or "auto", see
             :mod:`alds_fast.kernels.functional`. The fused kernel multiplies float32 exactly like torch's default
             ("ieee"); ``torch.set_float32_matmul_precision("high")`` turns tf32 on.
@@ -69,10 +73,14 @@ def lowrank_linear(
             [4., 4., 4.]])
     """
     check_options(activation, backend)
-    x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
+    x, encoder, decoder, bias, residual, *scale = autocast(x, encoder, decoder, bias, residual, *(scales or ()))
     check_dims(2, encoder=encoder, decoder=decoder)
     check_rows(x)
-    check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
+    if scales is not None:
+        check_int8(x, {"encoder": encoder, "decoder": decoder}, scale)
+        if backend == "two-op" or x.numel() > MAX_ROWS * x.shape[-1]:
+            encoder, decoder, scale = dequantized(encoder, scale[0]), dequantized(decoder, scale[1]), []
+    check_alike(x, **({} if scale else {"encoder": encoder, "decoder": decoder}), bias=bias, residual=residual)
     outputs = decoder.shape[0]
     if order is not None:
         outputs += encoder.shape[0]
@@ -82,11 +90,15 @@ def lowrank_linear(
     reason = None if backend == "two-op" else why_not_fused_linear(x, encoder)
 
     def fused() -> Tensor:
-        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation, order)
+        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation, order, *scale)
 
     def two_op() -> Tensor:
-        return lowrank_linear_ref(x, encoder, decoder, bias, residual, groups, activation, order)
+        factors = [encoder, decoder]
+        if scale:
+            factors = [dequantized(*pair) for pair in zip(factors, scale, strict=True)]
+        return lowrank_linear_ref(x, *factors, bias, residual, groups, activation, order)
 
+    tensors = [x, encoder, decoder, bias, residual, *scale]
     return run(("lowrank_linear", groups, activation, order is None), backend, reason, tensors, fused, two_op)
 
 

@@ -50,6 +50,11 @@ def activation_grad(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
     return grad * (cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 
+def dequantized(factor: Tensor, scale: Tensor) -> Tensor:
+    """An int8 factor with a scale for every row, in the type of the scales."""
+    return factor.to(scale.dtype) * scale.unsqueeze(-1)
+
+
 def encode_linear(x: Tensor, encoder: Tensor, groups: int) -> Tensor:
     """blockdiag(encoder) @ x: x (..., c), encoder (groups * rank, c / groups) to (..., groups * rank)."""
     if groups == 1:

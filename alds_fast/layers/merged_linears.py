@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..kernels import lowrank_linear, lowrank_linears, why_not_fused_linears
 from .linear import LowRankLinear
+from .low_rank import Int8LowRankLinear
 
 
 class MergedLinears(nn.Module):
@@ -19,7 +20,7 @@ class MergedLinears(nn.Module):
 
     ``encoder`` (sum of ranks, in_features) holds their encoders one after the other; ``decoders`` are (f_i, rank_i).
     The factors are copied, identities of pivots filled in. Raises ArgumentError for layers that do not read the same
-    features or have slices.
+    features, or have slices or int8 factors.
 
     >>> merged = MergedLinears([LowRankLinear(16, 8, 2), LowRankLinear(16, 4, 3)])
     >>> [y.shape[1] for y in merged(torch.ones(5, 16))]
@@ -32,6 +33,8 @@ class MergedLinears(nn.Module):
             raise ArgumentError("the layers to merge do not read the same number of features")
         if any(layer.slices != 1 for layer in layers):
             raise ArgumentError(f"layers with channel slices cannot be merged: groups={[la.slices for la in layers]}")
+        if any(isinstance(layer, Int8LowRankLinear) for layer in layers):
+            raise ArgumentError("layers with int8 factors are not merged: merge the layers that were quantised")
         plain = [layer.plain_factors() for layer in layers]
         trained = any(layer.encoder.requires_grad for layer in layers)
         self.encoder = nn.Parameter(torch.cat([encoder.detach() for encoder, _ in plain]), trained)
