@@ -17,7 +17,7 @@ from ..checks import check_model, is_count
 from ..errors import ArgumentError, BackendError
 from ..kernels import MAX_MERGED
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
-from ..measurement import device_of, environment, layer_inputs, shared_inputs
+from ..measurement import device_of, environment, layer_inputs
 from ..progress import Progress, ProgressOption, telling
 from .autotune import (
     SEPARATE,
@@ -27,6 +27,7 @@ from .autotune import (
     best_model,
     calls_key,
     is_plain,
+    merge_candidates,
     model_ratios,
     model_spreads,
     module_for,
@@ -100,7 +101,7 @@ def _merged_rows(
     for group in groups:
         for names in (group[i : i + MAX_MERGED] for i in range(0, len(group), MAX_MERGED)):
             members = [layer for n in names if isinstance(layer := layers[n], LowRankLinear)]
-            if len(members) < 2:
+            if len(members) < 2 or len({type(m) for m in members}) > 1:  # int8 goes with int8
                 continue
             call = json.dumps([[won[n].call, won[n].won] for n in names])
             if call not in known:
@@ -110,14 +111,6 @@ def _merged_rows(
                 known[call] = DeployRow("", MERGED, shape, f"ranks {ranks}", call, *result, "measured")
             merged.append(replace(known[call], name=" + ".join(names), members=names))
     return merged
-
-
-def _merge_candidates(
-    model: nn.Module, example_inputs: Any, layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case]
-) -> list[tuple[str, ...]]:
-    free = [n for n, m in layers.items() if type(m) is LowRankLinear and m.slices == 1 and cases[n][1]]
-    biases = tied_names(model)
-    return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
 
 
 def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
@@ -228,9 +221,7 @@ def deploy(
     else:
         with telling(progress) as told:
             rows = _rows(layers, cases, known, rounds, told)
-        rows += _merged_rows(
-            _merge_candidates(model, example_inputs, layers, cases), layers, cases, rows, known, rounds
-        )
+        rows += _merged_rows(merge_candidates(model, example_inputs, layers, cases), layers, cases, rows, known, rounds)
     unmerged = [row for row in rows if row.kind != MERGED]
     sides = {
         "dense": [replace(row, won="dense" if cases[row.name][1] else "two-op") for row in unmerged],

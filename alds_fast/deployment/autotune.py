@@ -17,8 +17,10 @@ from ..layers import (
     LowRankLayer,
     LowRankLinear,
     MergedLinears,
+    can_be_merged,
     has_hooks,
     low_rank_like,
+    tied_names,
 )
 from ..measurement import (
     STEADY,
@@ -32,6 +34,7 @@ from ..measurement import (
     median_ratio,
     paired_ratios,
     quartile_spread,
+    shared_inputs,
     steady_ms,
 )
 from .equivalent_shapes import regroup, variants
@@ -174,6 +177,14 @@ def autotune_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: 
     if not any(reasons):
         sides["fused"] = fused
     return _fastest(sides, lambda x: [m(x) for m in exact], specs, rounds, _not_fused(reasons))
+
+
+def merge_candidates(
+    model: nn.Module, example_inputs: Any, layers: Mapping[str, LowRankLayer], cases: Mapping[str, tuple[Specs, bool]]
+) -> list[tuple[str, ...]]:
+    """Names of linear layers that read the same tensors and can be merged."""
+    free, biases = [n for n, m in layers.items() if can_be_merged(m) and cases[n][1]], tied_names(model)
+    return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
 
 
 def _double(layer: LowRankLayer) -> LowRankLayer:

@@ -70,7 +70,7 @@ def variants(layer: LowRankLayer, multiple: int) -> dict[str, LowRankLayer]:
     Ranks are rounded up to ``multiple``; several slices may become 1, 2 or 4; of a layer with pivots its own without
     these too. What would be as large as the dense weight is left out. Of a layer with int8 factors there is none.
     """
-    shape, forms = layer.weight_shape, {}
+    shape, forms = layer.weight_shape, dict[str, LowRankLayer]()
     if isinstance(layer, Int8LowRankLinear):
         return forms
     counts = sorted({g for g in MERGED_GROUPS if layer.slices % g == 0} | {layer.slices})

@@ -26,7 +26,6 @@ from ..text import ShownInNotebooks, shape_text, size_text, table
 from .autotune import is_plain
 
 _LOG = logging.getLogger(__name__)
-KINDS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,8 @@ def _row(name: str, layer: LowRankLinear, int8: Int8LowRankLinear) -> QuantizedR
     errors = [_relative(new.to(wide) - old.to(wide), old.to(wide)) for old, new in pairs]
     stored = (int8.encoder_int8, int8.encoder_scale, int8.decoder_int8, int8.decoder_scale)
     sizes = [sum(t.numel() * t.element_size() for t in those) for those in ([old for old, _ in pairs], stored)]
-    weight = layer.weight_shape.weight
-    return QuantizedRow(name, weight, str(layer.decomposition), *sizes, *errors, _weight_error(layer, int8))
+    shape, structure = layer.weight_shape.weight, str(layer.decomposition)
+    return QuantizedRow(name, shape, structure, sizes[0], sizes[1], errors[0], errors[1], _weight_error(layer, int8))
 
 
 def _chosen(model: nn.Module) -> tuple[dict[str, LowRankLinear], dict[str, str]]:
@@ -201,8 +200,8 @@ def quantize_factors(
     >>> tiny[0], table.rows[0].bytes_before // table.rows[0].bytes_after, table.rows[0].weight_error < 0.01
     """
     check_model(model)
-    if kind not in KINDS:
-        raise ArgumentError(f"kind={kind!r} is not one of {', '.join(map(repr, KINDS))}")
+    if kind != "int8":
+        raise ArgumentError(f"kind={kind!r} is not 'int8', the only kind of factors beside floating-point ones")
     if not isinstance(report, bool):
         raise ArgumentError(f"report={report!r} is not True or False")
     chosen, left_out = _chosen(model)

@@ -39,7 +39,9 @@ def layer_of_fields(dense: nn.Module, fields: Mapping[str, Any]) -> LowRankLayer
     if "factors" not in fields:
         return layer
     if fields["factors"] != INT8 or not isinstance(layer, LowRankLinear):
-        raise FileFormatError(f"factors={fields['factors']!r} of a {type(layer).__name__} are not known; update alds_fast")
+        raise FileFormatError(
+            f"factors={fields['factors']!r} of a {type(layer).__name__} are not known; update alds_fast"
+        )
     return Int8LowRankLinear.of(layer)
 
 

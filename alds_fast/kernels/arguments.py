@@ -51,9 +51,9 @@ def check_alike(x: Tensor, **tensors: Tensor | None) -> None:
 
 
 def check_int8(x: Tensor, factors: Mapping[str, Tensor], scales: Sequence[Tensor]) -> None:
-    """Both factors are int8 on the device of x, and have a scale for each of their rows in its type."""
-    if len(scales) != 2:
-        raise ArgumentError(f"scales= are {len(scales)} tensors, expected two: of the encoder's and the decoder's rows")
+    """The factors are int8 on the device of x, and have a scale for each of their rows in its type."""
+    if len(scales) != len(factors):
+        raise ArgumentError(f"scales= are {len(scales)} tensors, expected those of the rows of {', '.join(factors)}")
     for (name, factor), scale in zip(factors.items(), scales, strict=True):
         if factor.dtype != torch.int8 or factor.device != x.device:
             raise ArgumentError(
@@ -61,7 +61,9 @@ def check_int8(x: Tensor, factors: Mapping[str, Tensor], scales: Sequence[Tensor
                 f"{x.device}"
             )
         if tuple(scale.shape) != (factor.shape[0],):
-            raise ArgumentError(f"the scales of {name} {sizes(factor)} have shape {sizes(scale)}, one a row is expected")
+            raise ArgumentError(
+                f"the scales of {name} {sizes(factor)} have shape {sizes(scale)}, one a row is expected"
+            )
         check_alike(x, **{f"the scales of {name}": scale})
 
 

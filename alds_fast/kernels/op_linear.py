@@ -25,7 +25,7 @@ from .op_shared import (
     without_values,
 )
 from .pivot_table import outputs_number, outputs_of
-from .reference import activation_grad, decode_linear, dequantized, encode_linear
+from .reference import activation_grad, decode_linear, dequantized_all, encode_linear
 
 
 @as_operator("lowrank_linear")
@@ -75,7 +75,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     groups, activation, order, *scales = ctx.options
     is_int8 = scales[0] is not None  # such factors have no gradients
     if is_int8:
-        encoder, decoder = (dequantized(*pair) for pair in zip((encoder, decoder), scales, strict=True))
+        encoder, decoder = dequantized_all((encoder, decoder), scales)
     hidden = encode_linear(x, encoder, groups)
     if activation is not None:
         grad = activation_grad(grad, decoder_output(decode_linear(hidden, decoder, order), bias, residual), activation)

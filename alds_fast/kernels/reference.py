@@ -55,6 +55,11 @@ def dequantized(factor: Tensor, scale: Tensor) -> Tensor:
     return factor.to(scale.dtype) * scale.unsqueeze(-1)
 
 
+def dequantized_all(factors: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
+    """Factors in the type of their scales; as they are without any."""
+    return [dequantized(*pair) for pair in zip(factors, scales, strict=True)] if scales else list(factors)
+
+
 def encode_linear(x: Tensor, encoder: Tensor, groups: int) -> Tensor:
     """blockdiag(encoder) @ x: x (..., c), encoder (groups * rank, c / groups) to (..., groups * rank)."""
     if groups == 1:

@@ -148,7 +148,8 @@ def compile_one(job):
     widest = {"ACTIVATION": "gelu", "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     widest |= {"EARLY": arch >= 90, "WAIT": arch >= 90, "HAS_SCALE": False}
     constants = {**{k: v for k, v in widest.items() if k in kernel.arg_names}, **constants}
-    types = dict.fromkeys(("x", "encoder", "decoder", "scale", "bias", "residual", "y", "hidden"), dtype.replace("tf32", "fp32"))
+    floating = ("x", "encoder", "decoder", "scale", "bias", "residual", "y", "hidden")
+    types = dict.fromkeys(floating, dtype.replace("tf32", "fp32"))
     types |= {"parts": "fp32", "tickets": "i32", "outputs": "i32"}
     types |= {"encoder": "i8", "decoder": "i8"} if constants.get("HAS_SCALE") else {}
     signature, attrs = {}, {}

@@ -240,9 +240,9 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
 
 
 def run_merged(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
-               ys: Sequence[Tensor]) -> None:  # fmt: skip
+               ys: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> None:  # fmt: skip
     """Fill ys[i] (m, f_i) of up to three layers that read the same x (m <= 16, c): two launches for all of them.
 
     ``encoder`` (sum of ranks, c) holds their encoders one after the other.
     """
-    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, None, ys)
+    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, None, ys, scales)

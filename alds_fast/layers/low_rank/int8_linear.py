@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...kernels import dequantized, lowrank_linear
+from ...linalg import with_identity
 from ..linear import LowRankLinear
 
 _FACTORS = ("encoder", "decoder")
@@ -72,6 +73,15 @@ class Int8LowRankLinear(LowRankLinear):
     def decoder(self) -> Tensor:  # type: ignore[override]
         """The decoder, dequantised."""
         return dequantized(self.decoder_int8, self.decoder_scale)
+
+    def merged_parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """encoder_int8, encoder_scale, decoder_int8 and decoder_scale, the identity of output pivots filled in."""
+        values, scale = self.decoder_int8, self.decoder_scale
+        if self.pivots:
+            fold = self.decomposition.fold
+            _, values = with_identity(self.encoder_int8, values, self.order, self.weight_shape, fold, self.pivots)
+            scale = torch.cat([scale.new_ones(self.rank), scale]).index_select(0, self.order)
+        return self.encoder_int8, self.encoder_scale, values, scale
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FACTORS:
