@@ -17,7 +17,6 @@ from ..layers import (
     LowRankLayer,
     LowRankLinear,
     MergedLinears,
-    can_be_merged,
     has_hooks,
     low_rank_like,
     tied_names,
@@ -183,7 +182,8 @@ def merge_candidates(
     model: nn.Module, example_inputs: Any, layers: Mapping[str, LowRankLayer], cases: Mapping[str, tuple[Specs, bool]]
 ) -> list[tuple[str, ...]]:
     """Names of linear layers that read the same tensors and can be merged."""
-    free, biases = [n for n, m in layers.items() if can_be_merged(m) and cases[n][1]], tied_names(model)
+    free = [n for n, m in layers.items() if isinstance(m, LowRankLinear) and m.slices == 1 and cases[n][1]]
+    biases = tied_names(model)
     return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
 
 

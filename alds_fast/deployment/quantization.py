@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -110,9 +111,10 @@ def _check_factors(name: str, layer: LowRankLinear) -> None:
             )
 
 
-def _relative(error: Tensor, weight: Tensor) -> float:
-    """Frobenius, 0 of nothing."""
-    return float(error.norm() / weight.norm()) if bool(error.any()) else 0.0
+def _relative(new: Tensor, old: Tensor) -> float:
+    """Frobenius, 0 where there is none."""
+    error = new - old
+    return float(error.norm() / old.norm()) if bool(error.any()) else 0.0
 
 
 def _norm(left: Tensor, right: Tensor) -> float:
@@ -121,23 +123,22 @@ def _norm(left: Tensor, right: Tensor) -> float:
     return float(square.clamp_min(0).sqrt())
 
 
-def _weight_error(layer: LowRankLinear, int8: Int8LowRankLinear) -> float:
+def _weight_error(old: LowRankLinear, new: LowRankLinear) -> float:
     """Relative Frobenius error of the weight; D E - D' E' = D (E - E') + (D - D') E', so that nothing cancels."""
-    wide = torch.promote_types(layer.encoder.dtype, torch.float32)
-    (left, right), (new_left, new_right) = ([f.to(wide) for f in one.slice_factors()] for one in (layer, int8))
+    (left, right), (new_left, new_right) = old.slice_factors(), new.slice_factors()
     norm = _norm(left, right)
     error = _norm(torch.cat([left, left - new_left], -1), torch.cat([right - new_right, new_right], -2))
     return error / norm if norm > 0 else 0.0
 
 
 def _row(name: str, layer: LowRankLinear, int8: Int8LowRankLinear) -> QuantizedRow:
-    pairs = [(layer.encoder.detach(), int8.encoder), (layer.decoder.detach(), int8.decoder)]
-    wide = torch.promote_types(layer.encoder.dtype, torch.float32)
-    errors = [_relative(new.to(wide) - old.to(wide), old.to(wide)) for old, new in pairs]
     stored = (int8.encoder_int8, int8.encoder_scale, int8.decoder_int8, int8.decoder_scale)
-    sizes = [sum(t.numel() * t.element_size() for t in those) for those in ([old for old, _ in pairs], stored)]
+    before, after = (sum(t.nbytes for t in those) for those in ((layer.encoder, layer.decoder), stored))
+    wide = torch.promote_types(layer.encoder.dtype, torch.float32)
+    old, new = (copy.deepcopy(one).to(wide) for one in (layer, int8))
+    encoder, decoder = _relative(new.encoder, old.encoder), _relative(new.decoder, old.decoder)
     shape, structure = layer.weight_shape.weight, str(layer.decomposition)
-    return QuantizedRow(name, shape, structure, sizes[0], sizes[1], errors[0], errors[1], _weight_error(layer, int8))
+    return QuantizedRow(name, shape, structure, before, after, encoder, decoder, _weight_error(old, new))
 
 
 def _chosen(model: nn.Module) -> tuple[dict[str, LowRankLinear], dict[str, str]]:

@@ -29,7 +29,7 @@ from .low_rank import (
     LowRankEmbedding,
     LowRankEmbeddingBag,
 )
-from .merged_linears import MergedLinears, MergedPart, can_be_merged
+from .merged_linears import MergedLinears, MergedPart
 from .obstacles import (
     attributes,
     has_hooks,
@@ -88,7 +88,6 @@ __all__ = [
     "as_narrowed",
     "attributes",
     "bad_values",
-    "can_be_merged",
     "check_copyable",
     "check_values",
     "check_weight",

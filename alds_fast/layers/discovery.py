@@ -181,7 +181,8 @@ def find_layers(model: nn.Module, include: Selection = None, exclude: Selection 
 
     layers: list[Layer] = []
     for name, module, weight in weighted:
-        ready = weight is not None and not isinstance(weight, UninitializedParameter)
+        ready = isinstance(weight, Tensor) and not isinstance(weight, UninitializedParameter)
+        ready = ready or isinstance(module, LowRankLayer)  # of int8 factors, which are no parameters
         shape = weight_shape(module) if ready else None
         sizes = _sizes(module, weight)
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0

@@ -15,13 +15,6 @@ from .linear import LowRankLinear
 from .low_rank import Int8LowRankLinear
 
 
-def can_be_merged(layer: nn.Module) -> bool:
-    """Whether :class:`MergedLinears` takes the layer, beside others of its class."""
-    if not isinstance(layer, LowRankLinear) or layer.slices != 1:
-        return False
-    return not isinstance(layer, Int8LowRankLinear) or layer.pivots != "input"
-
-
 class MergedLinears(nn.Module):
     """Several low-rank linear layers with ``groups=1`` that read the same x: a list of their outputs.
 
@@ -58,9 +51,9 @@ class MergedLinears(nn.Module):
         if not self.is_int8:
             plain = [layer.plain_factors() for layer in layers]
             return [encoder for encoder, _ in plain], [decoder for _, decoder in plain]
-        int8 = [layer for layer in layers if isinstance(layer, Int8LowRankLinear) and layer.pivots != "input"]
+        int8 = [layer for layer in layers if isinstance(layer, Int8LowRankLinear)]
         if len(int8) < len(layers):
-            raise ArgumentError("layers with int8 factors are merged with their like only, and without input pivots")
+            raise ArgumentError(f"{len(layers) - len(int8)} of {len(layers)} layers to merge have no int8 factors")
         parts = [layer.merged_parts() for layer in int8]
         self.register_buffer("encoder_scale", torch.cat([scale for _, scale, _, _ in parts]))
         for i, (_, _, _, scale) in enumerate(parts):

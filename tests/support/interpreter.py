@@ -1,7 +1,7 @@
 """Make Triton's interpreter right for bfloat16.
 
-It keeps bfloat16 as raw uint16: products multiply the bit patterns, casts from float32 truncate, and casts from integers
-keep these as bits. All are mended here, for tests only, with torch's own conversion (round to nearest, ties to even).
+It keeps bfloat16 as raw uint16: products multiply the bit patterns, casts from float32 truncate, and integers are taken
+for such patterns. All is mended here, for tests only, with torch's own conversion (round to nearest, ties to even).
 """
 
 import numpy as np

@@ -75,7 +75,7 @@ class Int8LowRankLinear(LowRankLinear):
         return dequantized(self.decoder_int8, self.decoder_scale)
 
     def merged_parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """encoder_int8, encoder_scale, decoder_int8 and decoder_scale, the identity of output pivots filled in."""
+        """Integers and scales of encoder and decoder of a layer of one slice, the identity of pivots filled in."""
         values, scale = self.decoder_int8, self.decoder_scale
         if self.pivots:
             fold = self.decomposition.fold
