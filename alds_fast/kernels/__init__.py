@@ -8,7 +8,7 @@ from .arguments import BACKENDS
 from .backend import decisions, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
 from .functional import lowrank_conv2d, lowrank_linear, lowrank_linears
 from .limits import MAX_MERGED
-from .reference import dequantized, in_this_order, lowrank_linear_ref
+from .reference import dequantized, in_this_order, lowrank_linear_ref, quantized_rows
 
 __all__ = [
     "BACKENDS",
@@ -20,6 +20,7 @@ __all__ = [
     "lowrank_linear",
     "lowrank_linear_ref",
     "lowrank_linears",
+    "quantized_rows",
     "why_not_fused_conv2d",
     "why_not_fused_linear",
     "why_not_fused_linears",

@@ -4,8 +4,7 @@ import torch
 from support.marks import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alds_fast.kernels import dequantized
-from alds_fast.layers.low_rank.int8_linear import quantized_rows
+from alds_fast.kernels import dequantized, quantized_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,27 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
-from ...kernels import dequantized, lowrank_linear
+from ...kernels import dequantized, lowrank_linear, quantized_rows
 from ...linalg import with_identity
 from ..linear import LowRankLinear
 
 _FACTORS = ("encoder", "decoder")
-
-
-def quantized_rows(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values and a scale for every row, absmax / 127, in the type of the factor; a row of zeros has scale 0.
-
-    Values are rounded to multiples of the scale as it is stored, so that its own rounding adds nothing.
-
-    >>> values, scale = quantized_rows(torch.tensor([[127.0, -63.6], [0.0, 0.0]]))
-    >>> values.tolist(), scale.tolist()
-    ([[127, -64], [0, 0]], [1.0, 0.0])
-    """
-    wide = factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
-    scale = (wide.abs().amax(1) / 127).to(factor.dtype)
-    step = scale.to(wide.dtype)
-    step = torch.where(step > 0, step, 1).unsqueeze(1)
-    return (wide / step).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class Int8LowRankLinear(LowRankLinear):
