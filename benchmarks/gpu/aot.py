@@ -59,7 +59,7 @@ def _few_rows(kind, dtype, wide, scaled):
 
     odd, int8 = 0 if wide else 3, {"HAS_SCALE": True} if scaled else {}
     for parts in (1, 2, 4, 8):
-        t = few_rows.encode_tiling(dtype)
+        t = few_rows.encode_tiling(dtype, scaled)
         tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols, **int8}
         yield "encode_rows", kind, tiles, t, wide
     for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
@@ -69,7 +69,7 @@ def _few_rows(kind, dtype, wide, scaled):
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
     kinds = (1, False), (1, True), (3, False)
     for (layers, pivots), m, rank in itertools.product(kinds, (0, 1, 2), (64, 3072)):
-        t = vectors.vector_tiling(rank - odd, m, 4) if m else few_rows.decode_tiling(dtype, wide)
+        t = vectors.vector_tiling(rank - odd, m, 4) if m else few_rows.decode_tiling(dtype, wide, scaled)
         ranks = {f"RANK{i}": rank - odd for i in range(3)}
         tiles = {"LAYERS": layers, "VECTORS": m, "BM": t.rows, "BK": t.reduction, "BF": t.cols, "PIVOTS": pivots}
         yield "decode_rows", kind, {**tiles, **ranks, **flags, **int8, "HAS_RESIDUAL": layers == 1}, t, wide

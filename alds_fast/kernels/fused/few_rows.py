@@ -159,16 +159,16 @@ def _decode_rows_kernel(
                          WAIT, PRECISION)  # fmt: skip
 
 
-def encode_tiling(dtype: torch.dtype) -> Tiling:
-    """Tiles of the encoder for three rows and more."""
-    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 4, 4)
+def encode_tiling(dtype: torch.dtype, int8: bool = False) -> Tiling:
+    """Tiles of the encoder for three rows and more; each warp converts all int8 weights of 16 ranks, so two do."""
+    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 2 if int8 else 4, 4)
 
 
-def decode_tiling(dtype: torch.dtype, wide: bool) -> Tiling:
+def decode_tiling(dtype: torch.dtype, wide: bool, int8: bool = False) -> Tiling:
     """Tiles of the decoder for three rows and more."""
     if dtype == torch.float32:
         return Tiling(16, 32, 16, 4, 2)
-    return Tiling(16, 128, 32, 4, 4) if wide else Tiling(16, 64, 16, 4, 3)
+    return Tiling(16, 128, 32, 4, 4) if wide else Tiling(16, 64, 16, 2 if int8 else 4, 3)
 
 
 def split(channels: int, tiles: int, reduction: int) -> tuple[int, int]:
@@ -196,7 +196,7 @@ def _encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, hidde
             HAS_SCALE=scale is not None, EARLY=early, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
         return
-    t = encode_tiling(x.dtype)
+    t = encode_tiling(x.dtype, scale is not None)
     tiles = ceil_div(rank, t.cols)
     count, per_part = split(c_group, tiles * groups, t.reduction)
     parts, tickets = None, None
@@ -223,7 +223,7 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
     hidden = x.new_empty((m, q))
     _encode(x, encoder, scales[0] if scales else None, groups, hidden, vectors, early)
     wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
-    t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide)
+    t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide, bool(scales))
     last = [min(i, count - 1) for i in range(MAX_MERGED)]
     d, o = ([those[i] for i in last] for those in (decoders, ys))
     b = [biases[i] for i in last]
