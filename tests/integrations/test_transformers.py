@@ -238,7 +238,7 @@ def row(scheme=0, groups=1, rank=4, shape=(64, 64)):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"version": 99}, errors.FileFormatError, "newer than 2"),
+        ({"version": 99}, errors.FileFormatError, "newer than 3"),
         ({"version": "1"}, errors.FileFormatError, "version '1'"),
         ({"layers": {"bert.pooler.dense": [0, 1, 4]}}, errors.FileFormatError, "'bert.pooler.dense' is damaged"),
         ({"layers": {"bert.pooler.dense": row(rank="4")}}, errors.FileFormatError, "'bert.pooler.dense' is damaged"),
