@@ -196,9 +196,12 @@ def quantize_factors(
         WeightError: a factor has NaN or infinity, or no values. ArgumentError: kind or report is none of its values.
 
     >>> import torch, alds_fast as alds
-    >>> small = alds.compress(torch.nn.Sequential(torch.nn.Linear(256, 256)), params=0.25)
+    >>> small = alds.compress(torch.nn.Sequential(torch.nn.Linear(256, 256)), params=0.25, groups=(1,))
     >>> tiny, table = quantize_factors(small, report=True)
-    >>> tiny[0], table.rows[0].bytes_before // table.rows[0].bytes_after, table.rows[0].weight_error < 0.01
+    >>> tiny[0]
+    Int8LowRankLinear(in_features=256, out_features=256, scheme=0, groups=1, rank=33, pivots='output', int8)
+    >>> table.rows[0].bytes_before // table.rows[0].bytes_after, table.rows[0].weight_error < 0.05
+    (3, True)
     """
     check_model(model)
     if kind != "int8":
