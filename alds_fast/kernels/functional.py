@@ -83,14 +83,19 @@ def lowrank_linear(
             [4., 4., 4.]])
     """
     check_options(activation, backend)
-    x, encoder, decoder, bias, residual, *scale = autocast(x, encoder, decoder, bias, residual, *(scales or ()))
+    x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
     check_dims(2, encoder=encoder, decoder=decoder)
     check_rows(x)
-    if scales is not None:
+    scale: list[Tensor] = []
+    if scales is None:
+        check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
+    else:
+        _, *scale = autocast(x, *scales)
         check_int8(x, {"encoder": encoder, "decoder": decoder}, scale)
+        check_alike(x, bias=bias, residual=residual)
         if x.numel() > MAX_ROWS * x.shape[-1]:
             (encoder, decoder), scale = dequantized_all((encoder, decoder), scale), []
-    check_alike(x, **({} if scale else {"encoder": encoder, "decoder": decoder}), bias=bias, residual=residual)
+        tensors = [x, encoder, decoder, bias, residual, *scale]
     outputs = decoder.shape[0]
     if order is not None:
         outputs += encoder.shape[0]
@@ -106,7 +111,6 @@ def lowrank_linear(
         first, second = dequantized_all((encoder, decoder), scale)
         return lowrank_linear_ref(x, first, second, bias, residual, groups, activation, order)
 
-    tensors = [x, encoder, decoder, bias, residual, *scale]
     return run(("lowrank_linear", groups, activation, order is None), backend, reason, tensors, fused, two_op)
 
 
