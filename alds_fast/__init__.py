@@ -26,7 +26,7 @@ from .checkpoints import (
     save,
     save_analysis,
 )
-from .deployment import DeployTable, QuantizeTable, deploy, quantize_factors
+from .deployment import DeployTable, QuantizeTable, TuningTable, deploy, quantize_factors, tune
 from .errors import AldsError
 from .evaluation import Evaluation, Report, evaluate, measured_importance, report
 from .factors import Distilled, Refined, distill, refine
@@ -73,6 +73,7 @@ __all__ = [
     "Report",
     "Retrained",
     "Sweep",
+    "TuningTable",
     "analyze",
     "benchmark",
     "compress",
@@ -97,6 +98,7 @@ __all__ = [
     "save",
     "save_analysis",
     "to_plain",
+    "tune",
 ]
 
 

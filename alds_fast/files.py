@@ -20,6 +20,11 @@ from torch import Tensor
 from .errors import ArgumentError, FileWriteError, MissingFileError
 
 
+def cache_folder() -> Path:
+    """Where what was measured is kept between processes: ``$ALDS_FAST_CACHE`` or ``~/.cache/alds_fast``."""
+    return Path(os.environ.get("ALDS_FAST_CACHE") or Path.home() / ".cache" / "alds_fast")
+
+
 def target_file(path: str | os.PathLike[str]) -> Path:
     """The file to write, links resolved; refused unless it is a regular file or nothing, in a directory that exists."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):

@@ -8,7 +8,7 @@ from .benchmark import Benchmark
 from .cases import Operation
 from .registered import add_way as register
 from .rows import NOT_COMPILED, BenchSettings, DeviceLost, check_device, compiled, interpreted, measure, settings
-from .timing import Prepared, ceilings, error_text, interleaved, prepare, release, synchronize
+from .timing import ceilings, error_text, interleaved, release, synchronize
 
 __all__ = [
     "NOT_COMPILED",
@@ -16,7 +16,6 @@ __all__ = [
     "Benchmark",
     "DeviceLost",
     "Operation",
-    "Prepared",
     "benchmark",
     "ceilings",
     "check_device",
@@ -25,7 +24,6 @@ __all__ = [
     "interleaved",
     "interpreted",
     "measure",
-    "prepare",
     "register",
     "release",
     "settings",

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from ..measurement import Prepared, copies_for, prepare
 from . import cases, timing
 from .cases import Operation
 from .registered import registered_names
-from .timing import Prepared
 
 Row = dict[str, Any]
 NOT_COMPILED = "not among the rows that are compiled"
@@ -76,7 +76,7 @@ def _rotated(case: Operation, device: torch.device) -> list[cases.Tensors]:
     if case.groups > 1 and case.is_conv:
         tensors["full"] = cases.padded_encoder(tensors["encoder"], case.groups)
     smallest = min(cases.size_bytes(tensors, "x", *n) for n in (("weights",), ("encoder", "decoders")))
-    copies = 2 if device.type == "cpu" else timing.copies_for(smallest, device)
+    copies = 2 if device.type == "cpu" else copies_for(smallest, device)
     return [tensors] + [cases.copy_of(tensors) for _ in range(copies - 1)]
 
 
@@ -106,7 +106,7 @@ def _prepared(
             if why is not None:
                 row["reasons"][name] = why
                 continue
-            prepared[name] = timing.prepare(call, sets, options.device)
+            prepared[name] = prepare(call, sets, options.device)
         except BackendError as e:
             row["reasons"][name] = str(e)
         except Exception as e:

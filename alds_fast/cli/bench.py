@@ -12,7 +12,7 @@ from ..bench import Benchmark, benchmark, register
 from ..errors import ArgumentError
 from ..files import target_file
 from .arguments import integers, share_or_count
-from .targets import ModelTarget, Target
+from .targets import Target, model_and_input
 
 _OPTIONS = (
     *("linear", "conv", "rank", "rows", "image", "batch", "groups", "scheme", "bias", "device"),
@@ -71,26 +71,14 @@ def run_bench(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in _OPTIONS}
     options["dtype"] = None if args.dtype is None else getattr(torch, args.dtype)
     if args.model is not None:
-        options |= _of_model(args, options.pop("dtype"))
+        model, x = model_and_input(args, options.pop("dtype"))
+        options |= {"model": model, "example_inputs": x, "device": None}
     elif args.weights is not None or args.input is not None:
         raise ArgumentError(f"--{'input' if args.weights is None else 'weights'} goes with --model")
     seen = benchmark(**options, rounds=args.rounds, compile=args.compile)
     print(seen.to_json() if args.json else seen)
     if args.out is not None:
         _write(seen, args.out)
-
-
-def _of_model(args: argparse.Namespace, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The model and its input, of the type and on the device that were asked for."""
-    if args.input is None:
-        raise ArgumentError("--model needs --input, the shape of its input, for example 1,3,224,224")
-    model = ModelTarget(args.model, args.weights)()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    x = torch.randn(args.input, generator=torch.Generator().manual_seed(0), device="cpu")
-    try:
-        return {"model": model.to(device, dtype), "example_inputs": x.to(device, dtype), "device": None}
-    except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for CUDA
-        raise ArgumentError(f"--device {device}: {e}") from e
 
 
 def _write(seen: Benchmark, name: str) -> None:

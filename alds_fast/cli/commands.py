@@ -47,6 +47,7 @@ from .directory import compress_directory, show_layers
 from .eval import add_eval, check_data_flags
 from .report import add_report
 from .targets import TARGET_HELP, ModelTarget, Target
+from .tune import add_tune
 
 BUDGETS = (*SHARES, "error", "quality")
 
@@ -200,11 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         "--refine", type=passes, nargs="?", const=PASSES, metavar="N",
         help=f"with --data, train block after block on it in the end, N passes for each ({PASSES})",
     )  # fmt: skip
-    compress.add_argument(
-        "--blocks",
-        metavar="LISTS",
-        help="with --data, the lists of blocks, model.layers for one, if they are not found",
-    )
+    compress.add_argument("--blocks", metavar="LISTS", help="with --data, lists of blocks (model.layers) if not found")
     compress.add_argument("--criterion", choices=CRITERIA, default=None)
     compress.add_argument("--p", type=float, default=None, help="norm over the layers, 1..inf (default by criterion)")
     compress.add_argument("--method", choices=METHODS, default="alds")
@@ -228,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands, [model, output], integers)
     add_report(commands, [output])
     add_bench(commands, [output])
+    add_tune(commands, [output])
     show = commands.add_parser("show", parents=[output], help="print the plan of a saved model or of a plan file")
     show.add_argument("file", help="a model written by save, a compressed directory, or a plan in JSON")
     show.set_defaults(run=_run_show)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import inspect
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
@@ -130,3 +132,16 @@ def _load_weights(model: nn.Module, path: str) -> None:
         raise FileFormatError(f"--weights {path!r} is not a whole safetensors file ({e})") from e
     except RuntimeError as e:
         raise ModelError(f"--weights {path!r} does not fit the model: {e}") from e
+
+
+def model_and_input(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple[nn.Module, torch.Tensor]:
+    """The model of --model and an input of the shape of --input, of the type and on the device that were asked for."""
+    if args.input is None:
+        raise ArgumentError("--model needs --input, the shape of its input, for example 1,3,224,224")
+    model = ModelTarget(args.model, args.weights)()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(args.input, generator=torch.Generator().manual_seed(0), device="cpu")
+    try:
+        return model.to(device, dtype), x.to(device, dtype)
+    except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for CUDA
+        raise ArgumentError(f"--device {device}: {e}") from e

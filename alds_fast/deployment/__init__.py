@@ -8,12 +8,15 @@ from .autotune import whole_model_ms
 from .channel_orders import with_channels_in_order
 from .quantization import QuantizeTable, quantize_factors
 from .table import DeployTable
+from .tuned_forms import TuningTable, tune
 
 __all__ = [
     "DeployTable",
     "QuantizeTable",
+    "TuningTable",
     "deploy",
     "quantize_factors",
+    "tune",
     "whole_model_ms",
     "with_channels_in_order",
 ]

@@ -2,115 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from statistics import median
 from typing import Any, Literal, overload
 
+import torch
 from torch import nn
 
 from ..checks import check_model, is_count
-from ..errors import ArgumentError, BackendError
-from ..kernels import MAX_MERGED
-from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, label, replace_layers, tied_names
+from ..errors import ArgumentError
+from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, replace_layers, tied_names
 from ..measurement import device_of, environment, layer_inputs
-from ..progress import Progress, ProgressOption, telling
+from ..progress import ProgressOption, telling
+from ..tuning import Gpu, tune_calls
 from .autotune import (
     SEPARATE,
-    Specs,
-    autotune_layer,
-    autotune_merged,
     best_model,
-    calls_key,
     is_plain,
-    merge_candidates,
     model_ratios,
     model_spreads,
     module_for,
     whole_model_ms,
 )
 from .channel_orders import with_channels_in_order
+from .layer_rows import MERGED, forced_row, merge_groups, merged_rows, timed_rows
 from .table import DeployRow, DeployTable, known_rows
+from .tuned_forms import fused_calls
 
 _LOG = logging.getLogger(__name__)
 FORCED = ("dense", "two-op", "fused")  # what backend= may ask for
 Table = DeployTable | str | os.PathLike[str]
-Case = tuple[Specs, bool]  # what a layer is called with, and whether another module can take its place
-MERGED = "merged"  # kind of a row that stands for several layers
 
 
 def _low_rank(model: nn.Module) -> dict[str, LowRankLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
-
-
-def _head(name: str, layer: LowRankLayer) -> tuple[str, str, tuple[int, ...], str]:
-    """The first fields of a row."""
-    structure = str(layer.decomposition) + ", in order" * layer.in_order
-    return name, type(layer).__name__, layer.weight_shape.weight, structure
-
-
-def _row(name: str, layer: LowRankLayer, case: Case, known: Mapping[str, DeployRow], rounds: int) -> DeployRow:
-    specs, plain = case
-    if not specs:
-        return DeployRow(*_head(name, layer), "", {}, {}, "two-op", "not called with the example inputs", "forced")
-    call = calls_key(layer, specs, plain)
-    if call in known:
-        return replace(known[call], name=name)
-    return DeployRow(*_head(name, layer), call, *autotune_layer(layer, specs, rounds, plain), "measured")
-
-
-def _rows(
-    layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case], known: dict[str, DeployRow], rounds: int,
-    told: Progress,
-) -> list[DeployRow]:  # fmt: skip
-    """A row for every layer; layers with the same call are measured once."""
-    rows = []
-    for name, layer in layers.items():
-        rows.append(_row(name, layer, cases[name], known, rounds))
-        if rows[-1].call:
-            known[rows[-1].call] = rows[-1]
-        told("layers timed", len(rows), len(layers))
-    return rows
-
-
-def _force(name: str, layer: LowRankLayer, case: Case, backend: str) -> DeployRow:
-    specs, plain = case
-    if not specs:
-        return DeployRow(*_head(name, layer), "", {}, {}, "two-op", "not called with the example inputs", "forced")
-    if backend == "dense" and not plain:
-        raise BackendError(
-            f"layer {label(name)}: backend='dense' cannot replace it: it has hooks, a forward of its own or factors "
-            f"that other modules hold too"
-        )
-    for spec in specs if backend == "fused" else ():
-        if reason := layer.why_not_fused(spec.empty()):
-            raise BackendError(f"layer {label(name)}: backend='fused' cannot run it: {reason}")
-    return DeployRow(*_head(name, layer), calls_key(layer, specs, plain), {}, {}, backend, "", "forced")
-
-
-def _merged_rows(
-    groups: Iterable[tuple[str, ...]], layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case],
-    rows: Sequence[DeployRow], known: dict[str, DeployRow], rounds: int,
-) -> list[DeployRow]:  # fmt: skip
-    """A row for every group of two or three linear layers that read the same tensors."""
-    won, merged = {row.name: row for row in rows}, []
-    for group in groups:
-        for names in (group[i : i + MAX_MERGED] for i in range(0, len(group), MAX_MERGED)):
-            members = [layer for n in names if isinstance(layer := layers[n], LowRankLinear)]
-            if len(members) < 2 or len({type(m) for m in members}) > 1:  # int8 goes with int8
-                continue
-            call = json.dumps([[won[n].call, won[n].won] for n in names])
-            if call not in known:
-                result = autotune_merged(members, [won[n].won for n in names], cases[names[0]][0], rounds)
-                shape = (sum(m.weight_shape.out_channels for m in members), members[0].weight_shape.in_channels)
-                ranks = ", ".join(str(m.rank) for m in members)
-                known[call] = DeployRow("", MERGED, shape, f"ranks {ranks}", call, *result, "measured")
-            merged.append(replace(known[call], name=" + ".join(names), members=names))
-    return merged
 
 
 def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[DeployRow]) -> nn.Module:
@@ -136,17 +65,29 @@ def _build(model: nn.Module, layers: Mapping[str, LowRankLayer], rows: Iterable[
     return result
 
 
+def _tuned_on(device: torch.device, tune: bool | None, backend: str | None) -> Gpu | None:
+    """Where tilings are found before layers are timed; None for nowhere."""
+    if tune is not None and not isinstance(tune, bool):
+        raise ArgumentError(f"tune={tune!r} is not True, False or None")
+    if tune and (device.type != "cuda" or backend is not None):
+        raise ArgumentError(
+            f"tune=True goes with backend=None and a model on a CUDA device, not backend={backend!r} on {device}"
+        )
+    wanted = device.type == "cuda" and backend is None if tune is None else tune
+    return Gpu(device) if wanted else None
+
+
 @overload
 def deploy(
     model: nn.Module, example_inputs: Any, *, backend: str | None = ..., table: Table | None = ..., rounds: int = ...,
-    report: Literal[False] = ..., reorder: bool = ..., progress: ProgressOption = ...,
+    report: Literal[False] = ..., reorder: bool = ..., tune: bool | None = ..., progress: ProgressOption = ...,
 ) -> nn.Module: ...  # fmt: skip
 
 
 @overload
 def deploy(
     model: nn.Module, example_inputs: Any, *, backend: str | None = ..., table: Table | None = ..., rounds: int = ...,
-    report: Literal[True], reorder: bool = ..., progress: ProgressOption = ...,
+    report: Literal[True], reorder: bool = ..., tune: bool | None = ..., progress: ProgressOption = ...,
 ) -> tuple[nn.Module, DeployTable]: ...  # fmt: skip
 
 
@@ -159,6 +100,7 @@ def deploy(
     rounds: int = 7,
     report: bool = False,
     reorder: bool = False,
+    tune: bool | None = None,
     progress: ProgressOption = None,
 ) -> nn.Module | tuple[nn.Module, DeployTable]:
     """A copy of a compressed model in which every low-rank layer runs in the way that was measured to be fastest.
@@ -184,6 +126,8 @@ def deploy(
         reorder: layers with output pivots leave these in the order in which they are made, and weights of the layers
             after them are put in that order, see :mod:`alds_fast.deployment.channel_orders`. For models that are run as
             in the example, and of which nobody reads values between layers. A warning says where that cannot be.
+        tune: first find tilings of the fused kernels on this device, see :func:`alds_fast.tune`; None does so where the
+            model is on a GPU and backend is None. Layers whose tilings are not known yet take seconds there.
         progress: of the layers that are timed, as of :func:`alds_fast.analyze`.
 
     Returns:
@@ -209,6 +153,7 @@ def deploy(
     if not is_count(rounds):
         raise ArgumentError(f"rounds={rounds!r} is not an integer >= 1")
     known = known_rows(table, environment(device_of(model)))
+    on = _tuned_on(device_of(model), tune, backend)
     given = model
     model = with_channels_in_order(given, example_inputs) if reorder else given
     layers = _low_rank(model)
@@ -217,11 +162,14 @@ def deploy(
     inputs, tied = layer_inputs(model, example_inputs, layers), tied_names(model)
     cases = {name: (inputs[name], is_plain(layer, tied)) for name, layer in layers.items()}
     if backend is not None:
-        rows = [_force(name, layer, cases[name], backend) for name, layer in layers.items()]
+        rows = [forced_row(name, layer, cases[name], backend) for name, layer in layers.items()]
     else:
+        groups = merge_groups(model, example_inputs, layers, cases)
         with telling(progress) as told:
-            rows = _rows(layers, cases, known, rounds, told)
-        rows += _merged_rows(merge_candidates(model, example_inputs, layers, cases), layers, cases, rows, known, rounds)
+            if on is not None:
+                tune_calls(fused_calls(layers, groups, cases), on, told)
+            rows = timed_rows(layers, cases, known, rounds, told)
+        rows += merged_rows(groups, cases, rows, known, rounds)
     unmerged = [row for row in rows if row.kind != MERGED]
     sides = {
         "dense": [replace(row, won="dense" if cases[row.name][1] else "two-op") for row in unmerged],

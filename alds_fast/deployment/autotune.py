@@ -19,7 +19,6 @@ from ..layers import (
     MergedLinears,
     has_hooks,
     low_rank_like,
-    tied_names,
 )
 from ..measurement import (
     STEADY,
@@ -33,7 +32,6 @@ from ..measurement import (
     median_ratio,
     paired_ratios,
     quartile_spread,
-    shared_inputs,
     steady_ms,
 )
 from .equivalent_shapes import regroup, variants
@@ -160,7 +158,7 @@ def _fastest(
 def autotune_layer(layer: LowRankLayer, specs: Specs, rounds: int, plain: bool) -> Result:
     """All ways to run one layer, on random inputs like those that it gets."""
     made, note = candidates_of(layer, specs, plain)
-    exact = _double(layer)
+    exact = double(layer)
     sides = {name: lambda x, m=module: (m(x),) for name, module in made.items()}
     return _fastest(sides, lambda x: (exact(x),), specs, rounds, note)
 
@@ -168,7 +166,7 @@ def autotune_layer(layer: LowRankLayer, specs: Specs, rounds: int, plain: bool) 
 def autotune_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: Specs, rounds: int) -> Result:
     """Layers that read the same input, each as it won, against one encoder call for all of them."""
     alone = [module_for(layer, name) for layer, name in zip(layers, won, strict=True)]
-    exact = [_double(layer) for layer in layers]
+    exact = [double(layer) for layer in layers]
     sides: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {SEPARATE: lambda x: [m(x) for m in alone]}
     sides["two-op"] = MergedLinears(layers, "two-op")
     fused = MergedLinears(layers, "fused")
@@ -178,16 +176,7 @@ def autotune_merged(layers: Sequence[LowRankLinear], won: Sequence[str], specs: 
     return _fastest(sides, lambda x: [m(x) for m in exact], specs, rounds, _not_fused(reasons))
 
 
-def merge_candidates(
-    model: nn.Module, example_inputs: Any, layers: Mapping[str, LowRankLayer], cases: Mapping[str, tuple[Specs, bool]]
-) -> list[tuple[str, ...]]:
-    """Names of linear layers that read the same tensors and can be merged."""
-    free = [n for n, m in layers.items() if isinstance(m, LowRankLinear) and m.slices == 1 and cases[n][1]]
-    biases = tied_names(model)
-    return shared_inputs(model, example_inputs, [n for n in free if id(layers[n].bias) not in biases])
-
-
-def _double(layer: LowRankLayer) -> LowRankLayer:
+def double(layer: LowRankLayer) -> LowRankLayer:
     """A float64 copy without hooks that runs as two calls."""
     new = low_rank_like(layer.dense_module(), layer.decomposition)
     for name in ("encoder", "decoder", "bias"):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BackendError
 from .limits import LEAST_SAVED, MAX_HIDDEN, MAX_MERGED, MAX_ROWS, most_saved, precision
+from .tilings import capability_of
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FUSED_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,6 +39,8 @@ def _device_reason(kind: str, index: int | None) -> str | None:
         return "triton is not installed (pip install triton)"
     if kind == "cpu":
         return None if _is_interpreted() else "it runs on CUDA devices, x is on the CPU"
+    if kind == "meta" and capability_of(torch.device("meta")) is not None:  # it is to be compiled only
+        return None
     if kind != "cuda" or not torch.cuda.is_available():
         return f"it runs on CUDA devices, x is on {kind}"
     major = torch.cuda.get_device_capability(index)[0]

@@ -29,8 +29,25 @@ from .run_model import (
     without_fast_paths,
 )
 from .samples import Samples, digest_of, leaves_of
-from .timer import interleaved_ms, median_ratio, ms_by_part, paired_ratios, quartile_spread, sample_ms, steady_ms
-from .timing_cache import STEADY, Ratios, Timed, Timings, device_name, environment
+from .timing import (
+    STEADY,
+    Prepared,
+    Ratios,
+    Timed,
+    Timings,
+    copies_for,
+    device_name,
+    environment,
+    interleaved_ms,
+    l2_bytes,
+    median_ratio,
+    ms_by_part,
+    paired_ratios,
+    prepare,
+    quartile_spread,
+    sample_ms,
+    steady_ms,
+)
 from .watched_run import LayerCall, Watch, as_written, fingerprint, watching, weight_readers
 
 __all__ = [
@@ -42,6 +59,7 @@ __all__ = [
     "LayerCall",
     "Masks",
     "Peak",
+    "Prepared",
     "Ratios",
     "Run",
     "Samples",
@@ -57,6 +75,7 @@ __all__ = [
     "check_data",
     "check_runs",
     "check_sensitivity",
+    "copies_for",
     "copy_batch",
     "count_inputs",
     "dense_flops",
@@ -73,6 +92,7 @@ __all__ = [
     "inference",
     "interleaved_ms",
     "keeping_state",
+    "l2_bytes",
     "layer_inputs",
     "leaves_of",
     "masks_of",
@@ -84,6 +104,7 @@ __all__ = [
     "output_tensors",
     "paired_ratios",
     "peak_of_activations",
+    "prepare",
     "private_runs",
     "quartile_spread",
     "sample_ms",

@@ -1,7 +1,8 @@
 """Floating-point operations of layers and of everything that could replace them, counted as torch counts them.
 
 A multiplication and an addition are two operations; biases, activations and normalisations count nothing. The numbers
-are those of ``torch.utils.flop_counter.FlopCounterMode`` on the compressed model, exactly.
+are those of ``torch.utils.flop_counter.FlopCounterMode`` on the compressed model, exactly, and what it leaves out:
+recurrent layers and, on the CPU, scaled dot-product attention.
 """
 
 from __future__ import annotations
@@ -11,12 +12,36 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..layers import LowRankLayer, is_table
 from ..linalg import Decomposition, WeightShape, decoder_axes, saved_by_pivots
 from .inputs import InputSpec, layer_inputs
 from .run_model import without_fast_paths
+
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Scores, and their sums of values; each is (batch, heads, positions, width)."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent(x: Shape, weights: Iterable[Shape]) -> int:
+    """The products of every step with all matrices among the weights; x is (..., features)."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
+
+
+def _not_counted_by_torch() -> dict[Any, Any]:
+    """Formulas of operators for which torch has none."""
+    aten = torch.ops.aten
+    formulas = {
+        "_scaled_dot_product_flash_attention_for_cpu": _attention,
+        "mkldnn_rnn_layer": lambda x, w_input, w_hidden, *_, **__: _recurrent(x, (w_input, w_hidden)),
+        "_cudnn_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
+    }
+    return {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
 
 
 def count_inputs(
@@ -28,7 +53,7 @@ def count_inputs(
     """
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
-    with without_fast_paths(), FlopCounterMode(display=False) as counter:
+    with without_fast_paths(), FlopCounterMode(display=False, custom_mapping=_not_counted_by_torch()) as counter:
         inputs = layer_inputs(model, example_inputs, names)
     return inputs, int(counter.get_total_flops())
 

@@ -114,7 +114,8 @@ class Latency:
         return self.distance <= self.TOLERANCE and self.saves_half
 
     def __str__(self) -> str:
-        far = "" if self.is_met else f", NOT within {self.TOLERANCE:.0%} of it"
+        beyond = ", faster than asked" if self.measured < self.asked else f", NOT within {self.TOLERANCE:.0%} of it"
+        far = "" if self.is_met else beyond
         if not self.saves_half:
             far = ", NOT half of the saving"
         times = f"{self.dense_ms:.3g} -> {self.compressed_ms:.3g} ms"

@@ -4,9 +4,15 @@ Prints one JSON row per compilation: kernel, dtype, tiles, architecture, registe
 many programs run on a multiprocessor at once, and what the hot loops have (:func:`benchmarks.gpu.sass.counts`). The
 widest epilogue is compiled (bias, residual, GELU). "wide" configurations are for channels, ranks and filters that are
 multiples of 16, the others for any.
+
+A row's key says what its machine code follows from. ``--known FILE`` takes from aot.json the rows whose key is there,
+but for one in eight, which are compiled again.
 """
 
+import argparse
 import concurrent.futures
+import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -14,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -24,6 +31,7 @@ from . import sass
 SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS", "PIVOTS",
          "HAS_SCALE")  # fmt: skip
 OF_TILES = ("cols_per_program", "channels_per_part")  # multiples of a tile whatever the sizes are
+AGAIN = 8  # of so many known rows one is compiled again
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -76,7 +84,7 @@ def _few_rows(kind, dtype, wide, scaled):
 
 
 def _convolutions(kind, dtype, wide):
-    """By taps and by rows of taps; one slice and two, one chunk and several, all tiles."""
+    """By taps and by rows of taps; one slice and two, one chunk and several, all tiles; images of any size and one."""
     from alds_fast.kernels.fused import conv2d
 
     small, large = ((16,), (16, 64), (16, 128)), ((64,), (16, 32, 64, 128), (64, 128, 256))
@@ -91,10 +99,12 @@ def _convolutions(kind, dtype, wide):
         taps = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
         runs = [("conv2d_taps", taps, {"SH": 1, "SW": 1, "PW": 1, "KW": 3})]
         if wide and dtype != torch.float32 and chunk <= conv2d.MAX_ROWS_RANK:
-            runs.append(("conv2d_rows", conv2d.rows_tiling(pixels, channels, filters, heavy), {}))
+            for width in (3, 5) if chunk <= conv2d.MAX_ROWS_RANK // 2 else (3,):
+                t = conv2d.rows_tiling(pixels, channels, filters, heavy, width)
+                runs.append(("conv2d_rows", t, {"KW": width}))
         odd = 0 if wide else 1
         for (name, t, place), (groups, chunks) in itertools.product(runs, ((1, 1), (2, 2))):
-            key = name, t, chunk, channels, groups
+            key = name, t, chunk, channels, groups, place["KW"]
             several = chunks > 1 and (not heavy or (channels, filters) != (64, 256) or name == "conv2d_rows")
             if key in seen or several:  # the heavy epilogue comes first, and says more
                 continue
@@ -102,7 +112,9 @@ def _convolutions(kind, dtype, wide):
             layer = {"C": groups * (channels + odd), "RANK": chunks * chunk - odd, "F": filters - odd}
             layer |= {"GROUPS": groups, "CHUNKS": chunks, "KH": 3, "PH": 1, "DH": 1, "DW": 1, "FAR": False}
             tiles = {"BM": t.rows, "BK": t.reduction, "BR": chunk, "BF": t.cols}
-            yield name, kind, {**tiles, **layer, **place, **epilogue(heavy)}, t, wide
+            side = (28, 28) if name == "conv2d_rows" else (28, 28, 28, 28)
+            for size in ((), side):
+                yield name, kind, {**tiles, **layer, **place, **epilogue(heavy), "SIZE": size}, t, wide
 
 
 def _kernel(name):
@@ -110,12 +122,27 @@ def _kernel(name):
 
     return {
         "conv2d_taps": conv2d._conv2d_taps_kernel,
-        "conv2d_rows": conv2d._conv2d_rows_kernel,
+        "conv2d_rows": conv2d.conv2d_rows_kernel,
         "linear": linear._lowrank_linear_kernel,
         "encode_rows": few_rows._encode_rows_kernel,
         "encode_vectors": vectors.encode_vectors_kernel,
         "decode_rows": few_rows._decode_rows_kernel,
     }[name]
+
+
+def first_guess(key):
+    """The tiling that a launch takes where nothing was measured."""
+    from alds_fast.kernels import ConvKey, EncodeKey, LinearKey
+    from alds_fast.kernels.fused import conv2d, few_rows, linear, vectors
+
+    if isinstance(key, LinearKey):
+        return linear.first_linear(key)
+    if isinstance(key, ConvKey):
+        return conv2d.first_conv2d(key, key.pixels)
+    if isinstance(key, EncodeKey):
+        return vectors.vector_tiling(key.channels, key.rows) if key.vectors else few_rows.encode_tiling(key.dtype)
+    many = max(key.ranks)
+    return vectors.vector_tiling(many, key.rows, 4) if key.vectors else few_rows.decode_tiling(key.dtype, key.wide)
 
 
 def compiled(source, sm, options):
@@ -164,7 +191,7 @@ def compile_one(job):
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
     resources, cubin = compiled(source, arch, {"num_warps": warps, "num_stages": stages})
     tiles = {k: v for k, v in constants.items() if k in SHOWN}
-    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "GROUPS", "CHUNKS")}
+    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "GROUPS", "CHUNKS", "KW", "SIZE")}
     row = {"kernel": name, "dtype": dtype, **tiles, **flags, "warps": warps, "stages": stages, "sm": arch, "wide": wide}
     return {**row, **resources}, cubin
 
@@ -187,23 +214,39 @@ def jobs():
             yield name, kind, constants, (t.num_warps, t.num_stages), arch, wide
 
 
+def key_of(job):
+    """What the row of a configuration follows from: it, the kernel's source, Triton, how it is compiled and counted."""
+    import triton
+
+    ways = inspect.getsource(compile_one), inspect.getsource(compiled), inspect.getsource(sass)
+    of = job, _kernel(job[0]).cache_key, triton.__version__, ways
+    return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
+
+
 def _rows(some):
-    return counted([compile_one(job) for job in some])
+    return [{**row, "key": key_of(job)} for row, job in zip(counted(list(map(compile_one, some))), some, strict=True)]
 
 
-def compiled_rows(module="benchmarks.gpu.aot"):
+def compiled_rows(module="benchmarks.gpu.aot", *arguments):
     """The rows that a module of this folder prints, from a process in which Triton compiles instead of interpreting."""
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables, timeout=3600)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in filter(None, done.stdout.splitlines())]
 
 
 def main():
-    everything = list(jobs())
-    batches = [everything[i : i + 16] for i in range(0, len(everything), 16)]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--known", type=Path, metavar="FILE", help="aot.json of another run")
+    file = parser.parse_args().known
+    known = {row["key"]: row for row in json.loads(file.read_text())["rows"]} if file else {}
+    taken = {key for key in known if int(key, 16) % AGAIN}
+    everything = [(job, key_of(job)) for job in jobs()]
+    print("\n".join(json.dumps(known[key]) for _, key in everything if key in taken))
+    left = [job for job, key in everything if key not in taken]
+    batches = [left[i : i + 16] for i in range(0, len(left), 16)]
     with concurrent.futures.ProcessPoolExecutor(int(os.environ.get("AOT_PROCESSES", 2))) as pool:
         for rows in pool.map(_rows, batches):
             print("\n".join(map(json.dumps, rows)), flush=True)

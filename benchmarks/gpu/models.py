@@ -17,6 +17,7 @@ from alds_fast import bench
 from alds_fast.bench import BenchSettings, check_device, compiled
 from alds_fast.errors import BackendError
 from alds_fast.layers import LowRankLayer
+from alds_fast.measurement import Prepared, prepare
 from benchmarks.common.networks import resnet50, with_falling_spectrum
 
 Result = dict[str, Any]
@@ -164,7 +165,7 @@ class EndToEnd:
         self.result |= {"sides": {}, "ratios": {}, "memory": {}, "errors": {}, "reasons": {}, "seconds": {}}
         self.result["compile_mode"] = next(iter(options.model_mode.values()))
         self.models: dict[str, nn.Module] = {}
-        self.ready: dict[str, bench.Prepared] = {}
+        self.ready: dict[str, Prepared] = {}
 
     def attempt(self, name: str, step: Callable[[], object]) -> None:
         """Run a step; what it raises is noted, and the others go on. Raises DeviceLost."""
@@ -214,7 +215,7 @@ class EndToEnd:
             self.result["errors"][name] = output_error(self.models[name], reference, x)
 
     def prepare(self, name: str, model: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.ready[name] = bench.prepare(model, [x], self.options.device)
+        self.ready[name] = prepare(model, [x], self.options.device)
 
     def compile(self, name: str, x: Tensor) -> None:
         if name not in self.models:
@@ -227,7 +228,7 @@ class EndToEnd:
         """All sides that are ready take turns, and dense and deployed without a graph as well."""
         sides = dict(self.ready)
         for name in {"dense", "deployed"} & self.models.keys():
-            sides[f"{name}_eager"] = bench.Prepared(lambda m=self.models[name]: m(x), [], 1)
+            sides[f"{name}_eager"] = Prepared(lambda m=self.models[name]: m(x), [], 1)
         rounds = self.options.rounds
         self.result["sides"] = bench.interleaved(sides, self.options.device, rounds, 5 * self.options.min_ms)
         self.result["ratios"] = ratios({name: t["ms"] for name, t in self.result["sides"].items()})

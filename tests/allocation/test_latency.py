@@ -22,7 +22,7 @@ from alds_fast.errors import BudgetError, ModelError, PlanError
 from alds_fast.layers import LowRankLayer
 from alds_fast.linalg import Decomposition, index_count
 from alds_fast.measurement import InputSpec, Timed, Timings, layer_inputs
-from alds_fast.measurement import timer as timer_module
+from alds_fast.measurement.timing import timer as timer_module
 
 CPU = torch.device("cpu")
 

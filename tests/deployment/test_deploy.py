@@ -15,7 +15,7 @@ import alds_fast as alds
 from alds_fast.deployment import DeployTable, autotune
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
 from alds_fast.layers import MergedLinears, MergedPart
-from alds_fast.measurement import timer
+from alds_fast.measurement.timing import timer
 
 INTERPRETED = not torch.cuda.is_available()
 

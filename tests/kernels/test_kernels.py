@@ -88,6 +88,36 @@ def test_lowrank_conv2d(shape, options, dtype):
     compare(lowrank_conv2d, conv_case(*shape, dtype), {"groups": shape[3], **options})
 
 
+class Watched:
+    """A kernel whose launches leave their SIZE in a list."""
+
+    def __init__(self, kernel, taken):
+        self.kernel, self.taken = kernel, taken
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.taken.append(options["SIZE"])
+            return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (2, 2)])
+def test_the_first_size_of_images_is_a_constant(kernel, monkeypatch):
+    """Of a layer; other sizes are right with the kernel that takes any, in whatever order they come."""
+    monkeypatch.setattr(conv2d, "_first_sizes", {})
+    taken = []
+    for name in ("_conv2d_taps_kernel", "conv2d_rows_kernel"):
+        monkeypatch.setattr(conv2d, name, Watched(getattr(conv2d, name), taken))
+    padding = tuple(k // 2 for k in kernel)
+    for size in ((5, 6), (4, 9), (5, 6), (6, 5)):
+        case = conv_case(2, 16, size, 1, 16, 32, by_one(*kernel), torch.float16)
+        compare(lowrank_conv2d, case, {"padding": padding})
+    out = tuple(n + 2 * p - k + 1 for n, p, k in zip((5, 6), padding, kernel, strict=True))
+    first = (5, 6) if kernel[1] > 2 else (5, 6, *out)
+    assert set(taken[:1]) == {first} and taken.count(first) == 2 and taken.count(()) == 2
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
 @pytest.mark.parametrize("filters", [24, slow(32), 300])
 def test_epilogue_of_conv2d(filters, activation):

@@ -10,7 +10,8 @@ import alds_fast as alds
 from alds_fast.deployment import DeployTable, autotune
 from alds_fast.errors import ArgumentError, BackendError
 from alds_fast.layers import MergedLinears, MergedPart
-from alds_fast.measurement import shared_inputs, timer
+from alds_fast.measurement import shared_inputs
+from alds_fast.measurement.timing import timer
 
 NAMES = ("q", "k", "v", "gate", "up", "other")
 

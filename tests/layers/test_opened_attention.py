@@ -76,6 +76,31 @@ def test_one_sample_without_its_dimension(kind):
     close(OpenedAttention(module)(*x, padding), module(*x, padding))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"key_padding_mask": torch.zeros(SAMPLES, KEYS - 1).bool()},
+            r"key_padding_mask is \(4, 4\), expected \(4, 5\)",
+        ),
+        ({"key_padding_mask": torch.zeros(SAMPLES, KEYS + 1)}, r"key_padding_mask is \(4, 6\)"),
+        (
+            {"key_padding_mask": torch.zeros(SAMPLES, KEYS).long()},
+            r"key_padding_mask is of torch.int64: expected a mask",
+        ),
+        ({"attn_mask": torch.zeros(QUERIES, KEYS + 1)}, r"attn_mask is \(3, 6\), expected \(3, 5\) or \(8, 3, 5\)"),
+        ({"attn_mask": torch.zeros(SAMPLES, QUERIES, KEYS)}, r"attn_mask is \(4, 3, 5\)"),
+        ({"attn_mask": torch.zeros(QUERIES, KEYS).int()}, r"attn_mask is of torch.int32"),
+    ],
+)
+def test_masks_that_the_module_refuses_are_refused(options, message):
+    module = attention()
+    with pytest.raises((AssertionError, RuntimeError)):
+        module(*given(module), **options)
+    with pytest.raises(alds.errors.ArgumentError, match=message):
+        opened(module)(*given(module), **options)
+
+
 def test_gradients_and_dropout_are_those_of_the_module():
     module = attention(dropout=0.5).train()
     same = OpenedAttention(copy.deepcopy(module))

@@ -95,5 +95,29 @@ def test_torchs_transformer_layers_are_counted(monkeypatch):
     _, total = count_inputs(analysis.model, x, list(analysis.spectra))
     small = analysis.plan(flops=0.8, example_inputs=x).apply(model)
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)  # there torch counts nothing either
-    assert counted(model, x) == total
-    assert 0.75 * total < counted(small, x) <= 0.8 * total
+    attention = 2 * 2 * 3 * 2 * 6 * 6 * (16 + 16)  # which torch does not count on the CPU
+    assert counted(model, x) + attention == total
+    assert 0.75 * total < counted(small, x) + attention == count_inputs(small, x, ())[1] <= 0.8 * total
+
+
+class Sequences(nn.Module):
+    """A recurrent layer, and attention of its outputs, for which torch counts nothing on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.LSTM(8, 16, 2, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x):
+        y = self.steps(x)[0].unflatten(-1, (4, 8)).transpose(1, 2)
+        return self.last(nn.functional.scaled_dot_product_attention(y, y[:, :, :3], y[:, :, :3]).flatten(2)[..., :32])
+
+
+def test_recurrent_layers_and_attention_are_counted():
+    x = torch.randn(2, 5, 8)
+    steps = 2 * 2 * 5 * 2 * (64 * (8 + 16) + 64 * (32 + 16))
+    attention = 2 * 2 * 4 * 5 * 3 * (8 + 8)
+    rows = 2 * 4
+    assert count_inputs(Sequences(), x, ())[1] == steps + attention + 2 * rows * 32 * 4
+    plan = alds.analyze(Sequences(), progress=False).plan(flops=0.995, example_inputs=x, progress=False)
+    assert plan.costs["flops"][0] == steps + attention + 2 * rows * 32 * 4

@@ -18,8 +18,8 @@ from alds_fast.measurement import (
     interleaved_ms,
     layer_inputs,
     median_ratio,
-    timer,
 )
+from alds_fast.measurement.timing import timer
 
 
 class Twice(nn.Module):

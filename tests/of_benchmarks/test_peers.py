@@ -161,15 +161,16 @@ def divergence(setting, net, batch):
 
 @pytest.mark.slow
 def test_one_command_does_every_method_and_goes_on(setting, tmp_path, capsys):
-    shares = (0.8, 0.6)
-    half = run.run(setting, tmp_path, shares[:1], ["SVD-LLM", "ours, refitted"])
-    rows = run.run(setting, tmp_path, shares, list(methods.METHODS))
-    assert rows[: len(half)] == half
+    shares, two = (0.8, 0.6), ["SVD-LLM", "ours, refitted"]
+    half = run.run(setting, tmp_path, shares[:1], two)
+    most = run.run(setting, tmp_path, shares[:1], list(methods.METHODS))
+    rows = run.run(setting, tmp_path, shares, two)
+    assert most[: len(half)] == half and rows[: len(most)] == most
     cells = [(row["method"], row["share"]) for row in rows if row["kind"] == "cell"]
-    assert sorted(cells) == sorted((name, share) for name in methods.METHODS for share in shares)
+    assert sorted(cells) == sorted([(name, 0.8) for name in methods.METHODS] + [(name, 0.6) for name in two])
     assert sorted(r["name"] for r in rows if r["kind"] == "statistics") == sorted(methods.STATISTICS)
     assert all(row["left"] <= row["share"] + 1e-9 for row in rows if row["kind"] == "cell")
-    assert run.run(setting, tmp_path, shares, list(methods.METHODS)) == rows
+    assert run.run(setting, tmp_path, shares, two) == rows
     table.write_results(rows, tmp_path)
     assert (tmp_path / "peers.png").stat().st_size > 10_000
     text = (tmp_path / "peers.md").read_text()

@@ -14,7 +14,7 @@ import pytest
 from support.house import ROOT, House, counts, floors, imported_by_call, imports_of
 
 WINGS = (
-    *("linalg", "kernels", "layers", "measurement", "integrations"),
+    *("linalg", "kernels", "layers", "measurement", "tuning", "integrations"),
     *("blocks", "criteria", "allocation", "factors", "planning"),
     *("deployment", "checkpoints", "retraining", "evaluation", "bench", "cli"),
 )

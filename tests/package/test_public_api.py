@@ -15,6 +15,7 @@ NAMES = {
     *("AldsError", "Analysis", "DeployTable", "Evaluation", "LayerPlan", "Plan", "Retrained"),
     *("CompressedCheckpoint", "compress_checkpoint", "from_pretrained"),
     *("analyze", "compress", "deploy", "evaluate", "load", "open_experts", "register", "retrain", "save", "to_plain"),
+    *("tune", "TuningTable"),
     *("filter_threshold", "plot_plan", "plot_sweep", "Sweep", "refine", "Refined", "distill", "Distilled", "own_text"),
     *("measured_importance", "load_analysis", "save_analysis", "report", "Report", "benchmark", "Benchmark"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
@@ -63,6 +64,7 @@ def test_signatures():
         "rounds": 7,
         "report": False,
         "reorder": False,
+        "tune": None,
         "progress": None,
     }
     recipe = dict.fromkeys(("loader", "loss", "train_step", "optimizer", "scheduler", "train"))

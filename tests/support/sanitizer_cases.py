@@ -224,12 +224,14 @@ def _floating_tiling(name, kind, t, odd):
 
 def _conv_tiling(name, kind, t, odd):
     """By rows of taps, or with a stride, which those do not take; tiles for many pixels by asking for few programs."""
-    wanted = name, {k: t[k] for k in (*TILES, "GROUPS", "CHUNKS", "FAR") if k in t}
-    options = {"padding": 1} if name == "conv2d_rows" else {"padding": 1, "stride": (2, 1)}
+    wanted = name, {k: t[k] for k in (*TILES, "GROUPS", "CHUNKS", "FAR", "KW") if k in t}
+    options = {"padding": (1, t["KW"] // 2)} | ({} if name == "conv2d_rows" else {"stride": (2, 1)})
+    if t["SIZE"]:
+        return None  # as a constant where it is a layer's first: the other calls
     if t["CHUNKS"] > 1 and t["BR"] < (64 if odd or kind == "fp32" else conv2d.MAX_CHUNK):
         return None  # compiled, but a larger chunk is chosen
     large = t["BM"] == (64 if name == "conv2d_rows" else 128)
-    shape = (1, t["C"], (9, 11), t["GROUPS"], t["RANK"], t["F"], by_one(3, 3))
+    shape = (1, t["C"], (9, 11), t["GROUPS"], t["RANK"], t["F"], by_one(3, t["KW"]))
     programs = 0 if large else conv2d.FEW_PROGRAMS
     return conv("tilings", kind, shape, options, **_epilogue(t), programs=programs, wanted=wanted)
 

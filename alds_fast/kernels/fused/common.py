@@ -1,22 +1,10 @@
-"""What the kernels share: tilings and the epilogue. Importing this needs triton."""
+"""What the kernels share: sizes of tiles and the epilogue. Importing this needs triton."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
-
-class Tiling(NamedTuple):
-    """Tile sizes (rows, reduction, output columns) and launch options of a kernel."""
-
-    rows: int
-    reduction: int
-    cols: int
-    num_warps: int
-    num_stages: int
 
 
 def ceil_div(n: int, size: int) -> int:
@@ -40,6 +28,15 @@ def power_of_two(n: int, least: int = 16) -> int:
 def addresses(*tensors: Tensor) -> list[int]:
     """Where the tensors begin, in bytes: Triton reads in wide pieces from multiples of 16 only."""
     return [t.data_ptr() for t in tensors]
+
+
+def size_class(n: int) -> int:
+    """The power of two from ``n`` up: launches of one class share a tuned tiling.
+
+    >>> size_class(1), size_class(17)
+    (1, 32)
+    """
+    return 1 << (n - 1).bit_length()
 
 
 def multiple_of_16(*sizes: int) -> bool:

@@ -2,12 +2,13 @@
 
 One launch: a program computes the hidden values of its pixels, some ranks of a slice at a time, and multiplies them
 with its part of the decoder, so that groups * rank channels are neither written to memory nor read back. There are two
-ways through the encoder. By taps: every tap reads its pixels anew. By rows, for stride 1 and kernels three wide: the
-pixels of a row of taps are read once and multiplied with the filters of its three taps side by side, and the three
-partial sums are shifted by a pixel and added; a third of the reads, but four times the hidden values at once.
+ways through the encoder. By taps: every tap reads its pixels anew. By rows, for stride 1 and kernels 3 or 5 wide: the
+pixels of a row of taps are read once and multiplied with the filters of its taps side by side, and these partial sums
+are shifted by pixels and added; a third or a fifth of the reads, but 4 or 8 times the hidden values at once.
 
 Accumulates in float32 and rounds the hidden values to the type of x, as two library calls do. The sizes of the layer
-are constants of the kernels, those of the images are not. Importing this needs triton.
+are constants of the kernels, and so is the first size of images that a layer sees: it saves a fifth of the
+instructions. Images of other sizes share a kernel that takes any. Importing this needs triton.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..limits import precision
-from .common import Tiling, addresses, ceil_div, finish, multiple_of_16, power_of_two
+from ..tilings import ConvKey, Tiling, can_go_by_rows, tuned
+from .common import addresses, ceil_div, finish, multiple_of_16, power_of_two, size_class
+from .conv2d_rows import conv2d_rows_kernel
 
 MAX_FILTERS = 256  # output columns of a program; more are cut into several, each with the hidden values of its own
 MAX_CHUNK = 128  # ranks of a slice whose hidden values are on chip at once
 MAX_ROWS_RANK = 32  # ranks up to which rows of taps were measured to be faster (H200)
+_first_sizes: dict[tuple, tuple[int, int]] = {}  # of images, by the key but for sizes: constants of its kernel
 FEW_PROGRAMS = 264  # two a multiprocessor on an H200: fewer leave it idle
 
 
@@ -35,14 +39,16 @@ def _conv2d_taps_kernel(
     C: tl.constexpr, RANK: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
-    FAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, FAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pixels pid 0 * BM, output columns pid 1 * BF; one loop over taps and channels, its addresses computed before it.
 
     x (N, H, W, C), encoder (GROUPS * RANK, KH, KW, C / GROUPS), decoder (F, GROUPS * RANK), y and residual
-    (M pixels, F). FAR: a tile's images are more than 2^31 elements apart.
+    (M pixels, F). SIZE: H, W, OH, OW as constants, or (). FAR: a tile's images are more than 2^31 elements apart.
     """
+    if len(SIZE) > 0:
+        H, W, OH, OW = SIZE
     CG: tl.constexpr = C // GROUPS
     STEPS: tl.constexpr = (CG + BK - 1) // BK
     K: tl.constexpr = KH * KW * CG
@@ -99,73 +105,6 @@ def _conv2d_taps_kernel(
     finish(acc, y, bias, residual, p0 + tl.arange(0, BM), f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
 
 
-@triton.jit
-def _conv2d_rows_kernel(
-    x, encoder, decoder, bias, residual, y, M, H, W,
-    C: tl.constexpr, RANK: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
-    PH: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, KH: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
-    FAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Stride 1, KH x 3 taps and the padding that keeps the size; C / GROUPS is a multiple of BK.
-
-    A program multiplies BM pixels in a row, of which it delivers all but the first and last DW: their neighbours to
-    the left and right belong to other programs. Arguments as of the other kernel.
-    """
-    CG: tl.constexpr = C // GROUPS
-    STEPS: tl.constexpr = CG // BK
-    K: tl.constexpr = KH * 3 * CG
-    Q: tl.constexpr = GROUPS * RANK
-    first = tl.program_id(0).to(tl.int64) * (BM - 2 * DW) - DW  # the pixel of the tile's first row; it may be -DW
-    n0 = tl.maximum(first, 0) // (H * W)
-    i = tl.arange(0, BM)
-    local = (first - n0 * H * W).to(tl.int32) + i
-    n = local // (H * W)
-    pixel = local - n * H * W
-    h = pixel // W
-    w = pixel % W
-    keep = (i + first >= 0) & (i + first < M)
-    k = tl.arange(0, BK)
-    column = tl.arange(0, 4 * BR)
-    tap = column // BR
-    r = column % BR
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
-    if FAR:
-        n = n.to(tl.int64)
-    place = (((n * H + h - PH) * W + w) * C)[:, None] + k[None, :]
-    xb = x + n0 * H * W * C
-    e_place = (r * K + tap * CG)[None, :] + k[:, None]
-    acc = tl.zeros((BM, BF), dtype=tl.float32)
-    for outer in tl.range(0, GROUPS * CHUNKS):
-        group = outer // CHUNKS
-        r0 = outer % CHUNKS * BR
-        eb = encoder + (group * RANK + r0) * K
-        z = tl.zeros((BM, 4 * BR), dtype=tl.float32)
-        for s in tl.range(0, KH * STEPS):
-            t = s // STEPS
-            c0 = (s - t * STEPS) * BK
-            top = h + (t * DH - PH)
-            x_mask = (keep & (top >= 0) & (top < H))[:, None]
-            xt = tl.load(xb + (t * DH * W * C + group * CG + c0) + place, mask=x_mask, other=0.0)
-            e_mask = (tap[None, :] < 3) & (r0 + r[None, :] < RANK)
-            et = tl.load(eb + (t * 3 * CG + c0) + e_place, mask=e_mask, other=0.0)
-            z = tl.dot(xt, et, z, input_precision=PRECISION)
-        left_middle, right = tl.split(tl.permute(tl.reshape(z, (BM, 2, 2 * BR)), (0, 2, 1)))
-        z0, z1 = tl.split(tl.permute(tl.reshape(left_middle, (BM, 2, BR)), (0, 2, 1)))
-        z2, _ = tl.split(tl.permute(tl.reshape(right, (BM, 2, BR)), (0, 2, 1)))
-        before = tl.broadcast_to(tl.maximum(i - DW, 0)[:, None], (BM, BR))
-        after = tl.broadcast_to(tl.minimum(i + DW, BM - 1)[:, None], (BM, BR))
-        hidden = z1 + tl.where((w >= DW)[:, None], tl.gather(z0, before, 0), 0.0)
-        hidden += tl.where((w < W - DW)[:, None], tl.gather(z2, after, 0), 0.0)
-        rank = r0 + tl.arange(0, BR)
-        d_place = f[None, :] * Q + (group * RANK + rank)[:, None]
-        dt = tl.load(decoder + d_place, mask=(f[None, :] < F) & (rank[:, None] < RANK), other=0.0)
-        acc = tl.dot(hidden.to(x.dtype.element_ty), dt, acc, input_precision=PRECISION)
-    mask = (keep & (i >= DW) & (i < BM - DW))[:, None] & (f[None, :] < F)
-    finish(acc, y, bias, residual, first + i, f, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
-
-
 def reduction_tile(channels: int) -> int:
     """Channels of a slice that are read at once: a power of two, 16 to 64, no wider than the slice where that goes."""
     return max(16, min(64, 1 << (channels.bit_length() - 1)))
@@ -189,23 +128,25 @@ def taps_tiling(
     return Tiling(rows, reduction, cols, warps, 3 if rows == 128 and chunk <= 32 else 4)
 
 
-def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool) -> Tiling:
-    """Tiles for rows of taps in half precision."""
+def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool, width: int) -> Tiling:
+    """Tiles for rows of taps in half precision; ``width`` is the kernel's."""
     cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
     if pixels < 64 * FEW_PROGRAMS:
-        return Tiling(32, reduction, min(cols, 64), 4, 3)
+        return Tiling(32, reduction, min(cols, 64), 4, 3 if width == 3 else 2)
     if cols > 128 or (heavy and cols > 64):
         return Tiling(64, reduction, cols, 8, 3)
     return Tiling(64, reduction, cols, 4, 2)
 
 
-def takes_rows(x: Tensor, kernel: Sequence[int], rank: int, groups: int, stride: Sequence[int], padding: Sequence[int],
-               dilation: Sequence[int]) -> bool:  # fmt: skip
-    """Whether the layer is computed by rows of taps."""
-    same = all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, kernel, strict=True))
-    channels = x.shape[1] // groups
-    fits = kernel[1] == 3 and same and tuple(stride) == (1, 1) and channels % reduction_tile(channels) == 0
-    return fits and x.dtype != torch.float32 and rank <= MAX_ROWS_RANK and dilation[1] <= 4
+def first_conv2d(key: ConvKey, pixels: int) -> Tiling:
+    """What a launch takes where nothing was measured."""
+    channels, rank, cols = key.channels // key.groups, key.hidden // key.groups, power_of_two(key.filters)
+    heavy = rank > MAX_CHUNK or key.groups > 1 or key.residual or key.activation in ("silu", "gelu")
+    most = MAX_ROWS_RANK if key.kernel[1] == 3 else MAX_ROWS_RANK // 2  # as many partial sums
+    if can_go_by_rows(key) and channels % reduction_tile(channels) == 0 and rank <= most:
+        return rows_tiling(pixels, channels, cols, heavy, key.kernel[1])._replace(by_rows=True)
+    chunk = min(power_of_two(rank), MAX_CHUNK if key.wide and key.dtype != torch.float32 else 64)
+    return taps_tiling(pixels, channels, chunk, cols, key.dtype, key.wide, heavy)
 
 
 def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
@@ -221,22 +162,25 @@ def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
     (n, c, h, w), (filters, q), (oh, ow), kernel = x.shape, decoder.shape[:2], y.shape[2:], encoder.shape[2:]
     rank, pixels = q // groups, n * oh * ow
     wide = multiple_of_16(c // groups, rank, filters, *addresses(x, encoder, decoder))
-    chunk, cols = min(power_of_two(rank), MAX_CHUNK), power_of_two(filters)
-    options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups, "KH": kernel[0]}
+    chunk = min(power_of_two(rank), MAX_CHUNK)
+    options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups}
+    options |= {"KH": kernel[0], "KW": kernel[1]}
     options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
     options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
-    heavy = rank > chunk or groups > 1 or residual is not None or activation in ("silu", "gelu")
-    sizes: tuple[int, ...] = (h, w)
-    if wide and takes_rows(x, kernel, rank, groups, stride, padding, dilation):
-        t, run = rows_tiling(pixels, c // groups, cols, heavy), _conv2d_rows_kernel
-        delivered = t.rows - 2 * dilation[1]
+    places = (tuple(stride), tuple(padding), tuple(dilation))
+    key = ConvKey(x.dtype, size_class(pixels), c, filters, q, groups, (h, w), tuple(kernel), *places, bias is not None,
+                  residual is not None, activation, wide, options["PRECISION"])  # fmt: skip
+    t = tuned(x.device, key) or first_conv2d(key, pixels)
+    if t.by_rows:
+        run, sizes, delivered = conv2d_rows_kernel, tuple[int, ...]((h, w)), t.rows - kernel[1] // 2 * 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
-        t, run = taps_tiling(pixels, c // groups, chunk, cols, x.dtype, wide, heavy), _conv2d_taps_kernel
-        sizes, delivered = (h, w, oh, ow), t.rows
-        options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1], "KW": kernel[1]}
+        run, sizes, delivered = _conv2d_taps_kernel, (h, w, oh, ow), t.rows
+        options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1]}
+    size = sizes if _first_sizes.setdefault((key.dtype, *key[2:6], *key[7:]), (h, w)) == (h, w) else ()
     far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
     run[ceil_div(pixels, delivered), ceil_div(filters, t.cols)](
         x, encoder, decoder, bias, residual, y, pixels, *sizes, **options, CHUNKS=ceil_div(rank, chunk),
-        BM=t.rows, BK=t.reduction, BR=chunk, BF=t.cols, FAR=far, num_warps=t.num_warps, num_stages=t.num_stages,
+        BM=t.rows, BK=t.reduction, BR=chunk, BF=t.cols, SIZE=size, FAR=far,
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..limits import MAX_ROWS, precision
-from .common import Tiling, addresses, ceil_div, finish, multiple_of_16, power_of_two
+from ..tilings import LinearKey, Tiling, tuned
+from .common import addresses, ceil_div, finish, multiple_of_16, power_of_two, size_class
 from .few_rows import run_rows
 
 
@@ -89,14 +90,21 @@ def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool, heavy: bool, pivots
     return Tiling(64, 32, 64, 8, 2) if hidden <= 64 else Tiling(32, 32, 32, 8, 2)
 
 
+def first_linear(key: LinearKey) -> Tiling:
+    """What a launch takes where nothing was measured."""
+    heavy = key.groups > 1 or key.residual or key.activation in ("silu", "gelu")
+    return tile_tiling(power_of_two(key.hidden), key.dtype, key.wide, heavy, key.pivots)
+
+
 def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
           activation: str | None, outputs: Tensor | None, y: Tensor) -> None:  # fmt: skip
     m, c = x.shape
     f, q = decoder.shape
     padded = power_of_two(q)
     wide = multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
-    heavy = groups > 1 or residual is not None or activation in ("silu", "gelu")
-    t = tile_tiling(padded, x.dtype, wide, heavy, outputs is not None)
+    exact, flags = precision(), (outputs is not None, bias is not None, residual is not None)
+    key = LinearKey(x.dtype, size_class(m), c, f, q, groups, *flags, activation, wide, exact)
+    t = tuned(x.device, key) or first_linear(key)
     row_tiles, col_tiles = ceil_div(m, t.rows), ceil_div(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
     per_program = ceil_div(col_tiles, splits) * t.cols
@@ -104,7 +112,7 @@ def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, resi
         x, encoder, decoder, bias, residual, outputs, y, m, c, c // groups, q // groups, q, f, x.stride(0), per_program,
         BM=t.rows, BK=t.reduction, BQ=padded, BF=t.cols, ONE_SLICE=groups == 1, PIVOTS=outputs is not None,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "",
-        PRECISION=precision(), num_warps=t.num_warps, num_stages=t.num_stages,
+        PRECISION=exact, num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .common import Tiling, activate, power_of_two
+from ..tilings import Tiling
+from .common import activate, power_of_two
 
 MAX_VECTORS = 2  # rows that are multiplied without matrix units
 MAX_PIECES = 16  # of 1024 weights, that a program of vector products has in flight for one output

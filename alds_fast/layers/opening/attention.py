@@ -76,6 +76,9 @@ class OpenedAttention(nn.Module):
             raise ArgumentError("is_causal=True is a hint about attn_mask=, which is None: pass the mask too")
         batched = query.dim() == 3
         q, k, v = (self._heads(x, batched) for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value)))
+        _check("key_padding_mask", key_padding_mask, [(len(k), k.shape[2])] if batched else [(k.shape[2],)])
+        sizes = q.shape[2], k.shape[2]
+        _check("attn_mask", attn_mask, [sizes, (len(q) * self.num_heads, *sizes)])
         k, v = (self._extended(x, bias) for x, bias in ((k, self.bias_k), (v, self.bias_v)))
         causal = is_causal and key_padding_mask is None and not need_weights
         masks = (None, None) if causal else (attn_mask, key_padding_mask)
@@ -122,6 +125,16 @@ class OpenedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+
+
+def _check(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]]) -> None:
+    """ArgumentError for a mask that ``nn.MultiheadAttention`` would not take."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ArgumentError(f"{name} is of {mask.dtype}: expected a mask of torch.bool, or numbers that are added")
+    if tuple(mask.shape) not in shapes:
+        raise ArgumentError(f"{name} is {tuple(mask.shape)}, expected {' or '.join(map(str, shapes))}")
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files import write_text
+from ...files import cache_folder, write_text
 
 FORMAT = "alds_fast.timings"
 VERSION = 3  # to be raised when the low-rank layers run differently: what was measured before is then not read
@@ -63,9 +63,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _folder(cache: str | os.PathLike[str] | bool | None) -> Path | None:
     if cache is False:
         return None
-    if isinstance(cache, str | os.PathLike):
-        return Path(cache)
-    return Path(os.environ.get("ALDS_FAST_CACHE") or Path.home() / ".cache" / "alds_fast")
+    return Path(cache) if isinstance(cache, str | os.PathLike) else cache_folder()
 
 
 class Timings:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError
-from .inputs import InputSpec, _first_tensor
+from ...errors import ArgumentError
+from ..inputs import InputSpec, _first_tensor
 
 MAX_CALLS = 100_000  # in one sample
 Call = Callable[[], object]

@@ -1,0 +1,217 @@
+"""The search: candidates of every launch are verified, then halved by measurement."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, BackendError
+from ..kernels import LaunchKey, Measured, Tiling, asked, keep_tilings, measured, using
+from ..measurement import InputSpec, Prepared, copies_for
+from ..progress import Progress
+from .candidates import launch_candidates
+from .compilation import Compilation, without_data
+from .rates import Rates
+
+_LOG = logging.getLogger(__name__)
+SAMPLES = (1, 5, 20)  # samples of each candidate; after a round the better half is left, after the next three
+FINALISTS = 3
+CLEARLY_FASTER = 0.98  # of the first guess' time, which a tiling must take at most
+RUNS_COMPARED = 2  # runs of a candidate that are compared with float64
+ALLOWED = 2.0  # times the error of two library calls
+
+
+class FusedCall(NamedTuple):
+    """A module that runs with the fused kernel, one of its inputs, and what its output is compared with.
+
+    ``plain`` is the same as library calls in the type of the input, ``exact`` in float64; each gives a list of tensors.
+    """
+
+    name: str
+    module: nn.Module
+    spec: InputSpec
+    plain: Callable[[Tensor], Sequence[Tensor]]
+    exact: Callable[[Tensor], Sequence[Tensor]]
+
+
+class TunedRow(NamedTuple):
+    """A launch that was tuned: what was found, how many tilings were timed, and why others were not."""
+
+    name: str
+    key: LaunchKey
+    found: Measured
+    timed: int
+    faults: dict[Tiling, str]
+
+
+class TuningDevice(Protocol):
+    """Where tilings are compiled and timed."""
+
+    device: torch.device
+    rates: Rates
+
+    def compile(self, work: Sequence[Compilation], told: Progress) -> Mapping[tuple[LaunchKey, Tiling], str]:
+        """Compile ahead; by key and tiling why it need not be launched."""
+
+    def prepare(self, call: Callable[[Any], Any], sets: Sequence[Any]) -> Prepared:
+        """The calls with every set, ready to be run again and again."""
+
+    def microseconds(self, prepared: Prepared, key: LaunchKey, tiling: Tiling | None, samples: int) -> float:
+        """Of one call: the median of so many samples, with cold caches."""
+
+
+def tune_calls(calls: Sequence[FusedCall], on: TuningDevice, told: Progress) -> list[TunedRow]:
+    """Find tilings for all launches of the calls that nothing is known of; each call's are kept as soon as found."""
+    if on.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ArgumentError("tilings cannot be tuned while a CUDA graph is captured: call tune before the capture")
+    wanted, seen = list[tuple[FusedCall, list[LaunchKey]]](), set(measured(on.device))
+    for call in calls:
+        keys = [key for key in _keys(call, on.device) if key not in seen]
+        seen.update(keys)
+        if keys:
+            wanted.append((call, keys))
+    tried = {key: launch_candidates(key, on.rates) for _, keys in wanted for key in keys}
+    faults = on.compile(_compilations(wanted, tried), told)
+    rows, total = list[TunedRow](), sum(len(keys) for _, keys in wanted)
+    for call, keys in wanted:
+        told("launches tuned", len(rows), total)
+        rows += _tune(call, keys, tried, faults, on)
+    told("launches tuned", len(rows), total)
+    return rows
+
+
+def _keys(call: FusedCall, device: torch.device) -> list[LaunchKey]:
+    """What the call's launches ask with."""
+    x = call.spec.make()
+    with torch.no_grad(), asked(device) as keys:
+        call.spec.caller(call.module, x)()
+    return keys
+
+
+def _compilations(
+    wanted: Sequence[tuple[FusedCall, list[LaunchKey]]], tried: Mapping[LaunchKey, Sequence[Tiling]]
+) -> list[Compilation]:
+    """All that can be compiled without data; what runs under autocast cannot."""
+    found = []
+    for call, keys in wanted:
+        module = None if call.spec.autocast else without_data(call.module)
+        if module is not None:
+            found += [Compilation(module, call.spec, key, tiling) for key in keys for tiling in tried[key]]
+    return found
+
+
+class _Checked:
+    """A call with as many copies of its tensors as empty the caches, and what its results may be off by."""
+
+    def __init__(self, call: FusedCall, on: TuningDevice) -> None:
+        self.name, self._call, self._on = call.name, call, on
+        x = call.spec.make()
+        with torch.no_grad():
+            self._exact = [y.double() for y in call.exact(x.double())]
+            plain = call.spec.caller(call.plain, x)()
+        least = torch.finfo(x.dtype).eps
+        self._allowed = [ALLOWED * max(e, least) for e in self._errors(plain)]
+        size = sum(t.numel() * t.element_size() for t in (x, *call.module.parameters(), *call.module.buffers()))
+        self._sets = [(call.module, x)]
+        for _ in range(copies_for(size, on.device) - 1):
+            self._sets.append((copy.deepcopy(call.module), x.clone()))
+
+    def _errors(self, outputs: Sequence[Tensor]) -> list[float]:
+        """Of every output in norm, then by its worst value, relative to the exact one's."""
+        errors = []
+        for order in (2, math.inf):
+            for y, exact in zip(outputs, self._exact, strict=True):
+                size = float(torch.linalg.vector_norm(exact, order)) or 1.0
+                errors.append(float(torch.linalg.vector_norm(y.double() - exact, order)) / size)
+        return errors
+
+    def prepared(self, tilings: Mapping[LaunchKey, Tiling]) -> Prepared:
+        """The calls with these tilings; the first guess for launches that are not among them."""
+
+        def run(tensors: tuple[nn.Module, Tensor]) -> list[Tensor]:
+            module, x = tensors
+            y = self._call.spec.caller(module, x)()
+            return [y] if isinstance(y, Tensor) else list(y)
+
+        with torch.no_grad(), using(self._on.device, tilings):
+            return self._on.prepare(run, self._sets)
+
+    def error(self, prepared: Prepared) -> float:
+        """The largest relative error in norm of several runs; ArithmeticError for results that are not right."""
+        worst = 0.0
+        for _ in range(RUNS_COMPARED):
+            for y in (y for outputs in prepared.outputs for y in outputs):
+                y.fill_(math.nan)
+            with torch.no_grad():
+                again = prepared.run()  # a graph writes the same outputs again, and returns nothing
+            for outputs in again if isinstance(again, list) else prepared.outputs:
+                errors = self._errors(outputs)
+                if not all(e <= allowed for e, allowed in zip(errors, self._allowed, strict=True)):
+                    raise ArithmeticError(f"errors {errors} are not within {self._allowed}")
+                worst = max(worst, *errors[: len(self._exact)])
+        return worst
+
+
+def _tune(
+    call: FusedCall, keys: Sequence[LaunchKey], tried: Mapping[LaunchKey, Sequence[Tiling]],
+    known_faults: Mapping[tuple[LaunchKey, Tiling], str], on: TuningDevice,
+) -> list[TunedRow]:  # fmt: skip
+    """The launches of one call, one after another: each with the others as they are by then."""
+    checked, rows = _Checked(call, on), list[TunedRow]()
+    best: dict[LaunchKey, Tiling] = {}
+    for key in keys:
+        faults = {t: fault for (k, t), fault in known_faults.items() if k == key}
+        found, timed = _halved(key, [t for t in tried[key] if t not in faults], faults, checked, best, on)
+        if found.tiling is not None:
+            best[key] = found.tiling
+        for tiling, fault in faults.items():
+            _LOG.info("%s: %s of %s is left out: %s", call.name, tiling, key, fault)
+        rows.append(TunedRow(call.name, key, found, timed, faults))
+    keep_tilings(on.device, {row.key: row.found for row in rows})
+    return rows
+
+
+def _halved(
+    key: LaunchKey, tilings: Sequence[Tiling], faults: dict[Tiling, str], checked: _Checked,
+    others: Mapping[LaunchKey, Tiling], on: TuningDevice,
+) -> tuple[Measured, int]:  # fmt: skip
+    """The fastest tiling, or the first guess unless one is clearly faster, and how many were timed."""
+    guess = checked.prepared(others)
+    try:
+        errors: dict[Tiling | None, float] = {None: checked.error(guess)}
+    except ArithmeticError as e:
+        raise BackendError(
+            f"{checked.name}: the fused kernel is wrong on {on.device} with its first guess of tile sizes ({e}); "
+            f"use backend='two-op' or tune=False, and please report it"
+        ) from e
+    left = list(tilings)
+    for samples in SAMPLES:
+        times: dict[Tiling | None, float] = {None: on.microseconds(guess, key, None, samples)}
+        for tiling in left:
+            try:
+                prepared = checked.prepared({**others, key: tiling})
+                if tiling not in errors:
+                    errors[tiling] = checked.error(prepared)
+                times[tiling] = on.microseconds(prepared, key, tiling, samples)
+            except Exception as e:  # what the compiler, the driver or the comparison say of this tiling
+                faults[tiling] = f"{type(e).__name__}: {e}"[:300]
+                _still_there(on.device, e)
+        ranked = sorted((t for t in left if t in times), key=lambda t: times[t])
+        left = ranked[: max(FINALISTS, math.ceil(len(ranked) / 2)) if samples == SAMPLES[0] else FINALISTS]
+    best = left[0] if left and times[left[0]] <= CLEARLY_FASTER * times[None] else None
+    return Measured(best, times[best], times[None], errors[best]), len(errors) - 1
+
+
+def _still_there(device: torch.device, cause: Exception) -> None:
+    """Raises the cause where it has left the device unusable."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as lost:
+        raise lost from cause
