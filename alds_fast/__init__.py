@@ -26,12 +26,13 @@ from .checkpoints import (
     save,
     save_analysis,
 )
-from .deployment import DeployTable, TuningTable, deploy, tune
+from .deployment import DeployTable, QuantizeTable, TuningTable, deploy, quantize_factors, tune
 from .errors import AldsError
 from .evaluation import Evaluation, Report, evaluate, measured_importance, report
 from .factors import Distilled, Refined, distill, refine
 from .integrations import open_experts, to_plain
 from .layers import (
+    Int8LowRankLinear,
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
@@ -55,6 +56,7 @@ __all__ = [
     "DeployTable",
     "Distilled",
     "Evaluation",
+    "Int8LowRankLinear",
     "LayerPlan",
     "LowRankConv1d",
     "LowRankConv2d",
@@ -66,6 +68,7 @@ __all__ = [
     "LowRankEmbeddingBag",
     "LowRankLinear",
     "Plan",
+    "QuantizeTable",
     "Refined",
     "Report",
     "Retrained",
@@ -87,6 +90,7 @@ __all__ = [
     "own_text",
     "plot_plan",
     "plot_sweep",
+    "quantize_factors",
     "refine",
     "register",
     "report",

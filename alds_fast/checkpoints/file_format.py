@@ -23,7 +23,7 @@ from ..planning import Plan
 
 FORMAT, ANALYSIS = "alds_fast.checkpoint", "alds_fast.analysis"
 WRITERS = {FORMAT: "save", ANALYSIS: "save_analysis"}
-VERSION = 2  # 1 where no layer lost hidden units, so that older versions of the library read it
+VERSION = 3  # 2 without int8 factors, 1 where no layer lost hidden units either: older versions of the library read it
 
 
 def memory_order(tensor: Tensor) -> list[int] | None:

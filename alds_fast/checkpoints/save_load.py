@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checks import check_model, explaining
 from ..errors import ArgumentError, FileWriteError, LayerNotFoundError, ModelError, PlanError
 from ..files import crc32, replacing, target_file
-from ..integrations import fields_of_layers, keep_when_saved
+from ..integrations import fields_of_layers, format_version, keep_when_saved, layer_of_fields
 from ..layers import (
     MergedLinears,
     annotate,
@@ -24,16 +24,14 @@ from ..layers import (
     has_plain_memory,
     holds_experts,
     label,
-    low_rank_like,
     narrowed_sizes,
     opened_for,
     overlaps,
     replace_layers,
     with_sizes,
 )
-from ..linalg import Decomposition
 from ..planning import Analysis, Plan
-from .file_format import FORMAT, VERSION, memory_order, own_storages, read_header, read_tensors
+from .file_format import FORMAT, memory_order, own_storages, read_header, read_tensors
 
 _AS_COMPRESSED = "build the model as the one that was compressed, of the same class, sizes and options"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # what torch.load is given
@@ -114,7 +112,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     orders = {n: order for n, t in tensors.items() if (order := memory_order(t)) is not None}
     stored = own_storages({n: t.cpu().permute(orders[n]) if n in orders else t.cpu() for n, t in tensors.items()})
     metadata = {
-        "format": FORMAT, "version": str(VERSION if narrowed else 1),
+        "format": FORMAT, "version": str(format_version(layers, narrowed)),
         "layers": json.dumps(layers), "aliases": json.dumps(aliases),
         "orders": json.dumps(orders), "crc32": json.dumps({n: crc32(t) for n, t in stored.items()}),
         "plan": plan.to_json() if isinstance(plan, Plan) else "",
@@ -149,7 +147,7 @@ def rebuild(model: nn.Module, layers: dict[str, dict[str, Any]], narrowed: Mappi
                 f"layer {label(name)}: the file has weight shape {tuple(spec['shape'])}, the model {layer.weight}; "
                 f"{_AS_COMPRESSED}"
             )
-        new[name] = low_rank_like(layer.module, Decomposition.from_dict(spec))
+        new[name] = layer_of_fields(layer.module, spec)
     return replace_layers(model, new)
 
 

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import LOW_RANK, LowRankLayer, LowRankLinear, MergedLinears, has_hooks, low_rank_like
+from ..layers import (
+    LOW_RANK,
+    Int8LowRankLinear,
+    LowRankLayer,
+    LowRankLinear,
+    MergedLinears,
+    has_hooks,
+    low_rank_like,
+)
 from ..measurement import (
     STEADY,
     InputSpec,
@@ -65,7 +73,7 @@ def with_backend(layer: LowRankLayer, backend: str) -> LowRankLayer:
 def is_plain(layer: LowRankLayer, tied: Container[int]) -> bool:
     """Whether another module can take its place: no subclass, hooks, forward of its own or factors held elsewhere."""
     factors = (layer.encoder, layer.decoder)
-    known = type(layer) in LOW_RANK.values() and "forward" not in vars(layer)
+    known = type(layer) in (*LOW_RANK.values(), Int8LowRankLinear) and "forward" not in vars(layer)
     return known and not has_hooks(layer) and not any(id(f) in tied for f in factors)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layers import LowRankLayer, low_rank_like
+from ..layers import Int8LowRankLinear, LowRankLayer, low_rank_like
 from ..linalg import Decomposition, max_rank
 
 MERGED_GROUPS = (1, 2, 4)  # slice counts that are tried in the place of a larger one
@@ -68,9 +68,11 @@ def variants(layer: LowRankLayer, multiple: int) -> dict[str, LowRankLayer]:
     """Shapes worth timing beside the layer's own, by a text like "groups=1, rank=24".
 
     Ranks are rounded up to ``multiple``; several slices may become 1, 2 or 4; of a layer with pivots its own without
-    these too. What would be as large as the dense weight is left out.
+    these too. What would be as large as the dense weight is left out. Of a layer with int8 factors there is none.
     """
-    shape, forms = layer.weight_shape, {}
+    shape, forms = layer.weight_shape, dict[str, LowRankLayer]()
+    if isinstance(layer, Int8LowRankLinear):
+        return forms
     counts = sorted({g for g in MERGED_GROUPS if layer.slices % g == 0} | {layer.slices})
     sizes = [(g, -(-layer.rank * layer.slices // g // multiple) * multiple) for g in counts]
     for groups, rank in [(layer.slices, layer.rank)] * bool(layer.pivots) + sizes:

@@ -81,7 +81,7 @@ def merge_groups(
     for group in groups:
         for names in (group[i : i + MAX_MERGED] for i in range(0, len(group), MAX_MERGED)):
             members = [layer for n in names if isinstance(layer := layers[n], LowRankLinear)]
-            if len(members) > 1:
+            if len(members) > 1 and len({type(m) for m in members}) == 1:  # int8 goes with int8
                 found[names] = members
     return found
 

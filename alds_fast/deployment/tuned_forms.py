@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import check_model
 from ..errors import ArgumentError
-from ..layers import LowRankLayer, MergedLinears, tied_names
+from ..layers import Int8LowRankLinear, LowRankLayer, MergedLinears, tied_names
 from ..measurement import device_of, layer_inputs
 from ..progress import ProgressOption, telling
 from ..text import ShownInNotebooks, table
@@ -48,8 +48,13 @@ def _listed(module: nn.Module) -> Any:
 
 
 def fused_calls(layers: Mapping[str, LowRankLayer], groups: Members, cases: Mapping[str, Case]) -> list[FusedCall]:
-    """Every call that deploy may time with the fused kernel: layers and their equivalent shapes, and merged ones."""
+    """Every call that deploy may time with the fused kernel: layers and their equivalent shapes, and merged ones.
+
+    Not those of int8 factors, whose tilings are not tuned.
+    """
     calls = list[FusedCall]()
+    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, Int8LowRankLinear)}
+    groups = {names: members for names, members in groups.items() if not isinstance(members[0], Int8LowRankLinear)}
     for name, layer in layers.items():
         specs, plain = cases[name]
         forms = candidates_of(layer, specs, plain)[0] if specs else {}

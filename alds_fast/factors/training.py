@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_model, is_count, is_number
 from ..errors import ArgumentError, ModelError
-from ..layers import LowRankLayer, is_narrowed, label, opened_for, oriented_weight
+from ..layers import Int8LowRankLinear, LowRankLayer, is_narrowed, label, opened_for, oriented_weight
 from ..measurement import Masks, check_batches
 from .choice import FactorReport
 
@@ -57,6 +57,8 @@ def check_pair(small: nn.Module, model: nn.Module, caller: str) -> None:
     low: dict[str, Any] = {name: m for name, m in small.named_modules() if is_changed(m)}
     if not low:
         raise ModelError(f"the model has no low-rank layers: there is nothing that {caller} could train")
+    if int8 := [name for name, m in low.items() if isinstance(m, Int8LowRankLinear)]:
+        raise ModelError(f"layer {label(int8[0])} has int8 factors: {caller} first, then alds_fast.quantize_factors")
     check_wide(
         {name: layer.encoder if isinstance(layer, LowRankLayer) else layer.weight for name, layer in low.items()},
         caller,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..import_hooks import when_imported
-from ..layers import LowRankLayer, LowRankLinear, MergedPart, label
+from ..layers import Int8LowRankLinear, LowRankLayer, LowRankLinear, MergedPart, label
 from ..linalg import Pivots, max_rank
 
 _UTILS = "peft.tuners.tuners_utils"
@@ -152,6 +152,8 @@ def _why_not_merged(layer: Any) -> str | None:
         return None
     if isinstance(base, MergedPart):
         return "its base layer was merged by deploy; merge the adapters of the model that was given to deploy"
+    if isinstance(base, Int8LowRankLinear):
+        return "its base layer has int8 factors; take the adapters off by unload()"
     if not isinstance(base, LowRankLayer) or isinstance(layer, _OnLowRank) or _can_become_low_rank(layer, base):
         return None
     kind = f"{type(layer).__module__}.{type(layer).__name__}"

@@ -9,7 +9,17 @@ from torch.nn.utils import parametrize
 
 from ..checks import check_model
 from ..errors import ModelError
-from ..layers import LOW_RANK, LowRankLayer, MergedLinears, has_hooks, is_narrowed, label, replace_layers, tied_names
+from ..layers import (
+    LOW_RANK,
+    Int8LowRankLinear,
+    LowRankLayer,
+    MergedLinears,
+    has_hooks,
+    is_narrowed,
+    label,
+    replace_layers,
+    tied_names,
+)
 from .plain_modules import plain_module
 
 
@@ -80,6 +90,8 @@ def _why_not_plain(layer: LowRankLayer, tied: dict[int, list[str]]) -> str | Non
     """What of this layer the plain form would drop, and what to do; None if nothing."""
     if parametrize.is_parametrized(layer):
         return "it is parametrized; remove the parametrization first (torch.nn.utils.parametrize)"
+    if isinstance(layer, Int8LowRankLinear):
+        return "its factors are int8; take the plain form of the model that was quantised"
     if type(layer) not in LOW_RANK.values():
         return f"{type(layer).__name__} is a subclass; use the class that it is made of"
     if "forward" in vars(layer):

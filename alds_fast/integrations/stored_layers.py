@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import FileFormatError
-from ..layers import LowRankLayer, OpenedExperts
+from ..layers import Int8LowRankLinear, LowRankLayer, LowRankLinear, OpenedExperts, low_rank_like
 from ..linalg import Decomposition, WeightShape
 
-METHOD = "alds_fast"
-VERSION = 2  # 1 where no layer lost hidden units, so that older versions of the library read it
+METHOD, INT8 = "alds_fast", "int8"
+VERSION = 3  # 2 without int8 factors, 1 where no layer lost hidden units either: older versions of the library read it
 
 
 def layer_fields(decomposition: Decomposition, shape: WeightShape) -> dict[str, Any]:
@@ -23,7 +23,31 @@ def layer_fields(decomposition: Decomposition, shape: WeightShape) -> dict[str, 
 def fields_of_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The low-rank layers of a model by name, as files hold them."""
     low = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-    return {name: layer_fields(module.decomposition, module.weight_shape) for name, module in low.items()}
+    return {
+        name: layer_fields(module.decomposition, module.weight_shape)
+        | ({"factors": INT8} if isinstance(module, Int8LowRankLinear) else {})
+        for name, module in low.items()
+    }
+
+
+def layer_of_fields(dense: nn.Module, fields: Mapping[str, Any]) -> LowRankLayer:
+    """The empty low-rank layer, on the meta device, that a file has in the place of a dense one.
+
+    FileFormatError for factors of a kind that is not known.
+    """
+    layer = low_rank_like(dense, Decomposition.from_dict(fields))
+    if "factors" not in fields:
+        return layer
+    if fields["factors"] != INT8 or not isinstance(layer, LowRankLinear):
+        raise FileFormatError(
+            f"factors={fields['factors']!r} of a {type(layer).__name__} are not known; update alds_fast"
+        )
+    return Int8LowRankLinear.of(layer)
+
+
+def format_version(layers: Mapping[str, Mapping[str, Any]], narrowed: Mapping[str, Any] | None) -> int:
+    """The oldest version of the format that has what these layers need."""
+    return VERSION if any("factors" in fields for fields in layers.values()) else 2 if narrowed else 1
 
 
 def has_opened_experts(model: nn.Module) -> bool:
@@ -37,7 +61,7 @@ def quantization_config(
     """What config.json says of a compressed model, of JSON's types."""
     more: dict[str, Any] = {"opened_experts": True} if opened_experts else {}
     more |= {"narrowed": dict(narrowed)} if narrowed else {}
-    return {"quant_method": METHOD, "version": VERSION if narrowed else 1, "layers": dict(layers), **more}
+    return {"quant_method": METHOD, "version": format_version(layers, narrowed), "layers": dict(layers), **more}
 
 
 def check_narrowed(narrowed: Any) -> None:

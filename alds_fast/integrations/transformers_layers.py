@@ -15,12 +15,11 @@ from ..layers import (
     find_layers,
     holds_experts,
     label,
-    low_rank_like,
     put_narrowed,
     put_opened,
     why_experts_stay,
 )
-from ..linalg import Decomposition
+from .stored_layers import layer_of_fields
 from .transformers_keys import stored_names
 
 
@@ -91,7 +90,7 @@ def _replace(model: nn.Module, layer: Layer, stored: str, fields: Mapping[str, A
         raise PlanError(f"the checkpoint's layer {label(stored)} cannot be replaced: {layer.reason}")
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
-    low = low_rank_like(layer.module, Decomposition.from_dict(fields))
+    low = layer_of_fields(layer.module, fields)
     set_module(model, layer.name, low.to(weight.dtype).requires_grad_(weight.requires_grad))
 
 

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ModelError
 from ..layers import LowRankLayer, MergedLinears, narrowed_sizes, padded
 from ..linalg import own_memory
-from .stored_layers import METHOD, VERSION, fields_of_layers, has_opened_experts, read_layers, read_narrowed
+from .stored_layers import METHOD, fields_of_layers, format_version, has_opened_experts, read_layers, read_narrowed
 from .transformers_layers import put_low_rank_layers, put_opened_experts, set_module, stack_opened_experts
 
 
@@ -43,10 +43,11 @@ class AldsFastConfig(QuantizationConfigMixin):
         if opened_experts:
             self.opened_experts = True
         if narrowed:
-            self.narrowed, version = read_narrowed(narrowed), max(version, VERSION)
+            self.narrowed = read_narrowed(narrowed)
         if plan:
             self.plan = plan
-        self.version, self.layers = version, read_layers(layers, version)
+        self.layers = read_layers(layers, version)
+        self.version = max(version, format_version(self.layers, narrowed))
 
 
 @register_quantizer(METHOD)

@@ -8,7 +8,7 @@ from .arguments import BACKENDS
 from .backend import decisions, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
 from .functional import lowrank_conv2d, lowrank_linear, lowrank_linears
 from .limits import MAX_MERGED
-from .reference import in_this_order, lowrank_linear_ref
+from .reference import dequantized, in_this_order, lowrank_linear_ref, quantized_rows
 from .tilings import (
     ConvKey,
     DecodeKey,
@@ -41,6 +41,7 @@ __all__ = [
     "capability_of",
     "compiling_for",
     "decisions",
+    "dequantized",
     "in_this_order",
     "keep_tilings",
     "lowrank_conv2d",
@@ -48,6 +49,7 @@ __all__ = [
     "lowrank_linear_ref",
     "lowrank_linears",
     "measured",
+    "quantized_rows",
     "using",
     "why_not_fused_conv2d",
     "why_not_fused_linear",

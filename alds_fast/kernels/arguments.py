@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -47,6 +48,23 @@ def check_alike(x: Tensor, **tensors: Tensor | None) -> None:
             raise ArgumentError(f"{name} is on {t.device}, x on {x.device}; move one of them")
         if t.dtype != x.dtype:
             raise ArgumentError(f"{name} is {t.dtype}, x is {x.dtype}; convert one of them")
+
+
+def check_int8(x: Tensor, factors: Mapping[str, Tensor], scales: Sequence[Tensor]) -> None:
+    """The factors are int8 on the device of x, and have a scale for each of their rows in its type."""
+    if len(scales) != len(factors):
+        raise ArgumentError(f"scales= are {len(scales)} tensors, expected those of the rows of {', '.join(factors)}")
+    for (name, factor), scale in zip(factors.items(), scales, strict=True):
+        if factor.dtype != torch.int8 or factor.device != x.device:
+            raise ArgumentError(
+                f"{name} is {factor.dtype} on {factor.device}: with scales= it is torch.int8 on the device of x, "
+                f"{x.device}"
+            )
+        if tuple(scale.shape) != (factor.shape[0],):
+            raise ArgumentError(
+                f"the scales of {name} {sizes(factor)} have shape {sizes(scale)}, one a row is expected"
+            )
+        check_alike(x, **{f"the scales of {name}": scale})
 
 
 def check_factors(encoder: Tensor, decoder: Tensor, bias: Tensor | None, groups: int, outputs: int = 0) -> None:

@@ -17,14 +17,24 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .arguments import check_alike, check_dims, check_factors, check_input, check_options, check_rows, pair, sizes
+from .arguments import (
+    check_alike,
+    check_dims,
+    check_factors,
+    check_input,
+    check_int8,
+    check_options,
+    check_rows,
+    pair,
+    sizes,
+)
 from .backend import autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
-from .limits import MAX_HIDDEN
+from .limits import MAX_HIDDEN, MAX_ROWS
 from .op_conv2d import lowrank_conv2d_op
 from .op_linear import lowrank_linear_op
 from .op_merged_linears import lowrank_linears_op
 from .pivot_table import check_order
-from .reference import halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
+from .reference import dequantized_all, halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
 
 
 def lowrank_linear(
@@ -37,6 +47,7 @@ def lowrank_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     order: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """activation(decoder @ blockdiag(encoder) @ x + bias + residual).
@@ -52,6 +63,9 @@ def lowrank_linear(
         order: of a layer whose hidden values are ``rank`` of its outputs, which a decoder (f - rank, rank) of one slice
             then leaves out: for every output its place among these followed by the decoder's rows, (f,) int64, a
             permutation (which is not checked).
+        scales: of int8 factors, one for every row of the encoder, (groups * rank,), and of the decoder, in the type of
+            x. Up to 16 rows of x the fused kernel reads the integers, more rows take dequantised factors. Factors so
+            stored have no gradients.
         backend: "fused" (CUDA; groups * rank <= 256, or any up to 16 rows), "two-op" or "auto", see
             :mod:`alds_fast.kernels.functional`. The fused kernel multiplies float32 exactly like torch's default
             ("ieee"); ``torch.set_float32_matmul_precision("high")`` turns tf32 on.
@@ -72,7 +86,16 @@ def lowrank_linear(
     x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
     check_dims(2, encoder=encoder, decoder=decoder)
     check_rows(x)
-    check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
+    scale: list[Tensor] = []
+    if scales is None:
+        check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
+    else:
+        _, *scale = autocast(x, *scales)
+        check_int8(x, {"encoder": encoder, "decoder": decoder}, scale)
+        check_alike(x, bias=bias, residual=residual)
+        if x.numel() > MAX_ROWS * x.shape[-1]:
+            (encoder, decoder), scale = dequantized_all((encoder, decoder), scale), []
+        tensors = [x, encoder, decoder, bias, residual, *scale]
     outputs = decoder.shape[0]
     if order is not None:
         outputs += encoder.shape[0]
@@ -82,10 +105,11 @@ def lowrank_linear(
     reason = None if backend == "two-op" else why_not_fused_linear(x, encoder)
 
     def fused() -> Tensor:
-        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation, order)
+        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation, order, *scale)
 
     def two_op() -> Tensor:
-        return lowrank_linear_ref(x, encoder, decoder, bias, residual, groups, activation, order)
+        first, second = dequantized_all((encoder, decoder), scale)
+        return lowrank_linear_ref(x, first, second, bias, residual, groups, activation, order)
 
     return run(("lowrank_linear", groups, activation, order is None), backend, reason, tensors, fused, two_op)
 
@@ -163,6 +187,7 @@ def lowrank_linears(
     decoders: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     *,
+    scales: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Several low-rank linear layers that read the same x (q/k/v, gate/up), with one encoder call for all of them.
@@ -172,6 +197,7 @@ def lowrank_linears(
         encoder: (sum of ranks, c): the layers' encoders (groups = 1) one after the other.
         decoders: per layer (f_i, rank_i).
         biases: per layer (f_i,) or None.
+        scales: of int8 factors, of the rows of the encoder and of every decoder, as of :func:`lowrank_linear`.
         backend: "fused" (CUDA, up to 16 rows, 2 or 3 layers: two launches in all), "two-op" (one encoder call, one
             decoder call a layer) or "auto".
 
@@ -187,27 +213,33 @@ def lowrank_linears(
     count = len(decoders)
     biases = [None] * count if biases is None else list(biases)
     check_options(None, backend)
-    x, encoder, *rest = tensors = autocast(x, encoder, *decoders, *biases)
-    decoders, biases = rest[:count], rest[count:]
+    x, encoder, *rest = autocast(x, encoder, *decoders, *biases, *(scales or ()))
+    decoders, biases, scale = rest[:count], rest[count : count + len(biases)], rest[count + len(biases) :]
     check_rows(x)
-    check_dims(2, encoder=encoder, **{f"decoders[{i}]": d for i, d in enumerate(decoders)})
+    named = {"encoder": encoder, **{f"decoders[{i}]": d for i, d in enumerate(decoders)}}
+    check_dims(2, **named)
+    if scales is not None:
+        check_int8(x, named, scale)
     ranks = [d.shape[1] for d in decoders]
     if len(biases) != count or count == 0 or sum(ranks) != encoder.shape[0]:
         raise ArgumentError(
             f"{len(biases)} biases and {count} decoders of ranks {ranks} do not fit encoder {sizes(encoder)}"
         )
     for i, (d, part, b) in enumerate(zip(decoders, encoder.split(ranks), biases, strict=True)):
-        check_alike(x, encoder=encoder, **{f"decoders[{i}]": d, f"biases[{i}]": b})
+        alike = {} if scale else {"encoder": encoder, f"decoders[{i}]": d}
+        check_alike(x, **alike, **{f"biases[{i}]": b})
         check_factors(part, d, b, 1)
     check_input(x, -1, encoder, 1, None, ())
     reason = None if backend == "two-op" else why_not_fused_linears(x, count)
     has_bias, present = [b is not None for b in biases], [b for b in biases if b is not None]
 
     def fused() -> Any:
-        return lowrank_linears_op(x, encoder, decoders, present, has_bias)
+        return lowrank_linears_op(x, encoder, decoders, present, has_bias, scale)
 
     def two_op() -> Any:
-        hidden = torch.nn.functional.linear(x, encoder).split(ranks, -1)
-        return [torch.nn.functional.linear(h, d, b) for h, d, b in zip(hidden, decoders, biases, strict=True)]
+        first, *others = dequantized_all([encoder, *decoders], scale)
+        hidden = torch.nn.functional.linear(x, first).split(ranks, -1)
+        return [torch.nn.functional.linear(h, d, b) for h, d, b in zip(hidden, others, biases, strict=True)]
 
+    tensors = [x, encoder, *decoders, *biases, *scale]
     return list(run(("lowrank_linears",), backend, reason, tensors, fused, two_op))

@@ -25,7 +25,7 @@ from .op_shared import (
     without_values,
 )
 from .pivot_table import outputs_number, outputs_of
-from .reference import activation_grad, decode_linear, encode_linear
+from .reference import activation_grad, decode_linear, dequantized_all, encode_linear
 
 
 @as_operator("lowrank_linear")
@@ -38,6 +38,8 @@ def lowrank_linear_op(
     groups: int,
     activation: str | None,
     order: Tensor | None = None,
+    encoder_scale: Tensor | None = None,
+    decoder_scale: Tensor | None = None,
 ) -> Tensor:
     """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_linear`, checked there."""
     y = x.new_empty((*x.shape[:-1], outputs_number(decoder, order)))
@@ -45,8 +47,9 @@ def lowrank_linear_op(
         extra, bias = (None if t is None else t.contiguous() for t in (residual, bias))
         with on_device_of(x):
             outputs = None if order is None else outputs_of(order)
+            scales = () if encoder_scale is None else (encoder_scale, decoder_scale)
             triton_module("linear").run_linear(
-                rows_of(x), encoder, decoder, bias, extra, groups, activation, outputs, y.view(-1, y.shape[-1])
+                rows_of(x), encoder, decoder, bias, extra, groups, activation, outputs, y.view(-1, y.shape[-1]), scales
             )
     return y
 
@@ -61,13 +64,18 @@ def _(
     groups: int,
     activation: str | None,
     order: Tensor | None = None,
+    encoder_scale: Tensor | None = None,
+    decoder_scale: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs_number(decoder, order)))
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     x, encoder, decoder, bias, residual = ctx.saved_tensors
-    groups, activation, order = ctx.options
+    groups, activation, order, *scales = ctx.options
+    is_int8 = scales[0] is not None  # such factors have no gradients
+    if is_int8:
+        encoder, decoder = dequantized_all((encoder, decoder), scales)
     hidden = encode_linear(x, encoder, groups)
     if activation is not None:
         grad = activation_grad(grad, decoder_output(decode_linear(hidden, decoder, order), bias, residual), activation)
@@ -78,12 +86,14 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     grad_hidden = grad_hidden.view(*grad.shape[:-1], groups, -1)
     slices = encoder.unflatten(0, (groups, -1))
     grad_x = torch.einsum("...gr,grc->...gc", grad_hidden, slices).flatten(-2)
-    split = x.reshape(-1, groups, slices.shape[2])
-    grad_encoder = torch.einsum("mgr,mgc->grc", grad_hidden.reshape(-1, *grad_hidden.shape[-2:]), split).flatten(0, 1)
-    grad_decoder = told.mT @ hidden.reshape(-1, hidden.shape[-1])
+    grad_encoder = grad_decoder = None
+    if not is_int8:
+        split, grad_rows = x.reshape(-1, groups, slices.shape[2]), grad_hidden.reshape(-1, *grad_hidden.shape[-2:])
+        grad_encoder = torch.einsum("mgr,mgc->grc", grad_rows, split).flatten(0, 1)
+        grad_decoder = told.mT @ hidden.reshape(-1, hidden.shape[-1])
     return (
         grad_x, grad_encoder, grad_decoder, None if bias is None else rows.sum(0),
-        None if residual is None else grad, None, None, None,
+        None if residual is None else grad, None, None, None, None, None,
     )  # fmt: skip
 
 

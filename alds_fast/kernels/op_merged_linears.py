@@ -23,12 +23,14 @@ from .op_shared import (
     triton_module,
     without_values,
 )
+from .reference import dequantized_all
 
 
 @as_operator("lowrank_linears")
 def lowrank_linears_op(
-    x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool]
-) -> list[Tensor]:
+    x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool],
+    scales: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """Up to three layers with one encoder launch; ``biases`` holds those of the layers with ``has_bias``."""
     ys = [x.new_empty((*x.shape[:-1], d.shape[0])) for d in decoders]
     rest = iter([b.contiguous() for b in biases])
@@ -36,33 +38,37 @@ def lowrank_linears_op(
         every = [next(rest) if b else None for b in has_bias]
         rows = [y.view(-1, y.shape[-1]) for y in ys]
         with on_device_of(x):
-            triton_module("few_rows").run_merged(rows_of(x), encoder, decoders, every, rows)
+            triton_module("few_rows").run_merged(rows_of(x), encoder, decoders, every, rows, scales)
     return ys
 
 
 @without_values("lowrank_linears")
 def _(
-    x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool]
-) -> list[Tensor]:
+    x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool],
+    scales: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
     return [x.new_empty((*x.shape[:-1], d.shape[0])) for d in decoders]
 
 
 def _linears_save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    x, encoder, decoders, _, has_bias = inputs
+    x, encoder, decoders, _, has_bias, scales = inputs
     ctx.save_for_backward(x, encoder, *decoders)
-    ctx.has_bias = list(has_bias)
+    ctx.has_bias, ctx.scales = list(has_bias), list(scales)
 
 
 def _linears_backward(ctx: Any, grads: list[Tensor]) -> tuple:
     x, encoder, *decoders = ctx.saved_tensors
+    if ctx.scales:  # such factors have no gradients
+        encoder, *decoders = dequantized_all([encoder, *decoders], ctx.scales)
     hidden = F.linear(x, encoder).reshape(-1, encoder.shape[0])
     rows = [g.reshape(-1, g.shape[-1]) for g in grads]
     parts = hidden.split([d.shape[1] for d in decoders], 1)
     grad_hidden = torch.cat([g @ d for g, d in zip(rows, decoders, strict=True)], 1)
-    grad_decoders = [g.mT @ h for g, h in zip(rows, parts, strict=True)]
+    grad_decoders = [None if ctx.scales else g.mT @ h for g, h in zip(rows, parts, strict=True)]
     grad_biases = [g.sum(0) for g, b in zip(rows, ctx.has_bias, strict=True) if b]
-    grad_encoder = grad_hidden.mT @ x.reshape(-1, x.shape[-1])
-    return (grad_hidden @ encoder).view(x.shape), grad_encoder, grad_decoders, grad_biases, None
+    grad_encoder = None if ctx.scales else grad_hidden.mT @ x.reshape(-1, x.shape[-1])
+    no_grads = None, [None] * len(ctx.scales)
+    return (grad_hidden @ encoder).view(x.shape), grad_encoder, grad_decoders, grad_biases, *no_grads
 
 
 differentiated_by("lowrank_linears", _linears_backward, _linears_save)

@@ -50,6 +50,32 @@ def activation_grad(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
     return grad * (cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 
+def quantized_rows(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and a scale for every row, absmax / 127, in the type of the factor; a row of zeros has scale 0.
+
+    Values are rounded to multiples of the scale as it is stored, so that its own rounding adds nothing.
+
+    >>> values, scale = quantized_rows(torch.tensor([[127.0, -63.6], [0.0, 0.0]]))
+    >>> values.tolist(), scale.tolist()
+    ([[127, -64], [0, 0]], [1.0, 0.0])
+    """
+    wide = factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
+    scale = (wide.abs().amax(1) / 127).to(factor.dtype)
+    step = scale.to(wide.dtype)
+    step = torch.where(step > 0, step, 1).unsqueeze(1)
+    return (wide / step).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantized(factor: Tensor, scale: Tensor) -> Tensor:
+    """An int8 factor with a scale for every row, in the type of the scales."""
+    return factor.to(scale.dtype) * scale.unsqueeze(-1)
+
+
+def dequantized_all(factors: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
+    """Factors in the type of their scales; as they are without any."""
+    return [dequantized(*pair) for pair in zip(factors, scales, strict=True)] if scales else list(factors)
+
+
 def encode_linear(x: Tensor, encoder: Tensor, groups: int) -> Tensor:
     """blockdiag(encoder) @ x: x (..., c), encoder (groups * rank, c / groups) to (..., groups * rank)."""
     if groups == 1:

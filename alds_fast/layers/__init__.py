@@ -21,6 +21,7 @@ from .discovery import (
 from .experts import OpenedExperts, Routed, routed_rows
 from .linear import LowRankLinear
 from .low_rank import (
+    Int8LowRankLinear,
     LowRankConvTranspose,
     LowRankConvTranspose1d,
     LowRankConvTranspose2d,
@@ -64,6 +65,7 @@ __all__ = [
     "REGISTERED",
     "AbsentWeight",
     "DecomposableLayer",
+    "Int8LowRankLinear",
     "Layer",
     "LowRankConv",
     "LowRankConv1d",

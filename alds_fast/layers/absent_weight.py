@@ -27,12 +27,16 @@ class AbsentWeight:
     _is_hf_initialized = True
 
     def __init__(self, owner: str, shape: tuple[int, ...], holder: nn.Module) -> None:
-        """``holder``: the module whose parameters of two or more dimensions are the factors."""
+        """``holder``: the module whose parameters of two or more dimensions are the factors.
+
+        Without any, these are int8, whose scales have the type and the device.
+        """
         vars(self).update(_owner=owner, _holder=holder, shape=torch.Size(shape), ndim=len(shape))
 
     @property
     def _factors(self) -> list[Tensor]:
-        factors = [p for p in self._holder.parameters() if p.dim() >= 2]
+        factors: list[Tensor] = [p for p in self._holder.parameters() if p.dim() >= 2]
+        factors = factors or [b for b in self._holder.buffers() if b.is_floating_point()]
         return factors or self._refuse()
 
     @property
@@ -69,6 +73,8 @@ class AbsentWeight:
     def requires_grad_(self, requires_grad: bool = True) -> AbsentWeight:
         """Train the factors, or freeze them."""
         for factor in self._factors:
+            if requires_grad and factor.dim() < 2:
+                raise AttributeError(f"the factors of {self._owner} are int8 and cannot be trained", obj=self)
             factor.requires_grad_(requires_grad)
         return self
 

@@ -80,10 +80,16 @@ def decomposable(layers: Iterable[Layer]) -> list[DecomposableLayer]:
 def count_params(model: nn.Module) -> int:
     """Number of parameters of the model, shared ones once, those not initialised yet not at all.
 
-    Indices of pivots count as parameters (:mod:`alds_fast.linalg.pivots`).
+    Indices of pivots count as parameters (:mod:`alds_fast.linalg.pivots`), int8 factors and their scales too.
     """
-    indices = sum(m.order.numel() for m in model.modules() if isinstance(m, LowRankLayer) and m.pivots)
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)) + indices
+    buffered = sum(_count_buffered(m) for m in model.modules())
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)) + buffered
+
+
+def _count_buffered(module: nn.Module) -> int:
+    """Numbers that a low-rank layer has in buffers, where others have parameters."""
+    held = module._buffers.values() if isinstance(module, LowRankLayer) else ()
+    return sum(b.numel() for b in held if b is not None)
 
 
 def count_bytes(model: nn.Module) -> int:
@@ -127,11 +133,11 @@ def places_of(model: nn.Module) -> dict[int, list[Ancestors]]:
 
 def _sizes(module: nn.Module, weight: Tensor | None) -> tuple[int, ...]:
     """The weight's shape with the filters first; () without one, or before its first forward pass."""
+    if isinstance(module, LowRankLayer):
+        return module.weight_shape.weight
     if weight is None or isinstance(weight, UninitializedParameter) or weight.is_nested:
         return ()
     shape = weight_shape(module)
-    if isinstance(module, LowRankLayer):
-        return module.weight_shape.weight
     if shape is None or weight.dim() != len(shape.weight) or not weight.numel():  # of a sharded layer
         return tuple(weight.shape)
     return tuple(filters_first(module, torch.empty(weight.shape, device="meta")).shape)
@@ -175,11 +181,12 @@ def find_layers(model: nn.Module, include: Selection = None, exclude: Selection 
 
     layers: list[Layer] = []
     for name, module, weight in weighted:
-        ready = weight is not None and not isinstance(weight, UninitializedParameter)
+        ready = isinstance(weight, Tensor) and not isinstance(weight, UninitializedParameter)
+        ready = ready or isinstance(module, LowRankLayer)  # of int8 factors, which are no parameters
         shape = weight_shape(module) if ready else None
         sizes = _sizes(module, weight)
         params = sum(p.numel() for p in module.parameters(recurse=parametrize.is_parametrized(module))) if ready else 0
-        params += module.order.numel() if isinstance(module, LowRankLayer) and module.pivots else 0
+        params += _count_buffered(module)
         params += vars(module).get(STORED, shape.numel) - shape.numel if shape else 0
         own_bias = isinstance(getattr(module, "bias", None), nn.Parameter) and id(module.bias) not in tied
         own_bias = own_bias and not any(next(readers(place, "biases"), None) for place in places[id(module)])

@@ -28,7 +28,8 @@ from benchmarks.common.results import ROOT
 
 from . import sass
 
-SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS", "PIVOTS")
+SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS", "PIVOTS",
+         "HAS_SCALE")  # fmt: skip
 OF_TILES = ("cols_per_program", "channels_per_part")  # multiples of a tile whatever the sizes are
 AGAIN = 8  # of so many known rows one is compiled again
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -50,7 +51,8 @@ def configurations():
                     continue
                 tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols, **epilogue(heavy)}
                 yield "linear", kind, {**tiles, "ONE_SLICE": one, "PIVOTS": pivots}, t, wide
-        yield from _few_rows(kind, dtype, wide)
+        for scaled in (False, True):
+            yield from _few_rows(kind, dtype, wide, scaled)
         yield from _convolutions(kind, dtype, wide)
 
 
@@ -59,26 +61,26 @@ def epilogue(heavy):
     return {"HAS_BIAS": True, "HAS_RESIDUAL": heavy, "ACTIVATION": "gelu" if heavy else "relu"}
 
 
-def _few_rows(kind, dtype, wide):
-    """Encoders and decoders of few rows, all PARTS, with and without the early launch (sm_90)."""
+def _few_rows(kind, dtype, wide, scaled):
+    """Encoders and decoders of few rows, all PARTS, with and without the early launch (sm_90), and of int8 factors."""
     from alds_fast.kernels.fused import few_rows, vectors
 
-    odd = 0 if wide else 3
+    odd, int8 = 0 if wide else 3, {"HAS_SCALE": True} if scaled else {}
     for parts in (1, 2, 4, 8):
-        t = few_rows.encode_tiling(dtype)
-        tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols}
+        t = few_rows.encode_tiling(dtype, scaled)
+        tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols, **int8}
         yield "encode_rows", kind, tiles, t, wide
     for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
         t = vectors.vector_tiling(reduction - odd, m)
-        tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction}
+        tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction, **int8}
         yield "encode_vectors", kind, tiles, t, wide
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
     kinds = (1, False), (1, True), (3, False)
     for (layers, pivots), m, rank in itertools.product(kinds, (0, 1, 2), (64, 3072)):
-        t = vectors.vector_tiling(rank - odd, m, 4) if m else few_rows.decode_tiling(dtype, wide)
+        t = vectors.vector_tiling(rank - odd, m, 4) if m else few_rows.decode_tiling(dtype, wide, scaled)
         ranks = {f"RANK{i}": rank - odd for i in range(3)}
         tiles = {"LAYERS": layers, "VECTORS": m, "BM": t.rows, "BK": t.reduction, "BF": t.cols, "PIVOTS": pivots}
-        yield "decode_rows", kind, {**tiles, **ranks, **flags, "HAS_RESIDUAL": layers == 1}, t, wide
+        yield "decode_rows", kind, {**tiles, **ranks, **flags, **int8, "HAS_RESIDUAL": layers == 1}, t, wide
 
 
 def _convolutions(kind, dtype, wide):
@@ -171,10 +173,12 @@ def compile_one(job):
     kernel = _kernel(name)
     free = ("M", "H", "W", "OH", "OW") if wide else kernel.arg_names
     widest = {"ACTIVATION": "gelu", "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-    widest |= {"EARLY": arch >= 90, "WAIT": arch >= 90}
+    widest |= {"EARLY": arch >= 90, "WAIT": arch >= 90, "HAS_SCALE": False}
     constants = {**{k: v for k, v in widest.items() if k in kernel.arg_names}, **constants}
-    types = dict.fromkeys(("x", "encoder", "decoder", "bias", "residual", "y", "hidden"), dtype.replace("tf32", "fp32"))
+    floating = ("x", "encoder", "decoder", "scale", "bias", "residual", "y", "hidden")
+    types = dict.fromkeys(floating, dtype.replace("tf32", "fp32"))
     types |= {"parts": "fp32", "tickets": "i32", "outputs": "i32"}
+    types |= {"encoder": "i8", "decoder": "i8"} if constants.get("HAS_SCALE") else {}
     signature, attrs = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:

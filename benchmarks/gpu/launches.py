@@ -123,7 +123,7 @@ def compiled_layers():
                 launch()
             for kernel, arguments, options in launches:
                 resources, cubin = compiled(specialised(kernel, arguments), sm, options)
-                told = {k: v for k, v in arguments.items() if k in TOLD}
+                told = {k: v for k, v in arguments.items() if k in TOLD and (k != "HAS_SCALE" or v)}
                 name = kernel.__name__.strip("_").removesuffix("_kernel").removeprefix("lowrank_")
                 made = {"warps": options["num_warps"], "stages": options["num_stages"], "sm": sm}
                 yield {"layer": layer, "kernel": name, **told, **made, **resources}, cubin

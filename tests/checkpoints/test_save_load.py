@@ -203,17 +203,17 @@ def _rewrite(path, **changes):
 
 
 def test_a_newer_format_version_is_refused(path):
-    _rewrite(path, version="3")
-    with pytest.raises(FileFormatError, match="format version 3, newer than 2; update alds_fast"):
+    _rewrite(path, version="4")
+    with pytest.raises(FileFormatError, match="format version 4, newer than 3; update alds_fast"):
         alds.load(path, small_net)
 
 
 @pytest.mark.parametrize("key", ["version", "layers", "aliases", "orders", "crc32", "plan"])
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "3", '{"0": {}}', '{"0.encoder": 3}', '{"0.encoder": [5, 7]}', '{"a": "zz"}']
+    "text", ["{", "[]", "4", '{"0": {}}', '{"0.encoder": 3}', '{"0.encoder": [5, 7]}', '{"a": "zz"}']
 )
 def test_damaged_metadata_is_refused(path, key, text):
-    if key != "version" or text != "3":  # that is another version
+    if key != "version" or text != "4":  # that is another version
         _rewrite(path, **{key: text})
         with pytest.raises(FileFormatError, match="damaged metadata|is missing|is corrupt"):
             alds.load(path, small_net)

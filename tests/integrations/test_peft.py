@@ -326,3 +326,15 @@ except alds.AldsError as e:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.split() == ["LoraLowRankLinear", "ModelError"], run.stderr
+
+
+def test_int8_factors_are_adapted_but_not_merged():
+    small = alds.quantize_factors(compressed())
+    adapted = peft.get_peft_model(copy.deepcopy(small), lora(init_lora_weights=True))
+    torch.testing.assert_close(adapted(X), small(X), rtol=0, atol=0)
+    adapted(X).square().sum().backward()
+    assert all(p.grad is not None for n, p in adapted.named_parameters() if "lora_B" in n)
+    before = adapted(X)
+    with pytest.raises(ModelError, match="has int8 factors; take the adapters off"):
+        adapted.merge_adapter()
+    assert torch.equal(adapted(X), before) and torch.equal(adapted.unload()(X), small(X))

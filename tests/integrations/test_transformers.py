@@ -14,7 +14,7 @@ from support.marks import slow
 
 import alds_fast as alds
 from alds_fast import errors
-from alds_fast.layers import LowRankLayer, MergedLinears, MergedPart
+from alds_fast.layers import Int8LowRankLinear, LowRankLayer, MergedLinears, MergedPart
 
 KINDS = ["llama", "qwen", "gpt2", "bert", "vit"]
 EACH_KIND = ["llama", slow("qwen"), "gpt2", slow("bert"), "vit"]
@@ -69,6 +69,28 @@ def test_compressed_in_memory_it_stays_small_too(kind, tmp_path):
     loaded = alds.load(tmp_path / "one.safetensors", dense)
     loaded.save_pretrained(tmp_path / "loaded")
     assert low_rank(alds.from_pretrained(tmp_path / "loaded")) == low_rank(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", slow("gpt2")])
+def test_int8_factors_are_saved_and_loaded(kind, small, tmp_path):
+    model = alds.quantize_factors(alds.from_pretrained(small / kind))
+    int8 = [name for name, m in model.named_modules() if isinstance(m, Int8LowRankLinear)]
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(tmp_path / "saved")
+        described = json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]
+        assert described["version"] == 3 and described["layers"][int8[0]]["factors"] == "int8"
+        for load in (alds.from_pretrained, type(model).from_pretrained):
+            loaded = load(tmp_path / "saved", dtype="auto")
+            assert [name for name, m in loaded.named_modules() if isinstance(m, Int8LowRankLinear)] == int8 != []
+            assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
+            if dtype == torch.float32:  # .to(dtype) also converts tables of frequencies, which are not in the file
+                assert torch.equal(logits(loaded, kind), logits(model, kind))
+    assert not any(isinstance(m, LowRankLayer) for m in loaded.dequantize().modules())
+    described["layers"][int8[0]]["factors"] = "int4"
+    config = json.loads((tmp_path / "saved/config.json").read_text()) | {"quantization_config": described}
+    (tmp_path / "saved/config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.FileFormatError, match="factors='int4' of a LowRankLinear are not known"):
+        alds.from_pretrained(tmp_path / "saved")
 
 
 def test_deployed_models_are_saved_as_they_are(tmp_path):
@@ -216,7 +238,7 @@ def row(scheme=0, groups=1, rank=4, shape=(64, 64)):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"version": 99}, errors.FileFormatError, "newer than 2"),
+        ({"version": 99}, errors.FileFormatError, "newer than 3"),
         ({"version": "1"}, errors.FileFormatError, "version '1'"),
         ({"layers": {"bert.pooler.dense": [0, 1, 4]}}, errors.FileFormatError, "'bert.pooler.dense' is damaged"),
         ({"layers": {"bert.pooler.dense": row(rank="4")}}, errors.FileFormatError, "'bert.pooler.dense' is damaged"),

@@ -140,7 +140,7 @@ def test_opcheck():
     args = [t.detach().clone().requires_grad_() for t in tensors.values()]
     torch.library.opcheck(torch.ops.alds_fast.lowrank_conv2d.default, (*args, None, 2, [2, 2], [1, 1], [1, 1], "relu"))
     decoders = [random(8, 4).requires_grad_(), random(6, 5).requires_grad_()]
-    merged = (random(3, 16).requires_grad_(), random(9, 16).requires_grad_(), decoders, [random(8)], [True, False])
+    merged = (random(3, 16).requires_grad_(), random(9, 16).requires_grad_(), decoders, [random(8)], [True, False], [])
     torch.library.opcheck(torch.ops.alds_fast.lowrank_linears.default, merged)
 
 

@@ -20,7 +20,7 @@ NAMES = {
     *("measured_importance", "load_analysis", "save_analysis", "report", "Report", "benchmark", "Benchmark"),
     *("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"),
     *("LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d"),
-    *("LowRankEmbedding", "LowRankEmbeddingBag"),
+    *("LowRankEmbedding", "LowRankEmbeddingBag", "Int8LowRankLinear", "QuantizeTable", "quantize_factors"),
 }
 
 
@@ -77,7 +77,9 @@ def test_signatures():
     evaluating |= {"methods": ("alds",), "criteria": (None,), "ps": (None,)}
     assert _keywords(alds.evaluate) == evaluating
     common = {"groups": 1, "activation": None, "residual": None, "backend": "auto"}
-    assert _keywords(kernels.lowrank_linear) == {**common, "order": None}
+    assert _keywords(kernels.lowrank_linear) == {**common, "order": None, "scales": None}
+    assert _keywords(kernels.lowrank_linears) == {"scales": None, "backend": "auto"}
+    assert _keywords(alds.quantize_factors) == {"report": False}
     assert _keywords(kernels.lowrank_conv2d) == {**common, "stride": 1, "padding": 0, "dilation": 1}
     assert _keywords(alds.Plan.apply) == {
         "blocks": None,

@@ -1,7 +1,7 @@
 """Make Triton's interpreter right for bfloat16.
 
-It keeps bfloat16 as raw uint16: products multiply the bit patterns and casts from float32 truncate. Both are mended
-here, for tests only, with torch's own conversion (round to nearest, ties to even).
+It keeps bfloat16 as raw uint16: products multiply the bit patterns, casts from float32 truncate, and integers are taken
+for such patterns. All is mended here, for tests only, with torch's own conversion (round to nearest, ties to even).
 """
 
 import numpy as np
@@ -41,12 +41,15 @@ def mend():
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
-    fp_to_fp = builder.create_fp_to_fp
+    si_to_fp, fp_to_fp = builder.create_si_to_fp, builder.create_fp_to_fp
+
+    def create_si_to_fp(self, src, dst_type):
+        return _narrow(src.data) if dst_type.scalar == tl.bfloat16 else si_to_fp(self, src, dst_type)
 
     def create_fp_to_fp(self, src, dst_type, rounding):
         if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar) and tl.float32 in (src.dtype.scalar, dst_type.scalar):
             return self.cast_impl(src, dst_type)
         return fp_to_fp(self, src, dst_type, rounding)
 
-    builder.create_fp_to_fp = create_fp_to_fp
+    builder.create_si_to_fp, builder.create_fp_to_fp = create_si_to_fp, create_fp_to_fp
     chooser.INTERPRETER_TYPES.append(torch.bfloat16)

@@ -4,6 +4,8 @@ import torch
 from support.marks import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alds_fast.kernels import dequantized, quantized_rows
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -29,6 +31,15 @@ def pivoted_case(m, c, rank, f, dtype=torch.float32, bias=True, residual=True):
     order = torch.randperm(f, generator=torch.Generator().manual_seed(f + rank)).to(DEVICE)
     full = linear_case(m, c, 1, rank, f, dtype, bias, residual)
     return {**rest, "bias": full["bias"], "residual": full["residual"]}, order
+
+
+def as_int8(case):
+    """The case with int8 factors, its scales, and the same in float64 with dequantised factors."""
+    pairs = {k: quantized_rows(t) for k, t in case.items() if k.startswith(("encoder", "decoder"))}
+    exact = {k: None if t is None else t.double() for k, t in case.items()}
+    exact |= {k: dequantized(values, scale.double()) for k, (values, scale) in pairs.items()}
+    scales = [scale for _, scale in pairs.values()]
+    return {**case, **{k: values for k, (values, _) in pairs.items()}}, scales, exact
 
 
 PIVOTED = [  # rows, channels, rank, filters

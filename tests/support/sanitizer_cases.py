@@ -5,15 +5,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from support.kernel_cases import CONV, LINEAR, PIVOTED, by_one, conv_case, linear_case, pivoted_case, random
+from support.kernel_cases import CONV, LINEAR, PIVOTED, as_int8, by_one, conv_case, linear_case, pivoted_case, random
 
-from alds_fast.kernels import lowrank_conv2d, lowrank_linear, lowrank_linears
+from alds_fast.kernels import dequantized, lowrank_conv2d, lowrank_linear, lowrank_linears
 from alds_fast.kernels.fused import conv2d, few_rows
 from benchmarks.gpu import aot
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = (None, "relu", "silu", "gelu")
-TILES = ("BM", "BK", "BQ", "BR", "BF", "BN", "M", "PARTS", "VECTORS", "LAYERS", "PIVOTS", "ONE_SLICE")
+TILES = ("BM", "BK", "BQ", "BR", "BF", "BN", "M", "PARTS", "VECTORS", "LAYERS", "PIVOTS", "ONE_SLICE",
+         "HAS_SCALE")  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -66,10 +67,10 @@ def conv(group, kind, shape, options, activation=None, bias=True, residual=False
     return Case(group, name, kind, lowrank_conv2d, made, **more)
 
 
-def _merged_call(x, encoder, present, backend, **tensors):
+def _merged_call(x, encoder, present, backend, scales=None, **tensors):
     decoders, biases = ([tensors[f"{k}{i}"] for i in range(len(present))] for k in ("decoder", "bias"))
     return lowrank_linears(x, encoder, decoders, [b if p else None for b, p in zip(biases, present, strict=True)],
-                           backend=backend)  # fmt: skip
+                           scales=scales, backend=backend)  # fmt: skip
 
 
 def merged(group, kind, m, c, ranks, filters, present, **more):
@@ -83,6 +84,44 @@ def merged(group, kind, m, c, ranks, filters, present, **more):
 
     name = f"{m} rows, {c} channels, ranks {ranks}, {filters} filters, biases {present}"
     return Case(group, name, kind, _merged_call, made, **more)
+
+
+def _int8_call(call):
+    """The call of tensors with int8 factors, whose scales stand among them; float64 has what these stand for."""
+
+    def int8(backend, **tensors):
+        scales = {name: tensors.pop(f"scale of {name}") for name in list(tensors) if f"scale of {name}" in tensors}
+        if tensors["x"].dtype == torch.float64:
+            tensors |= {name: dequantized(tensors[name], scale) for name, scale in scales.items()}
+            return call(**tensors, backend=backend)
+        return call(**tensors, scales=list(scales.values()), backend=backend)
+
+    return int8
+
+
+def as_int8_case(case):
+    """The same with int8 factors."""
+
+    def made():
+        tensors, options = case.made()
+        tensors, scales, _ = as_int8(tensors)
+        factors = [name for name in tensors if name.startswith(("encoder", "decoder"))]
+        return tensors | {f"scale of {name}": s for name, s in zip(factors, scales, strict=True)}, options
+
+    return case._replace(name=f"{case.name}, int8", call=_int8_call(case.call), made=made)
+
+
+def int8():
+    """Up to 16 rows with int8 factors, by vectors and by matrix units, of one slice, several and pivots."""
+    few = [shape for shape in LINEAR if shape[0] <= 16], [shape for shape in PIVOTED if shape[0] <= 16]
+    for kind in TYPES:
+        yield from (as_int8_case(linear("int8", kind, *shape)) for shape in few[0])
+        yield from (as_int8_case(pivoted("int8", kind, *shape)) for shape in few[1])
+    for i, kind in zip(range(1, 25), itertools.cycle(TYPES), strict=False):
+        m, rank, f = 1 + i % 16, 49 - i, 11 * i % 64 + 1
+        yield as_int8_case(linear("int8", kind, m, 5 * i + 97, 1, rank, f, ACTIVATIONS[i % 4]))
+        yield as_int8_case(pivoted("int8", kind, m, i, rank, rank + f, ACTIVATIONS[i % 4]))
+    yield from map(as_int8_case, (case._replace(group="int8") for case in merges()))
 
 
 def shapes():
@@ -165,6 +204,11 @@ def _parts(kind, channels, wanted):
 
 
 def _few_rows_tiling(name, kind, t, odd):
+    case = _floating_tiling(name, kind, t, odd)
+    return as_int8_case(case) if t.get("HAS_SCALE") else case
+
+
+def _floating_tiling(name, kind, t, odd):
     wanted = name, {k: t[k] for k in TILES if k in t and (k != "BM" or name == "encode_rows")}
     if name == "encode_rows":
         return _parts(kind, t["PARTS"] * t["BK"] * (3 if odd else 2) - odd, wanted)
@@ -216,4 +260,4 @@ def tilings():
 
 
 def all_cases():
-    return [*shapes(), *tails(), *few_rows_tails(), *epilogues(), *merges(), *far(), *tilings()]
+    return [*shapes(), *tails(), *few_rows_tails(), *epilogues(), *merges(), *int8(), *far(), *tilings()]

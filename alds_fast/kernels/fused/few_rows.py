@@ -4,6 +4,9 @@ Two launches: the encoder, then the decoders of up to three layers, which on com
 encoder has ended (programmatic dependent launch). One or two rows are vector products: a program reads all its weights
 at once. Three to 16 rows use the matrix units: the encoder is split over the reduction, and the program that comes last
 adds the parts up in their order. Accumulates in float32 and rounds the hidden values to the type of x.
+
+Factors of int8 have a scale for every row (HAS_SCALE): their integers, exact in every type of x, are multiplied as they
+are, and the float32 sums with the scale.
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ ROWS = 16  # of a tile of the matrix units
 
 @triton.jit
 def _encode_rows_kernel(
-    x, encoder, hidden, parts, tickets, M, C_GROUP, RANK, Q, stride_x, channels_per_part,
-    PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, encoder, scale, hidden, parts, tickets, M, C_GROUP, RANK, Q, stride_x, channels_per_part,
+    PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, HAS_SCALE: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden (M, Q): pid 0 is a run of channels, pid 1 a tile of ranks, pid 2 the slice.
 
@@ -54,7 +57,9 @@ def _encode_rows_kernel(
         )
         place = rows[None, :].to(tl.int64) * stride_x + group * C_GROUP + c[:, None]
         xt = tl.load(x + place, mask=(rows[None, :] < M) & (c[:, None] < end), other=0.0)
-        acc = tl.dot(et, xt, acc, input_precision=PRECISION)
+        acc = tl.dot(et.to(xt.dtype), xt, acc, input_precision=PRECISION)
+    if HAS_SCALE:
+        acc *= tl.load(scale + q, mask=r < RANK, other=0.0).to(tl.float32)[:, None]
     keep, place = (r[:, None] < RANK) & (rows[None, :] < M), rows[None, :] * Q + q[:, None]
     if PARTS > 1:
         tl.store(parts + tl.program_id(0) * M * Q + place, acc, mask=keep)
@@ -72,9 +77,10 @@ def _encode_rows_kernel(
 
 @triton.jit
 def _decode_tile(
-    hidden, decoder, bias, residual, outputs, y, tile, M, Q, ROWS, RANKS: tl.constexpr, PIVOTS: tl.constexpr,
-    VECTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
+    hidden, decoder, scale, bias, residual, outputs, y, tile, M, Q, ROWS, RANKS: tl.constexpr, PIVOTS: tl.constexpr,
+    VECTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Decoder rows tile * BF of one layer with RANKS hidden values; VECTORS rows without matrix units, or 0."""
     f = tile * BF + tl.arange(0, BF)
@@ -84,8 +90,8 @@ def _decode_tile(
         F = ROWS + RANKS
         column = tl.load(outputs + RANKS + f, mask=f < ROWS, other=F)
     if VECTORS > 0:
-        vector_tile(hidden, decoder, bias, residual, y, f, column, f < ROWS, Q, F,
-                    RANKS, VECTORS, BK, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, WAIT)  # fmt: skip
+        vector_tile(hidden, decoder, scale, bias, residual, y, f, column, f < ROWS, Q, F,
+                    RANKS, VECTORS, BK, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, WAIT)  # fmt: skip
     else:
         rows = tl.arange(0, BM)
         k = tl.arange(0, BK)
@@ -98,7 +104,9 @@ def _decode_tile(
             dt = tl.load(decoder + place, mask=(f[:, None] < ROWS) & (q[None, :] < RANKS), other=0.0)
             keep = (rows[None, :] < M) & (q[:, None] < RANKS)
             ht = tl.load(hidden + rows[None, :] * Q + q[:, None], mask=keep, other=0.0)
-            acc = tl.dot(dt, ht, acc, input_precision=PRECISION)
+            acc = tl.dot(dt.to(ht.dtype), ht, acc, input_precision=PRECISION)
+        if HAS_SCALE:
+            acc *= tl.load(scale + f, mask=f < ROWS, other=0.0).to(tl.float32)[:, None]
         mask = (rows[:, None] < M) & (f[None, :] < ROWS)
         out = rows.to(tl.int64)
         finish(tl.trans(acc), y, bias, residual, out, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
@@ -122,11 +130,11 @@ def _place_pivots(
 
 @triton.jit
 def _decode_rows_kernel(
-    hidden, decoder0, decoder1, decoder2, bias0, bias1, bias2, residual, outputs, y0, y1, y2, M, Q, F0, F1, F2,
-    RANK0: tl.constexpr, RANK1: tl.constexpr, RANK2: tl.constexpr, PIVOTS: tl.constexpr,
+    hidden, decoder0, decoder1, decoder2, scale0, scale1, scale2, bias0, bias1, bias2, residual, outputs, y0, y1, y2,
+    M, Q, F0, F1, F2, RANK0: tl.constexpr, RANK1: tl.constexpr, RANK2: tl.constexpr, PIVOTS: tl.constexpr,
     LAYERS: tl.constexpr, VECTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
-    HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The decoders of up to three layers, their tiles numbered one after the other, after those with PIVOTS."""
     tile = tl.program_id(0)
@@ -139,29 +147,31 @@ def _decode_rows_kernel(
     tiles0 = tl.cdiv(F0, BF)
     tiles1 = tl.cdiv(F1, BF)
     if (tile >= 0) & (tile < tiles0):
-        _decode_tile(hidden, decoder0, bias0, residual, outputs, y0, tile, M, Q, F0, RANK0, PIVOTS,
-                     VECTORS, BM, BK, BF, HAS_BIAS0, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
+        _decode_tile(hidden, decoder0, scale0, bias0, residual, outputs, y0, tile, M, Q, F0, RANK0, PIVOTS,
+                     VECTORS, BM, BK, BF, HAS_SCALE, HAS_BIAS0, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
     if LAYERS > 1:  # a constant of the kernel, unlike the next condition
         if (tile >= tiles0) & (tile < tiles0 + tiles1):
-            _decode_tile(hidden + RANK0, decoder1, bias1, residual, outputs, y1, tile - tiles0, M, Q, F1, RANK1, False,
-                         VECTORS, BM, BK, BF, HAS_BIAS1, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
+            _decode_tile(hidden + RANK0, decoder1, scale1, bias1, residual, outputs, y1, tile - tiles0, M, Q, F1,
+                         RANK1, False, VECTORS, BM, BK, BF, HAS_SCALE, HAS_BIAS1, HAS_RESIDUAL, ACTIVATION,
+                         WAIT, PRECISION)  # fmt: skip
     if LAYERS > 2:
         if tile >= tiles0 + tiles1:
             tile -= tiles0 + tiles1
-            _decode_tile(hidden + (RANK0 + RANK1), decoder2, bias2, residual, outputs, y2, tile, M, Q, F2, RANK2, False,
-                         VECTORS, BM, BK, BF, HAS_BIAS2, HAS_RESIDUAL, ACTIVATION, WAIT, PRECISION)  # fmt: skip
+            _decode_tile(hidden + (RANK0 + RANK1), decoder2, scale2, bias2, residual, outputs, y2, tile, M, Q, F2,
+                         RANK2, False, VECTORS, BM, BK, BF, HAS_SCALE, HAS_BIAS2, HAS_RESIDUAL, ACTIVATION,
+                         WAIT, PRECISION)  # fmt: skip
 
 
-def encode_tiling(dtype: torch.dtype) -> Tiling:
-    """Tiles of the encoder for three rows and more."""
-    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 4, 4)
+def encode_tiling(dtype: torch.dtype, int8: bool = False) -> Tiling:
+    """Tiles of the encoder for three rows and more; each warp converts all int8 weights of 16 ranks, so two do."""
+    return Tiling(16, 32, 16, 4, 3) if dtype == torch.float32 else Tiling(16, 128, 16, 2 if int8 else 4, 4)
 
 
-def decode_tiling(dtype: torch.dtype, wide: bool) -> Tiling:
+def decode_tiling(dtype: torch.dtype, wide: bool, int8: bool = False) -> Tiling:
     """Tiles of the decoder for three rows and more."""
     if dtype == torch.float32:
         return Tiling(16, 32, 16, 4, 2)
-    return Tiling(16, 128, 32, 4, 4) if wide else Tiling(16, 64, 16, 4, 3)
+    return Tiling(16, 128, 32, 4, 4) if wide else Tiling(16, 64, 16, 2 if int8 else 4, 3)
 
 
 def split(channels: int, tiles: int, reduction: int, parts: int = 0) -> tuple[int, int]:
@@ -180,65 +190,70 @@ def early_launch(x: Tensor) -> bool:
     return (capability_of(x.device) or (0, 0)) >= (9, 0)
 
 
-def _encode(x: Tensor, encoder: Tensor, groups: int, hidden: Tensor, vectors: bool, early: bool) -> None:
+def _encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, hidden: Tensor, vectors: bool,
+            early: bool) -> None:  # fmt: skip
     """Fill hidden (m, q)."""
     m, (q, c_group) = x.shape[0], encoder.shape
     rank = q // groups
-    t = tuned(x.device, EncodeKey(x.dtype, m if vectors else ROWS, c_group, q, groups, vectors, precision()))
+    key = EncodeKey(x.dtype, m if vectors else ROWS, c_group, q, groups, vectors, precision())
+    t = tuned(x.device, key) if scale is None else None
     if vectors:
         t = t or vector_tiling(c_group, m)
         encode_vectors_kernel[ceil_div(rank, t.cols), groups](
-            x, encoder, hidden, rank, q, x.stride(0), C_GROUP=c_group, M=m, BN=t.cols, BK=t.reduction, EARLY=early,
-            num_warps=t.num_warps, num_stages=t.num_stages,
+            x, encoder, scale, hidden, rank, q, x.stride(0), C_GROUP=c_group, M=m, BN=t.cols, BK=t.reduction,
+            HAS_SCALE=scale is not None, EARLY=early, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
         return
-    t = t or encode_tiling(x.dtype)
+    t = t or encode_tiling(x.dtype, scale is not None)
     tiles = ceil_div(rank, t.cols)
     count, per_part = split(c_group, tiles * groups, t.reduction, t.parts)
     parts, tickets = None, None
     if count > 1:
         parts, tickets = x.new_empty((count, m, q), dtype=torch.float32), take_tickets(x.device, tiles * groups)
     _encode_rows_kernel[count, tiles, groups](
-        x, encoder, hidden, parts, tickets, m, c_group, rank, q, x.stride(0), per_part,
-        PARTS=count, BM=t.rows, BK=t.reduction, BQ=t.cols, EARLY=early, PRECISION=precision(),
+        x, encoder, scale, hidden, parts, tickets, m, c_group, rank, q, x.stride(0), per_part, PARTS=count, BM=t.rows,
+        BK=t.reduction, BQ=t.cols, HAS_SCALE=scale is not None, EARLY=early, PRECISION=precision(),
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
 
 def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
           residual: Tensor | None, groups: int, activation: str | None, outputs: Tensor | None,
-          ys: Sequence[Tensor]) -> None:  # fmt: skip
+          ys: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> None:  # fmt: skip
     """Fill ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``.
 
     ``outputs`` of one layer with pivots: which columns of y its hidden values and then its decoder's rows are.
+    ``scales`` of int8 factors: that of the encoder's rows, then those of every decoder's.
     """
     m, q, count = x.shape[0], encoder.shape[0], len(decoders)
     ranks = [d.shape[1] for d in decoders]
     vectors, early = uses_vectors(m, encoder.shape[1], *ranks), early_launch(x)
     hidden = x.new_empty((m, q))
-    _encode(x, encoder, groups, hidden, vectors, early)
+    _encode(x, encoder, scales[0] if scales else None, groups, hidden, vectors, early)
     wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
     flags = (outputs is not None, residual is not None, activation, wide, precision())
     key = DecodeKey(x.dtype, m if vectors else ROWS, tuple(ranks), tuple(d.shape[0] for d in decoders), vectors, *flags)
-    t = tuned(x.device, key) or (vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide))
+    t = None if scales else tuned(x.device, key)  # tilings are measured for floating factors
+    t = t or (vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide, bool(scales)))
     last = [min(i, count - 1) for i in range(MAX_MERGED)]
-    d, o = ([s[i] for i in last] for s in (decoders, ys))
+    d, o = ([those[i] for i in last] for those in (decoders, ys))
     b = [biases[i] for i in last]
+    s = [scales[1 + i] if scales else None for i in last]
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
     pivot_tiles = 0 if outputs is None else ceil_div(q, t.cols)
     _decode_rows_kernel[pivot_tiles + sum(ceil_div(w.shape[0], t.cols) for w in decoders),](
-        hidden, *d, *b, residual, outputs, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),
+        hidden, *d, *s, *b, residual, outputs, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),
         PIVOTS=outputs is not None, LAYERS=count, VECTORS=m if vectors else 0, BM=t.rows, BK=t.reduction, BF=t.cols,
-        HAS_BIAS0=b[0] is not None, HAS_BIAS1=b[1] is not None, HAS_BIAS2=b[2] is not None,
+        HAS_SCALE=bool(scales), HAS_BIAS0=b[0] is not None, HAS_BIAS1=b[1] is not None, HAS_BIAS2=b[2] is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "", WAIT=early, PRECISION=precision(),
         num_warps=t.num_warps, num_stages=t.num_stages, **options,
     )  # fmt: skip
 
 
 def run_merged(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
-               ys: Sequence[Tensor]) -> None:  # fmt: skip
+               ys: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> None:  # fmt: skip
     """Fill ys[i] (m, f_i) of up to three layers that read the same x (m <= 16, c): two launches for all of them.
 
     ``encoder`` (sum of ranks, c) holds their encoders one after the other.
     """
-    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, None, ys)
+    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, None, ys, scales)

@@ -11,6 +11,8 @@ Accumulates in float32, rounds the hidden values to the type of x, as two librar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -115,15 +117,17 @@ def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, resi
 
 
 def run_linear(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
-               activation: str | None, outputs: Tensor | None, y: Tensor) -> None:  # fmt: skip
+               activation: str | None, outputs: Tensor | None, y: Tensor,
+               scales: Sequence[Tensor] = ()) -> None:  # fmt: skip
     """Fill y (m, f) from x (m, c), all of one type and device; both factors are made contiguous first.
 
     ``outputs`` (f,) int32 says which of y's columns the hidden values, and then the rows of a decoder (f - rank, rank),
-    are; None without pivots. y and residual are contiguous; x has unit stride along its channels; the arguments are
+    are; None without pivots. ``scales`` of int8 factors are those of the encoder's and of the decoder's rows, for up to
+    16 rows of x. y and residual are contiguous; x has unit stride along its channels; the arguments are
     trusted.
     """
     encoder, decoder = encoder.contiguous(), decoder.contiguous()
     if x.shape[0] <= MAX_ROWS:
-        run_rows(x, encoder, [decoder], [bias], residual, groups, activation, outputs, [y])
+        run_rows(x, encoder, [decoder], [bias], residual, groups, activation, outputs, [y], scales)
     else:
         _tile(x, encoder, decoder, bias, residual, groups, activation, outputs, y)

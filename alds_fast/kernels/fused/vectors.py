@@ -20,11 +20,11 @@ MAX_PIECES = 16  # of 1024 weights, that a program of vector products has in fli
 
 @triton.jit
 def vector_tile(
-    x, weight, bias, residual, y, n, column, keep, stride_x, stride_y,
-    K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, WAIT: tl.constexpr,
+    x, weight, scale, bias, residual, y, n, column, keep, stride_x, stride_y,
+    K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """y[m, column] = activation(weight[n] . x[m] + bias[column] + residual[m, column]) for M <= 2 rows.
+    """y[m, column] = activation(weight[n] . x[m] * scale[n] + bias[column] + residual[m, column]) for M <= 2 rows.
 
     Weights are asked for before x.
     """
@@ -46,6 +46,8 @@ def vector_tile(
     exact: tl.constexpr = y.dtype.element_ty == tl.float32
     for m in tl.static_range(M):
         z = z0 if m == 0 else z1
+        if HAS_SCALE:
+            z *= tl.load(scale + n, mask=keep, other=0.0).to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias + column, mask=keep, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
@@ -55,8 +57,9 @@ def vector_tile(
 
 @triton.jit
 def encode_vectors_kernel(
-    x, encoder, hidden, RANK, Q, stride_x,
-    C_GROUP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    x, encoder, scale, hidden, RANK, Q, stride_x,
+    C_GROUP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_SCALE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """hidden (M, Q): pid 0 is a tile of ranks, pid 1 the slice; EARLY lets the decoder's launch begin."""
     if EARLY:
@@ -64,8 +67,8 @@ def encode_vectors_kernel(
     group = tl.program_id(1)
     r = tl.program_id(0) * BN + tl.arange(0, BN)
     n = group * RANK + r
-    vector_tile(x + group * C_GROUP, encoder, x, x, hidden, n, n, r < RANK, stride_x, Q,
-                C_GROUP, M, BK, False, False, "", False)  # fmt: skip
+    vector_tile(x + group * C_GROUP, encoder, scale, x, x, hidden, n, n, r < RANK, stride_x, Q,
+                C_GROUP, M, BK, HAS_SCALE, False, False, "", False)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,8 +11,10 @@ from .conv_transpose import (
     swap_channels,
 )
 from .embedding import LowRankEmbedding, LowRankEmbeddingBag
+from .int8_linear import Int8LowRankLinear
 
 __all__ = [
+    "Int8LowRankLinear",
     "LowRankConvTranspose",
     "LowRankConvTranspose1d",
     "LowRankConvTranspose2d",

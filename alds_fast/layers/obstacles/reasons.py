@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize, prune
 
 from ..base import LowRankLayer
+from ..low_rank import Int8LowRankLinear
 from ..registry import LOW_RANK, dense_type, is_table, is_transposed, oriented_weight, weight_shape
 from ..shared_weights import has_plain_type, is_freed
 from .stacked_experts import holds_experts, why_not_opened
@@ -75,6 +76,8 @@ def _reason_of_kind(module: nn.Module) -> str | None:
         return "it is a bare module without a forward, as in exported programs; compress the model before torch.export"
     if is_quantised(module):
         return f"{type(module).__name__} is quantised by torch.ao; compress first, then quantise alds_fast.to_plain()"
+    if isinstance(module, Int8LowRankLinear):
+        return "its factors are int8; compress first, then alds_fast.quantize_factors(small)"
     if isinstance(module, LowRankLayer):
         known = type(module) in LOW_RANK.values()
         return None if known else f"{type(module).__name__} is a subclass of a low-rank layer"
