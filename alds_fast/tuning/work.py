@@ -114,7 +114,7 @@ def _encode_rows(key: EncodeKey, t: Tiling) -> LaunchWork:
     tiles = ceil(rank / t.cols) * key.groups
     parts = 1 if key.vectors else t.parts or max(1, min(8, 256 // tiles, key.channels // (2 * t.reduction)))
     turns = ceil(key.channels / parts / t.reduction)
-    weights = size * key.hidden * key.channels
+    weights = (1 if key.int8 else size) * key.hidden * key.channels
     added = 4 * parts * key.hidden * key.rows * (parts > 1)
     inputs = size * tiles * key.rows * key.channels
     held = t.cols * turns * t.reduction // 2 if key.vectors else t.cols * t.rows
@@ -124,7 +124,7 @@ def _encode_rows(key: EncodeKey, t: Tiling) -> LaunchWork:
 
 def _decode_rows(key: DecodeKey, t: Tiling) -> LaunchWork:
     size, programs = item_size(key.dtype), sum(ceil(f / t.cols) for f in key.filters)
-    weights = size * sum(f * r for f, r in zip(key.filters, key.ranks, strict=True))
+    weights = (1 if key.int8 else size) * sum(f * r for f, r in zip(key.filters, key.ranks, strict=True))
     hidden, outputs = size * programs * key.rows * max(key.ranks), size * key.rows * sum(key.filters)
     turns = ceil(max(key.ranks) / t.reduction)
     held = t.cols * turns * t.reduction // 2 if key.vectors else t.cols * t.rows

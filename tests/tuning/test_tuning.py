@@ -1,5 +1,6 @@
 """The search for tilings, on the CPU: a device that compiles nothing and times by the model, kernels interpreted."""
 
+import copy
 import math
 
 import pytest
@@ -116,6 +117,21 @@ def test_merged_layers_and_equal_calls(on):
     rows = tune_calls([call, call._replace(name="again")], on, told)
     assert [(row.name, type(row.key)) for row in rows] == [("q + k + v", EncodeKey), ("q + k + v", DecodeKey)]
     assert rows[1].key.ranks == (8, 8, 8) and rows[1].key.filters == (16, 16, 16)
+
+
+def test_int8_factors_have_tilings_of_their_own(on):
+    layer = LowRankLinear(48, 32, 16).half()
+    small = alds.quantize_factors(torch.nn.Sequential(layer))[0]
+    small.backend = "fused"
+    x, plain = torch.zeros(5, 48).half(), copy.copy(small)
+    plain.backend = "two-op"
+    call = FusedCall("int8", small, InputSpec.of(x), lambda x: [plain(x)], lambda x: [copy.deepcopy(plain).double()(x)])
+    rows = tune_calls([call, linear_call(rows=5)], on, told)
+    assert [(type(row.key), row.key.int8) for row in rows] == [
+        (EncodeKey, True), (DecodeKey, True), (EncodeKey, False), (DecodeKey, False),
+    ]  # fmt: skip
+    assert work_of(rows[0].key, Tiling(16, 32, 16, 4, 3)).memory_bytes == 48 * 16
+    assert {c.key for c in on.compiled} == {row.key for row in rows} and not any(row.faults for row in rows)
 
 
 def test_candidates_are_halved(on):

@@ -90,3 +90,14 @@ def finish(
         acc += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
     exact: tl.constexpr = y.dtype.element_ty == tl.float32
     tl.store(y + place, activate(acc, ACTIVATION, exact).to(y.dtype.element_ty), mask=mask)
+
+
+def split(channels: int, tiles: int, reduction: int, parts: int = 0) -> tuple[int, int]:
+    """(parts, channels of each): enough parts for some 256 programs, at most 8, each a multiple of ``reduction``.
+
+    Or about as many as are asked for.
+    """
+    wanted = max(1, min(8, 256 // max(1, tiles), channels // (2 * reduction)))
+    parts = parts or 1 << (wanted.bit_length() - 1)
+    per_part = ceil_div(channels, parts * reduction) * reduction
+    return ceil_div(channels, per_part), per_part

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..limits import MAX_MERGED, precision
-from ..tilings import DecodeKey, EncodeKey, Tiling, capability_of, tuned
-from .common import addresses, ceil_div, finish, multiple_of_16
+from ..tilings import DecodeKey, EncodeKey, Tiling, any_tuned, capability_of, tuned
+from .common import addresses, ceil_div, finish, multiple_of_16, split
 from .tickets import take_tickets
 from .vectors import encode_vectors_kernel, uses_vectors, vector_tile, vector_tiling
 
@@ -174,17 +174,6 @@ def decode_tiling(dtype: torch.dtype, wide: bool, int8: bool = False) -> Tiling:
     return Tiling(16, 128, 32, 4, 4) if wide else Tiling(16, 64, 16, 2 if int8 else 4, 3)
 
 
-def split(channels: int, tiles: int, reduction: int, parts: int = 0) -> tuple[int, int]:
-    """(parts, channels of each): enough parts for some 256 programs, at most 8, each a multiple of ``reduction``.
-
-    Or about as many as are asked for.
-    """
-    wanted = max(1, min(8, 256 // max(1, tiles), channels // (2 * reduction)))
-    parts = parts or 1 << (wanted.bit_length() - 1)
-    per_part = ceil_div(channels, parts * reduction) * reduction
-    return ceil_div(channels, per_part), per_part
-
-
 def early_launch(x: Tensor) -> bool:
     """Whether the decoder may begin before the encoder has ended: compute capability 9.0 and above."""
     return (capability_of(x.device) or (0, 0)) >= (9, 0)
@@ -195,16 +184,18 @@ def _encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, hidde
     """Fill hidden (m, q)."""
     m, (q, c_group) = x.shape[0], encoder.shape
     rank = q // groups
-    key = EncodeKey(x.dtype, m if vectors else ROWS, c_group, q, groups, vectors, precision())
-    t = tuned(x.device, key) if scale is None else None
+    int8, t = scale is not None, None
+    if any_tuned(x.device):
+        rows = m if vectors else ROWS
+        t = tuned(x.device, EncodeKey(x.dtype, rows, c_group, q, groups, vectors, precision(), int8))
     if vectors:
         t = t or vector_tiling(c_group, m)
         encode_vectors_kernel[ceil_div(rank, t.cols), groups](
             x, encoder, scale, hidden, rank, q, x.stride(0), C_GROUP=c_group, M=m, BN=t.cols, BK=t.reduction,
-            HAS_SCALE=scale is not None, EARLY=early, num_warps=t.num_warps, num_stages=t.num_stages,
+            HAS_SCALE=int8, EARLY=early, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
         return
-    t = t or encode_tiling(x.dtype, scale is not None)
+    t = t or encode_tiling(x.dtype, int8)
     tiles = ceil_div(rank, t.cols)
     count, per_part = split(c_group, tiles * groups, t.reduction, t.parts)
     parts, tickets = None, None
@@ -212,7 +203,7 @@ def _encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, hidde
         parts, tickets = x.new_empty((count, m, q), dtype=torch.float32), take_tickets(x.device, tiles * groups)
     _encode_rows_kernel[count, tiles, groups](
         x, encoder, scale, hidden, parts, tickets, m, c_group, rank, q, x.stride(0), per_part, PARTS=count, BM=t.rows,
-        BK=t.reduction, BQ=t.cols, HAS_SCALE=scale is not None, EARLY=early, PRECISION=precision(),
+        BK=t.reduction, BQ=t.cols, HAS_SCALE=int8, EARLY=early, PRECISION=precision(),
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
@@ -231,10 +222,16 @@ def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Seq
     hidden = x.new_empty((m, q))
     _encode(x, encoder, scales[0] if scales else None, groups, hidden, vectors, early)
     wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
-    flags = (outputs is not None, residual is not None, activation, wide, precision())
-    key = DecodeKey(x.dtype, m if vectors else ROWS, tuple(ranks), tuple(d.shape[0] for d in decoders), vectors, *flags)
-    t = None if scales else tuned(x.device, key)  # tilings are measured for floating factors
-    t = t or (vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide, bool(scales)))
+    t = None
+    if any_tuned(x.device):
+        rows, filters = m if vectors else ROWS, tuple(d.shape[0] for d in decoders)
+        places = outputs is not None, residual is not None
+        key = DecodeKey(
+            x.dtype, rows, tuple(ranks), filters, vectors, *places, activation, wide, precision(), bool(scales)
+        )
+        t = tuned(x.device, key)
+    if t is None:
+        t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide, bool(scales))
     last = [min(i, count - 1) for i in range(MAX_MERGED)]
     d, o = ([those[i] for i in last] for those in (decoders, ys))
     b = [biases[i] for i in last]

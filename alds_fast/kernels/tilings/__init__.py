@@ -4,7 +4,7 @@ Here belongs what a launch asks and what is kept. How tilings are found belongs 
 """
 
 from .keys import ConvKey, DecodeKey, EncodeKey, LaunchKey, LinearKey, Measured, Tiling, can_go_by_rows
-from .tables import asked, capability_of, compiling_for, keep_tilings, measured, tuned, using
+from .tables import any_tuned, asked, capability_of, compiling_for, keep_tilings, measured, tuned, using
 
 __all__ = [
     "ConvKey",
@@ -14,6 +14,7 @@ __all__ = [
     "LinearKey",
     "Measured",
     "Tiling",
+    "any_tuned",
     "asked",
     "can_go_by_rows",
     "capability_of",

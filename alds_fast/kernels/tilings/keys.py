@@ -81,6 +81,7 @@ class EncodeKey(NamedTuple):
     groups: int
     vectors: bool
     precision: str
+    int8: bool = False  # the factors are integers
 
 
 class DecodeKey(NamedTuple):
@@ -96,6 +97,7 @@ class DecodeKey(NamedTuple):
     activation: str | None
     wide: bool
     precision: str
+    int8: bool = False
 
 
 LaunchKey = LinearKey | ConvKey | EncodeKey | DecodeKey

@@ -16,12 +16,17 @@ _measured: dict[torch.device, dict[LaunchKey, Measured]] = {}  # what the files 
 _compiled_for: list[tuple[int, int]] = []  # the compute capability that tensors without data stand for
 
 
-def tuned(device: torch.device, key: LaunchKey) -> Tiling | None:
-    """The tiling that was measured to be the fastest for a launch, None where nothing was measured."""
+def any_tuned(device: torch.device) -> bool:
+    """Whether it is worth asking: a key takes a host longer to make than this."""
     table = _tables.get(device)
     if table is None:
         table = _tables[device] = _tilings(measured(device))
-    return table.get(key)
+    return bool(table)
+
+
+def tuned(device: torch.device, key: LaunchKey) -> Tiling | None:
+    """The tiling that was measured to be the fastest for a launch, None where nothing was measured."""
+    return _tables[device].get(key) if any_tuned(device) else None
 
 
 def measured(device: torch.device) -> dict[LaunchKey, Measured]:
@@ -39,6 +44,9 @@ class _Asked(dict[LaunchKey, Tiling]):
     """A table that notes what is looked for."""
 
     keys_asked: list[LaunchKey]
+
+    def __bool__(self) -> bool:
+        return True
 
     def get(self, key: LaunchKey, default: Any = None) -> Any:
         if key not in self.keys_asked:
