@@ -140,9 +140,17 @@ def first_guess(key):
     if isinstance(key, ConvKey):
         return conv2d.first_conv2d(key, key.pixels)
     if isinstance(key, EncodeKey):
-        return vectors.vector_tiling(key.channels, key.rows) if key.vectors else few_rows.encode_tiling(key.dtype)
+        return (
+            vectors.vector_tiling(key.channels, key.rows)
+            if key.vectors
+            else few_rows.encode_tiling(key.dtype, key.int8)
+        )
     many = max(key.ranks)
-    return vectors.vector_tiling(many, key.rows, 4) if key.vectors else few_rows.decode_tiling(key.dtype, key.wide)
+    return (
+        vectors.vector_tiling(many, key.rows, 4)
+        if key.vectors
+        else few_rows.decode_tiling(key.dtype, key.wide, key.int8)
+    )
 
 
 def compiled(source, sm, options):

@@ -15,8 +15,8 @@ import torch
 
 from .aot import SHOWN, compiled, counted
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
-TOLD = (*SHOWN, "GROUPS", "CHUNKS", "ONE_SLICE", "HAS_RESIDUAL", "ACTIVATION")
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
+TOLD = (*SHOWN, "GROUPS", "CHUNKS", "KW", "SIZE", "ONE_SLICE", "HAS_RESIDUAL", "ACTIVATION", "HAS_SCALE")
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -25,26 +25,29 @@ def empty(*shape, dtype=torch.bfloat16):
     return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
 
 
-def convolution(images, side, channels, filters, hidden, groups=1, activation="relu", residual=False):
-    """Launch a 3 x 3 convolution of stride 1 with a bias."""
+def convolution(images, side, channels, filters, hidden, groups=1, activation="relu", residual=False, width=3):
+    """Launch a convolution of stride 1 with a bias, which keeps the size."""
     from alds_fast.kernels.fused import conv2d
 
     x, y = (empty(images, n, side, side) for n in (channels, filters))
-    factors = empty(hidden, channels // groups, 3, 3), empty(filters, hidden, 1, 1)
-    added, ones = y if residual else None, (1, 1)
-    conv2d.run_conv2d(x, *factors, empty(filters), added, groups, ones, ones, ones, activation, y)
+    factors = empty(hidden, channels // groups, width, width), empty(filters, hidden, 1, 1)
+    added, ones, padding = y if residual else None, (1, 1), (width // 2,) * 2
+    conv2d.run_conv2d(x, *factors, empty(filters), added, groups, ones, padding, ones, activation, y)
 
 
 def linear(rows, channels, filters, hidden, groups=1, activation=None, bias=True, residual=False, pivots=False,
-           dtype=torch.bfloat16):  # fmt: skip
-    """Launch a linear layer."""
+           dtype=torch.bfloat16, int8=False):  # fmt: skip
+    """Launch a linear layer, with int8 factors in bf16 or none."""
     from alds_fast.kernels.fused import linear
 
     shapes = (rows, channels), (hidden, channels // groups), (filters - hidden * pivots, hidden), (filters,)
-    x, encoder, decoder, b = (empty(*shape, dtype=dtype) for shape in shapes)
+    stored = dtype, *(torch.int8 if int8 else dtype,) * 2, dtype
+    x, encoder, decoder, b = (empty(*shape, dtype=kind) for shape, kind in zip(shapes, stored, strict=True))
+    scales = (empty(hidden), empty(len(decoder))) if int8 else ()
     y = empty(rows, filters, dtype=dtype)
     outputs = empty(filters, dtype=torch.int32) if pivots else None
-    linear.run_linear(x, encoder, decoder, b if bias else None, y if residual else None, groups, activation, outputs, y)
+    added = b if bias else None, y if residual else None
+    linear.run_linear(x, encoder, decoder, *added, groups, activation, outputs, y, scales)
 
 
 def merged(rows, channels, filters, rank):
@@ -62,12 +65,15 @@ LAYERS = {  # q hidden values
     "3x3 128 -> 128, 28 x 28, q 64, 4 slices, batch 128": lambda: convolution(128, 28, 128, 128, 64, 4),
     "3x3 256 -> 256, 14 x 14, q 64, batch 128": lambda: convolution(128, 14, 256, 256, 64),
     "3x3 75 -> 90, 20 x 20, q 20, batch 3, residual, SiLU": lambda: convolution(3, 20, 75, 90, 20, 1, "silu", True),
+    "5x5 64 -> 64, 28 x 28, q 16, batch 128": lambda: convolution(128, 28, 64, 64, 16, width=5),
     "linear 768 -> 3072, 25216 rows, q 128, GELU": lambda: linear(25216, 768, 3072, 128, activation="gelu"),
     "linear 3072 -> 768, 25216 rows, q 128": lambda: linear(25216, 3072, 768, 128),
     "linear 4096 -> 4096, 2048 rows, q 256, no bias": lambda: linear(2048, 4096, 4096, 256, bias=False),
     "linear 75 -> 90, 99 rows, q 20, residual, SiLU": lambda: linear(99, 75, 90, 20, 1, "silu", residual=True),
     "linear 4096 -> 4096, 1 row, q 1024, no bias": lambda: linear(1, 4096, 4096, 1024, bias=False),
     "linear 4096 -> 4096, 16 rows, q 1024, no bias": lambda: linear(16, 4096, 4096, 1024, bias=False),
+    "linear 4096 -> 4096, 1 row, q 1024, no bias, int8": lambda: linear(1, 4096, 4096, 1024, bias=False, int8=True),
+    "linear 4096 -> 4096, 16 rows, q 1024, no bias, int8": lambda: linear(16, 4096, 4096, 1024, bias=False, int8=True),
     "q/k/v 4096, 16 rows, q 512": lambda: merged(16, 4096, 4096, 512),
     "linear 4096 -> 512, 16 rows, q 256, output pivots, residual, GELU": lambda: linear(
         16, 4096, 512, 256, 1, "gelu", residual=True, pivots=True

@@ -133,7 +133,7 @@ def rows_tiling(pixels: int, channels: int, filters: int, heavy: bool, width: in
     cols, reduction = min(filters, MAX_FILTERS), reduction_tile(channels)
     if pixels < 64 * FEW_PROGRAMS:
         return Tiling(32, reduction, min(cols, 64), 4, 3 if width == 3 else 2)
-    if cols > 128 or (heavy and cols > 64):
+    if cols > 128 or (heavy and cols > 64 and reduction > 16):  # with 16 channels eight warps spill
         return Tiling(64, reduction, cols, 8, 3)
     return Tiling(64, reduction, cols, 4, 2)
 
