@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from .equivalent_shapes import regroup, variants
 TIE = 0.98  # a less simple candidate must take at most this share of the simpler one's time
 MULTIPLE = {"cpu": 8, "cuda": 16}  # ranks that oneDNN's vectors and the tensor cores' tiles like
 SEPARATE = "separate"
+WRONG = 8.0  # times the error of two library calls, from which on a fused kernel is left out
 TRIES = 3  # times that rounds of whole models are made at most
 WHOLE = ("deployed", "two-op"), ("deployed", "dense"), ("two-op", "dense")
 Specs = Mapping[InputSpec, int]
@@ -121,10 +123,22 @@ def _distance(output: Tensor, reference: Tensor) -> float:
     return float((output.double() - reference).norm()) / norm if norm > 0 else float(output.double().norm())
 
 
+def _larger(error: float, other: float) -> float:
+    """The larger of two errors; NaN if one is."""
+    return error if math.isnan(error) or other <= error else other
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
 def _fastest(
     sides: Modules, exact: Callable[[Tensor], Sequence[Tensor]], specs: Specs, rounds: int, note: str
 ) -> Result:
-    """Time all sides over all inputs; the simplest, which come first, win ties. A kernel that fails is left out."""
+    """Time all sides over all inputs; the simplest, which come first, win ties.
+
+    A kernel that fails, or is wrong, is left out.
+    """
     times: dict[str, list[float]] = {name: [0.0] * rounds for name in sides}
     errors = dict.fromkeys(sides, 0.0)
     for spec, count in specs.items():
@@ -144,9 +158,13 @@ def _fastest(
                     del times[name], errors[name], calls[name]
                     continue
                 for output, y in zip(outputs, reference, strict=True):
-                    errors[name] = max(errors[name], _distance(output, y))
+                    errors[name] = _larger(errors[name], _distance(output, y))
         for name, ms in interleaved_ms(calls, spec.device, rounds=rounds).items():
             times[name] = [total + count * one for total, one in zip(times[name], ms, strict=True)]
+    plain = max(errors.get("two-op", errors[next(iter(errors))]), max(_rounding(spec.dtype) for spec in specs))
+    for name in [n for n in times if n.startswith("fused") and not errors[n] <= WRONG * plain]:
+        note = f"{name} is wrong: its error is {errors[name]:.2g}, that of two calls {plain:.2g}"
+        del times[name]
     first = won = next(iter(times))
     typical = {name: median(times[first]) * median_ratio(times, name, first) for name in times}  # drift cancels
     for name in typical:

@@ -90,8 +90,8 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: ProgressOption = No
         A :class:`TuningTable` of the launches that were tuned; those known before are not tuned again.
 
     Raises:
-        ArgumentError: the model is not on a CUDA device, or a CUDA graph is being captured. BackendError: a fused
-        kernel is wrong on this device. ModelError: the example does not run.
+        UserWarning: a layer is not tuned, as it fails, is wrong or does not fit into memory. ArgumentError: the model
+        is not on a CUDA device, or a CUDA graph is being captured. ModelError: the example does not run.
     """
     check_model(model)
     device = device_of(model)

@@ -1,25 +1,28 @@
 """Kernels compiled ahead in other processes, for a device that these processes do not touch.
 
 A launch on tensors without data, with Triton's launcher told to compile only, asks for the very code that the launch on
-the device will ask for; it is then found in Triton's own cache. Processes are started anew: a fork of one that has a
-CUDA context could not compile.
+the device will ask for; it is then found in Triton's own cache. The processes run ``compile_worker``, not the script of
+the user, which multiprocessing would run again; a fork of a process that has a CUDA context could not compile.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import copy
+import json
 import logging
-import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..kernels import LaunchKey, Tiling, compiling_for, using
+from ..kernels import LaunchKey, Tiling
 from ..measurement import InputSpec
 from ..progress import Progress
 from .rates import Rates
@@ -63,71 +66,67 @@ def compile_ahead(
     """
     count = min(processes or os.cpu_count() or 1, MOST_PROCESSES, len(work))
     faults: dict[tuple[LaunchKey, Tiling], str] = {}
-    if count == 0:
-        return faults
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(count, context, _begin, (rates.capability,)) as pool:
-        waiting = {pool.submit(_compile, one, rates.capability): one for one in work}
-        for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-            one, (shared, error) = waiting[future], future.result()
-            if error:
-                _LOG.info("%s of %s is not compiled ahead: %s", one.tiling, one.key, error)
-            if shared > rates.shared_limit:
-                faults[one.key, one.tiling] = f"takes {shared} bytes of shared memory, {rates.shared_limit} are there"
-            told("kernels compiled", done, len(work))
+    waiting, lock, done = iter(work), threading.Lock(), 0
+
+    def serve() -> None:
+        nonlocal done
+        with _Worker(rates.capability) as worker:
+            while True:
+                with lock:
+                    one = next(waiting, None)
+                if one is None:
+                    return
+                shared, error = worker.compile(one)
+                with lock:
+                    done += 1
+                    if error:
+                        _LOG.info("%s of %s is not compiled ahead: %s", one.tiling, one.key, error)
+                    if shared > rates.shared_limit:
+                        limit = f"{rates.shared_limit} are there"
+                        faults[one.key, one.tiling] = f"takes {shared} bytes of shared memory, {limit}"
+                    told("kernels compiled", done, len(work))
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, count)) as pool:
+        for future in [pool.submit(serve) for _ in range(count)]:
+            future.result()
     return faults
 
 
-class _NoDevice:
-    """Triton's driver of a device that is not there: enough of it to compile."""
+class _Worker:
+    """A process that compiles; started by the first compilation, and again after one at which it ended."""
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self._capability = capability
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def get_current_target(self) -> Any:
-        return self._target
+    def __enter__(self) -> _Worker:
+        return self
 
-    def get_current_device(self) -> int:
-        return 0
+    def __exit__(self, *of_error: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def _begin(capability: tuple[int, int]) -> None:
-    """In a new process: Triton compiles for that device, and launches nothing."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    torch.set_num_threads(1)
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import JITFunction, driver
-
-    driver.set_active(_NoDevice(GPUTarget("cuda", capability[0] * 10 + capability[1], 32)))
-    launch = JITFunction.run
-
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
-        _taken.append(compiled.metadata.shared)
-        return compiled
-
-    JITFunction.run = compile_only
-
-
-_taken: list[int] = []  # shared memory of what this process has compiled
-
-
-def _compile(one: Compilation, capability: tuple[int, int]) -> tuple[int, str]:
-    """(bytes of shared memory of the launch that takes the most, what went wrong)."""
-    _taken.clear()
-    with compiling_for(capability), using(META, {one.key: one.tiling}), torch.no_grad():
+    def compile(self, one: Compilation) -> tuple[int, str]:
+        """(bytes of shared memory of the launch that takes the most, what went wrong)."""
+        if self._process is None:
+            self._process = self._started()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
         try:
-            one.spec.caller(pickle.loads(one.module), _empty(one.spec))()
-        except Exception as e:  # whatever the compiler refuses a tiling with
-            return 0, f"{type(e).__name__}: {e}"[:300]
-    return max(_taken, default=0), ""
+            pickle.dump(one, process.stdin)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            shared, error = json.loads(answer)
+        except (OSError, ValueError) as e:  # it has ended
+            process.kill()
+            process.communicate()
+            self._process = None
+            return 0, f"the process that compiles ended with {process.returncode} ({e})"
+        return int(shared), str(error)
 
-
-def _empty(spec: InputSpec) -> torch.Tensor:
-    x = torch.empty(spec.shape, dtype=spec.dtype, device=META)
-    if not spec.channels_last:
-        return x
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    def _started(self) -> subprocess.Popen[bytes]:
+        variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        command = [sys.executable, "-m", f"{__package__}.compile_worker", *map(str, self._capability)]
+        return subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

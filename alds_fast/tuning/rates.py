@@ -30,7 +30,7 @@ class Rates(NamedTuple):
         memory = 2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8 * REACHED
         capability = properties.major, properties.minor
         products = _PRODUCTS.get(capability, 512)
-        shared = properties.shared_memory_per_block_optin
+        shared = properties.shared_memory_per_multiprocessor - 1024  # which the system keeps
         return cls(capability, count, clock, products, L2_BYTES_A_CLOCK * count * clock, memory, shared)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import alds_fast as alds
 from alds_fast.deployment import DeployTable, autotune
 from alds_fast.errors import ArgumentError, BackendError, FileFormatError, MissingFileError, ModelError
+from alds_fast.kernels.fused import linear as linear_kernels
 from alds_fast.layers import MergedLinears, MergedPart
 from alds_fast.measurement.timing import timer
 
@@ -389,6 +390,20 @@ def test_a_kernel_that_fails_is_left_out(monkeypatch):
     monkeypatch.setattr("alds_fast.kernels.fused.linear.run_linear", broken)
     _, table = alds.deploy(nn.Sequential(alds.LowRankLinear(32, 32, 4)), torch.randn(20, 32), report=True)
     assert table.rows[0].won.startswith("two-op") and "shared memory" in table.rows[0].note
+
+
+@pytest.mark.parametrize("value", [1e-3, float("nan")])
+def test_a_kernel_that_is_wrong_is_left_out(monkeypatch, value):
+    fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))
+    right = linear_kernels.run_linear
+
+    def wrong(*args):
+        right(*args)
+        args[8][3, 5] += value * args[8].norm()
+
+    monkeypatch.setattr(linear_kernels, "run_linear", wrong)
+    _, table = alds.deploy(nn.Sequential(alds.LowRankLinear(32, 32, 4)), torch.randn(20, 32), report=True)
+    assert table.rows[0].won.startswith("two-op") and " is wrong: its error is" in table.rows[0].note
 
 
 def test_autocast_inside_the_model():

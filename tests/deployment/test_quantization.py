@@ -232,7 +232,7 @@ def test_a_layer_used_twice_is_one_afterwards_too():
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
-        (lambda: "model.pt", {}, ModelError, "is a path"),
+        (lambda: "model.pt", {}, ModelError, "is a text"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {}, ModelError, "no low-rank linear layer .* compress"),
         (
             lambda: nn.Sequential(alds.LowRankConv1d(4, 4, 3, 2)),

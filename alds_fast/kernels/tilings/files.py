@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import math
 import re
@@ -36,8 +36,9 @@ def _source_hash() -> str:
 def environment_of(device: torch.device) -> dict[str, str]:
     """What measured tilings hold for."""
     major, minor = torch.cuda.get_device_capability(device)
-    name, triton = torch.cuda.get_device_name(device), importlib.metadata.version("triton")
-    return {"device": name, "capability": f"{major}.{minor}", "triton": triton, "source": _source_hash()}
+    version = importlib.import_module("triton").__version__
+    name = torch.cuda.get_device_name(device)
+    return {"device": name, "capability": f"{major}.{minor}", "triton": version, "source": _source_hash()}
 
 
 def file_of(device: torch.device) -> Path:
