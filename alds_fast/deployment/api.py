@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checks import check_model, is_count
 from ..errors import ArgumentError
+from ..kernels import HAS_TRITON
 from ..layers import LowRankLayer, LowRankLinear, MergedLinears, MergedPart, annotate, replace_layers, tied_names
 from ..measurement import device_of, environment, layer_inputs
 from ..progress import ProgressOption, telling
@@ -29,7 +30,7 @@ from .autotune import (
     whole_model_ms,
 )
 from .channel_orders import with_channels_in_order
-from .layer_rows import MERGED, forced_row, merge_groups, merged_rows, timed_rows
+from .layer_rows import MERGED, forced_row, is_known, merge_groups, merged_rows, timed_rows
 from .table import DeployRow, DeployTable, known_rows
 from .tuned_forms import fused_calls
 
@@ -73,8 +74,8 @@ def _tuned_on(device: torch.device, tune: bool | None, backend: str | None) -> G
         raise ArgumentError(
             f"tune=True goes with backend=None and a model on a CUDA device, not backend={backend!r} on {device}"
         )
-    wanted = device.type == "cuda" and backend is None if tune is None else tune
-    return Gpu(device) if wanted else None
+    can = device.type == "cuda" and torch.version.cuda is not None and HAS_TRITON and backend is None
+    return Gpu(device) if (can if tune is None else tune) else None
 
 
 @overload
@@ -167,7 +168,8 @@ def deploy(
         groups = merge_groups(model, example_inputs, layers, cases)
         with telling(progress) as told:
             if on is not None:
-                tune_calls(fused_calls(layers, groups, cases), on, told)
+                unknown = {n: m for n, m in layers.items() if not is_known(m, cases[n], known)}
+                tune_calls(fused_calls(unknown, groups, cases), on, told)
             rows = timed_rows(layers, cases, known, rounds, told)
         rows += merged_rows(groups, cases, rows, known, rounds)
     unmerged = [row for row in rows if row.kind != MERGED]

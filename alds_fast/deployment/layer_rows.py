@@ -37,6 +37,12 @@ def _row(name: str, layer: LowRankLayer, case: Case, known: Mapping[str, DeployR
     return DeployRow(*_head(name, layer), call, *autotune_layer(layer, specs, rounds, plain), "measured")
 
 
+def is_known(layer: LowRankLayer, case: Case, known: Mapping[str, DeployRow]) -> bool:
+    """Whether the layer is not timed, as a table has it, and does not run with the fused kernel."""
+    row = known.get(calls_key(layer, *case))
+    return row is not None and not row.won.startswith("fused")
+
+
 def timed_rows(
     layers: Mapping[str, LowRankLayer], cases: Mapping[str, Case], known: dict[str, DeployRow], rounds: int,
     told: Progress,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..checks import check_model
 from ..errors import ArgumentError
-from ..layers import Int8LowRankLinear, LowRankLayer, MergedLinears, tied_names
+from ..kernels import why_not_fused_linears
+from ..layers import LowRankLayer, MergedLinears, tied_names
 from ..measurement import device_of, layer_inputs
 from ..progress import ProgressOption, telling
 from ..text import ShownInNotebooks, table
 from ..tuning import FusedCall, Gpu, TunedRow, tune_calls
-from .autotune import candidates_of, double, is_plain, with_backend
+from .autotune import Specs, calls_key, candidates_of, double, is_plain, with_backend
 from .layer_rows import Case, Members, merge_groups
+
+Outputs = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,38 +40,43 @@ def _cells(row: TunedRow) -> list[str]:
     found, kind = row.found, type(row.key).__name__.removesuffix("Key").lower()
     sizes = {} if found.tiling is None else found.tiling._asdict()
     tiling = " ".join(f"{name}={size}" for name, size in sizes.items() if size) or "as guessed"
-    times = f"{found.guess_us:.1f}", f"{found.us:.1f}", f"{found.guess_us / found.us:.2f}"
+    times = "-", f"{found.us:.1f}", "-"
+    if found.guess_us is not None:
+        times = f"{found.guess_us:.1f}", f"{found.us:.1f}", f"{found.guess_us / found.us:.2f}"
     return [row.name, kind, *times, tiling, str(row.timed), str(len(row.faults))]
 
 
-def _listed(module: nn.Module) -> Any:
-    def call(x: Tensor) -> Sequence[Tensor]:
-        return [module(x)]
+def _form(layer: LowRankLayer, specs: Specs, plain: bool, name: str) -> nn.Module:
+    return candidates_of(layer, specs, plain)[0][name]
 
-    return call
+
+def _sides(layers: Sequence[LowRankLayer]) -> tuple[Outputs, Outputs]:
+    """What the layers give as library calls, and exactly: made at every call, as a copy of a model takes memory."""
+    return (
+        lambda x: [with_backend(layer, "two-op")(x) for layer in layers],
+        lambda x: [double(layer)(x) for layer in layers],
+    )
 
 
 def fused_calls(layers: Mapping[str, LowRankLayer], groups: Members, cases: Mapping[str, Case]) -> list[FusedCall]:
-    """Every call that deploy may time with the fused kernel: layers and their equivalent shapes, and merged ones.
-
-    Not those of int8 factors, whose tilings are not tuned.
-    """
-    calls = list[FusedCall]()
-    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, Int8LowRankLinear)}
-    groups = {names: members for names, members in groups.items() if not isinstance(members[0], Int8LowRankLinear)}
+    """Every call that deploy may time with the fused kernel: layers and their equivalent shapes, and merged ones."""
+    calls, seen = list[FusedCall](), set[str]()
     for name, layer in layers.items():
         specs, plain = cases[name]
-        forms = candidates_of(layer, specs, plain)[0] if specs else {}
-        sides = _listed(with_backend(layer, "two-op")), _listed(double(layer))
-        for form, module in forms.items():
+        key = calls_key(layer, specs, plain)
+        if not specs or key in seen:
+            continue
+        seen.add(key)
+        for form in candidates_of(layer, specs, plain)[0]:
             if form.startswith("fused"):
-                calls += [FusedCall(f"{name}{form.removeprefix('fused')}", module, spec, *sides) for spec in specs]
+                make: Callable[[], nn.Module] = partial(_form, layer, specs, plain, form)
+                told = f"{name}{form.removeprefix('fused')}"
+                calls += [FusedCall(told, make, spec, *_sides([layer])) for spec in specs]
     for names, members in groups.items():
-        merged, exact = MergedLinears(members, "fused"), [double(layer) for layer in members]
+        make = partial(MergedLinears, members, "fused")
         for spec in cases[names[0]][0]:
-            if merged.why_not_fused(spec.empty()) is None:
-                sides = MergedLinears(members, "two-op"), lambda x, all_of=exact: [m(x) for m in all_of]
-                calls.append(FusedCall(" + ".join(names), merged, spec, *sides))
+            if why_not_fused_linears(spec.empty(), len(members)) is None:
+                calls.append(FusedCall(" + ".join(names), make, spec, *_sides(members)))
     return calls
 
 

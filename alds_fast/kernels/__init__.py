@@ -5,9 +5,10 @@ layers.
 """
 
 from .arguments import BACKENDS
-from .backend import decisions, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
+from .backend import HAS_TRITON, decisions, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
 from .functional import lowrank_conv2d, lowrank_linear, lowrank_linears
 from .limits import MAX_MERGED
+from .op_shared import counters_given_back
 from .reference import dequantized, in_this_order, lowrank_linear_ref, quantized_rows
 from .tilings import (
     ConvKey,
@@ -28,6 +29,7 @@ from .tilings import (
 
 __all__ = [
     "BACKENDS",
+    "HAS_TRITON",
     "MAX_MERGED",
     "ConvKey",
     "DecodeKey",
@@ -40,6 +42,7 @@ __all__ = [
     "can_go_by_rows",
     "capability_of",
     "compiling_for",
+    "counters_given_back",
     "decisions",
     "dequantized",
     "in_this_order",

@@ -6,7 +6,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -73,6 +73,12 @@ def differentiated_by(name: str, backward: Callable[..., Any], setup: Callable[.
 def triton_module(name: str) -> ModuleType:
     """The module ``fused.NAME``, imported when a kernel first runs: only these modules need triton."""
     return importlib.import_module(f".fused.{name}", __package__)
+
+
+def counters_given_back(device: torch.device) -> AbstractContextManager[None]:
+    """Graphs captured meanwhile leave the device's counters to others: they never run at the same time as these."""
+    given_back: AbstractContextManager[None] = triton_module("tickets").given_back(device)
+    return given_back
 
 
 def flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:

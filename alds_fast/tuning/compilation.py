@@ -41,11 +41,11 @@ class Compilation(NamedTuple):
     tiling: Tiling
 
 
-def without_data(module: nn.Module) -> bytes | None:
-    """A pickled copy without data; None for a module that cannot be pickled: its kernels compile where they run."""
+def without_data(module: nn.Module, dtype: torch.dtype | None = None) -> bytes | None:
+    """A pickled copy without data, of that type; None if it cannot be pickled: its kernels compile where they run."""
     try:
-        return pickle.dumps(_on_meta(module))
-    except (pickle.PicklingError, TypeError, AttributeError):
+        return pickle.dumps(_on_meta(module).to(dtype))
+    except Exception:  # whatever copying and pickling a user's module raises
         return None
 
 
@@ -64,7 +64,8 @@ def compile_ahead(
 
     What does not compile here is told to the logger: the launch on the device decides.
     """
-    count = min(processes or os.cpu_count() or 1, MOST_PROCESSES, len(work))
+    processes = processes or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    count = min(processes, MOST_PROCESSES, len(work))
     faults: dict[tuple[LaunchKey, Tiling], str] = {}
     waiting, lock, done = iter(work), threading.Lock(), 0
 

@@ -52,6 +52,7 @@ def compile_only(capability: tuple[int, int]) -> None:
 def compile_one(one: Compilation, capability: tuple[int, int]) -> tuple[int, str]:
     """(bytes of shared memory of the launch that takes the most, what went wrong)."""
     _taken.clear()
+    torch.backends.cuda.matmul.fp32_precision = one.key.precision
     with compiling_for(capability), using(META, {one.key: one.tiling}), torch.no_grad():
         try:
             one.spec.caller(pickle.loads(one.module), _empty(one.spec))()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import LaunchKey, Tiling
+from ..kernels import LaunchKey, Tiling, counters_given_back
 from ..measurement import Prepared, prepare, sample_ms
 from ..progress import Progress
 from .compilation import Compilation, compile_ahead
@@ -28,7 +28,7 @@ class Gpu:
 
     def prepare(self, call: Callable[[Any], Any], sets: Sequence[Any]) -> Prepared:
         """As one graph."""
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), counters_given_back(self.device):
             return prepare(call, sets, self.device)
 
     def microseconds(self, prepared: Prepared, key: LaunchKey, tiling: Tiling | None, samples: int) -> float:

@@ -26,8 +26,8 @@ class Rates(NamedTuple):
     @classmethod
     def of(cls, properties: Any) -> Rates:
         """Of what torch.cuda.get_device_properties returns; clocks there are in kHz."""
-        clock, count = properties.clock_rate * 1e3, properties.multi_processor_count
-        memory = 2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8 * REACHED
+        clock, count = (properties.clock_rate or 1_500_000) * 1e3, properties.multi_processor_count  # 0 if hidden
+        memory = 2e3 * (properties.memory_clock_rate or 1_500_000) * properties.memory_bus_width / 8 * REACHED
         capability = properties.major, properties.minor
         products = _PRODUCTS.get(capability, 512)
         shared = properties.shared_memory_per_multiprocessor - 1024  # which the system keeps

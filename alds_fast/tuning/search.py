@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,13 +31,13 @@ ALLOWED = 2.0  # times the error of two library calls
 
 
 class FusedCall(NamedTuple):
-    """A module that runs with the fused kernel, one of its inputs, and what its output is compared with.
+    """What makes a module that runs with the fused kernel, one of its inputs, and what its output is compared with.
 
     ``plain`` is the same as library calls in the type of the input, ``exact`` in float64; each gives a list of tensors.
     """
 
     name: str
-    module: nn.Module
+    make: Callable[[], nn.Module]
     spec: InputSpec
     plain: Callable[[Tensor], Sequence[Tensor]]
     exact: Callable[[Tensor], Sequence[Tensor]]
@@ -109,19 +110,21 @@ def _keys(call: FusedCall, device: torch.device) -> list[LaunchKey]:
     """What the call's launches ask with."""
     x = call.spec.make()
     with torch.no_grad(), asked(device) as keys:
-        call.spec.caller(call.module, x)()
+        call.spec.caller(call.make(), x)()
     return keys
 
 
 def _compilations(
     wanted: Sequence[tuple[FusedCall, list[LaunchKey]]], tried: Mapping[LaunchKey, Sequence[Tiling]]
 ) -> list[Compilation]:
-    """All that can be compiled without data; what runs under autocast cannot."""
+    """All that can be compiled without data; what runs under autocast as what it is converted to."""
     found = []
     for call, keys in wanted:
-        module = None if call.spec.autocast else without_data(call.module)
+        auto, spec = call.spec.autocast, call.spec
+        module = without_data(call.make(), auto)
         if module is not None:
-            found += [Compilation(module, call.spec, key, tiling) for key in keys for tiling in tried[key]]
+            spec = replace(spec, dtype=auto or spec.dtype, autocast=None)
+            found += [Compilation(module, spec, key, tiling) for key in keys for tiling in tried[key]]
     return found
 
 
@@ -130,17 +133,22 @@ class _Checked:
 
     def __init__(self, call: FusedCall, on: TuningDevice) -> None:
         self.name, self._call, self._on = call.name, call, on
-        x = call.spec.make()
+        x, module = call.spec.make(), call.make()
         with torch.no_grad():
-            with torch.autocast(x.device.type, enabled=False):
+            off = torch.autocast(x.device.type, enabled=False)
+            with off, torch.backends.cudnn.flags(enabled=True, benchmark=False):  # no search for float64
                 self._exact = [y.double() for y in call.exact(x.double())]
-            plain = call.spec.caller(call.plain, x)()
-        least = torch.finfo(x.dtype).eps
-        self._allowed = [ALLOWED * max(e, least) for e in self._errors(plain)]
-        size = sum(t.numel() * t.element_size() for t in (x, *call.module.parameters(), *call.module.buffers()))
-        self._sets = [(call.module, x)]
+            plain = self._errors(call.spec.caller(call.plain, x)())
+        if not all(map(math.isfinite, plain)):
+            raise ArithmeticError("two library calls give NaN or infinity in this type")
+        eps = torch.finfo(x.dtype).eps
+        count = len(self._exact)  # errors in norm come first; a single value may be rounded by eps
+        least = [eps / 4] * count + [eps] * count
+        self._allowed = [ALLOWED * max(both) for both in zip(plain, least, strict=True)]
+        size = sum(t.numel() * t.element_size() for t in (x, *module.parameters(), *module.buffers()))
+        self._sets = [(module, x)]
         for _ in range(copies_for(size, on.device) - 1):
-            self._sets.append((copy.deepcopy(call.module), x.clone()))
+            self._sets.append((copy.deepcopy(module), x.clone()))
 
     def _errors(self, outputs: Sequence[Tensor]) -> list[float]:
         """Of every output in norm, then by its worst value, relative to the exact one's."""
@@ -202,14 +210,19 @@ def _halved(
     others: Mapping[LaunchKey, Tiling], on: TuningDevice,
 ) -> tuple[Measured, int]:  # fmt: skip
     """The fastest tiling, or the first guess unless one is clearly faster, and how many were timed."""
-    guess = checked.prepared(others)
+    guess, errors, left = None, dict[Tiling | None, float](), list(tilings)
     try:
-        errors: dict[Tiling | None, float] = {None: checked.error(guess)}
+        guess = checked.prepared(others)
+        errors[None] = checked.error(guess)
     except ArithmeticError as e:
         raise ArithmeticError(f"the fused kernel is wrong with its first guess of tile sizes: {e}") from e
-    left = list(tilings)
+    except Exception as e:  # too large for this device, for example: another tiling may not be
+        _still_there(on.device, e)
+        _LOG.info("%s: the first guess of %s cannot be launched: %s", checked.name, key, e)
     for samples in SAMPLES:
-        times: dict[Tiling | None, float] = {None: on.microseconds(guess, key, None, samples)}
+        times: dict[Tiling | None, float] = {None: math.inf}
+        if guess is not None:
+            times[None] = on.microseconds(guess, key, None, samples)
         for tiling in left:
             try:
                 prepared = checked.prepared({**others, key: tiling})
@@ -222,7 +235,10 @@ def _halved(
         ranked = sorted((t for t in left if t in times), key=lambda t: times[t])
         left = ranked[: max(FINALISTS, math.ceil(len(ranked) / 2)) if samples == SAMPLES[0] else FINALISTS]
     best = left[0] if left and times[left[0]] <= CLEARLY_FASTER * times[None] else None
-    return Measured(best, times[best], times[None], errors[best]), len(errors) - 1
+    if best not in errors:
+        raise RuntimeError(f"no tiling of {key} runs: {next(iter(faults.values()), 'there is none to try')}")
+    guess_us = times[None] if None in errors else None
+    return Measured(best, times[best], guess_us, errors[best]), len([t for t in errors if t is not None])
 
 
 def _still_there(device: torch.device, cause: Exception) -> None:

@@ -23,6 +23,7 @@ FOUND = {
     LINEAR: Measured(Tiling(64, 64, 64, 4, 3), 10.5, 12.0, 1e-3),
     CONV: Measured(Tiling(128, 64, 64, 8, 2, by_rows=True), 3.5, 4.0, 2e-3),
     DECODE: Measured(None, 5.0, 5.0, 0.0),
+    DECODE._replace(rows=1): Measured(Tiling(1, 64, 4, 4, 1), 5.0, None, 0.0),
 }
 ABOUT = {"device": "NVIDIA H100 80GB HBM3", "capability": "9.0", "triton": "3.9.0", "source": "0123456789ab"}
 
@@ -112,6 +113,18 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="tilings could not be kept .* ALDS_FAST_CACHE names another folder"):
         keep_tilings(GPU, FOUND)
     assert tables.tuned(GPU, LINEAR) == FOUND[LINEAR].tiling  # this process takes them all the same
+
+
+def test_without_a_home_first_guesses_are_taken(monkeypatch):
+    def homeless(device):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(files, "file_of", homeless)
+    with pytest.warns(UserWarning, match="Could not determine home directory.*first guesses"):
+        assert tables.tuned(GPU, LINEAR) is None
+    assert tables.tuned(GPU, LINEAR) is None  # and is not asked again
+    with pytest.warns(UserWarning, match="tilings could not be kept in ~"):
+        keep_tilings(GPU, FOUND)
 
 
 def compilations():

@@ -8,6 +8,8 @@ uses, as graphs captured on one stream may be replayed on others.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -40,5 +42,16 @@ def _take_for_graph(device: torch.device, count: int) -> Tensor:
         free = _for_graphs.get(device)
         if free is None or len(free) < count:
             return torch.zeros(count, dtype=torch.int32, device=device)
-        _for_graphs[device] = free[count:]
+        _for_graphs[device] = free[-(-count // 4) * 4 :]  # addresses are multiples of 16, as without a graph
         return free[:count]
+
+
+@contextmanager
+def given_back(device: torch.device) -> Iterator[None]:
+    """What graphs take meanwhile is free again after it: for graphs that never run at the same time as others."""
+    before = _for_graphs.get(device)
+    try:
+        yield
+    finally:
+        if before is not None:
+            _for_graphs[device] = before

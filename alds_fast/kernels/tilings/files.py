@@ -49,13 +49,15 @@ def file_of(device: torch.device) -> Path:
 
 def write_tilings(device: torch.device, known: Mapping[LaunchKey, Measured]) -> None:
     """The device's file, written whole; a warning where that cannot be."""
-    file, names = file_of(device), {kind: name for name, kind in KERNELS.items()}
+    file: Path | str = "~/.cache/alds_fast"
+    names = {kind: name for name, kind in KERNELS.items()}
     rows = [{"kernel": names[type(key)], "key": _plain(key), **_fields(one)} for key, one in known.items()]
     data = {"format": FORMAT, "version": VERSION, "environment": environment_of(device), "tilings": rows}
     try:
+        file = file_of(device)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(data, indent=1))
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # there may be no home
         warnings.warn(f"tilings could not be kept in {file} ({e}); ALDS_FAST_CACHE names another folder", stacklevel=3)
 
 
@@ -70,14 +72,18 @@ def _fields(one: Measured) -> dict[str, Any]:
 
 def read_tilings(device: torch.device, warn: bool = True) -> dict[LaunchKey, Measured]:
     """What the device's file holds; what is no such file is warned about, and holds nothing."""
-    if device.type != "cuda" or not (file := file_of(device)).exists():
+    if device.type != "cuda":
         return {}
+    file: Path | str = "the cache"
     try:
+        file = file_of(device)
+        if not file.exists():
+            return {}
         data = json.loads(file.read_text())
         if [data["format"], data["version"], data["environment"]] != [FORMAT, VERSION, environment_of(device)]:
             raise ValueError("it is of another environment")
         return dict(_parsed(row) for row in data["tilings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:  # there may be no home
         if warn:
             warnings.warn(f"{file} is not a valid file of tilings ({e}): first guesses are taken", stacklevel=2)
         return {}
@@ -87,7 +93,8 @@ def _parsed(row: dict[str, Any]) -> tuple[LaunchKey, Measured]:
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in row["key"].items()}
     key = KERNELS[row["kernel"]](**{**fields, "dtype": getattr(torch, row["key"]["dtype"])})
     times = [row[name] for name in ("us", "guess_us", "error")]
-    if not all(isinstance(t, float) and 0 <= t < math.inf for t in times):
+    known = [t for i, t in enumerate(times) if i != 1 or t is not None]  # the second is that of the first guess
+    if not all(isinstance(t, float) and 0 <= t < math.inf for t in known):
         raise ValueError(f"{times} are not microseconds and an error")
     return key, Measured(None if row["tiling"] is None else _checked(Tiling(**row["tiling"])), *times)
 

@@ -107,9 +107,12 @@ KERNELS: dict[str, type[LaunchKey]] = {
 
 
 class Measured(NamedTuple):
-    """The fastest tiling, None for the first guess; microseconds of the call with it and with the guess, its error."""
+    """The fastest tiling, None for the first guess; microseconds of the call with it and with the guess, its error.
+
+    ``guess_us`` is None where the first guess cannot be launched on the device.
+    """
 
     tiling: Tiling | None
     us: float
-    guess_us: float
+    guess_us: float | None
     error: float

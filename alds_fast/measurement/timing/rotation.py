@@ -47,15 +47,17 @@ def prepare(call: Callable[[Any], Any], sets: Sequence[Any], device: torch.devic
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
+    collecting = gc.isenabled()
     gc.disable()  # nothing may be freed by chance during the capture
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             outputs = [call(s) for s in sets]
     except BaseException:
         torch.cuda.set_stream(torch.cuda.default_stream(device))  # a capture that fails may leave its own behind
         raise
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
     graph.replay()
     torch.cuda.synchronize(device)
     return Prepared(graph.replay, outputs, len(sets))

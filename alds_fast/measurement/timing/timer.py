@@ -30,7 +30,7 @@ def _capture(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # torch's own is on the device of the first capture
             call()
     finally:
         torch.cuda.set_stream(current)  # a capture that fails leaves its own stream
