@@ -58,6 +58,29 @@ def merged(rows, channels, filters, rank):
     few_rows.run_merged(empty(rows, channels), empty(3 * rank, channels), decoders, [None] * 3, ys)
 
 
+def first_guess(key):
+    """The tiling that a launch takes where nothing was measured."""
+    from alds_fast.kernels import ConvKey, EncodeKey, LinearKey
+    from alds_fast.kernels.fused import conv2d, few_rows, linear, vectors
+
+    if isinstance(key, LinearKey):
+        return linear.first_linear(key)
+    if isinstance(key, ConvKey):
+        return conv2d.first_conv2d(key, key.pixels)
+    if isinstance(key, EncodeKey):
+        return (
+            vectors.vector_tiling(key.channels, key.rows)
+            if key.vectors
+            else few_rows.encode_tiling(key.dtype, key.int8)
+        )
+    many = max(key.ranks)
+    return (
+        vectors.vector_tiling(many, key.rows, 4)
+        if key.vectors
+        else few_rows.decode_tiling(key.dtype, key.wide, key.int8)
+    )
+
+
 LAYERS = {  # q hidden values
     "3x3 64 -> 64, 56 x 56, q 16, batch 128": lambda: convolution(128, 56, 64, 64, 16),
     "3x3 64 -> 64, 56 x 56, q 32, batch 128": lambda: convolution(128, 56, 64, 64, 32),

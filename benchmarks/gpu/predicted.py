@@ -12,7 +12,7 @@ from alds_fast.kernels import ConvKey, DecodeKey, EncodeKey, LaunchKey, LinearKe
 from alds_fast.tuning import A100, H100, Rates, launch_candidates, seconds_of
 from benchmarks.common.results import environment, page, table, write
 
-from .aot import first_guess
+from .launches import first_guess
 
 DEVICES = {"H100": H100, "A100": A100}
 HALF = torch.bfloat16

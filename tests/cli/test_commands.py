@@ -105,7 +105,7 @@ def test_plain_factors_and_an_input_to_run_on(model, capsys):
 
 def test_without_a_command_it_tells_which_there_are(capsys):
     code, out, err = _run(capsys)
-    assert code == 2 and out == "" and "{analyze,compress,eval,report,bench,show}" in err
+    assert code == 2 and out == "" and "{analyze,compress,eval,report,bench,tune,show}" in err
 
 
 def test_numbers_of_parameters_and_bytes(model, capsys):

@@ -99,7 +99,7 @@ def test_refusals(models):
     for others in ({}, {"dense": small}, {3: small}):
         with pytest.raises(ArgumentError, match="expected a model, or models by names other than 'dense'"):
             alds.report(dense, others, x)
-    with pytest.raises(ModelError, match="model is a str|is a path"):
+    with pytest.raises(ModelError, match="model is a str|is a text"):
         alds.report(dense, "small.safetensors", x)
     with pytest.raises(ModelError, match="the model 'compressed' is on meta, the dense one on cpu"):
         alds.report(dense, nn.Linear(4, 4, device="meta"), x)
