@@ -64,7 +64,8 @@ def compile_ahead(
 
     What does not compile here is told to the logger: the launch on the device decides.
     """
-    processes = processes or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     count = min(processes, MOST_PROCESSES, len(work))
     faults: dict[tuple[LaunchKey, Tiling], str] = {}
     waiting, lock, done = iter(work), threading.Lock(), 0

@@ -107,10 +107,15 @@ def _warning(call: FusedCall, device: torch.device) -> Iterator[None]:
 
 
 def _keys(call: FusedCall, device: torch.device) -> list[LaunchKey]:
-    """What the call's launches ask with."""
+    """What the call's launches ask with, also where the first guess is then refused: another tiling may not be."""
     x = call.spec.make()
     with torch.no_grad(), asked(device) as keys:
-        call.spec.caller(call.make(), x)()
+        try:
+            call.spec.caller(call.make(), x)()
+        except Exception as e:
+            _still_there(device, e)
+            if not keys:
+                raise
     return keys
 
 
