@@ -29,7 +29,7 @@ from benchmarks.common.results import ROOT
 from . import sass
 
 SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS", "PIVOTS",
-         "HAS_SCALE")  # fmt: skip
+         "HAS_SCALE", "WHOLE")  # fmt: skip
 OF_TILES = ("cols_per_program", "channels_per_part")  # multiples of a tile whatever the sizes are
 AGAIN = 8  # of so many known rows one is compiled again
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -50,7 +50,12 @@ def configurations():
                 if not heavy and t == linear.tile_tiling(hidden, dtype, wide, True):
                     continue
                 tiles = {"BM": t.rows, "BK": t.reduction, "BQ": hidden, "BF": t.cols, **epilogue(heavy)}
-                yield "linear", kind, {**tiles, "ONE_SLICE": one, "PIVOTS": pivots}, t, wide
+                tiles |= {"GROUPS": 1 if one else 2, "PIVOTS": pivots, "FAR": False}
+                odd = 0 if wide else 6
+                for whole, less in ((True, 0), (False, 0), (False, 16)) if wide else ((False, odd),):
+                    layer = {"C": 1024 + odd, "Q": hidden - less, "ROWS": 1024 - odd, "WHOLE": whole}
+                    if less < hidden and (less == 0 or (heavy and one)):
+                        yield "linear", kind, {**tiles, **layer}, t, wide
         for scaled in (False, True):
             yield from _few_rows(kind, dtype, wide, scaled)
         yield from _convolutions(kind, dtype, wide)
@@ -176,7 +181,7 @@ def compile_one(job):
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
     resources, cubin = compiled(source, arch, {"num_warps": warps, "num_stages": stages})
     tiles = {k: v for k, v in constants.items() if k in SHOWN}
-    flags = {k: v for k, v in constants.items() if k in ("ONE_SLICE", "GROUPS", "CHUNKS", "KW", "SIZE")}
+    flags = {k: v for k, v in constants.items() if k in ("GROUPS", "CHUNKS", "KW", "SIZE")}
     row = {"kernel": name, "dtype": dtype, **tiles, **flags, "warps": warps, "stages": stages, "sm": arch, "wide": wide}
     return {**row, **resources}, cubin
 

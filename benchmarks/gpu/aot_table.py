@@ -15,7 +15,7 @@ from benchmarks.common.results import RESULTS, environment, page, table, write
 
 from .aot import SHOWN, compiled_rows
 
-TILES = (*SHOWN, "ONE_SLICE", "GROUPS", "CHUNKS", "KW", "SIZE", "wide", "HAS_RESIDUAL", "ACTIVATION")
+TILES = (*SHOWN, "GROUPS", "CHUNKS", "KW", "SIZE", "wide", "HAS_RESIDUAL", "ACTIVATION")
 
 
 NOTES = (

@@ -16,7 +16,7 @@ import torch
 from .aot import SHOWN, compiled, counted
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
-TOLD = (*SHOWN, "GROUPS", "CHUNKS", "KW", "SIZE", "ONE_SLICE", "HAS_RESIDUAL", "ACTIVATION", "HAS_SCALE")
+TOLD = (*SHOWN, "GROUPS", "CHUNKS", "KW", "SIZE", "HAS_RESIDUAL", "ACTIVATION", "HAS_SCALE")
 
 
 def empty(*shape, dtype=torch.bfloat16):

@@ -13,8 +13,7 @@ from benchmarks.gpu import aot
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = (None, "relu", "silu", "gelu")
-TILES = ("BM", "BK", "BQ", "BR", "BF", "BN", "M", "PARTS", "VECTORS", "LAYERS", "PIVOTS", "ONE_SLICE",
-         "HAS_SCALE")  # fmt: skip
+TILES = ("BM", "BK", "BQ", "BR", "BF", "BN", "M", "PARTS", "VECTORS", "LAYERS", "PIVOTS", "HAS_SCALE")
 
 
 class Case(NamedTuple):
@@ -189,14 +188,14 @@ def _epilogue(t):
 
 
 def _linear_tiling(kind, t, odd):
-    wanted = "linear", {k: t[k] for k in TILES if k in t}
-    hidden, m = t["BQ"], t["BM"] + 6
+    wanted = "linear", {k: t[k] for k in (*TILES, "GROUPS", "WHOLE", "FAR") if k in t}
+    m, groups, channels = t["BM"] + (0 if t["WHOLE"] else 6), t["GROUPS"], 128 if t["WHOLE"] else 80 + (odd and 6)
+    rank, f = t["Q"] // groups, 128 if t["WHOLE"] else 80
     if t["PIVOTS"]:
-        return pivoted("tilings", kind, m, 80, hidden - odd, hidden + 80, **_epilogue(t), wanted=wanted)
-    groups = 1 if t["ONE_SLICE"] else 2
-    if hidden // groups < 16 and not odd:
+        return pivoted("tilings", kind, m, channels, rank, rank + f, **_epilogue(t), wanted=wanted)
+    if rank % 16 and not odd:
         return None  # ranks of two slices are no multiples of 16 here
-    return linear("tilings", kind, m, 80 * groups, groups, hidden // groups - odd, 80, **_epilogue(t), wanted=wanted)
+    return linear("tilings", kind, m, channels * groups, groups, rank, f, **_epilogue(t), wanted=wanted)
 
 
 def _parts(kind, channels, wanted):

@@ -81,15 +81,30 @@ def finish(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    WHOLE: tl.constexpr = False,
 ):
-    """y[rows, cols] = activation(acc + bias + residual) for row-major y and residual of F columns; rows are int64."""
+    """y[rows, cols] = activation(acc + bias + residual) for row-major y and residual of F columns.
+
+    WHOLE: no element of the tile is masked.
+    """
     if HAS_BIAS:
-        acc += tl.load(bias + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
+        if WHOLE:
+            b = tl.load(bias + cols)
+        else:
+            b = tl.load(bias + cols, mask=cols < F, other=0.0)
+        acc += b.to(tl.float32)[None, :]
     place = rows[:, None] * F + cols[None, :]
     if HAS_RESIDUAL:
-        acc += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        if WHOLE:
+            acc += tl.load(residual + place).to(tl.float32)
+        else:
+            acc += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
     exact: tl.constexpr = y.dtype.element_ty == tl.float32
-    tl.store(y + place, activate(acc, ACTIVATION, exact).to(y.dtype.element_ty), mask=mask)
+    z = activate(acc, ACTIVATION, exact).to(y.dtype.element_ty)
+    if WHOLE:
+        tl.store(y + place, z)
+    else:
+        tl.store(y + place, z, mask=mask)
 
 
 def split(channels: int, tiles: int, reduction: int, parts: int = 0) -> tuple[int, int]:

@@ -26,50 +26,75 @@ from .few_rows import run_rows
 
 @triton.jit
 def _lowrank_linear_kernel(
-    x, encoder, decoder, bias, residual, outputs, y,
-    M, C, C_GROUP, RANK, Q, ROWS, stride_x, cols_per_program,
+    x, encoder, decoder, bias, residual, outputs, y, M, stride_x, cols_per_program,
+    C: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, BF: tl.constexpr,
-    ONE_SLICE: tl.constexpr, PIVOTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PIVOTS: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows pid 0 * BM, rows of the decoder pid 1 * cols_per_program; BQ >= Q hidden values stay on chip.
 
     With PIVOTS outputs (Q + ROWS,) says which column of y a hidden value, and then a row of the decoder, is.
     The block-diagonal encoder is read as a full one: of the BQ x BK tile only what lies in a block is loaded.
+    WHOLE: M is a multiple of BM. FAR: the rows of a tile are more than 2^31 elements apart.
     """
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    F: tl.constexpr = ROWS + Q if PIVOTS else ROWS
+    CG: tl.constexpr = C // GROUPS
+    whole_steps: tl.constexpr = C % BK == 0
+    whole_decoder: tl.constexpr = ROWS % BF == 0 and Q == BQ
+    p0 = tl.program_id(0).to(tl.int64) * BM
+    i = tl.arange(0, BM)
+    keep = i < M - p0
+    if FAR:
+        i = i.to(tl.int64)
     q = tl.arange(0, BQ)
     k = tl.arange(0, BK)
-    first = (q // RANK) * C_GROUP  # first channel of the hidden value's slice
+    xt_place = (x + p0 * stride_x) + i[:, None] * stride_x + k[None, :]
+    et_place = encoder + q[None, :] * CG + k[:, None]
+    first = q // (Q // GROUPS) * CG  # first channel of the hidden value's slice
     hidden = tl.zeros((BM, BQ), dtype=tl.float32)
     for k0 in range(0, C, BK):
-        c = k0 + k
-        xt = tl.load(x + rows[:, None] * stride_x + c[None, :], mask=(rows[:, None] < M) & (c[None, :] < C), other=0.0)
-        if ONE_SLICE:  # a mask that is uniform along runs of channels keeps the loads wide
-            et = tl.load(encoder + q[None, :] * C + c[:, None], mask=(c[:, None] < C) & (q[None, :] < Q), other=0.0)
+        if whole_steps and WHOLE:
+            xt = tl.load(xt_place + k0)
+        elif whole_steps:
+            xt = tl.load(xt_place + k0, mask=keep[:, None], other=0.0)
         else:
-            local = c[:, None] - first[None, :]
-            inside = (local >= 0) & (local < C_GROUP) & (q[None, :] < Q)
-            et = tl.load(encoder + q[None, :] * C_GROUP + local, mask=inside, other=0.0)
+            xt = tl.load(xt_place + k0, mask=keep[:, None] & (k0 + k[None, :] < C), other=0.0)
+        if GROUPS > 1:
+            local = k0 + k[:, None] - first[None, :]
+            inside = (local >= 0) & (local < CG) & (q[None, :] < Q)
+            et = tl.load(encoder + q[None, :] * CG + local, mask=inside, other=0.0)
+        elif whole_steps and Q == BQ:
+            et = tl.load(et_place + k0)
+        elif whole_steps:  # a mask that is uniform along runs of channels keeps the loads wide
+            et = tl.load(et_place + k0, mask=q[None, :] < Q, other=0.0)
+        else:
+            et = tl.load(et_place + k0, mask=(k0 + k[:, None] < C) & (q[None, :] < Q), other=0.0)
         hidden = tl.dot(xt, et, hidden, input_precision=PRECISION)
     h = hidden.to(x.dtype.element_ty)
+    y += p0 * F
+    if HAS_RESIDUAL:
+        residual += p0 * F
     start = tl.program_id(1) * cols_per_program
-    F = ROWS
     if PIVOTS:
-        F = ROWS + Q
         if start == 0:
             column = tl.load(outputs + q, mask=q < Q, other=F)
-            mask = (rows[:, None] < M) & (column[None, :] < F)
-            finish(h.to(tl.float32), y, bias, residual, rows, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+            mask = keep[:, None] & (column[None, :] < F)
+            finish(h.to(tl.float32), y, bias, residual, i, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
     for f0 in range(start, tl.minimum(start + cols_per_program, ROWS), BF):
         f = f0 + tl.arange(0, BF)
-        dt = tl.load(decoder + f[None, :] * Q + q[:, None], mask=(f[None, :] < ROWS) & (q[:, None] < Q), other=0.0)
+        dt_place = decoder + f[None, :] * Q + q[:, None]
+        if whole_decoder:
+            dt = tl.load(dt_place)
+        else:
+            dt = tl.load(dt_place, mask=(f[None, :] < ROWS) & (q[:, None] < Q), other=0.0)
         acc = tl.dot(h, dt, input_precision=PRECISION)
         column = f
         if PIVOTS:
             column = tl.load(outputs + Q + f, mask=f < ROWS, other=F)
-        mask = (rows[:, None] < M) & (column[None, :] < F)
-        finish(acc, y, bias, residual, rows, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+        mask = keep[:, None] & (column[None, :] < F)
+        finish(acc, y, bias, residual, i, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+               WHOLE and ROWS % BF == 0)  # fmt: skip
 
 
 def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool, heavy: bool, pivots: bool = False) -> Tiling:
@@ -108,9 +133,11 @@ def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, resi
     row_tiles, col_tiles = ceil_div(m, t.rows), ceil_div(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
     per_program = ceil_div(col_tiles, splits) * t.cols
+    stride = x.stride(0)
+    far = t.rows * max(stride, f + (0 if outputs is None else q)) >= 2**31
     _lowrank_linear_kernel[row_tiles, ceil_div(f, per_program)](
-        x, encoder, decoder, bias, residual, outputs, y, m, c, c // groups, q // groups, q, f, x.stride(0), per_program,
-        BM=t.rows, BK=t.reduction, BQ=padded, BF=t.cols, ONE_SLICE=groups == 1, PIVOTS=outputs is not None,
+        x, encoder, decoder, bias, residual, outputs, y, m, stride, per_program, C=c, Q=q, ROWS=f, GROUPS=groups,
+        BM=t.rows, BK=t.reduction, BQ=padded, BF=t.cols, PIVOTS=outputs is not None, WHOLE=m % t.rows == 0, FAR=far,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "",
         PRECISION=exact, num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
