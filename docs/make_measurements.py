@@ -31,7 +31,8 @@ COMMANDS = {
     "latency_budget": "python -m benchmarks.cpu.latency_budget",
     "large": "python -m benchmarks.cpu.large",
     "large_with_data": "python -m benchmarks.cpu.large_with_data --blocks 31 62 --count 8 --length 512 --no-refit",
-    "aot": "python -m benchmarks.gpu.aot_table",
+    "aot_triton_3.9": "python -m benchmarks.gpu.aot_table",
+    "aot_triton_3.6": "python -m benchmarks.gpu.aot_table",
     "zoo": "make zoo",
 }
 SIDES = {
@@ -267,14 +268,14 @@ def moments() -> str:
     return table([*before[0], "commit"], rows)
 
 
-def compiled() -> list[str]:
+def compiled(name: str) -> list[str]:
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in load("aot")["rows"]:
+    for row in load(name)["rows"]:
         kinds[row["kernel"], row["dtype"]].append(row)
     head = ["kernel", "type", "compilations", "that spill", "most registers", "most shared KiB"]
     cells = [[*kind, len(of), sum(r["spilled_bytes"] > 0 for r in of), max(r["registers"] for r in of),
               f"{max(r['shared_bytes'] for r in of) / 1024:.0f}"] for kind, of in kinds.items()]  # fmt: skip
-    return [f"Triton {load('aot')['environment']['triton']}, sm_80 and sm_90.", table(head, cells)]
+    return [source(name), f"Triton {load(name)['environment']['triton']}, sm_80 and sm_90.", table(head, cells)]
 
 
 def others() -> str:
@@ -331,7 +332,7 @@ def sections() -> dict[str, list[str]]:
         "Language models, peers side by side": peers(),
         "What moments cost": [f"[moments_cost.md]({LINK}/quality/moments_cost.md), one thread.", moments()],
         "The zoo": [source("zoo"), zoo_table.ABOUT, zoo_table.summary(load("zoo")["rows"])],
-        "Kernels, compiled": [source("aot"), *compiled()],
+        "Kernels, compiled": [*compiled("aot_triton_3.9"), *compiled("aot_triton_3.6")],
         "Other results": [others()],
         "Measured once, by hand": [
             "These are measured by hand. No file holds them, and no script repeats them.",

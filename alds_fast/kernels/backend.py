@@ -144,8 +144,8 @@ def _why_not_timed(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
     return f"not timed: fusing saves at most {saved:.0%} of the products' time"
 
 
-def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: Callable[[], Any]) -> bool:
-    """Whether fused is the faster one, by measurement where that is possible.
+def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: Callable[[], Any]) -> bool | None:
+    """Whether fused is the faster one, by measurement where that is possible; None where it will be and is not yet.
 
     Row counts of linear layers that round up to the same power of two share a measurement.
     """
@@ -162,7 +162,7 @@ def _auto(key: tuple, tensors: Sequence[Any], fused: Callable[[], Any], two_op: 
         if (why := _why_not_timed(x, tensors[1], tensors[2])) is not None:
             _decisions[key] = {**about, "fused_ms": None, "two_op_ms": None, "ran": "two-op", "note": why}
         elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
+            return None
         else:
             _decisions[key] = _measure(about, x, fused, two_op)
     return bool(_decisions[key]["ran"] == "fused")
@@ -177,14 +177,13 @@ def autocast(x: Any, *tensors: Any) -> list[Any]:
     return [t if t is None or t.dtype in kept or not t.is_floating_point() else t.to(dtype) for t in (x, *tensors)]
 
 
-def run(
-    key: tuple, backend: str, reason: str | None, tensors: Sequence[Tensor | None], fused: Callable[[], Tensor],
-    two_op: Callable[[], Tensor],
-) -> Tensor:  # fmt: skip
-    """What the backend asks for; ``reason`` says why fused cannot run, None if it can."""
+def is_fused(
+    key: tuple, backend: str, reason: str | None, tensors: Sequence[Tensor | None], fused: Callable[[], Any],
+    two_op: Callable[[], Any],
+) -> bool | None:  # fmt: skip
+    """Whether fused is to run; None where two calls do this time only. ``reason`` says why fused cannot, or is None."""
     if backend == "fused" and reason is not None:
         raise BackendError(f"backend='fused' cannot run {key[0]} here: {reason}; use 'two-op' or 'auto'")
-    wanted = backend in ("fused", "fused-first") or (
-        backend == "auto" and reason is None and _auto(key, tensors, fused, two_op)
-    )
-    return fused() if wanted and reason is None else two_op()
+    if reason is not None or backend == "two-op":
+        return False
+    return backend in ("fused", "fused-first") or _auto(key, tensors, fused, two_op)

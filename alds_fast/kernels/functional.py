@@ -11,9 +11,9 @@ else it is two-op; :func:`alds_fast.deploy` measures for those cases too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -28,13 +28,14 @@ from .arguments import (
     pair,
     sizes,
 )
-from .backend import autocast, run, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
-from .limits import MAX_HIDDEN, MAX_ROWS
-from .op_conv2d import lowrank_conv2d_op
-from .op_linear import lowrank_linear_op
-from .op_merged_linears import lowrank_linears_op
+from .backend import autocast, is_fused, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
+from .calls import call_key, keep_call, known_call
+from .limits import MAX_ROWS
+from .op_conv2d import lowrank_conv2d_op, plan_conv2d_call
+from .op_linear import lowrank_linear_op, plan_linear_call
+from .op_merged_linears import lowrank_linears_op, plan_linears_call
 from .pivot_table import check_order
-from .reference import dequantized_all, halves, lowrank_conv2d_ref, lowrank_linear_ref, output_size
+from .reference import dequantized_all, halves, lowrank_conv2d_ref, merged_linear_calls, output_size, two_linear_calls
 
 
 def lowrank_linear(
@@ -83,6 +84,12 @@ def lowrank_linear(
             [4., 4., 4.]])
     """
     check_options(activation, backend)
+    given = x, encoder, decoder, bias, residual, order, *(scales or ())
+    options = "lowrank_linear", groups, activation, backend, scales is None
+    key = call_key(options, given) if isinstance(groups, int) else None
+    if (call := known_call(key)) is not None:
+        y: Tensor = call(*given)
+        return y
     x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
     check_dims(2, encoder=encoder, decoder=decoder)
     check_rows(x)
@@ -94,7 +101,7 @@ def lowrank_linear(
         check_int8(x, {"encoder": encoder, "decoder": decoder}, scale)
         check_alike(x, bias=bias, residual=residual)
         if x.numel() > MAX_ROWS * x.shape[-1]:
-            (encoder, decoder), scale = dequantized_all((encoder, decoder), scale), []
+            (encoder, decoder), scale, key = dequantized_all((encoder, decoder), scale), [], None
         tensors = [x, encoder, decoder, bias, residual, *scale]
     outputs = decoder.shape[0]
     if order is not None:
@@ -104,14 +111,14 @@ def lowrank_linear(
     check_input(x, -1, encoder, groups, residual, (*x.shape[:-1], outputs))
     reason = None if backend == "two-op" else why_not_fused_linear(x, encoder)
 
-    def fused() -> Tensor:
-        return lowrank_linear_op(x, encoder, decoder, bias, residual, groups, activation, order, *scale)
-
-    def two_op() -> Tensor:
-        first, second = dequantized_all((encoder, decoder), scale)
-        return lowrank_linear_ref(x, first, second, bias, residual, groups, activation, order)
-
-    return run(("lowrank_linear", groups, activation, order is None), backend, reason, tensors, fused, two_op)
+    args: list[Any] = [x, encoder, decoder, bias, residual, order, *scale]
+    fused = partial(lowrank_linear_op, *args[:5], groups, activation, *args[5:])
+    two_op = partial(two_linear_calls, groups, activation)
+    kind = "lowrank_linear", groups, activation, order is None
+    chosen = is_fused(kind, backend, reason, tensors, fused, partial(two_op, *args))
+    if key is not None and chosen is not None:
+        keep_call(key, plan_linear_call(args, groups, activation) if chosen else two_op)
+    return fused() if chosen else two_op(*args)
 
 
 def lowrank_conv2d(
@@ -152,6 +159,11 @@ def lowrank_conv2d(
     """
     stride, padding, dilation = pair(stride, "stride", 1), pair(padding, "padding", 0), pair(dilation, "dilation", 1)
     check_options(activation, backend)
+    options = "lowrank_conv2d", groups, stride, padding, dilation, activation, backend
+    key = call_key(options, (x, encoder, decoder, bias, residual)) if isinstance(groups, int) else None
+    if (call := known_call(key)) is not None:
+        y: Tensor = call(x, encoder, decoder, bias, residual)
+        return y
     x, encoder, decoder, bias, residual = tensors = autocast(x, encoder, decoder, bias, residual)
     check_dims(4, x=x, encoder=encoder, decoder=decoder)
     check_alike(x, encoder=encoder, decoder=decoder, bias=bias, residual=residual)
@@ -164,21 +176,20 @@ def lowrank_conv2d(
     check_input(x, 1, encoder, groups, residual, (x.shape[0], decoder.shape[0], *size))
     reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder)
 
-    pointwise = kernel == [1, 1] and (stride, padding) == ((1, 1), (0, 0))
-
-    def fused() -> Tensor:
-        if pointwise and encoder.shape[0] <= MAX_HIDDEN:
-            extra = None if residual is None else residual.permute(0, 2, 3, 1)
-            factors = encoder.flatten(1), decoder.flatten(1)
-            y = lowrank_linear_op(x.permute(0, 2, 3, 1), *factors, bias, extra, groups, activation)
-            return y.permute(0, 3, 1, 2)
-        return lowrank_conv2d_op(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
-
-    def two_op() -> Tensor:
-        return lowrank_conv2d_ref(x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation)
-
-    key = ("lowrank_conv2d", groups, stride, padding, dilation, activation)
-    return run(key, backend, reason, tensors, fused, two_op)
+    of = groups, stride, padding, dilation, activation
+    fused = partial(lowrank_conv2d_op, *tensors, *of)
+    named: dict[str, Any] = {
+        "groups": groups,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "activation": activation,
+    }
+    two_op = partial(lowrank_conv2d_ref, **named)
+    chosen = is_fused(("lowrank_conv2d", *of), backend, reason, tensors, fused, partial(two_op, *tensors))
+    if key is not None and chosen is not None:
+        keep_call(key, plan_conv2d_call(tensors, *of) if chosen else two_op)
+    return fused() if chosen else two_op(*tensors)
 
 
 def lowrank_linears(
@@ -213,6 +224,11 @@ def lowrank_linears(
     count = len(decoders)
     biases = [None] * count if biases is None else list(biases)
     check_options(None, backend)
+    given = x, encoder, decoders, biases, scales or ()
+    options = "lowrank_linears", count, len(biases), scales is None, backend
+    key = call_key(options, (x, encoder, *decoders, *biases, *given[-1]))
+    if (call := known_call(key)) is not None:
+        return list(call(*given))
     x, encoder, *rest = autocast(x, encoder, *decoders, *biases, *(scales or ()))
     decoders, biases, scale = rest[:count], rest[count : count + len(biases)], rest[count + len(biases) :]
     check_rows(x)
@@ -231,15 +247,12 @@ def lowrank_linears(
         check_factors(part, d, b, 1)
     check_input(x, -1, encoder, 1, None, ())
     reason = None if backend == "two-op" else why_not_fused_linears(x, count)
-    has_bias, present = [b is not None for b in biases], [b for b in biases if b is not None]
-
-    def fused() -> Any:
-        return lowrank_linears_op(x, encoder, decoders, present, has_bias, scale)
-
-    def two_op() -> Any:
-        first, *others = dequantized_all([encoder, *decoders], scale)
-        hidden = torch.nn.functional.linear(x, first).split(ranks, -1)
-        return [torch.nn.functional.linear(h, d, b) for h, d, b in zip(hidden, others, biases, strict=True)]
-
+    args = x, encoder, decoders, biases, scale
+    present = [b for b in biases if b is not None]
+    fused = partial(lowrank_linears_op, x, encoder, decoders, present, [b is not None for b in biases], scale)
+    two_op = partial(merged_linear_calls, *args)
     tensors = [x, encoder, *decoders, *biases, *scale]
-    return list(run(("lowrank_linears",), backend, reason, tensors, fused, two_op))
+    chosen = is_fused(("lowrank_linears",), backend, reason, tensors, fused, two_op)
+    if key is not None and chosen is not None:
+        keep_call(key, plan_linears_call(*args) if chosen else merged_linear_calls)
+    return list(fused() if chosen else two_op())

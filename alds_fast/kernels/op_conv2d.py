@@ -7,15 +7,19 @@ no triton: it is imported by the first call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .limits import MAX_HIDDEN
+from .op_linear import plan_linear_call
 from .op_shared import (
+    are_contiguous,
     as_operator,
+    contiguous,
     decoder_output,
     differentiated_by,
     flop_formula,
@@ -26,12 +30,54 @@ from .op_shared import (
 )
 from .reference import activation_grad, halves, output_size
 
+LAST = torch.channels_last
 
-def _empty_output(x: Tensor, encoder: Tensor, decoder: Tensor, stride: Sequence[int], padding: Sequence[int],
-                  dilation: Sequence[int]) -> Tensor:  # fmt: skip
+
+def _output_shape(x: Tensor, encoder: Tensor, decoder: Tensor, stride: Sequence[int], padding: Sequence[int],
+                  dilation: Sequence[int]) -> tuple[int, ...]:  # fmt: skip
     size = output_size(x.shape, encoder.shape, decoder.shape, stride, padding, dilation)
-    shape = (x.shape[0], decoder.shape[0], *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return x.shape[0], decoder.shape[0], *size
+
+
+def _over_pixels(
+    x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> list[Any]:
+    """A 1 x 1 convolution of stride 1 as a linear layer."""
+    extra = None if residual is None else residual.permute(0, 2, 3, 1)
+    return [x.permute(0, 2, 3, 1), encoder.flatten(1), decoder.flatten(1), bias, extra, None]
+
+
+def plan_conv2d_call(
+    tensors: Sequence[Any], groups: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    activation: str | None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """The fused kernel for tensors like these: x, encoder, decoder, bias and residual.
+
+    It is called with such tensors, on the device that is the current one.
+    """
+    x, encoder, decoder, bias, residual = tensors
+    shape = _output_shape(x, encoder, decoder, stride, padding, dilation)
+    if 0 in shape:
+        return lambda x, *_: torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
+    pointwise = encoder.shape[2:] == (1, 1) and (*stride, *padding) == (1, 1, 0, 0)
+    if pointwise and len(encoder) <= MAX_HIDDEN:
+        run = plan_linear_call(_over_pixels(*tensors), groups, activation)
+        return lambda *those: run(*_over_pixels(*those)).permute(0, 3, 1, 2)
+    as_they_are = are_contiguous(bias) and are_contiguous(x, encoder, decoder, residual, memory_format=LAST)
+    x, encoder, decoder, residual = contiguous(x, encoder, decoder, residual, memory_format=LAST)
+    of = groups, stride, padding, dilation, activation, shape[2:]
+    launch = triton_module("conv2d").plan_conv2d(x, encoder, decoder, *contiguous(bias), residual, *of)
+
+    def call(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
+        if as_they_are:
+            launch(x, encoder, decoder, bias, residual, y)
+        else:
+            *those, extra = contiguous(x, encoder, decoder, residual, memory_format=LAST)
+            launch(*those, *contiguous(bias), extra, y)
+        return y
+
+    return call
 
 
 @as_operator("lowrank_conv2d")
@@ -48,14 +94,9 @@ def lowrank_conv2d_op(
     activation: str | None,
 ) -> Tensor:
     """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_conv2d`, checked there."""
-    y = _empty_output(x, encoder, decoder, stride, padding, dilation)
-    bias = None if bias is None else bias.contiguous()
-    if y.numel():
-        with on_device_of(x):
-            triton_module("conv2d").run_conv2d(
-                x, encoder, decoder, bias, residual, groups, stride, padding, dilation, activation, y
-            )
-    return y
+    tensors = x, encoder, decoder, bias, residual
+    with on_device_of(x):
+        return plan_conv2d_call(tensors, groups, stride, padding, dilation, activation)(*tensors)
 
 
 @without_values("lowrank_conv2d")
@@ -71,7 +112,8 @@ def _(
     dilation: Sequence[int],
     activation: str | None,
 ) -> Tensor:
-    return _empty_output(x, encoder, decoder, stride, padding, dilation)
+    shape = _output_shape(x, encoder, decoder, stride, padding, dilation)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
 
 
 def _conv_grads(grad: Tensor, x: Tensor, weight: Tensor, options: Any, groups: int) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,16 @@ no triton: it is imported by the first call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .op_shared import (
+    are_contiguous,
     as_operator,
+    contiguous,
     decoder_output,
     differentiated_by,
     flop_formula,
@@ -26,6 +28,35 @@ from .op_shared import (
 )
 from .pivot_table import outputs_number, outputs_of
 from .reference import activation_grad, decode_linear, dequantized_all, encode_linear
+
+
+def plan_linear_call(tensors: Sequence[Any], groups: int, activation: str | None) -> Callable[..., Tensor]:
+    """The fused kernel for tensors like these: x, encoder, decoder, bias, residual, order and scales of int8 factors.
+
+    It is called with such tensors, on the device that is the current one.
+    """
+    x, encoder, decoder, bias, residual, order, *scales = tensors
+    shape = *x.shape[:-1], outputs_number(decoder, order)
+    if 0 in shape:
+        return lambda x, *_: x.new_empty(shape)
+    others = encoder, decoder, bias, residual
+    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(*others)
+    outputs = None if order is None else outputs_of(order)
+    run = triton_module("linear").plan_linear(rows_of(x), *contiguous(*others), groups, activation, outputs, scales)
+
+    def call(
+        x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None,
+        order: Tensor | None, *scales: Tensor,
+    ) -> Tensor:  # fmt: skip
+        y = x.new_empty(shape)
+        outputs = None if order is None else outputs_of(order)
+        if as_they_are:
+            run(x, encoder, decoder, bias, residual, outputs, scales, y)
+        else:
+            run(rows_of(x), *contiguous(encoder, decoder, bias, residual), outputs, scales, y)
+        return y
+
+    return call
 
 
 @as_operator("lowrank_linear")
@@ -42,16 +73,10 @@ def lowrank_linear_op(
     decoder_scale: Tensor | None = None,
 ) -> Tensor:
     """The fused kernel; arguments as of :func:`alds_fast.kernels.lowrank_linear`, checked there."""
-    y = x.new_empty((*x.shape[:-1], outputs_number(decoder, order)))
-    if y.numel():
-        extra, bias = (None if t is None else t.contiguous() for t in (residual, bias))
-        with on_device_of(x):
-            outputs = None if order is None else outputs_of(order)
-            scales = () if encoder_scale is None else (encoder_scale, decoder_scale)
-            triton_module("linear").run_linear(
-                rows_of(x), encoder, decoder, bias, extra, groups, activation, outputs, y.view(-1, y.shape[-1]), scales
-            )
-    return y
+    scales = () if encoder_scale is None or decoder_scale is None else (encoder_scale, decoder_scale)
+    tensors = x, encoder, decoder, bias, residual, order, *scales
+    with on_device_of(x):
+        return plan_linear_call(tensors, groups, activation)(*tensors)
 
 
 @without_values("lowrank_linear")

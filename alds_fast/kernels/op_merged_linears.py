@@ -7,7 +7,7 @@ no triton: it is imported by the first call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op_shared import (
+    are_contiguous,
     as_operator,
+    contiguous,
     differentiated_by,
     flop_formula,
     on_device_of,
@@ -26,20 +28,41 @@ from .op_shared import (
 from .reference import dequantized_all
 
 
+def plan_linears_call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+                      scales: Sequence[Tensor]) -> Callable[..., list[Tensor]]:  # fmt: skip
+    """The fused kernels for tensors like these; called with such tensors, on the device that is the current one."""
+    count, shapes = len(decoders), [(*x.shape[:-1], d.shape[0]) for d in decoders]
+    if not x.numel():
+        return lambda x, *_: [x.new_empty(shape) for shape in shapes]
+    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(encoder, *decoders, *biases)
+    first, *others = contiguous(encoder, *decoders, *biases)
+    run = triton_module("few_rows").plan_rows(
+        rows_of(x), first, others[:count], others[count:], None, 1, None, None, scales
+    )
+
+    def call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+             scales: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
+        ys = [x.new_empty(shape) for shape in shapes]
+        if as_they_are:
+            run(x, encoder, decoders, biases, None, None, scales, ys)
+        else:
+            first, *others = contiguous(encoder, *decoders, *biases)
+            run(rows_of(x), first, others[:count], others[count:], None, None, scales, ys)
+        return ys
+
+    return call
+
+
 @as_operator("lowrank_linears")
 def lowrank_linears_op(
     x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool],
     scales: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """Up to three layers with one encoder launch; ``biases`` holds those of the layers with ``has_bias``."""
-    ys = [x.new_empty((*x.shape[:-1], d.shape[0])) for d in decoders]
-    rest = iter([b.contiguous() for b in biases])
-    if x.numel():
-        every = [next(rest) if b else None for b in has_bias]
-        rows = [y.view(-1, y.shape[-1]) for y in ys]
-        with on_device_of(x):
-            triton_module("few_rows").run_merged(rows_of(x), encoder, decoders, every, rows, scales)
-    return ys
+    rest = iter(biases)
+    every = [next(rest) if b else None for b in has_bias]
+    with on_device_of(x):
+        return plan_linears_call(x, encoder, decoders, every, scales)(x, encoder, decoders, every, scales)
 
 
 @without_values("lowrank_linears")

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..import_hooks import when_imported
 
 PLAIN = (Tensor, torch.nn.Parameter)
+FORMAT = torch.contiguous_format
 _OPERATORS = torch.library.Library("alds_fast", "FRAGMENT")
 
 
@@ -42,11 +44,18 @@ def as_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def _is_plain_call(args: Sequence[Any]) -> bool:
-    """Whether no gradient, mode, tracer, profiler, functorch transform or subclass of tensors is at work."""
+def is_watched() -> bool:
+    """Whether a mode, tracer, profiler, functorch transform or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
-        return False
+        return True
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
+        return True
+    return forward_ad._current_level >= 0
+
+
+def _is_plain_call(args: Sequence[Any]) -> bool:
+    """Whether nothing watches, and no gradient or subclass of tensors is at work."""
+    if is_watched():
         return False
     graded = torch.is_grad_enabled()
     for t in args:
@@ -104,6 +113,16 @@ def rows_of(x: Tensor) -> Tensor:
     """x (..., c) as (m, c) with unit stride along the channels; a copy only where that is not a view."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 and rows.stride(0) >= 0 else rows.contiguous()
+
+
+def contiguous(*tensors: Tensor | None, memory_format: torch.memory_format = FORMAT) -> list[Tensor | None]:
+    """The tensors, copied where they do not lie so."""
+    return [None if t is None else t.contiguous(memory_format=memory_format) for t in tensors]
+
+
+def are_contiguous(*tensors: Tensor | None, memory_format: torch.memory_format = FORMAT) -> bool:
+    """Whether :func:`contiguous` has nothing to copy."""
+    return all(t is None or t.is_contiguous(memory_format=memory_format) for t in tensors)
 
 
 def save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:

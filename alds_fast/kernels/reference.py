@@ -197,6 +197,23 @@ def output_size(x: Sequence[int], encoder: Sequence[int], decoder: Sequence[int]
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options]
 
 
+def two_linear_calls(
+    groups: int, activation: str | None, x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None,
+    residual: Tensor | None, order: Tensor | None, *scale: Tensor,
+) -> Tensor:  # fmt: skip
+    """:func:`lowrank_linear_ref`, of int8 factors if they have scales."""
+    first, second = dequantized_all((encoder, decoder), scale)
+    return lowrank_linear_ref(x, first, second, bias, residual, groups, activation, order)
+
+
+def merged_linear_calls(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+                        scale: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
+    """Layers that share one call of their encoders, of int8 factors if they have scales."""
+    first, *others = dequantized_all([encoder, *decoders], scale)
+    hidden = F.linear(x, first).split([d.shape[1] for d in decoders], -1)
+    return [F.linear(h, d, b) for h, d, b in zip(hidden, others, biases, strict=True)]
+
+
 def lowrank_conv2d_ref(
     x: Tensor,
     encoder: Tensor,

@@ -5,7 +5,7 @@ many programs run on a multiprocessor at once, and what the hot loops have (:fun
 widest epilogue is compiled (bias, residual, GELU). "wide" configurations are for channels, ranks and filters that are
 multiples of 16, the others for any.
 
-A row's key says what its machine code follows from. ``--known FILE`` takes from aot.json the rows whose key is there,
+A row's key says what its machine code follows from. ``--known FILE`` takes from a table the rows whose key is there,
 but for one in eight, which are compiled again.
 """
 
@@ -229,7 +229,7 @@ def compiled_rows(module="benchmarks.gpu.aot", *arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--known", type=Path, metavar="FILE", help="aot.json of another run")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="the table of another run")
     file = parser.parse_args().known
     known = {row["key"]: row for row in json.loads(file.read_text())["rows"]} if file else {}
     taken = {key for key in known if int(key, 16) % AGAIN}

@@ -1,7 +1,7 @@
 """What the machine code of every kernel configuration says, compiled ahead of time; no GPU is needed.
 
-Writes benchmarks/results/aot.json and aot.md. The configurations are those of aot.py, which CI checks; what aot.json
-has of the same kernels is taken from there.
+Writes aot_triton_X.Y.json and .md of benchmarks/results, for the Triton that is installed. The configurations are those
+of aot.py, which CI checks; what the file has of the same kernels is taken from there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ NOTES = (
     "(HMMA, HGMMA), barriers, asynchronous copies (LDGSTS, UTMALDG). *Italic* is a kernel that the compiler unrolled: "
     "all of it counts. A cell is sm_80 / sm_90."
 )
+
+
+def of_triton(kind: str) -> str:
+    """The name of the results of the Triton that is installed."""
+    return f"{kind}_triton_{'.'.join(triton.__version__.split('.')[:2])}"
 
 
 def in_loops(row: dict, kind: str) -> str:
@@ -77,9 +82,10 @@ def markdown(compilations: list[dict], about: dict) -> str:
 
 
 def main() -> None:
-    compilations = compiled_rows("benchmarks.gpu.aot", "--known", str(RESULTS / "aot.json"))
+    file = RESULTS / f"{of_triton('aot')}.json"
+    compilations = compiled_rows("benchmarks.gpu.aot", *(("--known", str(file)) if file.exists() else ()))
     about = {**environment(), "triton": triton.__version__}
-    write("aot", {"environment": about, "rows": compilations}, markdown(compilations, about))
+    write(of_triton("aot"), {"environment": about, "rows": compilations}, markdown(compilations, about))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def convolution(images, side, channels, filters, hidden, groups=1, activation="r
     x, y = (empty(images, n, side, side) for n in (channels, filters))
     factors = empty(hidden, channels // groups, width, width), empty(filters, hidden, 1, 1)
     added, ones, padding = y if residual else None, (1, 1), (width // 2,) * 2
-    conv2d.run_conv2d(x, *factors, empty(filters), added, groups, ones, padding, ones, activation, y)
+    bias = empty(filters)
+    launch = conv2d.plan_conv2d(x, *factors, bias, added, groups, ones, padding, ones, activation, (side, side))
+    launch(x, *factors, bias, added, y)
 
 
 def linear(rows, channels, filters, hidden, groups=1, activation=None, bias=True, residual=False, pivots=False,
@@ -47,7 +49,8 @@ def linear(rows, channels, filters, hidden, groups=1, activation=None, bias=True
     y = empty(rows, filters, dtype=dtype)
     outputs = empty(filters, dtype=torch.int32) if pivots else None
     added = b if bias else None, y if residual else None
-    linear.run_linear(x, encoder, decoder, *added, groups, activation, outputs, y, scales)
+    run = linear.plan_linear(x, encoder, decoder, *added, groups, activation, outputs, scales)
+    run(x, encoder, decoder, *added, outputs, scales, y)
 
 
 def merged(rows, channels, filters, rank):
@@ -55,7 +58,8 @@ def merged(rows, channels, filters, rank):
     from alds_fast.kernels.fused import few_rows
 
     decoders, ys = ([empty(*shape) for _ in range(3)] for shape in ((filters, rank), (rows, filters)))
-    few_rows.run_merged(empty(rows, channels), empty(3 * rank, channels), decoders, [None] * 3, ys)
+    tensors = empty(rows, channels), empty(3 * rank, channels), decoders, [None] * 3, None
+    few_rows.plan_rows(*tensors, 1, None, None, ())(*tensors, None, (), ys)
 
 
 def first_guess(key):

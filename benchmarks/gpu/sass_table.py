@@ -1,6 +1,7 @@
 """What the machine code of some layers' launches says: the table that a test compares with what is compiled anew.
 
-Writes benchmarks/results/sass.json and sass.md. Run it after a change of the kernels that is meant.
+Writes sass_triton_X.Y.json and .md of benchmarks/results, for the Triton that is installed. Run it after a change of the
+kernels that is meant.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 from benchmarks.common.results import environment, page, table, write
 
 from .aot import compiled_rows
-from .aot_table import CELLS, NOTES, by_architecture, head, tiling
+from .aot_table import CELLS, NOTES, by_architecture, head, of_triton, tiling
 from .sass import REGISTERS
 
 GROWTH = 1.05  # of a hot loop: more fails
@@ -64,7 +65,7 @@ def markdown(rows: list[dict], about: dict) -> str:
 
 def main() -> None:
     about, rows = {**environment(), "triton": triton.__version__}, compiled_rows("benchmarks.gpu.launches")
-    write("sass", {"environment": about, "rows": rows}, markdown(rows, about))
+    write(of_triton("sass"), {"environment": about, "rows": rows}, markdown(rows, about))
 
 
 if __name__ == "__main__":

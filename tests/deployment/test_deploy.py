@@ -387,7 +387,7 @@ def test_a_kernel_that_fails_is_left_out(monkeypatch):
     def broken(*args):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr("alds_fast.kernels.fused.linear.run_linear", broken)
+    monkeypatch.setattr("alds_fast.kernels.fused.linear.plan_linear", broken)
     _, table = alds.deploy(nn.Sequential(alds.LowRankLinear(32, 32, 4)), torch.randn(20, 32), report=True)
     assert table.rows[0].won.startswith("two-op") and "shared memory" in table.rows[0].note
 
@@ -395,13 +395,18 @@ def test_a_kernel_that_fails_is_left_out(monkeypatch):
 @pytest.mark.parametrize("value", [1e-3, float("nan")])
 def test_a_kernel_that_is_wrong_is_left_out(monkeypatch, value):
     fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))
-    right = linear_kernels.run_linear
+    right = linear_kernels.plan_linear
 
-    def wrong(*args):
-        right(*args)
-        args[8][3, 5] += value * args[8].norm()
+    def plan(*args):
+        run = right(*args)
 
-    monkeypatch.setattr(linear_kernels, "run_linear", wrong)
+        def wrong(*tensors):
+            run(*tensors)
+            tensors[-1][3, 5] += value * tensors[-1].norm()
+
+        return wrong
+
+    monkeypatch.setattr(linear_kernels, "plan_linear", plan)
     _, table = alds.deploy(nn.Sequential(alds.LowRankLinear(32, 32, 4)), torch.randn(20, 32), report=True)
     assert table.rows[0].won.startswith("two-op") and " is wrong: its error is" in table.rows[0].note
 

@@ -253,8 +253,8 @@ def written_around(case, groups, outputs, rows, columns):
     """y, of so many rows and columns, in the midst of NaN that stays."""
     buffer = torch.full((rows * columns + 2048,), float("nan"), device=DEVICE)
     y = buffer[1024 : 1024 + rows * columns].view(rows, columns)
-    names = ("x", "encoder", "decoder", "bias", "residual")
-    linear.run_linear(*(case[k] for k in names), groups, None, outputs, y)
+    tensors = [case[k] for k in ("x", "encoder", "decoder", "bias", "residual")]
+    linear.plan_linear(*tensors, groups, None, outputs)(*tensors, outputs, (), y)
     assert buffer[:1024].isnan().all() and buffer[1024 + rows * columns :].isnan().all()
     return y
 
@@ -284,9 +284,10 @@ def test_conv2d_writes_nothing_else(shape, options):
         k: v if isinstance(v, tuple) else (v, v)
         for k, v in ({"stride": 1, "padding": 0, "dilation": 1} | options).items()
     }
-    conv2d.run_conv2d(
-        *(case[k] for k in ("x", "encoder", "decoder", "bias")), None, shape[3], **both, activation=None, y=y
-    )
+    last = torch.channels_last
+    x, encoder, decoder = (case[k].contiguous(memory_format=last) for k in ("x", "encoder", "decoder"))
+    tensors = x, encoder, decoder, case["bias"], None
+    conv2d.plan_conv2d(*tensors, shape[3], **both, activation=None, size=(oh, ow))(*tensors, y)
     assert buffer[:1024].isnan().all() and buffer[1024 + count :].isnan().all() and torch.isfinite(y).all()
 
 

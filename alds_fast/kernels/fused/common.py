@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tilings import Tiling
+
 
 def ceil_div(n: int, size: int) -> int:
     """How many tiles of a size n takes; triton.cdiv, which kernels share, is 4 us of a host.
@@ -30,6 +32,11 @@ def addresses(*tensors: Tensor) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
+def is_far(elements: int) -> bool:
+    """Whether places so many elements apart need 64 bits."""
+    return elements >= 1 << 31
+
+
 def size_class(n: int) -> int:
     """The power of two from ``n`` up: launches of one class share a tuned tiling.
 
@@ -37,6 +44,11 @@ def size_class(n: int) -> int:
     (1, 32)
     """
     return 1 << (n - 1).bit_length()
+
+
+def warps_of(t: Tiling) -> dict[str, int]:
+    """What Triton's compiler is told of a tiling."""
+    return {"num_warps": t.num_warps, "num_stages": t.num_stages}
 
 
 def multiple_of_16(*sizes: int) -> bool:
@@ -88,10 +100,7 @@ def finish(
     WHOLE: no element of the tile is masked.
     """
     if HAS_BIAS:
-        if WHOLE:
-            b = tl.load(bias + cols)
-        else:
-            b = tl.load(bias + cols, mask=cols < F, other=0.0)
+        b = tl.load(bias + cols) if WHOLE else tl.load(bias + cols, mask=cols < F, other=0.0)
         acc += b.to(tl.float32)[None, :]
     place = rows[:, None] * F + cols[None, :]
     if HAS_RESIDUAL:

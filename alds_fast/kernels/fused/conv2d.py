@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..limits import precision
 from ..tilings import ConvKey, Tiling, can_go_by_rows, tuned
-from .common import addresses, ceil_div, finish, multiple_of_16, power_of_two, size_class
+from .common import addresses, ceil_div, finish, is_far, multiple_of_16, power_of_two, size_class, warps_of
 from .conv2d_rows import conv2d_rows_kernel
+from .launching import Launch
 
 MAX_FILTERS = 256  # output columns of a program; more are cut into several, each with the hidden values of its own
 MAX_CHUNK = 128  # ranks of a slice whose hidden values are on chip at once
@@ -48,7 +49,10 @@ def _conv2d_taps_kernel(
     (M pixels, F). SIZE: H, W, OH, OW as constants, or (). FAR: a tile's images are more than 2^31 elements apart.
     """
     if len(SIZE) > 0:
-        H, W, OH, OW = SIZE
+        H = SIZE[0]
+        W = SIZE[1]
+        OH = SIZE[2]
+        OW = SIZE[3]
     CG: tl.constexpr = C // GROUPS
     STEPS: tl.constexpr = (CG + BK - 1) // BK
     K: tl.constexpr = KH * KW * CG
@@ -149,38 +153,34 @@ def first_conv2d(key: ConvKey, pixels: int) -> Tiling:
     return taps_tiling(pixels, channels, chunk, cols, key.dtype, key.wide, heavy)
 
 
-def run_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
-               stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], activation: str | None,
-               y: Tensor) -> None:  # fmt: skip
-    """Fill y (n, f, oh, ow), channels last, from x (n, c, h, w); everything is made channels last first.
+def plan_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
+                stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], activation: str | None,
+                size: Sequence[int]) -> Launch:  # fmt: skip
+    """What fills y (n, f, *size), channels last, from x (n, c, h, w).
 
-    The decoder is 1 x 1, the encoder takes stride, padding and dilation; the arguments are trusted.
+    It is called with (x, encoder, decoder, bias, residual, y), of the sizes, types and alignments of these, all of them
+    channels last. The decoder is 1 x 1, the encoder takes stride, padding and dilation; the arguments are trusted.
     """
-    last = torch.channels_last
-    x, encoder, decoder = (t.contiguous(memory_format=last) for t in (x, encoder, decoder))
-    residual = None if residual is None else residual.contiguous(memory_format=last)
-    (n, c, h, w), (filters, q), (oh, ow), kernel = x.shape, decoder.shape[:2], y.shape[2:], encoder.shape[2:]
+    (n, c, h, w), (filters, q), (oh, ow), kernel = x.shape, decoder.shape[:2], size, encoder.shape[2:]
     rank, pixels = q // groups, n * oh * ow
     wide = multiple_of_16(c // groups, rank, filters, *addresses(x, encoder, decoder))
     chunk = min(power_of_two(rank), MAX_CHUNK)
-    options: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups}
-    options |= {"KH": kernel[0], "KW": kernel[1]}
-    options |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
-    options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
+    constants: dict[str, Any] = {"C": c, "RANK": rank, "F": filters, "GROUPS": groups}
+    constants |= {"KH": kernel[0], "KW": kernel[1]}
+    constants |= {"PH": padding[0], "DH": dilation[0], "DW": dilation[1], "PRECISION": precision()}
+    constants |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or ""}
     places = (tuple(stride), tuple(padding), tuple(dilation))
     key = ConvKey(x.dtype, size_class(pixels), c, filters, q, groups, (h, w), tuple(kernel), *places, bias is not None,
-                  residual is not None, activation, wide, options["PRECISION"])  # fmt: skip
+                  residual is not None, activation, wide, precision())  # fmt: skip
     t = tuned(x.device, key) or first_conv2d(key, pixels)
     if t.by_rows:
         run, sizes, delivered = conv2d_rows_kernel, tuple[int, ...]((h, w)), t.rows - kernel[1] // 2 * 2 * dilation[1]
     else:
         chunk = chunk if wide and x.dtype != torch.float32 else min(chunk, 64)
         run, sizes, delivered = _conv2d_taps_kernel, (h, w, oh, ow), t.rows
-        options |= {"SH": stride[0], "SW": stride[1], "PW": padding[1]}
-    size = sizes if _first_sizes.setdefault((key.dtype, *key[2:6], *key[7:]), (h, w)) == (h, w) else ()
-    far = (t.rows // (oh * ow) + 2) * h * w * c >= 2**31
-    run[ceil_div(pixels, delivered), ceil_div(filters, t.cols)](
-        x, encoder, decoder, bias, residual, y, pixels, *sizes, **options, CHUNKS=ceil_div(rank, chunk),
-        BM=t.rows, BK=t.reduction, BR=chunk, BF=t.cols, SIZE=size, FAR=far,
-        num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
+        constants |= {"SH": stride[0], "SW": stride[1], "PW": padding[1]}
+    first = _first_sizes.setdefault((key.dtype, *key[2:6], *key[7:]), (h, w)) == (h, w)
+    constants |= {"CHUNKS": ceil_div(rank, chunk), "BM": t.rows, "BK": t.reduction, "BR": chunk, "BF": t.cols}
+    constants |= {"SIZE": sizes if first else (), "FAR": is_far((t.rows // (oh * ow) + 2) * h * w * c)}
+    grid = ceil_div(pixels, delivered), ceil_div(filters, t.cols)
+    return Launch(run, grid, (pixels, *sizes), constants, **warps_of(t))

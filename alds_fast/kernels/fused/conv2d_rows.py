@@ -39,7 +39,8 @@ def conv2d_rows_kernel(
     neighbours to the left and right belong to other programs. Arguments as of the kernel by taps, SIZE (H, W) or ().
     """
     if len(SIZE) > 0:
-        H, W = SIZE
+        H = SIZE[0]
+        W = SIZE[1]
     CG: tl.constexpr = C // GROUPS
     STEPS: tl.constexpr = CG // BK
     K: tl.constexpr = KH * KW * CG

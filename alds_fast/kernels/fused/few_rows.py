@@ -11,7 +11,7 @@ are, and the float32 sums with the scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..limits import MAX_MERGED, precision
 from ..tilings import DecodeKey, EncodeKey, Tiling, any_tuned, capability_of, tuned
-from .common import addresses, ceil_div, finish, multiple_of_16, split
+from .common import addresses, ceil_div, finish, multiple_of_16, split, warps_of
+from .launching import Launch
 from .tickets import take_tickets
 from .vectors import encode_vectors_kernel, uses_vectors, vector_tile, vector_tiling
 
@@ -179,9 +180,9 @@ def early_launch(x: Tensor) -> bool:
     return (capability_of(x.device) or (0, 0)) >= (9, 0)
 
 
-def _encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, hidden: Tensor, vectors: bool,
-            early: bool) -> None:  # fmt: skip
-    """Fill hidden (m, q)."""
+def _plan_encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, vectors: bool,
+                 early: bool) -> Callable[..., None]:  # fmt: skip
+    """What fills hidden (m, q) from (x, encoder, scale, hidden) like these."""
     m, (q, c_group) = x.shape[0], encoder.shape
     rank = q // groups
     int8, t = scale is not None, None
@@ -190,67 +191,75 @@ def _encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, hidde
         t = tuned(x.device, EncodeKey(x.dtype, rows, c_group, q, groups, vectors, precision(), int8))
     if vectors:
         t = t or vector_tiling(c_group, m)
-        encode_vectors_kernel[ceil_div(rank, t.cols), groups](
-            x, encoder, scale, hidden, rank, q, x.stride(0), C_GROUP=c_group, M=m, BN=t.cols, BK=t.reduction,
-            HAS_SCALE=int8, EARLY=early, num_warps=t.num_warps, num_stages=t.num_stages,
-        )  # fmt: skip
-        return
+        constants: dict[str, Any] = {
+            "C_GROUP": c_group,
+            "M": m,
+            "BN": t.cols,
+            "BK": t.reduction,
+            "HAS_SCALE": int8,
+            "EARLY": early,
+        }
+        grid = ceil_div(rank, t.cols), groups
+        return Launch(encode_vectors_kernel, grid, (rank, q, x.stride(0)), constants, **warps_of(t))
     t = t or encode_tiling(x.dtype, int8)
     tiles = ceil_div(rank, t.cols)
     count, per_part = split(c_group, tiles * groups, t.reduction, t.parts)
-    parts, tickets = None, None
-    if count > 1:
-        parts, tickets = x.new_empty((count, m, q), dtype=torch.float32), take_tickets(x.device, tiles * groups)
-    _encode_rows_kernel[count, tiles, groups](
-        x, encoder, scale, hidden, parts, tickets, m, c_group, rank, q, x.stride(0), per_part, PARTS=count, BM=t.rows,
-        BK=t.reduction, BQ=t.cols, HAS_SCALE=int8, EARLY=early, PRECISION=precision(),
-        num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
+    constants = {"PARTS": count, "BM": t.rows, "BK": t.reduction, "BQ": t.cols, "HAS_SCALE": int8, "EARLY": early}
+    numbers = m, c_group, rank, q, x.stride(0), per_part
+    constants |= {"PRECISION": precision()}
+    launch = Launch(_encode_rows_kernel, (count, tiles, groups), numbers, constants, **warps_of(t))
+
+    def encode(x: Tensor, encoder: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
+        parts, tickets = None, None
+        if count > 1:
+            parts, tickets = x.new_empty((count, m, q), dtype=torch.float32), take_tickets(x.device, tiles * groups)
+        launch(x, encoder, scale, hidden, parts, tickets)
+
+    return encode
 
 
-def run_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
-          residual: Tensor | None, groups: int, activation: str | None, outputs: Tensor | None,
-          ys: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> None:  # fmt: skip
-    """Fill ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``.
+def plan_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+              residual: Tensor | None, groups: int, activation: str | None, outputs: Tensor | None,
+              scales: Sequence[Tensor]) -> Callable[..., None]:  # fmt: skip
+    """What fills ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``.
 
-    ``outputs`` of one layer with pivots: which columns of y its hidden values and then its decoder's rows are.
-    ``scales`` of int8 factors: that of the encoder's rows, then those of every decoder's.
+    It is called with (x, encoder, decoders, biases, residual, outputs, scales, ys), of the sizes, types, strides and
+    alignments of these. ``outputs`` of one layer with pivots: which columns of y its hidden values and then its
+    decoder's rows are. ``scales`` of int8 factors: that of the encoder's rows, then those of every decoder's.
     """
     m, q, count = x.shape[0], encoder.shape[0], len(decoders)
-    ranks = [d.shape[1] for d in decoders]
+    ranks, filters = [d.shape[1] for d in decoders], [d.shape[0] for d in decoders]
     vectors, early = uses_vectors(m, encoder.shape[1], *ranks), early_launch(x)
-    hidden = x.new_empty((m, q))
-    _encode(x, encoder, scales[0] if scales else None, groups, hidden, vectors, early)
+    encode = _plan_encode(x, encoder, scales[0] if scales else None, groups, vectors, early)
     wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
     t = None
     if any_tuned(x.device):
-        rows, filters = m if vectors else ROWS, tuple(d.shape[0] for d in decoders)
-        places = outputs is not None, residual is not None
-        key = DecodeKey(
-            x.dtype, rows, tuple(ranks), filters, vectors, *places, activation, wide, precision(), bool(scales)
-        )
-        t = tuned(x.device, key)
+        rows, places = m if vectors else ROWS, (outputs is not None, residual is not None)
+        of = x.dtype, rows, tuple(ranks), tuple(filters), vectors
+        t = tuned(x.device, DecodeKey(*of, *places, activation, wide, precision(), bool(scales)))
     if t is None:
         t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide, bool(scales))
     last = [min(i, count - 1) for i in range(MAX_MERGED)]
-    d, o = ([those[i] for i in last] for those in (decoders, ys))
-    b = [biases[i] for i in last]
-    s = [scales[1 + i] if scales else None for i in last]
-    options: dict[str, Any] = {"launch_pdl": True} if early else {}
-    pivot_tiles = 0 if outputs is None else ceil_div(q, t.cols)
-    _decode_rows_kernel[pivot_tiles + sum(ceil_div(w.shape[0], t.cols) for w in decoders),](
-        hidden, *d, *s, *b, residual, outputs, *o, m, q, *(w.shape[0] for w in d), *(w.shape[1] for w in d),
-        PIVOTS=outputs is not None, LAYERS=count, VECTORS=m if vectors else 0, BM=t.rows, BK=t.reduction, BF=t.cols,
-        HAS_SCALE=bool(scales), HAS_BIAS0=b[0] is not None, HAS_BIAS1=b[1] is not None, HAS_BIAS2=b[2] is not None,
-        HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "", WAIT=early, PRECISION=precision(),
-        num_warps=t.num_warps, num_stages=t.num_stages, **options,
-    )  # fmt: skip
+    constants: dict[str, Any] = {f"RANK{i}": ranks[one] for i, one in enumerate(last)}
+    constants |= {f"HAS_BIAS{i}": biases[one] is not None for i, one in enumerate(last)}
+    constants |= {
+        "PIVOTS": outputs is not None, "LAYERS": count, "VECTORS": m if vectors else 0, "BM": t.rows, "BK": t.reduction,
+        "BF": t.cols, "HAS_SCALE": bool(scales), "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation or "",
+        "WAIT": early, "PRECISION": precision(),
+    }  # fmt: skip
+    options: dict[str, Any] = {**warps_of(t), **({"launch_pdl": True} if early else {})}
+    tiles = (0 if outputs is None else ceil_div(q, t.cols)) + sum(ceil_div(f, t.cols) for f in filters)
+    decode = Launch(_decode_rows_kernel, (tiles,), (m, q, *(filters[i] for i in last)), constants, **options)
 
+    def run(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+            residual: Tensor | None, outputs: Tensor | None, scales: Sequence[Tensor],
+            ys: Sequence[Tensor]) -> None:  # fmt: skip
+        hidden = x.new_empty((m, q))
+        encode(x, encoder, scales[0] if scales else None, hidden)
+        d0, d1, d2 = (decoders[i] for i in last)
+        b0, b1, b2 = (biases[i] for i in last)
+        s0, s1, s2 = (scales[1 + i] for i in last) if scales else (None, None, None)
+        y0, y1, y2 = (ys[i] for i in last)
+        decode(hidden, d0, d1, d2, s0, s1, s2, b0, b1, b2, residual, outputs, y0, y1, y2)
 
-def run_merged(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
-               ys: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> None:  # fmt: skip
-    """Fill ys[i] (m, f_i) of up to three layers that read the same x (m <= 16, c): two launches for all of them.
-
-    ``encoder`` (sum of ranks, c) holds their encoders one after the other.
-    """
-    run_rows(x, encoder.contiguous(), [d.contiguous() for d in decoders], biases, None, 1, None, None, ys, scales)
+    return run

@@ -11,7 +11,7 @@ Accumulates in float32, rounds the hidden values to the type of x, as two librar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..limits import MAX_ROWS, precision
 from ..tilings import LinearKey, Tiling, tuned
-from .common import addresses, ceil_div, finish, multiple_of_16, power_of_two, size_class
-from .few_rows import run_rows
+from .common import addresses, ceil_div, finish, is_far, multiple_of_16, power_of_two, size_class, warps_of
+from .few_rows import plan_rows
+from .launching import Launch
 
 
 @triton.jit
@@ -77,8 +78,9 @@ def _lowrank_linear_kernel(
         residual += p0 * F
     start = tl.program_id(1) * cols_per_program
     if PIVOTS:
+        is_pivot = q < Q
         if start == 0:
-            column = tl.load(outputs + q, mask=q < Q, other=F)
+            column = tl.load(outputs + q, mask=is_pivot, other=F)
             mask = keep[:, None] & (column[None, :] < F)
             finish(h.to(tl.float32), y, bias, residual, i, column, mask, F, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
     for f0 in range(start, tl.minimum(start + cols_per_program, ROWS), BF):
@@ -121,40 +123,50 @@ def first_linear(key: LinearKey) -> Tiling:
     return tile_tiling(power_of_two(key.hidden), key.dtype, key.wide, heavy, key.pivots)
 
 
-def _tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
-          activation: str | None, outputs: Tensor | None, y: Tensor) -> None:  # fmt: skip
-    m, c = x.shape
-    f, q = decoder.shape
-    padded = power_of_two(q)
-    wide = multiple_of_16(c // groups, q // groups, f, x.stride(0), *addresses(x, encoder, decoder))
+def _plan_tile(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
+               activation: str | None, outputs: Tensor | None) -> Launch:  # fmt: skip
+    (m, c), (f, q), stride = x.shape, decoder.shape, x.stride(0)
+    wide = multiple_of_16(c // groups, q // groups, f, stride, *addresses(x, encoder, decoder))
     exact, flags = precision(), (outputs is not None, bias is not None, residual is not None)
     key = LinearKey(x.dtype, size_class(m), c, f, q, groups, *flags, activation, wide, exact)
     t = tuned(x.device, key) or first_linear(key)
     row_tiles, col_tiles = ceil_div(m, t.rows), ceil_div(f, t.cols)
     splits = max(1, min(col_tiles, 128 // row_tiles))  # few rows: several programs recompute one hidden tile
     per_program = ceil_div(col_tiles, splits) * t.cols
-    stride = x.stride(0)
-    far = t.rows * max(stride, f + (0 if outputs is None else q)) >= 2**31
-    _lowrank_linear_kernel[row_tiles, ceil_div(f, per_program)](
-        x, encoder, decoder, bias, residual, outputs, y, m, stride, per_program, C=c, Q=q, ROWS=f, GROUPS=groups,
-        BM=t.rows, BK=t.reduction, BQ=padded, BF=t.cols, PIVOTS=outputs is not None, WHOLE=m % t.rows == 0, FAR=far,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation or "",
-        PRECISION=exact, num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
+    constants = {
+        "C": c, "Q": q, "ROWS": f, "GROUPS": groups, "BM": t.rows, "BK": t.reduction, "BQ": power_of_two(q),
+        "BF": t.cols, "PIVOTS": outputs is not None, "WHOLE": m % t.rows == 0,
+        "FAR": is_far(t.rows * max(stride, f + q)), "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": activation or "", "PRECISION": exact,
+    }  # fmt: skip
+    grid = row_tiles, ceil_div(f, per_program)
+    return Launch(_lowrank_linear_kernel, grid, (m, stride, per_program), constants, **warps_of(t))
 
 
-def run_linear(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
-               activation: str | None, outputs: Tensor | None, y: Tensor,
-               scales: Sequence[Tensor] = ()) -> None:  # fmt: skip
-    """Fill y (m, f) from x (m, c), all of one type and device; both factors are made contiguous first.
+def plan_linear(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int,
+                activation: str | None, outputs: Tensor | None,
+                scales: Sequence[Tensor] = ()) -> Callable[..., None]:  # fmt: skip
+    """What fills y (m, f) from x (m, c), all of one type and device.
 
-    ``outputs`` (f,) int32 says which of y's columns the hidden values, and then the rows of a decoder (f - rank, rank),
-    are; None without pivots. ``scales`` of int8 factors are those of the encoder's and of the decoder's rows, for up to
-    16 rows of x. y and residual are contiguous; x has unit stride along its channels; the arguments are
-    trusted.
+    It is called with (x, encoder, decoder, bias, residual, outputs, scales, y), of the sizes, types, strides and
+    alignments of these. ``outputs`` (f,) int32 says which of y's columns the hidden values, and then the rows of a
+    decoder (f - rank, rank), are; None without pivots. ``scales`` of int8 factors are those of the encoder's and of the
+    decoder's rows, for up to 16 rows of x. All are contiguous but x, which has unit stride along its channels; the
+    arguments are trusted.
     """
-    encoder, decoder = encoder.contiguous(), decoder.contiguous()
+    options = residual, groups, activation, outputs
     if x.shape[0] <= MAX_ROWS:
-        run_rows(x, encoder, [decoder], [bias], residual, groups, activation, outputs, [y], scales)
-    else:
-        _tile(x, encoder, decoder, bias, residual, groups, activation, outputs, y)
+        rows = plan_rows(x, encoder, [decoder], [bias], *options, scales)
+
+        def run_rows(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None,
+                     outputs: Tensor | None, scales: Sequence[Tensor], y: Tensor) -> None:  # fmt: skip
+            rows(x, encoder, (decoder,), (bias,), residual, outputs, scales, (y,))
+
+        return run_rows
+    launch = _plan_tile(x, encoder, decoder, bias, *options)
+
+    def run_tiles(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None,
+                  outputs: Tensor | None, scales: Sequence[Tensor], y: Tensor) -> None:  # fmt: skip
+        launch(x, encoder, decoder, bias, residual, outputs, y)
+
+    return run_tiles

@@ -4,7 +4,7 @@ Here belongs what a launch asks and what is kept. How tilings are found belongs 
 """
 
 from .keys import ConvKey, DecodeKey, EncodeKey, LaunchKey, LinearKey, Measured, Tiling, can_go_by_rows
-from .tables import any_tuned, asked, capability_of, compiling_for, keep_tilings, measured, tuned, using
+from .tables import any_tuned, asked, capability_of, compiling_for, keep_tilings, measured, tables_changed, tuned, using
 
 __all__ = [
     "ConvKey",
@@ -21,6 +21,7 @@ __all__ = [
     "compiling_for",
     "keep_tilings",
     "measured",
+    "tables_changed",
     "tuned",
     "using",
 ]

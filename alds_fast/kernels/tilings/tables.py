@@ -13,6 +13,7 @@ from .keys import LaunchKey, Measured, Tiling
 
 _tables: dict[torch.device, dict[LaunchKey, Tiling]] = {}  # what launches take
 _measured: dict[torch.device, dict[LaunchKey, Measured]] = {}  # what the files hold
+_changes = [0]  # how often what launches take has changed
 _compiled_for: list[tuple[int, int]] = []  # the compute capability that tensors without data stand for
 
 
@@ -22,6 +23,20 @@ def any_tuned(device: torch.device) -> bool:
     if table is None:
         table = _tables[device] = _tilings(measured(device))
     return bool(table)
+
+
+def tables_changed() -> int:
+    """How often what launches take has changed: what was found out about launches before that holds no longer."""
+    return _changes[0]
+
+
+def _take(device: torch.device, table: dict[LaunchKey, Tiling] | None) -> None:
+    """Launches on the device take these from here on, None for what its file holds."""
+    _changes[0] += 1
+    if table is None:
+        _tables.pop(device, None)
+    else:
+        _tables[device] = table
 
 
 def tuned(device: torch.device, key: LaunchKey) -> Tiling | None:
@@ -60,25 +75,22 @@ def asked(device: torch.device) -> Iterator[list[LaunchKey]]:
     before = _tables.get(device)
     noting = _Asked(_tilings(measured(device)) if before is None else before)
     noting.keys_asked = []
-    _tables[device] = noting
+    _take(device, noting)
     try:
         yield noting.keys_asked
     finally:
-        _tables[device] = dict(noting) if before is None else before
+        _take(device, dict(noting) if before is None else before)
 
 
 @contextmanager
 def using(device: torch.device, tilings: Mapping[LaunchKey, Tiling]) -> Iterator[None]:
     """Launches on the device take these meanwhile."""
     before = _tables.get(device)
-    _tables[device] = {**(before or {}), **tilings}
+    _take(device, {**(before or {}), **tilings})
     try:
         yield
     finally:
-        if before is None:
-            del _tables[device]
-        else:
-            _tables[device] = before
+        _take(device, before)
 
 
 @contextmanager
@@ -102,6 +114,6 @@ def keep_tilings(device: torch.device, found: Mapping[LaunchKey, Measured]) -> N
     """Launches take these from here on, and later processes too, together with what others have added to the file."""
     known = {**read_tilings(device, warn=False), **measured(device), **found}
     _measured[device] = known
-    _tables[device] = _tilings(known)
+    _take(device, _tilings(known))
     if device.type == "cuda":
         write_tilings(device, known)
