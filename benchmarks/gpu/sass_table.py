@@ -1,7 +1,7 @@
 """What the machine code of some layers' launches says: the table that a test compares with what is compiled anew.
 
-Writes sass_triton_X.Y.json and .md of benchmarks/results, for the Triton that is installed. Run it after a change of the
-kernels that is meant.
+Writes sass_triton_X.Y.json and .md of benchmarks/results, for the Triton that is installed. Run it after a change of
+the kernels that is meant.
 """
 
 from __future__ import annotations
