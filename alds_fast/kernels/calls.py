@@ -16,7 +16,7 @@ _MOST = 4096  # kinds of calls that are kept; beyond them all are found anew
 _known: dict[tuple, Callable[..., Any]] = {}
 
 
-def call_key(options: tuple, tensors: Sequence[Tensor | None]) -> tuple | None:
+def kind_key(options: tuple, tensors: Sequence[Tensor | None]) -> tuple | None:
     """All that a call's checks, its choice of a backend and its launches depend on; None where it must be looked at.
 
     It must be where gradients, autocast, modes, tracers, functorch transforms, profilers or subclasses of tensors are

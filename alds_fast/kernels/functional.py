@@ -29,7 +29,7 @@ from .arguments import (
     sizes,
 )
 from .backend import autocast, is_fused, why_not_fused_conv2d, why_not_fused_linear, why_not_fused_linears
-from .calls import call_key, keep_call, known_call
+from .calls import keep_call, kind_key, known_call
 from .limits import MAX_ROWS
 from .op_conv2d import lowrank_conv2d_op, plan_conv2d_call
 from .op_linear import lowrank_linear_op, plan_linear_call
@@ -86,7 +86,7 @@ def lowrank_linear(
     check_options(activation, backend)
     given = x, encoder, decoder, bias, residual, order, *(scales or ())
     options = "lowrank_linear", groups, activation, backend, scales is None
-    key = call_key(options, given) if isinstance(groups, int) else None
+    key = kind_key(options, given) if isinstance(groups, int) else None
     if (call := known_call(key)) is not None:
         y: Tensor = call(*given)
         return y
@@ -160,7 +160,7 @@ def lowrank_conv2d(
     stride, padding, dilation = pair(stride, "stride", 1), pair(padding, "padding", 0), pair(dilation, "dilation", 1)
     check_options(activation, backend)
     options = "lowrank_conv2d", groups, stride, padding, dilation, activation, backend
-    key = call_key(options, (x, encoder, decoder, bias, residual)) if isinstance(groups, int) else None
+    key = kind_key(options, (x, encoder, decoder, bias, residual)) if isinstance(groups, int) else None
     if (call := known_call(key)) is not None:
         y: Tensor = call(x, encoder, decoder, bias, residual)
         return y
@@ -226,7 +226,7 @@ def lowrank_linears(
     check_options(None, backend)
     given = x, encoder, decoders, biases, scales or ()
     options = "lowrank_linears", count, len(biases), scales is None, backend
-    key = call_key(options, (x, encoder, *decoders, *biases, *given[-1]))
+    key = kind_key(options, (x, encoder, *decoders, *biases, *given[-1]))
     if (call := known_call(key)) is not None:
         return list(call(*given))
     x, encoder, *rest = autocast(x, encoder, *decoders, *biases, *(scales or ()))

@@ -36,7 +36,7 @@ def plan_linears_call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], bi
         return lambda x, *_: [x.new_empty(shape) for shape in shapes]
     as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(encoder, *decoders, *biases)
     first, *others = contiguous(encoder, *decoders, *biases)
-    run = triton_module("few_rows").plan_rows(
+    run = triton_module("few_rows").plan_few_rows(
         rows_of(x), first, others[:count], others[count:], None, 1, None, None, scales
     )
 

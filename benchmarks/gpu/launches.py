@@ -59,7 +59,7 @@ def merged(rows, channels, filters, rank):
 
     decoders, ys = ([empty(*shape) for _ in range(3)] for shape in ((filters, rank), (rows, filters)))
     tensors = empty(rows, channels), empty(3 * rank, channels), decoders, [None] * 3, None
-    few_rows.plan_rows(*tensors, 1, None, None, ())(*tensors, None, (), ys)
+    few_rows.plan_few_rows(*tensors, 1, None, None, ())(*tensors, None, (), ys)
 
 
 def first_guess(key):

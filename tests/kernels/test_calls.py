@@ -138,13 +138,13 @@ def test_other_tilings_are_taken_at_once(asked, monkeypatch):
     case = linear_case(5, 64, 1, 20, 24)
     lowrank_linear(**case, backend="fused")
     encode = EncodeKey(torch.float32, 16, 64, 20, 1, False, "ieee")
-    launched, launch = [], linear.plan_rows.__globals__["Launch"]
+    launched, launch = [], linear.plan_few_rows.__globals__["Launch"]
 
     def noting(kernel, grid, numbers, constants, **options):
         launched.append(constants["BK"])
         return launch(kernel, grid, numbers, constants, **options)
 
-    monkeypatch.setitem(linear.plan_rows.__globals__, "Launch", noting)
+    monkeypatch.setitem(linear.plan_few_rows.__globals__, "Launch", noting)
     with using(torch.device(DEVICE), {encode: Tiling(16, 64, 16, 4, 2)}):
         lowrank_linear(**case, backend="fused")
     assert 64 in launched

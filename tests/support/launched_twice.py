@@ -41,7 +41,7 @@ def linear_layer(rows, channels, filters, hidden, bias, residual, pivots):
 def merged_layers(rows):
     """Three decoders of one encoder."""
     tensors = empty(rows, 96), empty(48, 96), [empty(64, 16)] * 3, [empty(64), None, None], None
-    return few_rows.plan_rows(*tensors, 1, None, None, ()), (*tensors, None, (), [empty(rows, 64)] * 3)
+    return few_rows.plan_few_rows(*tensors, 1, None, None, ()), (*tensors, None, (), [empty(rows, 64)] * 3)
 
 
 def convolution(width, stride):

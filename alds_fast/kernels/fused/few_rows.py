@@ -191,34 +191,27 @@ def _plan_encode(x: Tensor, encoder: Tensor, scale: Tensor | None, groups: int, 
         t = tuned(x.device, EncodeKey(x.dtype, rows, c_group, q, groups, vectors, precision(), int8))
     if vectors:
         t = t or vector_tiling(c_group, m)
-        constants: dict[str, Any] = {
-            "C_GROUP": c_group,
-            "M": m,
-            "BN": t.cols,
-            "BK": t.reduction,
-            "HAS_SCALE": int8,
-            "EARLY": early,
-        }
+        constants: dict[str, Any] = {"C_GROUP": c_group, "M": m, "BN": t.cols, "BK": t.reduction, "HAS_SCALE": int8,
+                                     "EARLY": early}  # fmt: skip
         grid = ceil_div(rank, t.cols), groups
         return Launch(encode_vectors_kernel, grid, (rank, q, x.stride(0)), constants, **warps_of(t))
     t = t or encode_tiling(x.dtype, int8)
     tiles = ceil_div(rank, t.cols)
     count, per_part = split(c_group, tiles * groups, t.reduction, t.parts)
-    constants = {"PARTS": count, "BM": t.rows, "BK": t.reduction, "BQ": t.cols, "HAS_SCALE": int8, "EARLY": early}
+    constants = {"PARTS": count, "BM": t.rows, "BK": t.reduction, "BQ": t.cols, "HAS_SCALE": int8, "EARLY": early,
+                 "PRECISION": precision()}  # fmt: skip
     numbers = m, c_group, rank, q, x.stride(0), per_part
-    constants |= {"PRECISION": precision()}
     launch = Launch(_encode_rows_kernel, (count, tiles, groups), numbers, constants, **warps_of(t))
 
-    def encode(x: Tensor, encoder: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
-        parts, tickets = None, None
-        if count > 1:
-            parts, tickets = x.new_empty((count, m, q), dtype=torch.float32), take_tickets(x.device, tiles * groups)
-        launch(x, encoder, scale, hidden, parts, tickets)
+    def encode(x: Tensor, *others: Tensor | None) -> None:
+        split_up = count > 1
+        parts = x.new_empty((count, m, q), dtype=torch.float32) if split_up else None
+        launch(x, *others, parts, take_tickets(x.device, tiles * groups) if split_up else None)
 
     return encode
 
 
-def plan_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
+def plan_few_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
               residual: Tensor | None, groups: int, activation: str | None, outputs: Tensor | None,
               scales: Sequence[Tensor]) -> Callable[..., None]:  # fmt: skip
     """What fills ys[i] (m, f_i) of up to three layers whose encoders stand one after the other in ``encoder``.
@@ -228,14 +221,14 @@ def plan_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Se
     decoder's rows are. ``scales`` of int8 factors: that of the encoder's rows, then those of every decoder's.
     """
     m, q, count = x.shape[0], encoder.shape[0], len(decoders)
-    ranks, filters = [d.shape[1] for d in decoders], [d.shape[0] for d in decoders]
+    filters, ranks = zip(*(d.shape for d in decoders), strict=True)
     vectors, early = uses_vectors(m, encoder.shape[1], *ranks), early_launch(x)
     encode = _plan_encode(x, encoder, scales[0] if scales else None, groups, vectors, early)
     wide = multiple_of_16(q, *(n for d in decoders for n in d.shape), *addresses(*decoders))
     t = None
     if any_tuned(x.device):
         rows, places = m if vectors else ROWS, (outputs is not None, residual is not None)
-        of = x.dtype, rows, tuple(ranks), tuple(filters), vectors
+        of = x.dtype, rows, ranks, filters, vectors
         t = tuned(x.device, DecodeKey(*of, *places, activation, wide, precision(), bool(scales)))
     if t is None:
         t = vector_tiling(max(ranks), m, 4) if vectors else decode_tiling(x.dtype, wide, bool(scales))
@@ -256,10 +249,8 @@ def plan_rows(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Se
             ys: Sequence[Tensor]) -> None:  # fmt: skip
         hidden = x.new_empty((m, q))
         encode(x, encoder, scales[0] if scales else None, hidden)
-        d0, d1, d2 = (decoders[i] for i in last)
-        b0, b1, b2 = (biases[i] for i in last)
-        s0, s1, s2 = (scales[1 + i] for i in last) if scales else (None, None, None)
-        y0, y1, y2 = (ys[i] for i in last)
-        decode(hidden, d0, d1, d2, s0, s1, s2, b0, b1, b2, residual, outputs, y0, y1, y2)
+        d, b, y = ([those[i] for i in last] for those in (decoders, biases, ys))
+        s = [scales[1 + i] if scales else None for i in last]
+        decode(hidden, *d, *s, *b, residual, outputs, *y)
 
     return run

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..limits import MAX_ROWS, precision
 from ..tilings import LinearKey, Tiling, tuned
 from .common import addresses, ceil_div, finish, is_far, multiple_of_16, power_of_two, size_class, warps_of
-from .few_rows import plan_rows
+from .few_rows import plan_few_rows
 from .launching import Launch
 
 
@@ -156,7 +156,7 @@ def plan_linear(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None
     """
     options = residual, groups, activation, outputs
     if x.shape[0] <= MAX_ROWS:
-        rows = plan_rows(x, encoder, [decoder], [bias], *options, scales)
+        rows = plan_few_rows(x, encoder, [decoder], [bias], *options, scales)
 
         def run_rows(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None,
                      outputs: Tensor | None, scales: Sequence[Tensor], y: Tensor) -> None:  # fmt: skip
