@@ -60,7 +60,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
 def compile_ahead(
     work: Sequence[Compilation], rates: Rates, told: Progress, processes: int | None = None
 ) -> dict[tuple[LaunchKey, Tiling], str]:
-    """Fill Triton's cache; by key and tiling what takes more shared memory than there is, and needs no launch.
+    """Fill Triton's cache; by key and tiling what spills or takes more shared memory than there is: it is not launched.
 
     What does not compile here is told to the logger: the launch on the device decides.
     """
@@ -78,11 +78,13 @@ def compile_ahead(
                     one = next(waiting, None)
                 if one is None:
                     return
-                shared, error = worker.compile(one)
+                shared, spilled, error = worker.compile(one)
                 with lock:
                     done += 1
                     if error:
                         _LOG.info("%s of %s is not compiled ahead: %s", one.tiling, one.key, error)
+                    if spilled:
+                        faults[one.key, one.tiling] = f"spills {spilled} bytes a thread"
                     if shared > rates.shared_limit:
                         limit = f"{rates.shared_limit} are there"
                         faults[one.key, one.tiling] = f"takes {shared} bytes of shared memory, {limit}"
@@ -109,8 +111,8 @@ class _Worker:
             self._process.kill()
             self._process.communicate()
 
-    def compile(self, one: Compilation) -> tuple[int, str]:
-        """(bytes of shared memory of the launch that takes the most, what went wrong)."""
+    def compile(self, one: Compilation) -> tuple[int, int, str]:
+        """(bytes of shared memory, bytes that spill of the launch that takes the tiling, what went wrong)."""
         if self._process is None:
             self._process = self._started()
         process = self._process
@@ -119,13 +121,13 @@ class _Worker:
             pickle.dump(one, process.stdin)
             process.stdin.flush()
             answer = process.stdout.readline()
-            shared, error = json.loads(answer)
+            shared, spilled, error = json.loads(answer)
         except (OSError, ValueError) as e:  # it has ended
             process.kill()
             process.communicate()
             self._process = None
-            return 0, f"the process that compiles ended with {process.returncode} ({e})"
-        return int(shared), str(error)
+            return 0, 0, f"the process that compiles ended with {process.returncode} ({e})"
+        return int(shared), int(spilled), str(error)
 
     def _started(self) -> subprocess.Popen[bytes]:
         variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

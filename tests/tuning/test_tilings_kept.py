@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import warnings
 
 import pytest
 import torch
 
-from alds_fast.kernels import ConvKey, DecodeKey, LinearKey, Measured, Tiling, keep_tilings, measured
+from alds_fast.kernels import ConvKey, DecodeKey, EncodeKey, LinearKey, Measured, Tiling, keep_tilings, measured
 from alds_fast.kernels.tilings import files, tables
 from alds_fast.layers import LowRankConv2d, LowRankLinear
 from alds_fast.measurement import InputSpec
@@ -158,6 +159,27 @@ def test_kernels_are_compiled_ahead(tmp_path, monkeypatch, caplog):
     assert len(first) == 3 and any("conv2d_rows" in name for name in first)
     assert compiled() == first  # found in Triton's cache
     assert os.environ.get("TRITON_INTERPRET") == "1"  # here nothing has changed
+
+
+@pytest.mark.slow
+def test_tilings_that_spill_are_left_out(tmp_path, monkeypatch):
+    """Only the launch that takes the tiling counts, not the first guess beside it that is too large as well."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    (linear, *_) = compilations()
+    spills = linear._replace(tiling=Tiling(128, 64, 256, 4, 2))
+    few = linear._replace(spec=InputSpec.of(torch.zeros(16, 256, dtype=HALF)))
+    encode = EncodeKey(HALF, 16, 256, 64, 1, False, "ieee")
+    decode = DecodeKey(HALF, 16, (64,), (512,), False, False, False, None, True, "ieee")
+    encodes = [few._replace(key=encode, tiling=Tiling(16, k, 16, 2, 4, 1)) for k in (32, 128)]
+    decodes = [few._replace(key=decode, tiling=Tiling(16, 32, 16, 2, 2))]
+    work = [spills, *encodes, *decodes]
+    faults = compile_ahead(work, H100._replace(shared_limit=16_000), lambda *of: None, processes=1)
+    assert list(faults) == [(LINEAR, spills.tiling), (encode, encodes[1].tiling)]
+    assert "bytes of shared memory" in faults[encode, encodes[1].tiling]
+    faults = compile_ahead(work, H100, lambda *of: None, processes=1)
+    assert list(faults) == [(LINEAR, spills.tiling)]
+    assert re.fullmatch("spills [1-9][0-9]* bytes a thread", faults[LINEAR, spills.tiling])
 
 
 @pytest.mark.slow
