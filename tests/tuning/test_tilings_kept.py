@@ -1,8 +1,13 @@
 """Tilings on disk, and kernels compiled ahead in other processes."""
 
+import contextlib
 import json
 import os
 import re
+import signal
+import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -191,6 +196,50 @@ def test_what_does_not_compile_is_told(tmp_path, monkeypatch, caplog):
         assert compile_ahead([work._replace(tiling=Tiling(48, 64, 64, 4, 3))], H100, lambda *of: None, 1) == {}
     assert "is not compiled ahead" in caplog.text
     assert compile_ahead([], H100, lambda *of: None) == {}
+
+
+COMPILER = """#!/bin/sh
+exec 2> {fifo}
+: > $TMPDIR/left
+sleep 30 &
+echo $TMPDIR >&2
+wait
+"""
+
+
+def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
+    """Two processes whose compilers, processes too, go on: while one of them lives the pipe has an end to write to."""
+    fifo, script = tmp_path / "fifo", tmp_path / "compiler"
+    script.write_text(COMPILER.format(fifo=fifo))
+    script.chmod(0o700)
+    os.mkfifo(fifo)
+    pipe, lines = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), []
+
+    def interrupt():
+        while len(lines) < 2:
+            time.sleep(0.05)
+            with contextlib.suppress(BlockingIOError):
+                lines.extend(os.read(pipe, 4096).decode().splitlines())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    thread, start = threading.Thread(target=interrupt), time.monotonic()
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead(list(compilations()) * 3, H100, lambda *of: lines.append(of), processes=2)
+    thread.join()
+    while True:
+        try:
+            lines += os.read(pipe, 4096).splitlines()
+            break  # nobody is there to write
+        except BlockingIOError:
+            assert time.monotonic() - start < 20
+            time.sleep(0.05)
+    os.close(pipe)
+    assert (
+        time.monotonic() - start < 20 and len(lines) == 2 and len(set(lines)) == 1
+    )  # nothing else was started or told
+    assert not os.path.exists(lines[0])
 
 
 def test_modules_that_cannot_be_pickled_compile_where_they_run():
