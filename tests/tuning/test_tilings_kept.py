@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import warnings
 import pytest
 import torch
 
+from alds_fast.files import locked, write_text
 from alds_fast.kernels import ConvKey, DecodeKey, EncodeKey, LinearKey, Measured, Tiling, keep_tilings, measured
 from alds_fast.kernels.tilings import files, tables
 from alds_fast.layers import LowRankConv2d, LowRankLinear
@@ -51,7 +53,7 @@ def forget():
 
 def test_what_is_kept_is_taken_by_later_processes(tmp_path):
     keep_tilings(GPU, FOUND)
-    (file,) = (tmp_path / "tilings").iterdir()
+    (file,) = (tmp_path / "tilings").glob("*.json")
     assert file.name == "NVIDIA_H100_80GB_HBM3-9.0-3.9.0-0123456789ab.json"
     forget()
     assert measured(GPU) == FOUND
@@ -65,6 +67,41 @@ def test_processes_add_to_one_file():
     measured(GPU)
     tables._measured[GPU] = {}  # a process that began before the first one wrote
     keep_tilings(GPU, {CONV: FOUND[CONV]})
+    forget()
+    assert set(measured(GPU)) == {LINEAR, CONV}
+
+
+def test_processes_that_write_at_once_both_add(monkeypatch):
+    def slowly(file, text):
+        time.sleep(0.2)
+        write_text(file, text)
+
+    def add(key, others):
+        others.wait(10)
+        keep_tilings(GPU, {key: FOUND[key]})
+
+    monkeypatch.setattr(files, "write_text", slowly)
+    context = multiprocessing.get_context("fork")
+    both = context.Barrier(2)
+    processes = [context.Process(target=add, args=(key, both)) for key in (LINEAR, CONV)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert measured(GPU) == {key: FOUND[key] for key in (LINEAR, CONV)}
+
+
+def test_a_lock_that_is_not_given_back_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    keep_tilings(GPU, {LINEAR: FOUND[LINEAR]})
+    with locked(files.file_of(GPU).with_suffix(".lock")) as alone:
+        assert alone
+        start = time.monotonic()
+        keep_tilings(GPU, {CONV: FOUND[CONV]})
+        assert 0.1 <= time.monotonic() - start < 5
+        with locked(files.file_of(GPU).with_suffix(".lock")) as again:
+            assert not again
     forget()
     assert set(measured(GPU)) == {LINEAR, CONV}
 
