@@ -93,7 +93,7 @@ def test_processes_that_write_at_once_both_add(monkeypatch):
 
 
 def test_a_lock_that_is_not_given_back_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "WAIT_FOR_OTHERS", 0.1)
     keep_tilings(GPU, {LINEAR: FOUND[LINEAR]})
     with locked(files.file_of(GPU).with_suffix(".lock")) as alone:
         assert alone

@@ -24,7 +24,7 @@ from .keys import KERNELS, LaunchKey, Measured, Tiling
 FORMAT = "alds_fast.tilings"
 VERSION = 1
 MAX_TILE = 1024
-PATIENCE = 5.0  # seconds that a process waits for others that write the same file
+WAIT_FOR_OTHERS = 5.0  # seconds that a process waits for others that write the same file
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def write_tilings(device: torch.device, known: Mapping[LaunchKey, Measured]) -> 
     try:
         file = file_of(device)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.with_suffix(".lock"), PATIENCE):  # not at any price: the file is whole also without
+        with locked(file.with_suffix(".lock"), WAIT_FOR_OTHERS):  # not at any price: the file is whole also without
             merged = {**read_tilings(device, warn=False), **known}
             rows = [{"kernel": names[type(key)], "key": _plain(key), **_fields(one)} for key, one in merged.items()]
             data = {"format": FORMAT, "version": VERSION, "environment": environment_of(device), "tilings": rows}
