@@ -3,12 +3,13 @@
 A product of 1 x 64 numbers, so that F.linear costs little more than being called.
 """
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from alds_fast.kernels import backend, calls, lowrank_linear
-from alds_fast.kernels.fused import few_rows, launching, linear
+from alds_fast.kernels import lowrank_linear
 
 
 class Nothing:
@@ -28,17 +29,21 @@ class Launched:
         return lambda *arguments: None
 
 
+KERNELS = {
+    "few_rows": ("_encode_rows_kernel", "_decode_rows_kernel", "encode_vectors_kernel"),
+    "linear": ("_lowrank_linear_kernel",),
+}
+
+
 @pytest.fixture
 def no_launches(monkeypatch):
-    kernels = (few_rows, "_encode_rows_kernel", "_decode_rows_kernel", "encode_vectors_kernel"), (
-        linear, "_lowrank_linear_kernel"
-    )  # fmt: skip
-    for module, *names in kernels:
+    for module, names in KERNELS.items():
+        holder = importlib.import_module(f"alds_fast.kernels.fused.{module}")
         for name in names:
-            monkeypatch.setattr(module, name, Nothing(getattr(module, name)))
-    monkeypatch.setattr(launching, "is_on_device", lambda tensors: True)
-    monkeypatch.setattr(backend, "_device_reason", lambda kind, index: None)
-    monkeypatch.setattr(calls, "_known", {})
+            monkeypatch.setattr(holder, name, Nothing(getattr(holder, name)))
+    monkeypatch.setattr("alds_fast.kernels.fused.launching.is_on_device", lambda tensors: True)
+    monkeypatch.setattr("alds_fast.kernels.backend._device_reason", lambda kind, index: None)
+    monkeypatch.setattr("alds_fast.kernels.calls._known", {})
 
 
 @pytest.mark.parametrize("call", ["F.linear", "fused", "two-op"])
