@@ -39,6 +39,9 @@ def measure_model(
         if isinstance(module, LowRankLayer):
             module.backend = "two-op"
     reasons = dict.fromkeys(registered_names(), "functions of users are for single operations")
+    reasons["fused"] = (
+        "deployed runs each layer as it was measured to be fastest, and fused kernels on CUDA devices only"
+    )
     sides: dict[str, nn.Module] = {"dense": model, "two_op": two_op}
     if compile_it:
         faster: Any = compiled(two_op, options.model_mode)

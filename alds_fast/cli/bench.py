@@ -64,6 +64,8 @@ def add_bench(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     """Measure, print and, where asked to, write."""
+    if args.out is not None and args.out.endswith(ENDINGS):
+        args.out = args.out.rpartition(".")[0]
     for ending in ENDINGS if args.out is not None else ():
         target_file(f"{args.out}{ending}")  # refused before the work
     for name, target in args.kernel:

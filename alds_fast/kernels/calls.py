@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .limits import precision
-from .op_shared import is_plain, is_watched
+from .op_shared import PLAIN, holds_values, is_watched
 from .tilings import tables_changed
 
+STRIDED = torch.strided
 _MOST = 4096  # kinds of calls that are kept; beyond them all are found anew
 _known: dict[tuple, Callable[..., Any]] = {}
 
@@ -25,13 +26,19 @@ def kind_key(options: tuple, tensors: Sequence[Tensor | None]) -> tuple | None:
     if is_watched() or torch._C._is_any_autocast_enabled():
         return None
     x, graded = tensors[0], torch.is_grad_enabled()
-    if not is_plain(x) or x.is_meta or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
+    if not holds_values(x) or x.is_meta or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
         return None
-    key: list[Any] = [options, x.device, precision(), tables_changed()]
-    for t in tensors:
+    device = x.device
+    key: list[Any] = [options, device, precision(), tables_changed()]
+    for t in tensors:  # what holds_values says, without a call for each
         if t is None:
             key.append(None)
-        elif is_plain(t) and not (graded and t.requires_grad) and t.device == x.device:
+        elif (
+            type(t) in PLAIN
+            and t.layout is STRIDED
+            and t.device == device
+            and not (t.is_neg() or (graded and t.requires_grad))
+        ):
             key.append((t.shape, t.stride(), t.dtype, t.data_ptr() % 16))
         else:
             return None

@@ -53,7 +53,7 @@ def is_watched() -> bool:
     return forward_ad._current_level >= 0
 
 
-def is_plain(t: Any) -> TypeGuard[Tensor]:
+def holds_values(t: Any) -> TypeGuard[Tensor]:
     """Whether values lie where the tensor points to: no subclass, nothing sparse, no sign that is to be applied yet."""
     return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg()
 
@@ -64,7 +64,7 @@ def _is_plain_call(args: Sequence[Any]) -> bool:
         return False
     graded = torch.is_grad_enabled()
     for t in args:
-        if isinstance(t, Tensor) and (not is_plain(t) or (graded and t.requires_grad)):
+        if isinstance(t, Tensor) and (not holds_values(t) or (graded and t.requires_grad)):
             return False
         if isinstance(t, list) and not _is_plain_call(t):
             return False

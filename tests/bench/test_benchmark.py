@@ -226,7 +226,7 @@ def test_what_the_interpreter_ran_has_no_time_and_what_is_wrong_is_said():
 def test_the_command(tmp_path, monkeypatch, capsys, functions):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.py").write_text(MODULE)
-    quick = ["--rounds", "2", "--no-compile", "--out", "seen"]
+    quick = ["--rounds", "2", "--no-compile", "--out", "seen.json"]
     layer = ["--linear", "16,16", "--rows", "2", "--rank", "3", "--device", "cpu", "--kernel", "mine=here.py:mine"]
     assert main(["bench", *layer, *quick]) == 0
     assert "mine" in capsys.readouterr().out

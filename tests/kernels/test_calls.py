@@ -134,6 +134,19 @@ def test_arguments_are_checked_though_others_were_seen(asked):
             lowrank_linear(**{**case, "groups": 1, **wrong}, backend="fused")
 
 
+def test_the_precision_of_products_is_part_of_a_kind(asked):
+    case = linear_case(3, 32, 1, 5, 24)
+    lowrank_linear(**case, backend="fused")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        lowrank_linear(**case, backend="fused")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    lowrank_linear(**case, backend="fused")
+    assert len(asked) == 2
+
+
 def test_values_that_are_not_where_a_tensor_points_to(asked):
     case = linear_case(3, 32, 1, 5, 24)
     for backend in ("fused", "two-op"):
