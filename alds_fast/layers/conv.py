@@ -239,11 +239,15 @@ class LowRankConv2d(LowRankConv):
         batch = input if input.dim() == 4 else input[None]
         if pad:  # before the decoder it would be less work, but the 1 x 1 encoder, without a bias, commutes with it
             batch = F.pad(batch, pad, self._encode.mode)
-        padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
-        options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        options: dict[str, Any] = {"stride": self.stride, "padding": self._kernels_padding()}
+        options |= {"dilation": self.dilation}
         options |= {"groups": self.slices, "backend": self.backend}
         y = lowrank_conv2d(batch, self.encoder, self.decoder, self.bias, **options)
         return y if input.dim() == 4 else y[0]
+
+    def _kernels_padding(self) -> tuple[int, ...]:
+        """That of the convolutions; 0 where their input is padded before."""
+        return tuple(a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True))
 
     def _structural_reason(self) -> str | None:
         grouped = "the convolution is grouped itself (conv_groups > 1)" if self.groups > 1 else None
@@ -251,7 +255,8 @@ class LowRankConv2d(LowRankConv):
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the 2-d kernel cannot run this layer on ``x``; None if it can."""
-        return self._structural_reason() or why_not_fused_conv2d(x, self.encoder, self.decoder)
+        of = x, self.encoder, self.decoder, self.slices, self.stride, self._kernels_padding(), self.dilation
+        return self._structural_reason() or why_not_fused_conv2d(*of)
 
 
 class LowRankConv3d(LowRankConv):
