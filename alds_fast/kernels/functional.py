@@ -174,9 +174,9 @@ def lowrank_conv2d(
     if min(size) < 1:
         raise ArgumentError(f"x {sizes(x)} is smaller than the kernel {kernel} with dilation {dilation}")
     check_input(x, 1, encoder, groups, residual, (x.shape[0], decoder.shape[0], *size))
-    reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder, groups, stride, padding, dilation)
-
     of = groups, stride, padding, dilation, activation
+    reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder, *of[:4])
+
     fused = partial(lowrank_conv2d_op, *tensors, *of)
     named: dict[str, Any] = {
         "groups": groups,

@@ -23,9 +23,9 @@ def space(key: LaunchKey) -> Iterator[Tiling]:
     if isinstance(key, LinearKey):
         yield from itertools.starmap(Tiling, product(rows, (32, 64, 128), (32, 64, 128), warps, stages))
     elif isinstance(key, ConvKey) and key.scheme == 3:
-        cols = [n for n in (16, 32, 64) if n <= padded_tile(key.filters)]
-        for n, of_stages, parts in product(cols, (2, 3), (1, 2, 4, 8)):
-            yield Tiling(64, padded_tile(key.channels), n, 4, of_stages, parts)
+        for strips, buffers, n in product((1, 2, 4, 8), (2, 3), (16, 32, 64)):
+            if n <= padded_tile(key.filters):
+                yield Tiling(64, padded_tile(key.channels), n, 4, buffers, strips)
     elif isinstance(key, ConvKey):
         channels = key.channels // key.groups
         reductions = [k for k in (16, 32, 64, 128) if k <= padded_tile(channels)]

@@ -114,9 +114,8 @@ def _conv2d(key: ConvKey, t: Tiling) -> LaunchWork:
 def _walk(key: ConvKey, t: Tiling) -> LaunchWork:
     """Down images whose rows take a power of two columns of a tile; two rows more than a strip has are read."""
     (height, width), size = key.size, item_size(key.dtype)
-    each, images, rows = t.rows // (1 << (width - 1).bit_length()), ceil(key.pixels / (height * width)), ceil(height / t.parts)
-    programs = ceil(images / each) * t.parts * ceil(key.filters / t.cols)
-    decoder = 9 * key.hidden
+    each, rows, decoder = t.rows // (1 << (width - 1).bit_length()), ceil(height / t.parts), 9 * key.hidden
+    programs = ceil(key.pixels / (height * width * each)) * t.parts * ceil(key.filters / t.cols)
     encode, decode = Loop(rows + 2, t.rows, t.reduction, key.hidden), Loop(rows + 1, t.rows, decoder, t.cols, True, 1)
     factors = key.hidden * key.channels
     read = (rows + 2) * each * width * key.channels + 0.6 * (factors + decoder * t.cols)

@@ -136,10 +136,10 @@ def recorded(sm):
         arguments |= {name: named.pop(name) for name in names if name in named}
         launches.append((kernel, arguments, named))
 
-    of_90 = mock.patch.object(few_rows, "early_launch", lambda x: sm >= 90)
-    with mock.patch.object(JITFunction, "run", record), of_90:
-        with mock.patch.object(conv2d_walk, "has_wgmma", lambda x: sm >= 90):
-            yield launches
+    asked = (few_rows, "early_launch"), (conv2d_walk, "has_wgmma")
+    early, wgmma = (mock.patch.object(module, name, lambda x: sm >= 90) for module, name in asked)
+    with mock.patch.object(JITFunction, "run", record), early, wgmma:
+        yield launches
 
 
 def specialised(kernel, arguments):

@@ -5,7 +5,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from support.kernel_cases import CONV, LINEAR, PIVOTED, WALK, as_int8, by_one, conv_case, linear_case, pivoted_case, random
+from support.kernel_cases import (
+    CONV,
+    LINEAR,
+    PIVOTED,
+    WALK,
+    as_int8,
+    by_one,
+    conv_case,
+    linear_case,
+    pivoted_case,
+    random,
+)
 
 from alds_fast.kernels import dequantized, lowrank_conv2d, lowrank_linear, lowrank_linears
 from alds_fast.kernels.fused import conv2d, few_rows
@@ -190,7 +201,7 @@ def walk(kind, shape, **more):
 
 
 def walks():
-    """Down images: epilogues, tails of images, rows, columns and filters, and other tiles than those of a first guess."""
+    """Down images: epilogues, tails of images, rows, columns and filters, on either device."""
     every = list(itertools.product(ACTIVATIONS, (True, False), (True, False)))
     for kind, cols in (("bf16", 64), ("fp16", 32)):
         yield from (walk(kind, shape) for shape in WALK)
