@@ -236,10 +236,8 @@ class LowRankConv2d(LowRankConv):
         if self._structural_reason() is not None or late:
             return super().forward(input)
         x = input if input.dim() == 4 else input[None]
-        if (
-            pad := self._encode.pad or self._decode.pad
-        ):  # less work before the decoder; it commutes with a 1 x 1 encoder
-            x = F.pad(x, pad, self._encode.mode)
+        if pad := self._encode.pad or self._decode.pad:
+            x = F.pad(x, pad, self._encode.mode)  # less work before the decoder; it commutes with a 1 x 1 encoder
         y = lowrank_conv2d(x, self.encoder, self.decoder, self.bias, backend=self.backend, **self._in_kernels())
         return y if input.dim() == 4 else y[0]
 

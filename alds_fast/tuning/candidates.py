@@ -23,7 +23,7 @@ def space(key: LaunchKey) -> Iterator[Tiling]:
     if isinstance(key, LinearKey):
         yield from itertools.starmap(Tiling, product(rows, (32, 64, 128), (32, 64, 128), warps, stages))
     elif isinstance(key, ConvKey) and key.scheme == 3:
-        for strips, buffers, n in product((1, 2, 4, 8), (2, 3), (16, 32, 64)):
+        for strips, buffers, n in product((1, 2, 4, 8, 16), (2, 3), (16, 32, 64)):
             if n <= padded_tile(key.filters):
                 yield Tiling(64, padded_tile(key.channels), n, 4, buffers, strips)
     elif isinstance(key, ConvKey):

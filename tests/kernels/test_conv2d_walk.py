@@ -54,17 +54,18 @@ def test_values(shape, dtype):
 @pytest.mark.parametrize("wgmma", [True, False])
 def test_tiles_of_either_device(wgmma, dtype, monkeypatch, launched):
     monkeypatch.setattr(conv2d_walk, "has_wgmma", lambda x: wgmma)
-    compare(walk_case(2, 48, (9, 6), 32, 64, dtype))
-    assert [constants["BF"] for constants in launched] == [64 if wgmma else 32]
+    for rank, activation, cols in ((32, None, 32), (16, "gelu", 32), (16, "relu", 64)):
+        compare(walk_case(2, 48, (9, 6), rank, 64, dtype), activation=activation)
+        assert launched.pop()["BF"] == (64 if wgmma else cols) and not launched
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
 def test_epilogues(activation):
     for bias in (True, False):
         for residual in (True, False):
-            case = walk_case(2, 16, (5, 4), 16, 32, torch.float16, bias)
+            case = walk_case(2, 16, (5, 33), 16, 32, torch.float16, bias)
             if residual:
-                case["residual"] = random(2, 32, 5, 4, dtype=torch.float16, seed=6)
+                case["residual"] = random(2, 32, 5, 33, dtype=torch.float16, seed=6)
             compare(case, activation=activation)
 
 
@@ -77,7 +78,7 @@ def test_every_tap_has_its_place():
         compare(case | {"decoder": one})
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("parts", [1, 2, 3, 16])
 def test_strips_of_an_image(parts, launched):
     """More strips than rows too, whose programs have nothing to do."""
     case = walk_case(3, 16, (5, 4), 16, 16, torch.float16)

@@ -361,5 +361,6 @@ def test_the_model_knows_a_walk_down_the_image():
     assert seconds_of(key, tiling, H100) > 0 and seconds_of(key, tiling, A100) is None  # registers of a decoder
     half = conv2d_walk.first_walk(key, key.pixels, False)
     assert half.cols == 32 and seconds_of(key, half, A100) > seconds_of(key, tiling, H100)
+    assert conv2d_walk.first_walk(key._replace(hidden=16), key.pixels, False).cols == 64
     small = conv2d_walk.first_walk(conv_key(7, 32, 16)._replace(scheme=3), 2 * 7 * 7, True)
     assert small == Tiling(64, 32, 32, 4, 2, 1)

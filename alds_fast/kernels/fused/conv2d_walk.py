@@ -24,7 +24,7 @@ from .launching import Launch
 
 PROGRAMS = 512  # as many strips as give about so many: four a multiprocessor of an H100
 LEAST_ROWS = 4  # of a strip: two more are read than it delivers
-MOST_PARTS = 8  # strips of an image
+MOST_PARTS = 16  # strips of an image
 _first_seen: dict[tuple, tuple[int, int]] = {}  # sizes of images, by the key but for sizes: constants of its kernel
 
 
@@ -119,7 +119,7 @@ def conv2d_walk_kernel(
 def has_wgmma(x: Tensor) -> bool:
     """Whether products take factors out of shared memory (compute capability 9.0).
 
-    Else every warp has all columns of the decoder in registers, of which half as many fit.
+    Else every warp has all columns of the decoder in registers, of which half as many fit unless there are few ranks.
     """
     return (capability_of(x.device) or (0, 0)) >= (9, 0)
 
@@ -136,10 +136,12 @@ def walk_tiling(channels: int, cols: int, parts: int) -> Tiling:
 
 def first_walk(key: ConvKey, pixels: int, wgmma: bool) -> Tiling:
     """What a launch takes where nothing was measured; none spills."""
-    cols = (64 if wgmma else 32) // (1 if key.wide else 2)
-    tiles = ceil_div(pixels // (key.size[0] * key.size[1]), TILE // columns(key.size[1]))
-    parts = max(1, min(MOST_PARTS, ceil_div(PROGRAMS, tiles), key.size[0] // LEAST_ROWS))
-    return walk_tiling(key.channels, min(power_of_two(key.filters), cols), parts)
+    light = key.hidden == 16 and not key.residual and key.activation not in ("silu", "gelu")
+    most = (64 if wgmma or light else 32) // (1 if key.wide else 2)
+    (height, width), cols = key.size, min(power_of_two(key.filters), most)
+    tiles = ceil_div(pixels // (height * width), TILE // columns(width)) * ceil_div(key.filters, cols)
+    parts = max(1, min(MOST_PARTS, ceil_div(PROGRAMS, tiles), height // LEAST_ROWS))
+    return walk_tiling(key.channels, cols, parts)
 
 
 def plan_conv2d_walk(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None,
