@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,11 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, FileWriteError, MissingFileError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 
 def cache_folder() -> Path:
@@ -73,6 +79,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
         raise FileWriteError(
             f"{os.fspath(path)!r} could not be written ({e.strerror or e}); what stood there before is unchanged"
         ) from e
+
+
+@contextmanager
+def locked(path: Path, seconds: float = 0.0) -> Iterator[bool]:
+    """Whether this file, which is made and stays, could be locked; who holds the lock is waited for, so long at most.
+
+    A lock ends with its process.
+    """
+    with open(path, "a") as file:
+        end, alone = time.monotonic() + seconds, fcntl is None
+        while not alone:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    break
+                time.sleep(0.02)
+            except OSError:  # a file system without locks
+                break
+        yield alone
 
 
 @contextmanager

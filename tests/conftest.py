@@ -20,10 +20,18 @@ else:
 import pytest
 from hypothesis import settings
 
+from alds_fast.kernels import calls
+
 settings.register_profile("alds_fast", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("alds_fast")
 
 SLOW_EXAMPLES = {"alds_fast.deployment.api.deploy"}
+
+
+@pytest.fixture(autouse=True)
+def no_call_is_known():
+    """Tests change what calls of one kind go by."""
+    calls._known.clear()
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .limits import precision
-from .op_shared import PLAIN, is_watched
+from .op_shared import is_plain, is_watched
 from .tilings import tables_changed
 
 _MOST = 4096  # kinds of calls that are kept; beyond them all are found anew
@@ -25,13 +25,13 @@ def kind_key(options: tuple, tensors: Sequence[Tensor | None]) -> tuple | None:
     if is_watched() or torch._C._is_any_autocast_enabled():
         return None
     x, graded = tensors[0], torch.is_grad_enabled()
-    if x is None or type(x) not in PLAIN or x.is_meta or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
+    if not is_plain(x) or x.is_meta or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
         return None
     key: list[Any] = [options, x.device, precision(), tables_changed()]
     for t in tensors:
         if t is None:
             key.append(None)
-        elif type(t) in PLAIN and not (graded and t.requires_grad) and t.device == x.device:
+        elif is_plain(t) and not (graded and t.requires_grad) and t.device == x.device:
             key.append((t.shape, t.stride(), t.dtype, t.data_ptr() % 16))
         else:
             return None

@@ -40,9 +40,11 @@ def plan_linear_call(tensors: Sequence[Any], groups: int, activation: str | None
     if 0 in shape:
         return lambda x, *_: x.new_empty(shape)
     others = encoder, decoder, bias, residual
-    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(*others)
+    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(*others, *scales)
     outputs = None if order is None else outputs_of(order)
-    run = triton_module("linear").plan_linear(rows_of(x), *contiguous(*others), groups, activation, outputs, scales)
+    run = triton_module("linear").plan_linear(
+        rows_of(x), *contiguous(*others), groups, activation, outputs, contiguous(*scales)
+    )
 
     def call(
         x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -53,7 +55,7 @@ def plan_linear_call(tensors: Sequence[Any], groups: int, activation: str | None
         if as_they_are:
             run(x, encoder, decoder, bias, residual, outputs, scales, y)
         else:
-            run(rows_of(x), *contiguous(encoder, decoder, bias, residual), outputs, scales, y)
+            run(rows_of(x), *contiguous(encoder, decoder, bias, residual), outputs, contiguous(*scales), y)
         return y
 
     return call

@@ -34,10 +34,10 @@ def plan_linears_call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], bi
     count, shapes = len(decoders), [(*x.shape[:-1], d.shape[0]) for d in decoders]
     if not x.numel():
         return lambda x, *_: [x.new_empty(shape) for shape in shapes]
-    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(encoder, *decoders, *biases)
+    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(encoder, *decoders, *biases, *scales)
     first, *others = contiguous(encoder, *decoders, *biases)
     run = triton_module("few_rows").plan_few_rows(
-        rows_of(x), first, others[:count], others[count:], None, 1, None, None, scales
+        rows_of(x), first, others[:count], others[count:], None, 1, None, None, contiguous(*scales)
     )
 
     def call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
@@ -47,7 +47,7 @@ def plan_linears_call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], bi
             run(x, encoder, decoders, biases, None, None, scales, ys)
         else:
             first, *others = contiguous(encoder, *decoders, *biases)
-            run(rows_of(x), first, others[:count], others[count:], None, None, scales, ys)
+            run(rows_of(x), first, others[:count], others[count:], None, None, contiguous(*scales), ys)
         return ys
 
     return call

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -53,13 +53,18 @@ def is_watched() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_plain(t: Any) -> TypeGuard[Tensor]:
+    """Whether values lie where the tensor points to: no subclass, nothing sparse, no sign that is still to be applied."""
+    return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg()
+
+
 def _is_plain_call(args: Sequence[Any]) -> bool:
     """Whether nothing watches, and no gradient or subclass of tensors is at work."""
     if is_watched():
         return False
     graded = torch.is_grad_enabled()
     for t in args:
-        if isinstance(t, Tensor) and (type(t) not in PLAIN or (graded and t.requires_grad)):
+        if isinstance(t, Tensor) and (not is_plain(t) or (graded and t.requires_grad)):
             return False
         if isinstance(t, list) and not _is_plain_call(t):
             return False

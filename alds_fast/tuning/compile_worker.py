@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import subprocess
 import sys
 from typing import Any
 
 import torch
 
-from ..kernels import compiling_for, using
+from ..kernels import ConvKey, DecodeKey, EncodeKey, LinearKey, compiling_for, using
 from ..measurement import InputSpec
 from .compilation import META, Compilation
 
-_taken: list[int] = []  # shared memory of what was compiled last
+KERNEL_OF = {EncodeKey: "encode", DecodeKey: "decode", LinearKey: "linear", ConvKey: "conv2d"}  # its name has this
+_compiled: list[tuple[str, Any]] = []  # by the name of the kernel
 
 
 class _NoDevice:
@@ -43,22 +46,37 @@ def compile_only(capability: tuple[int, int]) -> None:
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
-        _taken.append(compiled.metadata.shared)
+        _compiled.append((kernel.__name__, compiled))
         return compiled
 
     JITFunction.run = run
 
 
-def compile_one(one: Compilation, capability: tuple[int, int]) -> tuple[int, str]:
-    """(bytes of shared memory of the launch that takes the most, what went wrong)."""
-    _taken.clear()
+def compile_one(one: Compilation, capability: tuple[int, int]) -> tuple[int, int, str]:
+    """(bytes of shared memory, bytes that spill of the launch that takes the tiling, what went wrong)."""
+    _compiled.clear()
     torch.backends.cuda.matmul.fp32_precision = one.key.precision
     with compiling_for(capability), using(META, {one.key: one.tiling}), torch.no_grad():
         try:
             one.spec.caller(pickle.loads(one.module), _empty(one.spec))()
         except Exception as e:  # whatever the compiler refuses a tiling with
-            return 0, f"{type(e).__name__}: {e}"[:300]
-    return max(_taken, default=0), ""
+            return 0, 0, f"{type(e).__name__}: {e}"[:300]
+    kernels = [kernel for name, kernel in _compiled if KERNEL_OF[type(one.key)] in name]
+    shared, spilled = (max(map(f, kernels), default=0) for f in (lambda k: int(k.metadata.shared), spilled_bytes))
+    return shared, spilled, ""
+
+
+def spilled_bytes(kernel: Any) -> int:
+    """Of a thread of a compiled kernel, by the tool that comes with Triton; 0 where that cannot be asked."""
+    from triton import knobs
+
+    try:
+        cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+    except Exception:  # no such tool, or files kept elsewhere: the times decide
+        return 0
+    return sum(map(int, re.findall(r"\b(?:STACK|LOCAL):(\d+)", told)))
 
 
 def _empty(spec: InputSpec) -> torch.Tensor:

@@ -54,7 +54,7 @@ def configurations():
                 odd = 0 if wide else 6
                 for whole, less in ((True, 0), (False, 0), (False, 16)) if wide else ((False, odd),):
                     layer = {"C": 1024 + odd, "Q": hidden - less, "ROWS": 1024 - odd, "WHOLE": whole}
-                    if less < hidden and (less == 0 or (heavy and one)):
+                    if less < hidden // 2 and (less == 0 or (heavy and one)):
                         yield "linear", kind, {**tiles, **layer}, t, wide
         for scaled in (False, True):
             yield from _few_rows(kind, dtype, wide, scaled)

@@ -123,13 +123,12 @@ def _fuse(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     layer.backend = "two-op" if layer.why_not_fused(args[0]) else "fused"
 
 
-def deployed(small: nn.Module, x: Tensor, result: Result) -> nn.Module:
+def deployed(small: nn.Module, x: Tensor, tune: bool, result: Result) -> nn.Module:
     """What alds_fast.deploy keeps; its table goes to the result."""
     begin = time.perf_counter()
-    if not hasattr(alds, "deploy"):
-        raise NotImplementedError("alds_fast has no deploy yet")
-    model, table = alds.deploy(small, x, report=True)
-    result["deploy"] = {"model_ms": dict(table.model_ms), "table": str(table), "seconds": time.perf_counter() - begin}
+    model, table = alds.deploy(small, x, report=True, tune=tune)
+    result["deploy"] = {"model_ms": dict(table.model_ms), "table": str(table), "seconds": time.perf_counter() - begin,
+                        "tuned": tune}  # fmt: skip
     return model
 
 
@@ -159,7 +158,9 @@ def output_error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
 class EndToEnd:
     """One model at one batch size: ``result`` fills up step by step, and ``save`` is called after each."""
 
-    def __init__(self, name: str, batch: int, options: BenchSettings, save: Callable[[Result], None], deadline: float):
+    def __init__(self, name: str, batch: int, options: BenchSettings, save: Callable[[Result], None], deadline: float,
+                 tune: bool) -> None:  # fmt: skip
+        self.tune = tune
         self.name, self.batch, self.options, self.save, self.deadline = name, batch, options, save, deadline
         self.result: Result = {"model": name, "batch": batch, "dtype": "bfloat16" if options.cuda else "float32"}
         self.result |= {"sides": {}, "ratios": {}, "memory": {}, "errors": {}, "reasons": {}, "seconds": {}}
@@ -192,7 +193,7 @@ class EndToEnd:
             "dense": lambda: on_device(dense, self.options),
             "two_op": lambda: forced(ours, "two-op", x),
             "fused": lambda: forced(ours, "fused", x),
-            "deployed": lambda: deployed(ours, x, self.result),
+            "deployed": lambda: deployed(ours, x, self.tune, self.result),
         }
         for name, make in build.items():
             self.attempt(name, lambda name=name, make=make: self.models.update({name: make()}))

@@ -51,7 +51,7 @@ from .device import add_options, check_options, device_name, results_file
 from .state import START, STEPS, Results, blame, save, say, tasks
 from .worker import LOST, worker
 
-TESTED = ("kernels/test_kernels", "kernels/test_backend", "kernels/test_arguments", "kernels/test_kernel_ops")
+TESTED = tuple(f"kernels/test_{name}" for name in ("kernels", "backend", "arguments", "kernel_ops", "calls", "int8"))
 TESTS = tuple(f"tests/{name}.py" for name in (*TESTED, "linalg/test_linalg_cuda"))
 QUICK_TESTS = "test_lowrank_linears or test_zero_rows or test_two_op_runs_no_kernel or test_flops"
 
@@ -62,7 +62,14 @@ def header(args: argparse.Namespace) -> Results:
     env = environment(args.commit)
     about = {"device": device_name(args.device), "torch": env["torch"], "triton": triton or None}
     about |= {"python": env["python"], "cuda": torch.version.cuda, "commit": env["commit"]}
-    about |= {"quick": args.quick, "minutes": args.minutes, "steps": list(args.steps), "rows": [], "ceilings": None}
+    about |= {
+        "quick": args.quick,
+        "minutes": args.minutes,
+        "tune": args.tune,
+        "steps": list(args.steps),
+        "rows": [],
+        "ceilings": None,
+    }
     about |= {"correctness": None, "end_to_end": {}, "not_run": [], "deaths": []}
     return about | {"progress": {"done": [], "running": None}}
 
@@ -205,6 +212,7 @@ def parse() -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--steps", default=",".join(STEPS), help="comma-separated: " + ", ".join(STEPS))
     parser.add_argument("--match", default="", help="regular expression: only tasks whose name it finds")
+    parser.add_argument("--tune", action="store_true", help="tilings for whole models first: a minute or more for each")
     parser.add_argument("--model-mode", default="default", help="of torch.compile for whole models, both sides")
     parser.add_argument("--commit", help="what the results say was measured; default: git describe")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

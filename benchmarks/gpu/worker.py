@@ -30,7 +30,7 @@ def perform(task: Task, results: Results, options: bench.BenchSettings, args: ar
             results["end_to_end"][task.key.removeprefix("model ")] = result
             save(results, args)
 
-        return str(models.EndToEnd(*task.what, options, keep, until).run()["ratios"])
+        return str(models.EndToEnd(*task.what, options, keep, until, args.tune).run()["ratios"])
     row = bench.measure(task.what, options, results["ceilings"], task.kind == "compiled")
     if task.kind == "row" or row["compiled_ms"] is not None:
         put_row(results, row)

@@ -136,6 +136,26 @@ def test_arguments_are_checked_though_others_were_seen(asked):
             lowrank_linear(**{**case, "groups": 1, **wrong}, backend="fused")
 
 
+def test_values_that_are_not_where_a_tensor_points_to(asked):
+    case = linear_case(3, 32, 1, 5, 24)
+    for backend in ("fused", "two-op"):
+        lowrank_linear(**case, backend=backend)
+    flipped = {**case, "x": torch._neg_view(case["x"])}
+    fused, plain = (lowrank_linear(**flipped, backend=backend) for backend in ("fused", "two-op"))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    sparse = lowrank_linear(case["x"].to_sparse(), case["encoder"], case["decoder"], backend="two-op")
+    assert sparse.shape == (3, 24) and len(asked) == 5
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_scales_with_gaps_between_them(asked, rows):
+    case, scales, _ = as_int8(linear_case(rows, 64, 1, 20, 24))
+    apart = [torch.stack([s, 0 * s], 1)[:, 0] for s in scales]
+    for given in (apart, apart, scales):
+        fused, plain = (lowrank_linear(**case, scales=given, backend=backend) for backend in ("fused", "two-op"))
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3)
+
+
 def test_other_tilings_are_taken_at_once(asked, monkeypatch):
     case = linear_case(5, 64, 1, 20, 24)
     lowrank_linear(**case, backend="fused")

@@ -1,13 +1,21 @@
 """Tilings on disk, and kernels compiled ahead in other processes."""
 
+import contextlib
 import json
+import multiprocessing
 import os
+import re
+import signal
+import sys
+import threading
+import time
 import warnings
 
 import pytest
 import torch
 
-from alds_fast.kernels import ConvKey, DecodeKey, LinearKey, Measured, Tiling, keep_tilings, measured
+from alds_fast.files import locked, write_text
+from alds_fast.kernels import ConvKey, DecodeKey, EncodeKey, LinearKey, Measured, Tiling, keep_tilings, measured
 from alds_fast.kernels.tilings import files, tables
 from alds_fast.layers import LowRankConv2d, LowRankLinear
 from alds_fast.measurement import InputSpec
@@ -45,7 +53,7 @@ def forget():
 
 def test_what_is_kept_is_taken_by_later_processes(tmp_path):
     keep_tilings(GPU, FOUND)
-    (file,) = (tmp_path / "tilings").iterdir()
+    (file,) = (tmp_path / "tilings").glob("*.json")
     assert file.name == "NVIDIA_H100_80GB_HBM3-9.0-3.9.0-0123456789ab.json"
     forget()
     assert measured(GPU) == FOUND
@@ -59,6 +67,41 @@ def test_processes_add_to_one_file():
     measured(GPU)
     tables._measured[GPU] = {}  # a process that began before the first one wrote
     keep_tilings(GPU, {CONV: FOUND[CONV]})
+    forget()
+    assert set(measured(GPU)) == {LINEAR, CONV}
+
+
+def test_processes_that_write_at_once_both_add(monkeypatch):
+    def slowly(file, text):
+        time.sleep(0.2)
+        write_text(file, text)
+
+    def add(key, others):
+        others.wait(10)
+        keep_tilings(GPU, {key: FOUND[key]})
+
+    monkeypatch.setattr(files, "write_text", slowly)
+    context = multiprocessing.get_context("fork")
+    both = context.Barrier(2)
+    processes = [context.Process(target=add, args=(key, both)) for key in (LINEAR, CONV)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert measured(GPU) == {key: FOUND[key] for key in (LINEAR, CONV)}
+
+
+def test_a_lock_that_is_not_given_back_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(files, "WAIT_FOR_OTHERS", 0.1)
+    keep_tilings(GPU, {LINEAR: FOUND[LINEAR]})
+    with locked(files.file_of(GPU).with_suffix(".lock")) as alone:
+        assert alone
+        start = time.monotonic()
+        keep_tilings(GPU, {CONV: FOUND[CONV]})
+        assert 0.1 <= time.monotonic() - start < 5
+        with locked(files.file_of(GPU).with_suffix(".lock")) as again:
+            assert not again
     forget()
     assert set(measured(GPU)) == {LINEAR, CONV}
 
@@ -161,6 +204,27 @@ def test_kernels_are_compiled_ahead(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.slow
+def test_tilings_that_spill_are_left_out(tmp_path, monkeypatch):
+    """Only the launch that takes the tiling counts, not the first guess beside it that is too large as well."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    (linear, *_) = compilations()
+    spills = linear._replace(tiling=Tiling(128, 64, 256, 4, 2))
+    few = linear._replace(spec=InputSpec.of(torch.zeros(16, 256, dtype=HALF)))
+    encode = EncodeKey(HALF, 16, 256, 64, 1, False, "ieee")
+    decode = DecodeKey(HALF, 16, (64,), (512,), False, False, False, None, True, "ieee")
+    encodes = [few._replace(key=encode, tiling=Tiling(16, k, 16, 2, 4, 1)) for k in (32, 128)]
+    decodes = [few._replace(key=decode, tiling=Tiling(16, 32, 16, 2, 2))]
+    work = [spills, *encodes, *decodes]
+    faults = compile_ahead(work, H100._replace(shared_limit=16_000), lambda *of: None, processes=1)
+    assert list(faults) == [(LINEAR, spills.tiling), (encode, encodes[1].tiling)]
+    assert "bytes of shared memory" in faults[encode, encodes[1].tiling]
+    faults = compile_ahead(work, H100, lambda *of: None, processes=1)
+    assert list(faults) == [(LINEAR, spills.tiling)]
+    assert re.fullmatch("spills [1-9][0-9]* bytes a thread", faults[LINEAR, spills.tiling])
+
+
+@pytest.mark.slow
 def test_what_does_not_compile_is_told(tmp_path, monkeypatch, caplog):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
@@ -169,6 +233,50 @@ def test_what_does_not_compile_is_told(tmp_path, monkeypatch, caplog):
         assert compile_ahead([work._replace(tiling=Tiling(48, 64, 64, 4, 3))], H100, lambda *of: None, 1) == {}
     assert "is not compiled ahead" in caplog.text
     assert compile_ahead([], H100, lambda *of: None) == {}
+
+
+COMPILER = """#!/bin/sh
+exec 2> {fifo}
+: > $TMPDIR/left
+sleep 30 &
+echo $TMPDIR >&2
+wait
+"""
+
+
+def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
+    """Two processes whose compilers, processes too, go on: while one of them lives the pipe has an end to write to."""
+    fifo, script = tmp_path / "fifo", tmp_path / "compiler"
+    script.write_text(COMPILER.format(fifo=fifo))
+    script.chmod(0o700)
+    os.mkfifo(fifo)
+    pipe, lines = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), []
+
+    def interrupt():
+        while len(lines) < 2:
+            time.sleep(0.05)
+            with contextlib.suppress(BlockingIOError):
+                lines.extend(os.read(pipe, 4096).decode().splitlines())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    thread, start = threading.Thread(target=interrupt), time.monotonic()
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead(list(compilations()) * 3, H100, lambda *of: lines.append(of), processes=2)
+    thread.join()
+    while True:
+        try:
+            lines += os.read(pipe, 4096).splitlines()
+            break  # nobody is there to write
+        except BlockingIOError:
+            assert time.monotonic() - start < 20
+            time.sleep(0.05)
+    os.close(pipe)
+    assert (
+        time.monotonic() - start < 20 and len(lines) == 2 and len(set(lines)) == 1
+    )  # nothing else was started or told
+    assert not os.path.exists(lines[0])
 
 
 def test_modules_that_cannot_be_pickled_compile_where_they_run():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from alds_fast.deployment import tuned_forms
 from alds_fast.deployment.autotune import is_plain
 from alds_fast.deployment.layer_rows import merge_groups
 from alds_fast.errors import ArgumentError
-from alds_fast.kernels import ConvKey, DecodeKey, EncodeKey, LinearKey, Tiling, measured
+from alds_fast.kernels import ConvKey, DecodeKey, EncodeKey, LinearKey, Tiling, measured, using
 from alds_fast.kernels.fused import conv2d_walk
 from alds_fast.kernels.tilings import tables
 from alds_fast.layers import LowRankConv2d, LowRankLayer, LowRankLinear, MergedLinears
@@ -38,7 +39,14 @@ class ModelDevice:
         return {}
 
     def prepare(self, call, sets):
-        prepared = prepare(call, sets, CPU)
+        """As a graph does, every run takes the tilings that there are when it is made."""
+        tilings = dict(tables._tables[CPU])
+
+        def run(tensors):
+            with using(CPU, tilings):
+                return call(tensors)
+
+        prepared = prepare(run, sets, CPU)
         taken = tuple(tables._tables[CPU].values())
         faults = [self.spoiled[t] for t in taken if t in self.spoiled]
         return prepared._replace(run=faults[0](prepared.run)) if faults else prepared
@@ -231,6 +239,25 @@ def test_a_first_guess_that_cannot_be_launched(on):
     on.prepare = never
     with pytest.warns(UserWarning, match="no tiling of .* runs: RuntimeError: no compiler"):
         assert tune_calls([linear_call(rows=70)], on, told) == []
+
+
+def refused(module, inputs, output):
+    """A hook on the launches: the first guess is refused."""
+    if module.backend == "fused" and not len(tables._tables[CPU]):
+        raise RuntimeError("out of resource: shared memory")
+
+
+def test_a_first_guess_that_is_refused_at_once(on, caplog):
+    """By the launch that asks for its key, before anything is prepared."""
+    call = linear_call()
+    call.make().register_forward_hook(refused)
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.simplefilter("error")
+        (row,) = tune_calls([call], on, told)
+    assert row.found.tiling is not None and row.found.guess_us is None and row.faults == {}
+    assert {(c.key, c.tiling) for c in on.compiled} == {(row.key, t) for t in launch_candidates(row.key, H100)}
+    assert f"layer: the first guess of {row.key} cannot be launched: out of resource" in caplog.text
+    assert str(tuned_forms.TuningTable((row,))).splitlines()[-1].split()[2] == "-"
 
 
 def test_what_fails_is_left_as_it_is(on):

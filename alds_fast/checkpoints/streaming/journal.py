@@ -7,7 +7,6 @@ same arguments, a job goes on from what is in it; with other arguments, or for a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ArgumentError, FileFormatError, MissingFileError
-from ...files import crc32, sync_folder, whole_or_nothing, write_whole
+from ...files import crc32, locked, sync_folder, whole_or_nothing, write_whole
 from ..pretrained import PLAN
 from ..safetensors_reader import CODES, Stored, stored_in
 from ..safetensors_writer import Entry, write_shard
@@ -128,13 +127,9 @@ class Journal:
         with whole_or_nothing(self.output):
             self.output.mkdir(exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-        with open(self.folder / LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                raise ArgumentError(
-                    f"another process is at work in {str(self.output)!r}; wait for it, or stop it"
-                ) from e
+        with locked(self.folder / LOCK) as alone:
+            if not alone:
+                raise ArgumentError(f"another process is at work in {str(self.output)!r}; wait for it, or stop it")
             yield
 
     def path(self, kind: str, number: int) -> Path:

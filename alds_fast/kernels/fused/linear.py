@@ -109,11 +109,11 @@ def tile_tiling(hidden: int, dtype: torch.dtype, wide: bool, heavy: bool, pivots
     if pivots and wide:
         return Tiling(64, 64, 64, 8, 3) if hidden <= 64 else Tiling(32, 64, 64, 8, 3)
     if dtype == torch.float32:
-        if hidden <= 128:
-            return Tiling(32, 32, 32, 4 if wide else 8, 2)
-        return Tiling(16, 32, 32, 8, 2) if wide else Tiling(32, 16, 32, 8, 2)
+        return Tiling(32, 32, 32, 4 if wide and hidden <= 64 else 8, 2) if hidden <= 128 else Tiling(16, 32, 32, 8, 2)
     if wide:
         return Tiling(64, 64, 64, 4, 3) if hidden <= 128 else Tiling(64, 64, 64, 8 if heavy else 4, 4)
+    if pivots and hidden > 128:
+        return Tiling(16, 32, 32, 8, 2)
     return Tiling(64, 32, 64, 8, 2) if hidden <= 64 else Tiling(32, 32, 32, 8, 2)
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from ...files import cache_folder, write_text
+from ...files import cache_folder, locked, write_text
 from .keys import KERNELS, LaunchKey, Measured, Tiling
 
 FORMAT = "alds_fast.tilings"
 VERSION = 1
 MAX_TILE = 1024
+WAIT_FOR_OTHERS = 5.0  # seconds that a process waits for others that write the same file
 
 
 @functools.cache
@@ -48,15 +49,17 @@ def file_of(device: torch.device) -> Path:
 
 
 def write_tilings(device: torch.device, known: Mapping[LaunchKey, Measured]) -> None:
-    """The device's file, written whole; a warning where that cannot be."""
+    """The device's file, written whole, with what others have added meanwhile; a warning where that cannot be."""
     file: Path | str = "~/.cache/alds_fast"
     names = {kind: name for name, kind in KERNELS.items()}
-    rows = [{"kernel": names[type(key)], "key": _plain(key), **_fields(one)} for key, one in known.items()]
-    data = {"format": FORMAT, "version": VERSION, "environment": environment_of(device), "tilings": rows}
     try:
         file = file_of(device)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(data, indent=1))
+        with locked(file.with_suffix(".lock"), WAIT_FOR_OTHERS):  # not at any price: the file is whole also without
+            merged = {**read_tilings(device, warn=False), **known}
+            rows = [{"kernel": names[type(key)], "key": _plain(key), **_fields(one)} for key, one in merged.items()]
+            data = {"format": FORMAT, "version": VERSION, "environment": environment_of(device), "tilings": rows}
+            write_text(file, json.dumps(data, indent=1))
     except (OSError, RuntimeError) as e:  # there may be no home
         warnings.warn(f"tilings could not be kept in {file} ({e}); ALDS_FAST_CACHE names another folder", stacklevel=3)
 
