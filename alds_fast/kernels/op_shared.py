@@ -54,7 +54,7 @@ def is_watched() -> bool:
 
 
 def is_plain(t: Any) -> TypeGuard[Tensor]:
-    """Whether values lie where the tensor points to: no subclass, nothing sparse, no sign that is still to be applied."""
+    """Whether values lie where the tensor points to: no subclass, nothing sparse, no sign that is to be applied yet."""
     return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg()
 
 
