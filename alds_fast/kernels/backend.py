@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BackendError
-from .limits import LEAST_SAVED, MAX_HIDDEN, MAX_MERGED, MAX_ROWS, most_saved, precision
+from .limits import LEAST_SAVED, MAX_HIDDEN, MAX_MERGED, MAX_ROWS, most_saved, precision, why_no_walk
 from .tilings import capability_of
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -88,13 +88,19 @@ def why_not_fused_linears(x: Tensor, layers: int) -> str | None:
     return reason
 
 
-def why_not_fused_conv2d(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
-    """Why the fused convolution cannot run for these arguments; None if it can."""
+def why_not_fused_conv2d(
+    x: Tensor, encoder: Tensor, decoder: Tensor, groups: int, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> str | None:  # fmt: skip
+    """Why the fused convolutions cannot run for these arguments; None if one can."""
     if x.shape[1:].numel() >= 2**31:
         return f"one image of x {tuple(x.shape)} has 2^31 elements or more"
-    if decoder.shape[2:].numel() > 1:
-        return "the decoder has a kernel (schemes 1, 2 and 3 run as two calls)"
-    return type_reason(x)
+    if decoder.shape[2:].numel() == 1:
+        return type_reason(x)
+    if encoder.shape[2:].numel() > 1:
+        return "encoder and decoder both have a kernel (schemes 1 and 2 run as two calls)"
+    options = stride, padding, dilation
+    return type_reason(x) or why_no_walk(x.shape[-1], x.dtype, encoder.shape, decoder.shape, groups, options)
 
 
 def _time_ms(call: Callable[[], Tensor]) -> float:
@@ -138,7 +144,7 @@ def _why_not_timed(x: Tensor, encoder: Tensor, decoder: Tensor) -> str | None:
     channels = x.shape[1] if x.dim() == 4 and encoder.dim() == 4 else x.shape[-1]
     if x.numel() <= MAX_ROWS * channels or x.dtype == torch.float32:
         return None
-    saved = most_saved(_properties(x.device), encoder.shape[1:].numel(), decoder.shape[0])
+    saved = most_saved(_properties(x.device), encoder.shape[1:].numel(), decoder.numel() // decoder.shape[1])
     if saved is None or saved >= LEAST_SAVED:
         return None
     return f"not timed: fusing saves at most {saved:.0%} of the products' time"

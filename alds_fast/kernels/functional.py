@@ -145,7 +145,7 @@ def lowrank_conv2d(
         groups: number of channel slices.
         stride, padding, dilation: of the whole convolution, per axis; the half with that axis of the kernel has them.
         activation, residual, backend: as of :func:`lowrank_linear`; residual has the shape of the output. "fused"
-            takes any groups and rank, and needs a decoder that is 1 x 1 (scheme 0).
+            takes any groups and rank with a decoder that is 1 x 1 (scheme 0), and small 3 x 3 decoders (scheme 3).
 
     Returns:
         (n, f, oh, ow), of the type and device of x; from the fused kernel it is channels last. Differentiable.
@@ -174,9 +174,9 @@ def lowrank_conv2d(
     if min(size) < 1:
         raise ArgumentError(f"x {sizes(x)} is smaller than the kernel {kernel} with dilation {dilation}")
     check_input(x, 1, encoder, groups, residual, (x.shape[0], decoder.shape[0], *size))
-    reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder)
-
     of = groups, stride, padding, dilation, activation
+    reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder, *of[:4])
+
     fused = partial(lowrank_conv2d_op, *tensors, *of)
     named: dict[str, Any] = {
         "groups": groups,

@@ -63,10 +63,15 @@ def plan_conv2d_call(
     if pointwise and len(encoder) <= MAX_HIDDEN:
         run = plan_linear_call(_over_pixels(*tensors), groups, activation)
         return lambda *those: run(*_over_pixels(*those)).permute(0, 3, 1, 2)
+    scheme_3 = decoder.shape[2:].numel() > 1
     as_they_are = are_contiguous(bias) and are_contiguous(x, encoder, decoder, residual, memory_format=LAST)
     x, encoder, decoder, residual = contiguous(x, encoder, decoder, residual, memory_format=LAST)
     of = groups, stride, padding, dilation, activation, shape[2:]
-    launch = triton_module("conv2d").plan_conv2d(x, encoder, decoder, *contiguous(bias), residual, *of)
+    if scheme_3:
+        given = x, encoder, decoder, *contiguous(bias), residual
+        launch = triton_module("conv2d_walk").plan_conv2d_walk(*given, activation)
+    else:
+        launch = triton_module("conv2d").plan_conv2d(x, encoder, decoder, *contiguous(bias), residual, *of)
 
     def call(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)

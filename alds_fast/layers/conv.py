@@ -232,18 +232,18 @@ class LowRankConv2d(LowRankConv):
     def forward(self, input: Tensor) -> Tensor:
         if self.pivots or self._two_op(input):
             return super().forward(input)
-        pad = self._encode.pad or self._decode.pad
         late = self._decode.pad and (self._encode.pad or "fused" not in self.backend)
         if self._structural_reason() is not None or late:
             return super().forward(input)
-        batch = input if input.dim() == 4 else input[None]
-        if pad:  # before the decoder it would be less work, but the 1 x 1 encoder, without a bias, commutes with it
-            batch = F.pad(batch, pad, self._encode.mode)
-        padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
-        options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
-        options |= {"groups": self.slices, "backend": self.backend}
-        y = lowrank_conv2d(batch, self.encoder, self.decoder, self.bias, **options)
+        x = input if input.dim() == 4 else input[None]
+        if pad := self._encode.pad or self._decode.pad:
+            x = F.pad(x, pad, self._encode.mode)  # less work before the decoder; it commutes with a 1 x 1 encoder
+        y = lowrank_conv2d(x, self.encoder, self.decoder, self.bias, backend=self.backend, **self._in_kernels())
         return y if input.dim() == 4 else y[0]
+
+    def _in_kernels(self) -> dict[str, Any]:
+        padding = [a + b for a, b in zip(self._encode.padding, self._decode.padding, strict=True)]
+        return {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.slices}
 
     def _structural_reason(self) -> str | None:
         grouped = "the convolution is grouped itself (conv_groups > 1)" if self.groups > 1 else None
@@ -251,7 +251,7 @@ class LowRankConv2d(LowRankConv):
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the 2-d kernel cannot run this layer on ``x``; None if it can."""
-        return self._structural_reason() or why_not_fused_conv2d(x, self.encoder, self.decoder)
+        return self._structural_reason() or why_not_fused_conv2d(x, self.encoder, self.decoder, **self._in_kernels())
 
 
 class LowRankConv3d(LowRankConv):

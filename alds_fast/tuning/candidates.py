@@ -22,6 +22,10 @@ def space(key: LaunchKey) -> Iterator[Tiling]:
     stages, warps, rows = (2, 3, 4) if half else (2, 3), (4, 8), (32, 64, 128) if half else (16, 32)
     if isinstance(key, LinearKey):
         yield from itertools.starmap(Tiling, product(rows, (32, 64, 128), (32, 64, 128), warps, stages))
+    elif isinstance(key, ConvKey) and key.scheme == 3:
+        for strips, buffers, n in product((1, 2, 4, 8, 16), (2, 3), (16, 32, 64)):
+            if n <= padded_tile(key.filters):
+                yield Tiling(64, padded_tile(key.channels), n, 4, buffers, strips)
     elif isinstance(key, ConvKey):
         channels = key.channels // key.groups
         reductions = [k for k in (16, 32, 64, 128) if k <= padded_tile(channels)]

@@ -28,7 +28,9 @@ def registers_of(work: LaunchWork, t: Tiling) -> int:
 
 def resident(work: LaunchWork, t: Tiling, rates: Rates) -> int:
     """Programs that a multiprocessor runs at once; 0 for what spills or does not fit."""
-    registers, shared = registers_of(work, t), work.shared_bytes(t.num_stages - (rates.capability < (9, 0)))
+    early = rates.capability < (9, 0)
+    registers = registers_of(work, t) + early * work.kept * work.size // 128  # four bytes of each of 32 threads
+    shared = work.shared_bytes(t.num_stages - early)
     if registers > MOST_REGISTERS or shared > rates.shared_limit:
         return 0
     by_registers = REGISTERS // (registers * 32 * t.num_warps)

@@ -42,7 +42,8 @@ class Loop:
 class LaunchWork:
     """Of a launch: its programs and their loops, values held in registers by a program, bytes from the L2 and memory.
 
-    ``fixed`` are a program's instructions outside of its loops, per warp; ``size`` are the bytes of a value.
+    ``fixed`` are a program's instructions outside of its loops, per warp; ``size`` are the bytes of a value. ``kept``:
+    values of factors that every warp has in registers below compute capability 9.0.
     """
 
     programs: int
@@ -52,6 +53,7 @@ class LaunchWork:
     memory_bytes: float
     fixed: int
     size: int
+    kept: int = 0
 
     def shared_bytes(self, buffers: int) -> int:
         """That a program takes: the buffers of its largest loop."""
@@ -70,7 +72,7 @@ def work_of(key: LaunchKey, t: Tiling) -> LaunchWork:
     if isinstance(key, LinearKey):
         return _linear(key, t)
     if isinstance(key, ConvKey):
-        return _conv2d(key, t)
+        return _walk(key, t) if key.scheme == 3 else _conv2d(key, t)
     return _encode_rows(key, t) if isinstance(key, EncodeKey) else _decode_rows(key, t)
 
 
@@ -107,6 +109,20 @@ def _conv2d(key: ConvKey, t: Tiling) -> LaunchWork:
     held = t.rows * (max(width, t.cols) if slices == 1 else width + t.cols)
     l2, memory = programs * read + outputs, inputs + outputs + factors
     return LaunchWork(programs, (encode, decode), held, size * l2, size * memory, 920, size)
+
+
+def _walk(key: ConvKey, t: Tiling) -> LaunchWork:
+    """Down images whose rows take a power of two columns of a tile; two rows more than a strip has are read."""
+    (height, width), size = key.size, item_size(key.dtype)
+    each, rows, decoder = t.rows // (1 << (width - 1).bit_length()), ceil(height / t.parts), 9 * key.hidden
+    programs = ceil(key.pixels / (height * width * each)) * t.parts * ceil(key.filters / t.cols)
+    encode, decode = Loop(rows + 2, t.rows, t.reduction, key.hidden), Loop(rows + 1, t.rows, decoder, t.cols, True, 1)
+    factors = key.hidden * key.channels
+    read = (rows + 2) * each * width * key.channels + 0.6 * (factors + decoder * t.cols)
+    outputs = key.pixels * key.filters * (1 + key.residual)
+    memory = key.pixels * key.channels + outputs + factors + decoder * key.filters
+    return LaunchWork(programs, (encode, decode), 3 * t.rows * t.cols, size * (programs * read + outputs),
+                      size * memory, 400, size, decoder * t.cols)  # fmt: skip
 
 
 def _encode_rows(key: EncodeKey, t: Tiling) -> LaunchWork:

@@ -59,6 +59,8 @@ def configurations():
         for scaled in (False, True):
             yield from _few_rows(kind, dtype, wide, scaled)
         yield from _convolutions(kind, dtype, wide)
+    for kind in ("bf16", "fp16"):
+        yield from _walks(kind)
 
 
 def epilogue(heavy):
@@ -122,12 +124,25 @@ def _convolutions(kind, dtype, wide):
                 yield name, kind, {**tiles, **layer, **place, **epilogue(heavy), "SIZE": size}, t, wide
 
 
+def _walks(kind):
+    """Down images, with the columns of either architecture: of one size, of any, and of several narrow ones."""
+    from alds_fast.kernels.fused import conv2d_walk
+
+    for rank, cols, heavy in ((16, 64, True), (32, 64, True), (16, 32, True), (32, 32, True), (16, 64, False)):
+        t = conv2d_walk.walk_tiling(64, cols, 4)
+        tiles = {"PARTS": t.parts, "BM": t.rows, "BK": t.reduction, "BQ": rank, "BF": t.cols, "FAR": False}
+        for size, width, channels in (((56, 56), 64, 64), ((), 64, 64), ((7, 7), 8, 48)):
+            layer = {"C": channels, "F": channels, "BW": width, "SIZE": size, "FULL": not size}
+            yield "conv2d_walk", kind, {**tiles, **layer, **epilogue(heavy)}, t, True
+
+
 def _kernel(name):
-    from alds_fast.kernels.fused import conv2d, few_rows, linear, vectors
+    from alds_fast.kernels.fused import conv2d, conv2d_walk, few_rows, linear, vectors
 
     return {
         "conv2d_taps": conv2d._conv2d_taps_kernel,
         "conv2d_rows": conv2d.conv2d_rows_kernel,
+        "conv2d_walk": conv2d_walk.conv2d_walk_kernel,
         "linear": linear._lowrank_linear_kernel,
         "encode_rows": few_rows._encode_rows_kernel,
         "encode_vectors": vectors.encode_vectors_kernel,
@@ -200,7 +215,10 @@ def counted(results):
 def jobs():
     """Every configuration for both architectures; float16, which compiles like bfloat16, for sm_90 only."""
     for name, kind, constants, t, wide in configurations():
-        for arch in (90,) if kind == "fp16" else (80, 90):
+        archs = (90,) if kind == "fp16" else (80, 90)
+        if name == "conv2d_walk":  # sm_90 takes all columns whatever the epilogue is
+            archs = (90,) if t.cols == 64 and constants["HAS_RESIDUAL"] else (80,)
+        for arch in archs:
             yield name, kind, constants, (t.num_warps, t.num_stages), arch, wide
 
 

@@ -37,6 +37,15 @@ def convolution(images, side, channels, filters, hidden, groups=1, activation="r
     launch(x, *factors, bias, added, y)
 
 
+def walk(images, side, channels, filters, hidden, activation="relu", residual=False):
+    """Launch a 1 x 1 encoder with a 3 x 3 decoder and a bias."""
+    from alds_fast.kernels.fused import conv2d_walk
+
+    x, y, bias = empty(images, channels, side, side), empty(images, filters, side, side), empty(filters)
+    tensors = x, empty(hidden, channels, 1, 1), empty(filters, hidden, 3, 3), bias, y if residual else None
+    conv2d_walk.plan_conv2d_walk(*tensors, activation)(*tensors, y)
+
+
 def linear(rows, channels, filters, hidden, groups=1, activation=None, bias=True, residual=False, pivots=False,
            dtype=torch.bfloat16, int8=False):  # fmt: skip
     """Launch a linear layer, with int8 factors in bf16 or none."""
@@ -93,6 +102,7 @@ LAYERS = {  # q hidden values
     "3x3 256 -> 256, 14 x 14, q 64, batch 128": lambda: convolution(128, 14, 256, 256, 64),
     "3x3 75 -> 90, 20 x 20, q 20, batch 3, residual, SiLU": lambda: convolution(3, 20, 75, 90, 20, 1, "silu", True),
     "5x5 64 -> 64, 28 x 28, q 16, batch 128": lambda: convolution(128, 28, 64, 64, 16, width=5),
+    "3x3 64 -> 64, scheme 3, 56 x 56, q 16, batch 128": lambda: walk(128, 56, 64, 64, 16),
     "linear 768 -> 3072, 25216 rows, q 128, GELU": lambda: linear(25216, 768, 3072, 128, activation="gelu"),
     "linear 3072 -> 768, 25216 rows, q 128": lambda: linear(25216, 3072, 768, 128),
     "linear 4096 -> 4096, 2048 rows, q 256, no bias": lambda: linear(2048, 4096, 4096, 256, bias=False),
@@ -116,7 +126,7 @@ def recorded(sm):
     """A list to which launches go as (kernel, arguments by name, options); they are taken for ones of that device."""
     from triton.runtime import JITFunction
 
-    from alds_fast.kernels.fused import few_rows
+    from alds_fast.kernels.fused import conv2d_walk, few_rows
 
     launches = []
 
@@ -126,7 +136,9 @@ def recorded(sm):
         arguments |= {name: named.pop(name) for name in names if name in named}
         launches.append((kernel, arguments, named))
 
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(few_rows, "early_launch", lambda x: sm >= 90):
+    asked = (few_rows, "early_launch"), (conv2d_walk, "has_wgmma")
+    early, wgmma = (mock.patch.object(module, name, lambda x: sm >= 90) for module, name in asked)
+    with mock.patch.object(JITFunction, "run", record), early, wgmma:
         yield launches
 
 

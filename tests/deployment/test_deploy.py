@@ -370,6 +370,16 @@ def test_nothing_is_said_to_have_decided_where_no_layer_uses_its_factors(monkeyp
     assert (table.decided, table.rows[0].won, table.ratios) == ("kept: deployed, every layer dense", "dense", {})
 
 
+@pytest.mark.parametrize(("filters", "won"), [(32, "fused"), (40, "two-op")])
+def test_scheme_3_is_fused_where_a_kernel_takes_it(monkeypatch, filters, won):
+    fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))
+    layer = alds.LowRankConv2d(16, filters, 3, 16, scheme=3, padding=1).half()
+    x = torch.randn(2, 16, 6, 5).half()
+    fast, table = alds.deploy(nn.Sequential(layer), x, report=True)
+    assert table.rows[0].won == won and fast[0].backend == {"fused": "fused-first"}.get(won, won)
+    torch.testing.assert_close(fast(x), layer(x), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_other_numbers_of_rows_run_after_a_fused_win(monkeypatch):
     fake_timer(monkeypatch, by_backend(3.0, 2.0, 1.0))

@@ -54,8 +54,9 @@ def test_committed_results_have_no_fault_and_every_kernel_in_every_type():
     results = json.loads((RESULTS / "sanitize.json").read_text())
     ran = {(row["kernel"], row["type"]) for row in results["kernels"]}
     kernels = {"lowrank_linear_kernel", "encode_rows_kernel", "encode_vectors_kernel", "decode_rows_kernel"}
-    every = {(k, t) for k in (*kernels, "conv2d_taps_kernel", "conv2d_rows_kernel") for t in ("bf16", "fp16", "fp32")}
-    assert ran == every - {("conv2d_rows_kernel", "fp32")}  # which is for half types
+    halves = {"conv2d_rows_kernel", "conv2d_walk_kernel"}  # which are for half types
+    every = {(k, t) for k in (*kernels, "conv2d_taps_kernel", *halves) for t in ("bf16", "fp16", "fp32")}
+    assert ran == every - {(k, "fp32") for k in halves}
     assert not results["faults"] and all(row["error_over_allowed"] <= 1 for row in results["kernels"])
     assert all(control["found"] for control in results["controls"]) and len(results["controls"]) == 6
 

@@ -87,7 +87,8 @@ def test_the_layers_stand_for_all_that_there_is(stored):
     rows = stored["rows"]
     assert {(row["kernel"], row["sm"]) for row in rows} == {
         (name, sm) for sm in (80, 90)
-        for name in ("linear", "conv2d_taps", "conv2d_rows", "encode_rows", "encode_vectors", "decode_rows")
+        for name in ("linear", "conv2d_taps", "conv2d_rows", "conv2d_walk", "encode_rows", "encode_vectors",
+                     "decode_rows")
     }  # fmt: skip
     assert {row["PARTS"] for row in rows if "PARTS" in row} == {1, 2, 4, 8}
     assert {row["ACTIVATION"] for row in rows if "ACTIVATION" in row} == {"", "relu", "silu", "gelu"}

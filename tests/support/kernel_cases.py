@@ -90,6 +90,16 @@ CONV = [  # (n, c, size, groups, rank, f, kernels), options
     ((3, 16, (4, 3), 1, 16, 16, by_one(5, 5)), {"padding": 2}),
 ]
 
+WALK = [  # n, c, size, rank, f of a 1 x 1 encoder and a 3 x 3 decoder
+    (2, 16, (5, 6), 16, 32), (1, 64, (3, 64), 32, 64), (3, 48, (9, 7), 32, 48), (9, 16, (2, 8), 16, 16),
+    (2, 32, (1, 1), 16, 16), (5, 16, (7, 3), 32, 64), (1, 32, (19, 33), 16, 48), (70, 16, (1, 2), 16, 16),
+]  # fmt: skip
+
+
+def walk_case(n, c, size, rank, f, dtype, bias=True):
+    """Of scheme 3: stride 1, one slice."""
+    return conv_case(n, c, size, 1, rank, f, ((1, 1), (3, 3)), dtype, bias)
+
 
 # For tests of one case at a time. Those are slow that take the interpreter long: many channels, many tiles.
 EACH_LINEAR = [slow(case) if i in (2, 4, 9, 16, 17, 18) else case for i, case in enumerate(LINEAR)]

@@ -12,7 +12,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from alds_fast.kernels import compiling_for
-from alds_fast.kernels.fused import conv2d, few_rows, launching, linear
+from alds_fast.kernels.fused import conv2d, conv2d_walk, few_rows, launching, linear
 from alds_fast.tuning.compile_worker import _NoDevice
 from benchmarks.gpu.launches import empty
 
@@ -52,6 +52,12 @@ def convolution(width, stride):
     return conv2d.plan_conv2d(*tensors, *of), (*tensors, empty(2, 48, *size))
 
 
+def walk():
+    """A 1 x 1 encoder, a 3 x 3 decoder."""
+    tensors = empty(2, 32, 12, 12), empty(16, 32, 1, 1), empty(48, 16, 3, 3), empty(48), None
+    return conv2d_walk.plan_conv2d_walk(*tensors, "relu"), (*tensors, empty(2, 48, 12, 12))
+
+
 PLANS = {
     "tiles": lambda: linear_layer(100, 96, 64, 16, True, True, False),
     "pivots": lambda: linear_layer(64, 96, 64, 16, False, False, True),
@@ -61,6 +67,7 @@ PLANS = {
     "merged": lambda: merged_layers(4),
     "rows of taps": lambda: convolution(3, 1),
     "taps": lambda: convolution(3, 2),
+    "walk": walk,
 }
 
 

@@ -22,7 +22,7 @@ from support.sanitizer_cases import all_cases
 from support.ttsem_checks import checked_launches
 
 from alds_fast.kernels import backend, calls
-from alds_fast.kernels.fused import conv2d, few_rows, vectors
+from alds_fast.kernels.fused import conv2d, conv2d_walk, few_rows, vectors
 from benchmarks.common.results import described, environment, page, table, write
 
 TICKETED = "_encode_rows_kernel"  # the kernel whose programs draw tickets
@@ -35,10 +35,10 @@ def _no_wait():
 
 
 def prepare():
-    """One thread a process; the kernels run on CPU tensors, those of few rows as on compute capability 9.0."""
+    """One thread a process; the kernels run on CPU tensors, those of few rows and of walks as on 9.0."""
     torch.set_num_threads(1)
     backend.type_reason = lambda x: None
-    few_rows.early_launch = lambda x: x.dtype != torch.float16  # which runs as on 8.0
+    few_rows.early_launch = conv2d_walk.has_wgmma = lambda x: x.dtype != torch.float16  # which runs as on 8.0
     for module, name in ((few_rows, "gdc_wait"), (few_rows, "gdc_launch_dependents"), (vectors, "gdc_wait"),
                          (vectors, "gdc_launch_dependents")):  # fmt: skip
         setattr(module, name, _no_wait)

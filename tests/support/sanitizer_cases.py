@@ -5,7 +5,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from support.kernel_cases import CONV, LINEAR, PIVOTED, as_int8, by_one, conv_case, linear_case, pivoted_case, random
+from support.kernel_cases import (
+    CONV,
+    LINEAR,
+    PIVOTED,
+    WALK,
+    as_int8,
+    by_one,
+    conv_case,
+    linear_case,
+    pivoted_case,
+    random,
+)
 
 from alds_fast.kernels import dequantized, lowrank_conv2d, lowrank_linear, lowrank_linears
 from alds_fast.kernels.fused import conv2d, few_rows
@@ -58,7 +69,8 @@ def conv(group, kind, shape, options, activation=None, bias=True, residual=False
             case["residual"] = random(*like.shape, dtype=TYPES[kind], seed=6)
         return case, chosen
 
-    n, c, size, groups, rank, f, (kernel, _) = shape
+    n, c, size, groups, rank, f, kernels = shape
+    kernel = kernels[kernels[1] != (1, 1)]
     flags = [activation, "bias" * bias, "residual" * residual, *(f"{k} {v}" for k, v in options.items())]
     name = f"{n} x {c} x {size}, {groups} x rank {rank}, {f} filters of {kernel}" + "".join(
         f", {x}" for x in flags if x
@@ -182,6 +194,26 @@ def far():
     yield conv("far", "bf16", (2, 16, (1440, 1440), 1, 16, 16, by_one(1, 1)), options, wanted=("taps", {"FAR": True}))
 
 
+def walk(kind, shape, **more):
+    """Scheme 3; fp16 as on compute capability 8.0, see sanitize.py."""
+    n, c, size, rank, f = shape
+    return conv("walk", kind, (n, c, size, 1, rank, f, ((1, 1), (3, 3))), {"padding": 1}, **more)
+
+
+def walks():
+    """Down images: epilogues, tails of images, rows, columns and filters, on either device."""
+    every = list(itertools.product(ACTIVATIONS, (True, False), (True, False)))
+    for kind, cols in (("bf16", 64), ("fp16", 32)):
+        yield from (walk(kind, shape) for shape in WALK)
+        yield from (walk(kind, (3, 16, (5, 4), 16, 32), activation=a, bias=b, residual=r) for a, b, r in every)
+        for i in range(24):
+            c, f, rank = 16 + 16 * (i % 4), 16 + 16 * (i // 4 % 4), 16 + 16 * (i % 2)
+            yield walk(kind, (1 + 3 * i % 5, c, (1 + 5 * i % 19, 1 + 11 * i % 40), rank, f), residual=i % 3 == 0)
+        for rank, width in itertools.product((16, 32), (63, 64)):
+            wanted = "conv2d_walk", {"BF": cols, "BQ": rank, "FULL": width == 64}
+            yield walk(kind, (1, 64, (9, width), rank, 64), activation="gelu", residual=True, wanted=wanted)
+
+
 def _epilogue(t):
     heavy = t.get("HAS_RESIDUAL", True)
     return {"activation": "gelu" if heavy else "relu", "residual": heavy}
@@ -236,7 +268,9 @@ def _conv_tiling(name, kind, t, odd):
 
 
 def _tiling(name, kind, t, odd):
-    """A call that launches this configuration."""
+    """A call that launches this configuration; those of walks are among theirs."""
+    if name == "conv2d_walk":
+        return None
     if name == "linear":
         return _linear_tiling(kind, t, odd)
     return _conv_tiling(name, kind, t, odd) if "conv" in name else _few_rows_tiling(name, kind, t, odd)
@@ -259,4 +293,4 @@ def tilings():
 
 
 def all_cases():
-    return [*shapes(), *tails(), *few_rows_tails(), *epilogues(), *merges(), *int8(), *far(), *tilings()]
+    return [*shapes(), *tails(), *few_rows_tails(), *epilogues(), *merges(), *int8(), *far(), *walks(), *tilings()]

@@ -13,6 +13,7 @@ from alds_fast.deployment.autotune import is_plain
 from alds_fast.deployment.layer_rows import merge_groups
 from alds_fast.errors import ArgumentError
 from alds_fast.kernels import ConvKey, DecodeKey, EncodeKey, LinearKey, Tiling, measured, using
+from alds_fast.kernels.fused import conv2d_walk
 from alds_fast.kernels.tilings import tables
 from alds_fast.layers import LowRankConv2d, LowRankLayer, LowRankLinear, MergedLinears
 from alds_fast.measurement import InputSpec, layer_inputs, prepare
@@ -98,6 +99,7 @@ def told(*of_progress):
         (lambda: linear_call(rows=5), [EncodeKey, DecodeKey]),
         (lambda: fused(LowRankConv2d(16, 32, 3, 16, padding=1), torch.zeros(1, 16, 5, 4).half()), [ConvKey]),
         (lambda: fused(LowRankConv2d(6, 10, 3, 4, stride=2), torch.zeros(2, 6, 9, 9)), [ConvKey]),
+        (lambda: fused(LowRankConv2d(16, 32, 3, 16, scheme=3, padding=1), torch.zeros(3, 16, 5, 4).half()), [ConvKey]),
     ],
 )
 def test_launches_take_the_best_by_measurement(on, call, kinds):
@@ -337,6 +339,7 @@ def conv_key(side, channels, hidden, groups=1):
 
 KEYS = [
     *(conv_key(56, 64, q) for q in (16, 32)), conv_key(28, 128, 64), conv_key(28, 128, 64, 4), conv_key(7, 512, 128),
+    *(conv_key(56, 64, q)._replace(scheme=3) for q in (16, 32)), conv_key(7, 32, 16)._replace(scheme=3),
     LinearKey(HALF, 32768, 768, 3072, 128, 1, False, *EPILOGUE),
     LinearKey(torch.float32, 4096, 768, 3072, 256, 1, False, *EPILOGUE),
     *(EncodeKey(HALF, m, 4096, 1024, 1, m < 3, "ieee") for m in (1, 2, 16)),
@@ -372,3 +375,19 @@ def test_the_model_knows_what_it_costs():
     assert seconds_of(large, too_much, H100) is None  # shared memory
     assert seconds_of(large, Tiling(128, 64, 64, 4, 2), H100) is None  # registers
     assert seconds_of(large, Tiling(64, 64, 64, 8, 3), H100) > 0
+
+
+def test_the_model_knows_a_walk_down_the_image():
+    key = conv_key(56, 64, 32)._replace(scheme=3)
+    tiling = conv2d_walk.first_walk(key, key.pixels, True)
+    assert tiling == Tiling(64, 64, 64, 4, 2, 4) and tiling in set(space(key))
+    work = work_of(key, tiling)
+    assert (work.programs, [loop.times for loop in work.loops]) == (128 * 4, [16, 15])
+    assert work.memory_bytes == 2 * (2 * key.pixels * 64 + 32 * 64 + 9 * 32 * 64)
+    assert work_of(key, tiling._replace(parts=8)).l2_bytes > work.l2_bytes  # rows between strips are read twice
+    assert seconds_of(key, tiling, H100) > 0 and seconds_of(key, tiling, A100) is None  # registers of a decoder
+    half = conv2d_walk.first_walk(key, key.pixels, False)
+    assert half.cols == 32 and seconds_of(key, half, A100) > seconds_of(key, tiling, H100)
+    assert conv2d_walk.first_walk(key._replace(hidden=16), key.pixels, False).cols == 64
+    small = conv2d_walk.first_walk(conv_key(7, 32, 16)._replace(scheme=3), 2 * 7 * 7, True)
+    assert small == Tiling(64, 32, 32, 4, 2, 1)

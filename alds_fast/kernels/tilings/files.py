@@ -106,6 +106,6 @@ def _checked(tiling: Tiling) -> Tiling:
     if not all(type(n) is int and 1 <= n <= MAX_TILE and n & (n - 1) == 0 for n in tiling[:4]):
         raise ValueError(f"{tiling}: tiles and warps are powers of two from 1 to {MAX_TILE}")
     whole = type(tiling.num_stages) is int and type(tiling.parts) is int and type(tiling.by_rows) is bool
-    if not whole or not 1 <= tiling.num_stages <= 8 or not 0 <= tiling.parts <= 8:
-        raise ValueError(f"{tiling}: stages are from 1 to 8, parts from 0 to 8")
+    if not whole or not 1 <= tiling.num_stages <= 8 or not 0 <= tiling.parts <= 16:
+        raise ValueError(f"{tiling}: stages are from 1 to 8, parts from 0 to 16")
     return tiling

@@ -10,7 +10,8 @@ import torch
 class Tiling(NamedTuple):
     """Tile sizes (rows, reduction, output columns) and launch options of a kernel.
 
-    ``parts``: into how many the reduction of an encoder of few rows is split, 0 for as many as fill the device.
+    ``parts``: into how many the reduction of an encoder of few rows is split, 0 for as many as fill the device; of a
+    walk down images the strips of an image.
     ``by_rows``: a convolution goes through rows of taps.
     """
 
@@ -62,6 +63,7 @@ class ConvKey(NamedTuple):
     activation: str | None
     wide: bool
     precision: str
+    scheme: int = 0  # 3: the kernel, stride, padding and dilation are the decoder's
 
 
 def can_go_by_rows(key: ConvKey) -> bool:
