@@ -74,12 +74,13 @@ def merged(rows, channels, filters, rank):
 def first_guess(key):
     """The tiling that a launch takes where nothing was measured."""
     from alds_fast.kernels import ConvKey, EncodeKey, LinearKey
-    from alds_fast.kernels.fused import conv2d, few_rows, linear, vectors
+    from alds_fast.kernels.fused import conv2d, conv2d_walk, few_rows, linear, vectors
 
     if isinstance(key, LinearKey):
         return linear.first_linear(key)
     if isinstance(key, ConvKey):
-        return conv2d.first_conv2d(key, key.pixels)
+        walks = key.scheme == 3
+        return conv2d_walk.first_walk(key, key.pixels, True) if walks else conv2d.first_conv2d(key, key.pixels)
     if isinstance(key, EncodeKey):
         return (
             vectors.vector_tiling(key.channels, key.rows)
