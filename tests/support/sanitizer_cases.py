@@ -221,7 +221,7 @@ def _epilogue(t):
 
 def _linear_tiling(kind, t, odd):
     wanted = "linear", {k: t[k] for k in (*TILES, "GROUPS", "WHOLE", "FAR") if k in t}
-    m, groups, channels = t["BM"] + (0 if t["WHOLE"] else 6), t["GROUPS"], 128 if t["WHOLE"] else 80 + (odd and 6)
+    m, groups, channels = t["BM"] + (t["BM"] if t["WHOLE"] else 6), t["GROUPS"], 128 if t["WHOLE"] else 80 + (odd and 6)
     rank, f = t["Q"] // groups, 128 if t["WHOLE"] else 80
     if t["PIVOTS"]:
         return pivoted("tilings", kind, m, channels, rank, rank + f, **_epilogue(t), wanted=wanted)
