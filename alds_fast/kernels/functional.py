@@ -78,6 +78,7 @@ def lowrank_linear(
         ArgumentError: shapes, types, devices or options do not fit.
         BackendError: backend="fused" where the kernel cannot run; the message says why.
 
+    >>> import torch
     >>> x, encoder, decoder = torch.ones(2, 4), torch.ones(2, 2), torch.ones(3, 2)
     >>> lowrank_linear(x, encoder, decoder, groups=2)
     tensor([[4., 4., 4.],
@@ -153,6 +154,7 @@ def lowrank_conv2d(
     Raises:
         ArgumentError, BackendError: as :func:`lowrank_linear`.
 
+    >>> import torch
     >>> x, encoder, decoder = torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.ones(4, 1, 1, 1)
     >>> lowrank_conv2d(x, encoder, decoder).flatten()
     tensor([18., 18., 18., 18.])
@@ -218,6 +220,7 @@ def lowrank_linears(
     Raises:
         ArgumentError, BackendError: as :func:`lowrank_linear`.
 
+    >>> import torch
     >>> [y.shape for y in lowrank_linears(torch.ones(5, 4), torch.ones(3, 4), [torch.ones(6, 2), torch.ones(7, 1)])]
     [torch.Size([5, 6]), torch.Size([5, 7])]
     """
