@@ -180,14 +180,8 @@ def lowrank_conv2d(
     reason = None if backend == "two-op" else why_not_fused_conv2d(x, encoder, decoder, *of[:4])
 
     fused = partial(lowrank_conv2d_op, *tensors, *of)
-    named: dict[str, Any] = {
-        "groups": groups,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "activation": activation,
-    }
-    two_op = partial(lowrank_conv2d_ref, **named)
+    places: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    two_op = partial(lowrank_conv2d_ref, groups=groups, activation=activation, **places)
     chosen = is_fused(("lowrank_conv2d", *of), backend, reason, tensors, fused, partial(two_op, *tensors))
     if key is not None and chosen is not None:
         keep_call(key, plan_conv2d_call(tensors, *of) if chosen else two_op)
