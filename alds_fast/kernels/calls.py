@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from .limits import precision
 from .op_shared import PLAIN, holds_values, is_watched
 from .tilings import tables_changed
 
+_T = TypeVar("_T")
 STRIDED = torch.strided
 _MOST = 4096  # kinds of calls that are kept; beyond them all are found anew
 _known: dict[tuple, Callable[..., Any]] = {}
@@ -50,10 +51,9 @@ def known_call(key: tuple | None) -> Callable[..., Any] | None:
     return None if key is None else _known.get(key)
 
 
-def keep_call(key: tuple | None, call: Callable[..., Any]) -> None:
-    """Calls with this key are ``call(*tensors)`` from here on; it must hold none of the tensors."""
-    if key is None:
-        return
+def keep_call(key: tuple, call: Callable[..., _T]) -> Callable[..., _T]:
+    """``call``, which calls with this key are from here on; it must hold none of their tensors."""
     if len(_known) >= _MOST:
         _known.clear()
     _known[key] = call
+    return call

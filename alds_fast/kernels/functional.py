@@ -118,7 +118,7 @@ def lowrank_linear(
     kind = "lowrank_linear", groups, activation, order is None
     chosen = is_fused(kind, backend, reason, tensors, fused, partial(two_op, *args))
     if key is not None and chosen is not None:
-        keep_call(key, plan_linear_call(args, groups, activation) if chosen else two_op)
+        return keep_call(key, plan_linear_call(args, groups, activation) if chosen else two_op)(*args)
     return fused() if chosen else two_op(*args)
 
 
@@ -184,7 +184,7 @@ def lowrank_conv2d(
     two_op = partial(lowrank_conv2d_ref, groups=groups, activation=activation, **places)
     chosen = is_fused(("lowrank_conv2d", *of), backend, reason, tensors, fused, partial(two_op, *tensors))
     if key is not None and chosen is not None:
-        keep_call(key, plan_conv2d_call(tensors, *of) if chosen else two_op)
+        return keep_call(key, plan_conv2d_call(tensors, *of) if chosen else two_op)(*tensors)
     return fused() if chosen else two_op(*tensors)
 
 
@@ -251,5 +251,5 @@ def lowrank_linears(
     tensors = [x, encoder, *decoders, *biases, *scale]
     chosen = is_fused(("lowrank_linears",), backend, reason, tensors, fused, two_op)
     if key is not None and chosen is not None:
-        keep_call(key, plan_linears_call(*args) if chosen else merged_linear_calls)
+        return list(keep_call(key, plan_linears_call(*args) if chosen else merged_linear_calls)(*args))
     return list(fused() if chosen else two_op())

@@ -20,6 +20,7 @@ from .op_shared import (
     are_contiguous,
     as_operator,
     contiguous,
+    contiguous_like,
     decoder_output,
     differentiated_by,
     flop_formula,
@@ -59,19 +60,19 @@ def plan_conv2d_call(
     shape = _output_shape(x, encoder, decoder, stride, padding, dilation)
     if 0 in shape:
         return lambda x, *_: torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
+    scheme_3 = decoder.shape[2:].numel() > 1
     pointwise = encoder.shape[2:] == (1, 1) and (*stride, *padding) == (1, 1, 0, 0)
-    if pointwise and len(encoder) <= MAX_HIDDEN:
+    if pointwise and not scheme_3 and len(encoder) <= MAX_HIDDEN:
         run = plan_linear_call(_over_pixels(*tensors), groups, activation)
         return lambda *those: run(*_over_pixels(*those)).permute(0, 3, 1, 2)
-    scheme_3 = decoder.shape[2:].numel() > 1
     as_they_are = are_contiguous(bias) and are_contiguous(x, encoder, decoder, residual, memory_format=LAST)
-    x, encoder, decoder, residual = contiguous(x, encoder, decoder, residual, memory_format=LAST)
+    x, encoder, decoder, residual = contiguous_like(x, encoder, decoder, residual, memory_format=LAST)
+    given = x, encoder, decoder, *contiguous_like(bias), residual
     of = groups, stride, padding, dilation, activation, shape[2:]
     if scheme_3:
-        given = x, encoder, decoder, *contiguous(bias), residual
         launch = triton_module("conv2d_walk").plan_conv2d_walk(*given, activation)
     else:
-        launch = triton_module("conv2d").plan_conv2d(x, encoder, decoder, *contiguous(bias), residual, *of)
+        launch = triton_module("conv2d").plan_conv2d(*given, *of)
 
     def call(x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)

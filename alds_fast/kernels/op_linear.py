@@ -17,11 +17,14 @@ from .op_shared import (
     are_contiguous,
     as_operator,
     contiguous,
+    contiguous_like,
     decoder_output,
     differentiated_by,
     flop_formula,
     on_device_of,
+    rows_like,
     rows_of,
+    rows_view,
     save_inputs,
     triton_module,
     without_values,
@@ -40,11 +43,9 @@ def plan_linear_call(tensors: Sequence[Any], groups: int, activation: str | None
     if 0 in shape:
         return lambda x, *_: x.new_empty(shape)
     others = encoder, decoder, bias, residual
-    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(*others, *scales)
-    outputs = None if order is None else outputs_of(order)
-    run = triton_module("linear").plan_linear(
-        rows_of(x), *contiguous(*others), groups, activation, outputs, contiguous(*scales)
-    )
+    as_they_are = rows_view(x) is not None and are_contiguous(*others, *scales)
+    few, scale = contiguous_like(*others), contiguous_like(*scales)
+    run = triton_module("linear").plan_linear(rows_like(x), *few, groups, activation, order, scale)
 
     def call(
         x: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None,

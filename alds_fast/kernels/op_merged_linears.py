@@ -18,10 +18,13 @@ from .op_shared import (
     are_contiguous,
     as_operator,
     contiguous,
+    contiguous_like,
     differentiated_by,
     flop_formula,
     on_device_of,
+    rows_like,
     rows_of,
+    rows_view,
     triton_module,
     without_values,
 )
@@ -34,11 +37,10 @@ def plan_linears_call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], bi
     count, shapes = len(decoders), [(*x.shape[:-1], d.shape[0]) for d in decoders]
     if not x.numel():
         return lambda x, *_: [x.new_empty(shape) for shape in shapes]
-    as_they_are = rows_of(x).data_ptr() == x.data_ptr() and are_contiguous(encoder, *decoders, *biases, *scales)
-    first, *others = contiguous(encoder, *decoders, *biases)
-    run = triton_module("few_rows").plan_few_rows(
-        rows_of(x), first, others[:count], others[count:], None, 1, None, None, contiguous(*scales)
-    )
+    as_they_are = rows_view(x) is not None and are_contiguous(encoder, *decoders, *biases, *scales)
+    first, *others = contiguous_like(encoder, *decoders, *biases)
+    few = first, others[:count], others[count:], None, 1, None, None, contiguous_like(*scales)
+    run = triton_module("few_rows").plan_few_rows(rows_like(x), *few)
 
     def call(x: Tensor, encoder: Tensor, decoders: Sequence[Tensor], biases: Sequence[Tensor | None],
              scales: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
@@ -60,9 +62,9 @@ def lowrank_linears_op(
 ) -> list[Tensor]:  # fmt: skip
     """Up to three layers with one encoder launch; ``biases`` holds those of the layers with ``has_bias``."""
     rest = iter(biases)
-    every = [next(rest) if b else None for b in has_bias]
+    tensors = x, encoder, decoders, [next(rest) if b else None for b in has_bias], scales
     with on_device_of(x):
-        return plan_linears_call(x, encoder, decoders, every, scales)(x, encoder, decoders, every, scales)
+        return plan_linears_call(*tensors)(*tensors)
 
 
 @without_values("lowrank_linears")

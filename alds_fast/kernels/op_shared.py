@@ -120,6 +120,31 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 and rows.stride(0) >= 0 else rows.contiguous()
 
 
+def rows_view(x: Tensor) -> Tensor | None:
+    """What :func:`rows_of` gives where that is no copy; x has elements."""
+    try:
+        rows = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= 0 else None
+
+
+def rows_like(x: Tensor) -> Tensor:
+    """Rows that lie as those of :func:`rows_of`, with its values only where it copies nothing."""
+    rows = rows_view(x)
+    return x.new_empty((x.numel() // x.shape[-1], x.shape[-1])) if rows is None else rows
+
+
+def contiguous_like(*tensors: Tensor | None, memory_format: torch.memory_format = FORMAT) -> list[Tensor | None]:
+    """Tensors that lie as those of :func:`contiguous`, with their values only where it copies nothing."""
+    return [
+        t
+        if t is None or t.is_contiguous(memory_format=memory_format)
+        else torch.empty_like(t, memory_format=memory_format)
+        for t in tensors
+    ]
+
+
 def contiguous(*tensors: Tensor | None, memory_format: torch.memory_format = FORMAT) -> list[Tensor | None]:
     """The tensors, copied where they do not lie so."""
     return [None if t is None else t.contiguous(memory_format=memory_format) for t in tensors]

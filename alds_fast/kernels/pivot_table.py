@@ -45,5 +45,7 @@ def outputs_of(order: Tensor) -> Tensor:
     now = order._version, order.data_ptr()
     if order not in _known or _known[order][:2] != now:
         _known[order] = *now, _inverse(order)
+        if order.is_cuda:  # calls on other streams may take it at once
+            torch.cuda.synchronize(order.device)
     inverse: Tensor = _known[order][2]
     return inverse

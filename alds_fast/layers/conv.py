@@ -232,7 +232,7 @@ class LowRankConv2d(LowRankConv):
     def forward(self, input: Tensor) -> Tensor:
         if self.pivots or self._two_op(input):
             return super().forward(input)
-        late = self._decode.pad and (self._encode.pad or "fused" not in self.backend)
+        late = self._decode.pad and (self._encode.pad or self.backend != "fused")
         if self._structural_reason() is not None or late:
             return super().forward(input)
         x = input if input.dim() == 4 else input[None]

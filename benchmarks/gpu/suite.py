@@ -51,7 +51,8 @@ from .device import add_options, check_options, device_name, results_file
 from .state import START, STEPS, Results, blame, save, say, tasks
 from .worker import LOST, worker
 
-TESTED = tuple(f"kernels/test_{name}" for name in ("kernels", "backend", "arguments", "kernel_ops", "calls", "int8"))
+OF_KERNELS = "kernels", "backend", "arguments", "kernel_ops", "calls", "int8", "conv2d_walk"
+TESTED = tuple(f"kernels/test_{name}" for name in OF_KERNELS)
 TESTS = tuple(f"tests/{name}.py" for name in (*TESTED, "linalg/test_linalg_cuda"))
 QUICK_TESTS = "test_lowrank_linears or test_zero_rows or test_two_op_runs_no_kernel or test_flops"
 

@@ -117,11 +117,11 @@ def conv2d_walk_kernel(
 
 
 def has_wgmma(x: Tensor) -> bool:
-    """Whether products take factors out of shared memory (compute capability 9.0).
+    """Whether products take factors out of shared memory (compute capability 9.0 to 11).
 
     Else every warp has all columns of the decoder in registers, of which half as many fit unless there are few ranks.
     """
-    return (capability_of(x.device) or (0, 0)) >= (9, 0)
+    return (9, 0) <= (capability_of(x.device) or (0, 0)) < (12, 0)
 
 
 def columns(width: int) -> int:

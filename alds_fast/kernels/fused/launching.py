@@ -30,12 +30,12 @@ class Launch:
             self._compiled(*tensors, *self._rest)
             return
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants, **self._options)
-        if is_on_device(tensors):
+        if is_on_device(tensors) and hasattr(type(compiled), "__getitem__"):  # hooks of Triton may give something else
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             self._rest = (*self._numbers, *(self._constants[name] for name in names))
             self._compiled = compiled[self._grid]
 
 
 def is_on_device(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a kernel of these was compiled and launched: not interpreted, and not compiled only."""
+    """Whether a kernel of these is launched: not only compiled."""
     return tensors[0] is not None and tensors[0].is_cuda
