@@ -59,8 +59,7 @@ def configurations():
         for scaled in (False, True):
             yield from _few_rows(kind, dtype, wide, scaled)
         yield from _convolutions(kind, dtype, wide)
-    for kind in ("bf16", "fp16"):
-        yield from _walks(kind)
+    yield from _walks()
 
 
 def epilogue(heavy):
@@ -75,15 +74,13 @@ def _few_rows(kind, dtype, wide, scaled):
     odd, int8 = 0 if wide else 3, {"HAS_SCALE": True} if scaled else {}
     for parts in (1, 2, 4, 8):
         t = few_rows.encode_tiling(dtype, scaled)
-        tiles = {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols, **int8}
-        yield "encode_rows", kind, tiles, t, wide
+        yield "encode_rows", kind, {"PARTS": parts, "BM": t.rows, "BK": t.reduction, "BQ": t.cols, **int8}, t, wide
     for reduction, m in itertools.product((128, 4096, 16384), (1, 2)):
         t = vectors.vector_tiling(reduction - odd, m)
-        tiles = {"C_GROUP": reduction - odd, "M": m, "BN": t.cols, "BK": t.reduction, **int8}
-        yield "encode_vectors", kind, tiles, t, wide
+        of = {"C_GROUP": reduction - odd, "M": m}
+        yield "encode_vectors", kind, {**of, "BN": t.cols, "BK": t.reduction, **int8}, t, wide
     flags = {f"HAS_BIAS{i}": True for i in range(3)}
-    kinds = (1, False), (1, True), (3, False)
-    for (layers, pivots), m, rank in itertools.product(kinds, (0, 1, 2), (64, 3072)):
+    for (layers, pivots), m, rank in itertools.product(((1, False), (1, True), (3, False)), (0, 1, 2), (64, 3072)):
         t = vectors.vector_tiling(rank - odd, m, 4) if m else few_rows.decode_tiling(dtype, wide, scaled)
         ranks = {f"RANK{i}": rank - odd for i in range(3)}
         tiles = {"LAYERS": layers, "VECTORS": m, "BM": t.rows, "BK": t.reduction, "BF": t.cols, "PIVOTS": pivots}
@@ -95,12 +92,9 @@ def _convolutions(kind, dtype, wide):
     from alds_fast.kernels.fused import conv2d
 
     small, large = ((16,), (16, 64), (16, 128)), ((64,), (16, 32, 64, 128), (64, 128, 256))
-    more = (1000, 10**6), (True, False)
-    seen = set()
-    for channels, chunk, filters, pixels, heavy in [
-        *itertools.product(*small, *more),
-        *itertools.product(*large, *more),
-    ]:
+    more, seen = ((1000, 10**6), (True, False)), set()
+    layers = itertools.product(*small, *more), itertools.product(*large, *more)
+    for channels, chunk, filters, pixels, heavy in itertools.chain(*layers):
         if chunk == 128 and (not wide or dtype == torch.float32):
             continue
         taps = conv2d.taps_tiling(pixels, channels, chunk, filters, dtype, wide, heavy)
@@ -124,11 +118,12 @@ def _convolutions(kind, dtype, wide):
                 yield name, kind, {**tiles, **layer, **place, **epilogue(heavy), "SIZE": size}, t, wide
 
 
-def _walks(kind):
+def _walks():
     """Down images, with the columns of either architecture: of one size, of any, and of several narrow ones."""
     from alds_fast.kernels.fused import conv2d_walk
 
-    for rank, cols, heavy in ((16, 64, True), (32, 64, True), (16, 32, True), (32, 32, True), (16, 64, False)):
+    kinds = (16, 64, True), (32, 64, True), (16, 32, True), (32, 32, True), (16, 64, False)
+    for kind, (rank, cols, heavy) in itertools.product(("bf16", "fp16"), kinds):
         t = conv2d_walk.walk_tiling(64, cols, 4)
         tiles = {"PARTS": t.parts, "BM": t.rows, "BK": t.reduction, "BQ": rank, "BF": t.cols, "FAR": False}
         for size, width, channels in (((56, 56), 64, 64), ((), 64, 64), ((7, 7), 8, 48)):
