@@ -6,7 +6,7 @@ widest epilogue is compiled (bias, residual, GELU). "wide" configurations are fo
 multiples of 16, the others for any.
 
 A row's key says what its machine code follows from. ``--known FILE`` takes from a table the rows whose key is there,
-but for one in eight, which are compiled again.
+but for one in sixteen, which are compiled again.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from . import sass
 SHOWN = ("BM", "BK", "BQ", "BR", "BF", "BN", "C_GROUP", "M", "RANK0", "LAYERS", "PARTS", "VECTORS", "PIVOTS",
          "HAS_SCALE", "WHOLE")  # fmt: skip
 OF_TILES = ("cols_per_program", "channels_per_part")  # multiples of a tile whatever the sizes are
-AGAIN = 8  # of so many known rows one is compiled again
+AGAIN = 16  # of so many known rows one is compiled again
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 

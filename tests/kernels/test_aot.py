@@ -1,6 +1,6 @@
 """Everything that the launchers can choose compiles for sm_80 and sm_90 within their limits; no GPU is needed.
 
-Of what the table has of the same kernels and Triton, one in eight is compiled again.
+Of what the table has of the same kernels and Triton, one in sixteen is compiled again.
 """
 
 import json

@@ -45,8 +45,7 @@ def test_rows_are_complete(everything):
         assert row.keys() >= FIELDS and row["error"] is None and row["errors_ok"] is True
         assert row["dense_ms"] > 0 and row["two_op_ms"] > 0 and row["roofline_ms"] > 0
         assert row["deployed_ms"] == min(row["dense_ms"], row["two_op_ms"])
-        reason = "run as two calls" if row["shape"].get("scheme") == 3 else "it runs on CUDA devices"
-        assert row["fused_ms"] is None and reason in row["reasons"]["fused"]
+        assert row["fused_ms"] is None and "it runs on CUDA devices" in row["reasons"]["fused"]
         assert row["max_error"] < (1e-2 if row["dtype"] == "bfloat16" else 1e-5)
     assert sum(row["compiled_ms"] is not None for row in results["rows"]) == 1
 
