@@ -19,8 +19,7 @@ def most_saved(properties: Any, inputs: int, outputs: int) -> float | None:
 
     Hidden values need not be written and read: 4 bytes for each, beside 2 (inputs + outputs) operations; ``inputs`` are
     those of a hidden value, taps times channels of a slice, and ``outputs`` taps of the decoder times filters.
-    ``properties`` are the device's, clocks in kHz, bits of the
-    memory's bus.
+    ``properties`` are the device's, clocks in kHz, bits of the memory's bus.
 
     >>> from types import SimpleNamespace as Device
     >>> h200 = Device(major=9, minor=0, multi_processor_count=132, clock_rate=1980000, memory_clock_rate=3125000,

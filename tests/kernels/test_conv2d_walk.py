@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.interpreter import watched_loads
 from support.kernel_cases import DEVICE, WALK, conv_case, ran, random, walk_case
 from support.rounding import error
 
@@ -124,22 +125,11 @@ def test_does_not_read_beyond_its_inputs(shape, monkeypatch):
     """Every address that the interpreter loads from without a mask lies inside a tensor."""
     if DEVICE == "cuda":
         pytest.skip("compute-sanitizer checks this on a GPU")
-    from triton.runtime import interpreter
-
     case = {
         k: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
         for k, t in walk_case(*shape, torch.float16).items()
     }
-    ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in case.values()]
-    load, seen = interpreter._interpreter.load, []
-
-    def checked(ptrs, mask, *rest):
-        wanted = ptrs[mask].astype("int64")
-        inside = sum(((wanted >= begin) & (wanted < end)).astype(int) for begin, end in ranges)
-        seen.append(bool((inside == 1).all()))
-        return load(ptrs, mask, *rest)
-
-    monkeypatch.setattr(interpreter._interpreter, "load", checked)
+    seen = watched_loads(monkeypatch, case.values())
     lowrank_conv2d(**case, **SAME, backend="fused")
     assert seen and all(seen)
 

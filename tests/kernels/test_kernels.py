@@ -7,6 +7,7 @@ sequence where that is larger.
 
 import pytest
 import torch
+from support.interpreter import watched_loads
 from support.kernel_cases import (
     CONV,
     DEVICE,
@@ -308,20 +309,8 @@ def test_conv2d_does_not_read_beyond_its_input(shape, options, monkeypatch):
     """Every address that the interpreter loads from without a mask lies inside a tensor."""
     if DEVICE == "cuda":
         pytest.skip("compute-sanitizer checks this on a GPU")
-    from triton.runtime import interpreter
-
-    case, ranges = conv_case(*shape), []
+    case = conv_case(*shape)
     case = {k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in case.items()}
-    for t in case.values():
-        ranges.append((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()))
-    load, seen = interpreter._interpreter.load, []
-
-    def checked(ptrs, mask, *rest):
-        wanted = ptrs[mask].astype("int64")
-        inside = sum(((wanted >= begin) & (wanted < end)).astype(int) for begin, end in ranges)
-        seen.append(bool((inside == 1).all()))
-        return load(ptrs, mask, *rest)
-
-    monkeypatch.setattr(interpreter._interpreter, "load", checked)
+    seen = watched_loads(monkeypatch, case.values())
     lowrank_conv2d(**case, groups=shape[3], **options, backend="fused")
     assert seen and all(seen)

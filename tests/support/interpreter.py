@@ -1,4 +1,4 @@
-"""Make Triton's interpreter right for bfloat16.
+"""Make Triton's interpreter right for bfloat16, and watch what it loads.
 
 It keeps bfloat16 as raw uint16: products multiply the bit patterns, casts from float32 truncate, and integers are taken
 for such patterns. All is mended here, for tests only, with torch's own conversion (round to nearest, ties to even).
@@ -53,3 +53,18 @@ def mend():
 
     builder.create_si_to_fp, builder.create_fp_to_fp = create_si_to_fp, create_fp_to_fp
     chooser.INTERPRETER_TYPES.append(torch.bfloat16)
+
+
+def watched_loads(monkeypatch, tensors):
+    """A list to which every later load adds whether all it reads without a mask lies inside one of the tensors."""
+    ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+    load, seen = interpreter._interpreter.load, []
+
+    def checked(ptrs, mask, *rest):
+        wanted = ptrs[mask].astype("int64")
+        inside = sum(((wanted >= begin) & (wanted < end)).astype(int) for begin, end in ranges)
+        seen.append(bool((inside == 1).all()))
+        return load(ptrs, mask, *rest)
+
+    monkeypatch.setattr(interpreter._interpreter, "load", checked)
+    return seen
